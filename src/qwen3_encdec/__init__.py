@@ -12,9 +12,7 @@ __version__ = "0.1.0"
 AutoConfig.register("qwen3_encdec", Qwen3EncoderDecoderConfig, exist_ok=True)
 AutoModel.register(Qwen3EncoderDecoderConfig, Qwen3EncoderDecoderModel, exist_ok=True)
 AutoModelForSeq2SeqLM.register(Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM, exist_ok=True)
-AutoTokenizer.register(
-    Qwen3EncoderDecoderConfig, fast_tokenizer_class=Qwen3EncoderDecoderTokenizer, exist_ok=True
-)
+AutoTokenizer.register(Qwen3EncoderDecoderConfig, fast_tokenizer_class=Qwen3EncoderDecoderTokenizer, exist_ok=True)
 
 __all__ = [
     "Qwen3Encoder",

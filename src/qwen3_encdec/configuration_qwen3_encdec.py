@@ -107,9 +107,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
-        self.decoder_start_token_id = (
-            pad_token_id if decoder_start_token_id is None else decoder_start_token_id
-        )
+        self.decoder_start_token_id = pad_token_id if decoder_start_token_id is None else decoder_start_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self._check()
         super().__init__(
@@ -137,13 +135,9 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         if self.head_dim % 2:
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of dimensions")
         if not self.tie_word_embeddings:
-            raise ValueError(
-                "tie_word_embeddings=False: encoder input, decoder input and LM head are one matrix here"
-            )
+            raise ValueError("tie_word_embeddings=False: encoder input, decoder input and LM head are one matrix here")
         if not 0 <= self.num_sentinel_tokens < self.vocab_size:
-            raise ValueError(
-                f"num_sentinel_tokens={self.num_sentinel_tokens} in a vocabulary of {self.vocab_size}"
-            )
+            raise ValueError(f"num_sentinel_tokens={self.num_sentinel_tokens} in a vocabulary of {self.vocab_size}")
         for name in ("pad_token_id", "decoder_start_token_id"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:

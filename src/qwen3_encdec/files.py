@@ -62,8 +62,7 @@ def check_output(output: str | Path) -> Path:
         raise InputError(f"output {output} is a file; name a folder")
     if output.is_dir() and any(output.iterdir()) and not (output / PROVENANCE_FILE).exists():
         raise InputError(
-            f"output folder {output} exists and was not written by qwen3-encdec; "
-            "name another folder or empty it first"
+            f"output folder {output} exists and was not written by qwen3-encdec; name another folder or empty it first"
         )
     return output
 

@@ -124,9 +124,7 @@ class Qwen3MergedAttention(Qwen3Attention):
                 causal=True,
             )  # (1, N, H, D)
         elif self.config._attn_implementation == "eager":
-            output, weights = eager_attention_forward(
-                self, query, key, value, merged_mask, self.scaling, dropout
-            )
+            output, weights = eager_attention_forward(self, query, key, value, merged_mask, self.scaling, dropout)
         else:
             if merged_mask is None and query.shape[2] > 1:
                 merged_mask = bottom_right_causal_mask(query.shape[2], key.shape[2], query)
@@ -156,9 +154,7 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs
-    ) -> torch.Tensor:
+    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
         """[B, T, E] -> [B, T, E]; `kwargs` are those of `Qwen3MergedAttention.forward`."""
         attended, _, _ = self.self_attn(
             self.input_layernorm(hidden_states), encoder_hidden_states=encoder_hidden_states, **kwargs
@@ -182,12 +178,8 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None):
         super().__init__(config)
-        self.embed_tokens = embed_tokens or nn.Embedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
-        self.layers = nn.ModuleList(
-            Qwen3MergedDecoderLayer(config, i) for i in range(config.num_decoder_layers)
-        )
+        self.embed_tokens = embed_tokens or nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(Qwen3MergedDecoderLayer(config, i) for i in range(config.num_decoder_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -229,9 +221,7 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         if encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_hidden_states")
         if segments is None and (is_packed(attention_mask) or is_packed(encoder_attention_mask)):
-            raise ValueError(
-                "a mask holds several documents a row: pass labels to the whole model to keep them apart"
-            )
+            raise ValueError("a mask holds several documents a row: pass labels to the whole model to keep them apart")
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and self.gradient_checkpointing:
@@ -270,9 +260,7 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             last_hidden_state=self.norm(states), past_key_values=past_key_values
         )
 
-    def _merged_mask(
-        self, states, attention_mask, encoder_states, encoder_mask, past_key_values, position_ids
-    ):
+    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, past_key_values, position_ids):
         """[B, 1, T, S + P + T], or None where bottom-right causal is all there is to say."""
         cache = past_key_values.self_attention_cache if past_key_values is not None else None
         if attention_mask is not None and attention_mask.dim() == 2:
@@ -282,9 +270,7 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         causal = create_causal_mask(
             self.config, states, attention_mask, past_key_values=cache, position_ids=position_ids
         )
-        cross = create_bidirectional_mask(
-            self.config, states, encoder_mask, encoder_hidden_states=encoder_states
-        )
+        cross = create_bidirectional_mask(self.config, states, encoder_mask, encoder_hidden_states=encoder_states)
         if causal is None and cross is None:
             return None
         batch, length, source = states.shape[0], states.shape[1], encoder_states.shape[1]
@@ -302,9 +288,7 @@ def _as_kind_of(mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
     if mask.dtype == torch.bool:
         return seen[None, None]
     blocked = torch.finfo(mask.dtype).min
-    return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, blocked)[
-        None, None
-    ]
+    return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, blocked)[None, None]
 
 
 __all__ = ["Qwen3MergedDecoder"]

@@ -212,15 +212,11 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("give labels, decoder_input_ids or decoder_inputs_embeds")
         target = None
-        simple = (
-            input_ids is not None and decoder_input_ids is not None and not kwargs and past_key_values is None
-        )
+        simple = input_ids is not None and decoder_input_ids is not None and not kwargs and past_key_values is None
         if labels is not None and simple and position_ids is None and decoder_position_ids is None:
             target_mask = _target_mask(labels) if decoder_attention_mask is None else decoder_attention_mask
             if is_ragged(attention_mask) or is_ragged(target_mask):
-                source = Segments.from_mask(
-                    torch.ones_like(input_ids) if attention_mask is None else attention_mask
-                )
+                source = Segments.from_mask(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
                 target = Segments.from_mask(target_mask)
         if target is not None:
             states, encoded = self.model.forward_ragged(input_ids, source, decoder_input_ids, target)

@@ -121,9 +121,7 @@ def ragged_attention(
         shape = (q.shape[2], k.shape[2])
         if shape not in masks:
             masks[shape] = bottom_right_causal_mask(*shape, query) if causal and shape[0] > 1 else None
-        outputs.append(
-            F.scaled_dot_product_attention(q, k, v, masks[shape], dropout, scale=scaling, enable_gqa=True)
-        )
+        outputs.append(F.scaled_dot_product_attention(q, k, v, masks[shape], dropout, scale=scaling, enable_gqa=True))
     return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, N, H, D)
 
 
@@ -180,9 +178,7 @@ class Qwen3EncoderAttention(Qwen3Attention):
         return self.o_proj(output.flatten(2)), None
 
 
-def project_heads(
-    attention: Qwen3Attention, states: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def project_heads(attention: Qwen3Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[B, L, E] -> normalized query [B, H, L, D] and key [B, K, L, D], and value [B, K, L, D]; none is rotated."""
     heads = (*states.shape[:-1], -1, attention.head_dim)
     query = attention.q_norm(attention.q_proj(states).view(heads)).transpose(1, 2)
@@ -231,9 +227,7 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None):
         super().__init__(config)
-        self.embed_tokens = embed_tokens or nn.Embedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
+        self.embed_tokens = embed_tokens or nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
         self.layers = nn.ModuleList(Qwen3EncoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
@@ -272,9 +266,7 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = (
-                segments.position_ids
-                if segments
-                else torch.arange(states.shape[1], device=states.device)[None]
+                segments.position_ids if segments else torch.arange(states.shape[1], device=states.device)[None]
             )
         mask = None
         if segments is None:

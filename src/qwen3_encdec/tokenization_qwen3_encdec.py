@@ -10,6 +10,7 @@ become reserved tokens, so the sentinels are the last ids and `len(tokenizer) ==
     151,936 ...       <extra_id_0> ... <extra_id_99>
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ CONTROL_TOKENS = (
     "<|fim_suffix|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>",
     "<think>", "</think>",
 )  # fmt: skip
-_SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _QWEN3_RANKS, _QWEN3_ROWS = 151_643, 151_936
 
 
@@ -72,9 +75,7 @@ def build_tokenizer(
         backend = qwen3_backend(num_ranks)
         rows = _QWEN3_ROWS if num_ranks in (None, _QWEN3_RANKS) else None
     elif num_ranks is not None:
-        raise ValueError(
-            "num_ranks cuts the packaged vocabulary and cannot be combined with a base tokenizer"
-        )
+        raise ValueError("num_ranks cuts the packaged vocabulary and cannot be combined with a base tokenizer")
     else:
         backend = Tokenizer.from_str(AutoTokenizer.from_pretrained(base).backend_tokenizer.to_str())
         rows = _matrix_rows(base, backend.get_vocab_size())
@@ -163,7 +164,7 @@ def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The pair that BPE joins last to form `token`: run the merges of lower rank, two parts remain."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
-        joined = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
+        joined = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]
         i = min(range(len(joined)), key=joined.__getitem__)
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]

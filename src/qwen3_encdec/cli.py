@@ -1,7 +1,7 @@
 """The command line: `qwen3-encdec COMMAND`, and the same functions behind `scripts/`.
 
-Heavy imports happen inside the commands, so that `--help` answers at once. What a user can mend is an `InputError`:
-one sentence on standard error, exit code 2, no traceback.
+Each command imports what it needs itself, so that an extra is asked for only by the command that uses it. What a
+user can mend is an `InputError`: one sentence on standard error, exit code 2, no traceback.
 """
 
 import os

@@ -1,0 +1,86 @@
+import json
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig, Qwen3Config
+
+import qwen3_encdec
+from qwen3_encdec import Qwen3EncoderDecoderConfig
+from tests.conftest import tiny_config
+
+
+def test_defaults_are_qwen3_0_6b_with_100_sentinels():
+    config = Qwen3EncoderDecoderConfig()
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (1024, 3072, 28)
+    assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (16, 8, 128)
+    assert (config.max_position_embeddings, config.rms_norm_eps) == (40_960, 1e-6)
+    assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
+    assert config.vocab_size == 151_936 + 100
+    assert list(config.sentinel_token_ids)[::99] == [151_936, 152_035]
+    assert config.decoder_start_token_id == config.pad_token_id != config.eos_token_id
+    assert config.is_encoder_decoder
+
+
+def test_shipped_default_config_is_the_default():
+    shipped = Path(qwen3_encdec.__file__).parent / "configs" / "default_config.json"
+    assert (
+        Qwen3EncoderDecoderConfig(**json.loads(shipped.read_text())).to_dict() == Qwen3EncoderDecoderConfig().to_dict()
+    )
+
+
+def test_round_trip_through_a_folder(tmp_path):
+    config = tiny_config(num_decoder_layers=2)
+    config.save_pretrained(tmp_path)
+    for loaded in (Qwen3EncoderDecoderConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert isinstance(loaded, Qwen3EncoderDecoderConfig)
+        assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [  # hidden, intermediate, layers, query heads, key/value heads: the published dense Qwen3 checkpoints
+        (1024, 3072, 28, 16, 8), (2048, 6144, 28, 16, 8), (2560, 9728, 36, 32, 8),
+        (4096, 12288, 36, 32, 8), (5120, 17408, 40, 40, 8), (5120, 25600, 64, 64, 8),
+    ],
+)  # fmt: skip
+def test_every_dense_qwen3_is_accepted(sizes):
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    source = Qwen3Config(
+        **dict(zip(names, sizes, strict=True)), rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+    )
+    config = Qwen3EncoderDecoderConfig.from_qwen3_config(source)
+    assert tuple(getattr(config, name) for name in names) == sizes
+    assert config.num_decoder_layers == config.num_hidden_layers
+    assert config.rope_parameters["rope_theta"] == 5e5
+    assert config.vocab_size == source.vocab_size + 100
+
+
+def test_scaled_rope_is_copied():
+    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32_768}
+    config = Qwen3EncoderDecoderConfig.from_qwen3_config(Qwen3Config(rope_parameters=rope))
+    assert config.rope_parameters == rope
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ({"hiden_size": 3}, "'hiden_size' is not read .* did you mean 'hidden_size'"),
+        ({"sliding_window": 4096}, "'sliding_window' is not read"),
+        ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+        ({"head_dim": 13}, "head_dim=13 is odd"),
+        ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
+        ({"num_sentinel_tokens": 331}, "num_sentinel_tokens=331"),
+        ({"pad_token_id": 331}, "pad_token_id=331 is outside"),
+    ],
+)
+def test_wrong_fields_are_refused_by_name(field, message):
+    with pytest.raises(ValueError, match=message):
+        tiny_config(**field)
+
+
+def test_sources_that_are_no_dense_qwen3_are_refused():
+    with pytest.raises(ValueError, match="'qwen3_encdec' is not a dense Qwen3"):
+        Qwen3EncoderDecoderConfig.from_qwen3_config(tiny_config())
+    windowed = Qwen3Config(use_sliding_window=True, sliding_window=64, max_window_layers=1, num_hidden_layers=3)
+    with pytest.raises(ValueError, match="sliding-window"):
+        Qwen3EncoderDecoderConfig.from_qwen3_config(windowed)

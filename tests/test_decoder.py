@@ -1,0 +1,180 @@
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig
+from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2MergedAttention
+
+from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention, Qwen3MergedDecoder
+from tests.conftest import tiny_config
+
+BACKENDS = ("eager", "sdpa")
+S, T = 7, 5
+
+
+def decoder_with(implementation: str) -> Qwen3MergedDecoder:
+    torch.manual_seed(0)
+    decoder = Qwen3MergedDecoder(tiny_config()).eval()
+    decoder.set_attn_implementation(implementation)
+    return decoder
+
+
+def target_ids() -> torch.Tensor:
+    return torch.randint(0, 300, (3, T), generator=torch.Generator().manual_seed(0))
+
+
+def source_states() -> torch.Tensor:
+    return torch.randn(3, S, 40, generator=torch.Generator().manual_seed(1))
+
+
+def t5gemma2_attention(config, ours: Qwen3MergedAttention) -> T5Gemma2MergedAttention:
+    """transformers' merged attention with our weights. Gemma's norms multiply by 1 + weight, Qwen3's by weight."""
+    shared = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+    theirs_config = T5Gemma2DecoderConfig(
+        **{name: getattr(config, name) for name in shared},
+        num_hidden_layers=1,
+        layer_types=["full_attention"],
+        query_pre_attn_scalar=config.head_dim,
+        attention_bias=False,
+        vocab_size=331,
+        pad_token_id=0,
+    )
+    theirs_config._attn_implementation = "eager"
+    theirs = T5Gemma2MergedAttention(theirs_config, 0)
+    state = {k: v - 1 if k.endswith("_norm.weight") else v for k, v in ours.state_dict().items()}
+    theirs.load_state_dict(state)
+    return theirs.eval()
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("masked", [False, True])
+def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
+    """Values and gradients; T5Gemma 2 lays the keys out decoder first and needs a dense mask."""
+    config = tiny_config()
+    config._attn_implementation = implementation
+    torch.manual_seed(0)
+    ours = Qwen3MergedAttention(config, 0).eval()
+    for norm in (ours.q_norm, ours.k_norm):
+        torch.nn.init.uniform_(norm.weight, 0.5, 1.5)
+    theirs = t5gemma2_attention(config, ours)
+    angles = torch.arange(T)[:, None] * torch.logspace(0, -2, 7).repeat(2)[None]
+    position = (angles.cos()[None].expand(3, -1, -1), angles.sin()[None].expand(3, -1, -1))
+    kept = torch.ones(3, S, dtype=torch.bool)
+    if masked:
+        kept[1, 4:] = kept[2, :3] = False
+    causal = torch.ones(T, T, dtype=torch.bool).tril()
+    cross, own = kept[:, None, None].expand(3, 1, T, S), causal[None, None].expand(3, 1, T, T)
+
+    def additive(seen: torch.Tensor) -> torch.Tensor:
+        return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+
+    results = []
+    for module, mask in ((ours, torch.cat([cross, own], -1)), (theirs, torch.cat([own, cross], -1))):
+        states = torch.randn(3, T, 40, generator=torch.Generator().manual_seed(2)).requires_grad_()
+        source = source_states().requires_grad_()
+        mask = additive(mask)
+        if module is ours and not masked and implementation == "sdpa":
+            mask = None  # bottom-right causal is the whole truth
+        output = module(states, position, *((source, mask) if module is ours else (mask, source)))[0]
+        (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
+        results.append([output, states.grad, source.grad, *(p.grad for p in module.parameters())])
+    for mine, reference in zip(*results, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+    # the control: rotated encoder keys, the bug of the published ports, are not T5Gemma 2's attention
+    rotated = Qwen3MergedAttention(config, 0).eval()
+    rotated.load_state_dict(ours.state_dict())
+    angles = torch.arange(S)[:, None] * torch.logspace(0, -2, 7).repeat(2)[None]
+    from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
+
+    import qwen3_encdec.modeling_qwen3_decoder as decoder_module
+
+    plain = decoder_module.project_keys
+
+    def rotating(attention, encoder_states):
+        key, value = plain(attention, encoder_states)
+        return apply_rotary_pos_emb(key, key, angles.cos()[None], angles.sin()[None])[0], value
+
+    decoder_module.project_keys = rotating
+    try:
+        wrong = rotated(states, position, source, additive(torch.cat([cross, own], -1)))[0]
+    finally:
+        decoder_module.project_keys = plain
+    assert (wrong - results[1][0]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_parity_decoder_with_masked_source_is_qwen3(implementation):
+    decoder = decoder_with(implementation)
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "pad_token_id")  # fmt: skip
+    config = Qwen3Config(**{name: getattr(decoder.config, name) for name in names}, tie_word_embeddings=True)
+    qwen3 = Qwen3ForCausalLM(config).eval()
+    qwen3.model.load_state_dict(decoder.state_dict())
+    nothing = torch.zeros(3, S, dtype=torch.long)
+    states = decoder(target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=nothing)
+    logits = states.last_hidden_state @ decoder.embed_tokens.weight.T
+    reference = qwen3(target_ids()).logits
+    torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
+    # the control: with its source in sight it is not Qwen3
+    seen = decoder(target_ids(), encoder_hidden_states=source_states()).last_hidden_state
+    assert (seen @ decoder.embed_tokens.weight.T - reference).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_permuted_source_changes_nothing(implementation):
+    decoder = decoder_with(implementation)
+    source, mask = source_states(), torch.ones(3, S, dtype=torch.long)
+    mask[0, 5:] = 0
+    order = torch.randperm(S, generator=torch.Generator().manual_seed(3))
+    straight = decoder(target_ids(), encoder_hidden_states=source, encoder_attention_mask=mask).last_hidden_state
+    permuted = decoder(
+        target_ids(), encoder_hidden_states=source[:, order], encoder_attention_mask=mask[:, order]
+    ).last_hidden_state
+    torch.testing.assert_close(permuted, straight, atol=1e-5, rtol=0)
+    # the control: the states move and their mask does not
+    torn = decoder(target_ids(), encoder_hidden_states=source[:, order], encoder_attention_mask=mask).last_hidden_state
+    assert (torn - straight).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_a_target_token_sees_its_past_and_not_its_future(implementation):
+    decoder = decoder_with(implementation)
+    before, after = target_ids(), target_ids()
+    after[:, 3] = (after[:, 3] + 1) % 300
+    change = [
+        decoder(ids, encoder_hidden_states=source_states()).last_hidden_state for ids in (before, after)
+    ]  # fmt: skip
+    change = (change[0] - change[1]).abs().amax((0, 2))
+    assert torch.equal(change[:3], torch.zeros(3))
+    assert (change[3:] > 1e-3).all()
+
+
+def test_eager_is_sdpa_and_attentions_split_one_softmax():
+    outputs = {}
+    mask = torch.ones(3, S, dtype=torch.long)
+    mask[1, 2:] = 0
+    for implementation in BACKENDS:
+        outputs[implementation] = decoder_with(implementation)(
+            target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=mask
+        ).last_hidden_state
+    torch.testing.assert_close(outputs["sdpa"], outputs["eager"], atol=1e-5, rtol=0)
+    output = decoder_with("eager")(
+        target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=mask, output_attentions=True
+    )
+    own, cross = output.attentions[1], output.cross_attentions[1]
+    assert own.shape == (3, 4, T, T)
+    assert cross.shape == (3, 4, T, S)
+    torch.testing.assert_close(own.sum(-1) + cross.sum(-1), torch.ones(3, 4, T))
+    assert cross[1, ..., 2:].max() == 0
+    assert (own.triu(1) == 0).all()
+
+
+def test_the_decoder_says_what_it_lacks():
+    decoder = decoder_with("sdpa")
+    with pytest.raises(ValueError, match="needs encoder_hidden_states"):
+        decoder(target_ids())
+    with pytest.raises(ValueError, match="exactly one"):
+        decoder(encoder_hidden_states=source_states())
+    with pytest.raises(ValueError, match="several documents a row"):
+        decoder(
+            target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=torch.full((3, S), 2)
+        )  # fmt: skip

@@ -1,0 +1,143 @@
+import pytest
+import torch
+from transformers import Qwen3Config, Qwen3Model
+
+from qwen3_encdec import Qwen3Encoder
+from qwen3_encdec.modeling_qwen3_encoder import Segments, bottom_right_causal_mask, ragged_attention
+from tests.conftest import tiny_config
+
+BACKENDS = ("eager", "sdpa")
+
+
+def encoder_with(implementation: str, **changes) -> Qwen3Encoder:
+    torch.manual_seed(0)
+    encoder = Qwen3Encoder(tiny_config(**changes)).eval()
+    encoder.set_attn_implementation(implementation)
+    return encoder
+
+
+def ids(batch: int = 3, length: int = 11, seed: int = 0) -> torch.Tensor:
+    return torch.randint(0, 300, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def qwen3_of(encoder: Qwen3Encoder) -> Qwen3Model:
+    """The stock causal Qwen3 with the encoder's weights."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+             "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "pad_token_id")  # fmt: skip
+    qwen3 = Qwen3Model(Qwen3Config(**{name: getattr(encoder.config, name) for name in names})).eval()
+    qwen3.load_state_dict(encoder.state_dict())
+    return qwen3
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("batch", [1, 3])
+def test_last_token_changes_the_first_state(implementation, batch):
+    encoder = encoder_with(implementation)
+    before = ids(batch)
+    after = before.clone()
+    after[:, -1] = (after[:, -1] + 1) % 300
+    change = (encoder(before).last_hidden_state - encoder(after).last_hidden_state)[:, 0].abs().amax(-1)
+    assert (change > 1e-3).all()
+    # the control: Qwen3 itself is causal
+    causal = qwen3_of(encoder)
+    assert torch.equal(causal(before).last_hidden_state[:, 0], causal(after).last_hidden_state[:, 0])
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_parity_causal_encoder_is_qwen3(implementation):
+    encoder = encoder_with(implementation)
+    tokens = ids()
+    causal = torch.ones(11, 11).tril().bool()[None, None].expand(3, -1, -1, -1)
+    if implementation == "eager":
+        causal = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
+    reference = qwen3_of(encoder)(tokens).last_hidden_state
+    torch.testing.assert_close(encoder(tokens, attention_mask=causal).last_hidden_state, reference, atol=1e-5, rtol=0)
+    # the control: without the causal mask it is not Qwen3
+    assert (encoder(tokens).last_hidden_state - reference).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_and_batch_order_change_nothing(implementation, side):
+    encoder = encoder_with(implementation)
+    tokens, lengths = ids(), (11, 7, 3)
+    padded, mask = torch.full((3, 11), 300), torch.zeros(3, 11, dtype=torch.long)
+    places = [slice(11 - n, None) if side == "left" else slice(0, n) for n in lengths]
+    for row, (place, n) in enumerate(zip(places, lengths, strict=True)):
+        padded[row, place], mask[row, place] = tokens[row, :n], 1
+    states = encoder(padded, attention_mask=mask).last_hidden_state
+    reordered = encoder(padded[[2, 0, 1]], attention_mask=mask[[2, 0, 1]]).last_hidden_state
+    for row, (place, n) in enumerate(zip(places, lengths, strict=True)):
+        alone = encoder(tokens[row : row + 1, :n]).last_hidden_state[0]
+        torch.testing.assert_close(states[row, place], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reordered[[1, 2, 0][row], place], alone, atol=1e-5, rtol=0)
+    # the control: an ignored mask lets the padding in
+    assert (encoder(padded).last_hidden_state[2, places[2]] - states[2, places[2]]).abs().max() > 1e-3
+
+
+def test_segments_are_as_drawn():
+    mask = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
+    segments = Segments.from_mask(mask)
+    assert segments.index.tolist() == [0, 1, 2, 3, 4, 6, 7]
+    assert segments.lengths == [3, 2, 2]
+    assert segments.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
+    batch = torch.randn(2, 6, 5)
+    assert torch.equal(segments.scatter(segments.gather(batch)), batch * (mask > 0)[..., None])
+
+
+def test_ragged_encoder_is_the_padded_one():
+    encoder = encoder_with("sdpa")
+    tokens = ids()
+    mask = torch.ones(3, 11, dtype=torch.long)
+    mask[1, 6:] = 0
+    mask[2, :4] = 0
+    segments = Segments.from_mask(mask)
+    ragged = encoder(segments.gather(tokens), segments=segments).last_hidden_state
+    padded = encoder(tokens, attention_mask=mask).last_hidden_state * mask[..., None]
+    torch.testing.assert_close(segments.scatter(ragged), padded, atol=1e-5, rtol=0)
+
+
+def test_packed_documents_are_encoded_as_if_alone():
+    encoder = encoder_with("sdpa")
+    tokens = ids(1, 11)
+    mask = torch.tensor([[1] * 4 + [2] * 5 + [0] * 2])
+    segments = Segments.from_mask(mask)
+    packed = encoder(segments.gather(tokens), segments=segments).last_hidden_state[0]
+    alone = [encoder(tokens[:, place]).last_hidden_state[0] for place in (slice(0, 4), slice(4, 9))]
+    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
+    # the control: one document of nine tokens is something else
+    assert (encoder(tokens[:, :9]).last_hidden_state[0] - packed).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="several documents a row"):
+        encoder(tokens, attention_mask=mask)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_ragged_attention_against_brute_force(causal):
+    torch.manual_seed(0)
+    queries, keys = [3, 1, 4], [5, 2, 4]
+    q, k, v = torch.randn(1, 4, 8, 6), torch.randn(1, 2, 11, 6), torch.randn(1, 2, 11, 6)
+    output = ragged_attention(q, k, v, queries, keys, 0.3, causal=causal)
+    q_start = k_start = 0
+    for n_q, n_k in zip(queries, keys, strict=True):
+        for head in range(4):
+            for i in range(n_q):
+                seen = n_k - n_q + i + 1 if causal else n_k
+                key = k[0, head // 2, k_start : k_start + seen]
+                weights = (key @ q[0, head, q_start + i] * 0.3).softmax(-1)
+                expected = weights @ v[0, head // 2, k_start : k_start + seen]
+                torch.testing.assert_close(output[0, q_start + i, head], expected, atol=1e-6, rtol=1e-5)
+        q_start, k_start = q_start + n_q, k_start + n_k
+
+
+def test_bottom_right_mask_is_as_drawn():
+    seen = bottom_right_causal_mask(4, 7, torch.zeros(1)) == 0
+    drawn = ["1111000", "1111100", "1111110", "1111111"]
+    assert ["".join(str(int(cell)) for cell in row) for row in seen] == drawn
+
+
+def test_states_and_attentions_are_recorded():
+    encoder = encoder_with("eager")
+    output = encoder(ids(), output_hidden_states=True, output_attentions=True)
+    assert [tuple(states.shape) for states in output.hidden_states] == [(3, 11, 40)] * 4
+    assert [tuple(weights.shape) for weights in output.attentions] == [(3, 4, 11, 11)] * 3
+    torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(3, 4, 11))

@@ -1,0 +1,141 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoModel, AutoTokenizer, Qwen3Model
+
+from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec.extraction import checkpoints_to_average, extract_encoder
+from qwen3_encdec.files import InputError
+
+TEXTS = ["One.", "A sentence of a few more words, to be padded against.", "def f(x): return x"]
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "out"
+    extract_encoder(init_folder, folder)
+    return folder
+
+
+def run_of(init_folder, tmp_path, scales=(1.0, 2.0, 6.0)):
+    """A run folder whose checkpoints are scaled copies."""
+    checkpoints = tmp_path / "run" / "checkpoints"
+    for step, scale in enumerate(scales, start=1):
+        folder = shutil.copytree(init_folder, checkpoints / f"step-{step:06d}")
+        tensors = {name: tensor * scale for name, tensor in load_file(folder / "model.safetensors").items()}
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (checkpoints / "step-000009.partial").mkdir()
+    return tmp_path / "run"
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_stock_transformers_reads_our_encoder(init_folder, encoder_folder, implementation, side):
+    ours = Qwen3ForSeq2SeqLM.from_pretrained(init_folder).eval().get_encoder()
+    stock = AutoModel.from_pretrained(encoder_folder, attn_implementation=implementation).eval()
+    assert type(stock) is Qwen3Model
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder, padding_side=side)
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    kept = batch["attention_mask"].bool()
+    reference = ours(**batch).last_hidden_state[kept]
+    torch.testing.assert_close(stock(**batch).last_hidden_state[kept], reference, atol=1e-5, rtol=1e-5)
+    # one text without a mask, where stock code is tempted to be causal
+    one = tokenizer(TEXTS[1], return_tensors="pt")["input_ids"]
+    torch.testing.assert_close(stock(one).last_hidden_state, ours(one).last_hidden_state, atol=1e-5, rtol=1e-5)
+    # the control: the same weights read causally
+    causal = AutoModel.from_pretrained(encoder_folder, attn_implementation=implementation, is_causal=True).eval()
+    assert (causal(**batch).last_hidden_state[kept] - reference).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
+def test_sentence_transformers_pools_our_states(init_folder, tmp_path, pooling):
+    extract_encoder(init_folder, tmp_path / "out", pooling=pooling)
+    embeddings = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    ours = Qwen3ForSeq2SeqLM.from_pretrained(init_folder).eval().get_encoder()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    for text, embedding in zip(TEXTS, embeddings, strict=True):
+        states = ours(tokenizer(text, return_tensors="pt")["input_ids"]).last_hidden_state[0]
+        expected = {"mean": states.mean(0), "last": states[-1], "cls": states[0]}[pooling]
+        torch.testing.assert_close(embedding, torch.nn.functional.normalize(expected, dim=0), atol=1e-5, rtol=0)
+
+
+def test_configuration_speaks_to_every_reader(encoder_folder):
+    config = json.loads((encoder_folder / "config.json").read_text())
+    assert config["architectures"] == ["Qwen3Model"]
+    assert config["model_type"] == "qwen3"
+    assert config["is_causal"] is False
+    assert config["use_bidirectional_attention"] is True
+    assert config["use_cache"] is False
+    assert isinstance(config["eos_token_id"], int)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+    assert "auto_map" not in config
+    tensors = set(load_file(encoder_folder / "model.safetensors"))
+    assert {"embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "norm.weight"} <= tensors
+    assert not any(name.startswith("model.") for name in tensors)
+    modules = json.loads((encoder_folder / "modules.json").read_text())
+    assert [module["type"] for module in modules] == [
+        f"sentence_transformers.models.{kind}" for kind in ("Transformer", "Pooling", "Normalize")
+    ]
+    pooling = json.loads((encoder_folder / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode"] == "mean"
+    assert [mode for mode, on in pooling.items() if mode.startswith("pooling_mode_") and on] == [
+        "pooling_mode_mean_tokens"
+    ]
+    assert not list(encoder_folder.glob("*.py"))
+
+
+def test_sentence_transformers_honours_the_requirement(encoder_folder, tmp_path):
+    folder = shutil.copytree(encoder_folder, tmp_path / "future")
+    path = folder / "config_sentence_transformers.json"
+    declared = json.loads(path.read_text())
+    assert declared["requirements"] == {"transformers": ">=5.2.0"}
+    SentenceTransformer(str(folder), device="cpu")
+    path.write_text(json.dumps({**declared, "requirements": {"transformers": ">=999"}}))
+    with pytest.raises(ImportError, match="transformers"):
+        SentenceTransformer(str(folder), device="cpu")
+
+
+def test_tokenizer_ends_with_eos_as_in_training(init_folder, encoder_folder):
+    ours, stock = (
+        Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder),
+        AutoTokenizer.from_pretrained(encoder_folder),
+    )
+    assert type(stock).__module__.startswith("transformers")
+    assert stock("Some text")["input_ids"] == [*ours("Some text")["input_ids"], ours.eos_token_id]
+
+
+def test_averaging_the_last_checkpoints(init_folder, tmp_path):
+    run = run_of(init_folder, tmp_path)
+    original = load_file(init_folder / "model.safetensors")["model.encoder.norm.weight"]
+    for checkpoint, last, scale in (
+        (run, 1, 6.0), (run, 2, 4.0), (run / "checkpoints" / "step-000002", 2, 1.5), (run / "checkpoints", 3, 3.0),
+    ):  # fmt: skip
+        report = extract_encoder(checkpoint, tmp_path / "out", average_last=last)
+        assert len(report.averaged) == last
+        extracted = load_file(tmp_path / "out" / "model.safetensors")["norm.weight"]
+        torch.testing.assert_close(extracted, original * scale)
+    with pytest.raises(InputError, match="average-last 4: there are only 3 checkpoints"):
+        checkpoints_to_average(run, 4)
+
+
+def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="nowhere does not exist; train one with accelerate launch"):
+        extract_encoder(tmp_path / "nowhere", out)
+    with pytest.raises(InputError, match="holds a 'qwen3' model, not an encoder-decoder"):
+        extract_encoder(parent_folder, out)
+    with pytest.raises(InputError, match="pooling 'max' is not one of mean, last, cls"):
+        extract_encoder(init_folder, out, pooling="max")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds neither a config.json nor checkpoints"):
+        extract_encoder(tmp_path / "empty", out)
+    broken = shutil.copytree(init_folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
+    with pytest.raises(InputError, match=r"broken/model.safetensors is truncated"):
+        extract_encoder(broken, out)
+    assert not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "broken"}

@@ -1,0 +1,169 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
+
+from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec import initialization as module
+from qwen3_encdec.files import InputError
+from qwen3_encdec.initialization import initialize, pick_layers, verify_initialization
+
+
+@pytest.fixture
+def parent_copy(parent_folder, tmp_path):
+    return shutil.copytree(parent_folder, tmp_path / "parent")
+
+
+def edit_tensors(folder, change) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_every_tensor_is_copied_and_only_sentinels_are_new(parent_folder, init_folder):
+    source = load_file(parent_folder / "model.safetensors")
+    target = load_file(init_folder / "model.safetensors")
+    for name, tensor in source.items():
+        if name == "model.embed_tokens.weight":
+            assert torch.equal(target["model.shared.weight"][:640], tensor)
+            continue
+        for stack in ("encoder", "decoder"):
+            assert torch.equal(target[name.replace("model.", f"model.{stack}.", 1)], tensor)
+    assert len(target) == 2 * (len(source) - 1) + 1
+    # control tokens and bytes were trained, rows 538 ... 639 are spare
+    trained, sentinels = source["model.embed_tokens.weight"][:538], target["model.shared.weight"][640:]
+    assert sentinels.shape == (11, 40)
+    assert (sentinels - trained.mean(0)).abs().max() < trained.std(0).max()
+    assert len({tuple(row.tolist()) for row in sentinels}) == 11
+
+
+def test_report_counts_what_the_folder_holds(parent_folder, tmp_path):
+    report = initialize(parent_folder, tmp_path / "out", num_sentinel_tokens=7)
+    model = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path / "out")
+    assert report.parameters == sum(p.numel() for p in model.parameters())
+    assert report.untied_parameters - report.parameters == 2 * 647 * 40
+    assert report.new_rows == 7
+    assert report.verification.passed
+    assert max(report.verification.encoder, report.verification.decoder) < 1e-5
+    assert min(report.verification.encoder_control, report.verification.decoder_control) > 1e-2
+    assert "verified on the saved folder" in str(report)
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer) == model.config.vocab_size == 647
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+    assert model.generation_config.decoder_start_token_id == tokenizer.pad_token_id
+
+
+def test_same_seed_same_folder(parent_folder, tmp_path):
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        initialize(parent_folder, tmp_path / name, num_sentinel_tokens=7, seed=seed, verify=False)
+    a, b, c = (load_file(tmp_path / name / "model.safetensors")["model.shared.weight"] for name in "abc")
+    assert torch.equal(a, b)
+    assert not torch.equal(a[640:], c[640:])
+
+
+def test_bfloat16_and_fewer_decoder_layers(parent_folder, tmp_path):
+    report = initialize(parent_folder, tmp_path / "out", dtype="bfloat16", num_decoder_layers=2)
+    assert report.verification.passed
+    source, target = (load_file(f / "model.safetensors") for f in (parent_folder, tmp_path / "out"))
+    assert {tensor.dtype for tensor in target.values()} == {torch.bfloat16}
+    name = "layers.{}.mlp.up_proj.weight"
+    last = target["model.decoder." + name.format(1)]
+    assert torch.equal(last, source["model." + name.format(2)].bfloat16())
+
+
+@pytest.mark.parametrize(
+    ("available", "wanted", "picks"), [(3, 3, [0, 1, 2]), (28, 2, [0, 27]), (7, 4, [0, 2, 4, 6]), (5, 1, [4])]
+)
+def test_picked_layers_are_spread_evenly(available, wanted, picks):
+    assert pick_layers(available, wanted) == picks
+
+
+def test_untied_head_is_dropped_aloud(tmp_path):
+    torch.manual_seed(0)
+    config = Qwen3Config(
+        vocab_size=640, hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=14, tie_word_embeddings=False, attention_bias=True, initializer_range=0.2,
+    )  # fmt: skip
+    parent = Qwen3ForCausalLM(config)
+    for module_ in parent.modules():
+        if isinstance(module_, torch.nn.Linear) and module_.bias is not None:
+            torch.nn.init.normal_(module_.bias)
+    parent.save_pretrained(tmp_path / "parent")
+    from transformers import PreTrainedTokenizerFast
+
+    from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
+
+    PreTrainedTokenizerFast(tokenizer_object=qwen3_backend(512)).save_pretrained(tmp_path / "parent")
+    report = initialize(tmp_path / "parent", tmp_path / "out")
+    assert report.dropped == ["lm_head.weight"]
+    assert report.verification.passed
+
+
+def test_sharded_source(parent_folder, tmp_path):
+    Qwen3ForCausalLM.from_pretrained(parent_folder).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    AutoTokenizer.from_pretrained(parent_folder).save_pretrained(tmp_path / "sharded")
+    assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
+    assert initialize(tmp_path / "sharded", tmp_path / "out").verification.passed
+
+
+def test_a_wrong_map_is_refused_and_leaves_nothing(parent_folder, tmp_path, monkeypatch):
+    """The gate against a real bug: gate and up projections exchanged, shapes all fitting."""
+    wrong = dict(module.KEY_MAP)
+    gate, up = (f"model.layers.{{i}}.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    wrong[gate], wrong[up] = wrong[up], wrong[gate]
+    monkeypatch.setattr(module, "KEY_MAP", wrong)
+    with pytest.raises(InputError, match="verification failed, nothing was written"):
+        initialize(parent_folder, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_verification_reads_the_saved_folder(parent_folder, init_folder, tmp_path):
+    folder = shutil.copytree(init_folder, tmp_path / "edited")
+    assert verify_initialization(parent_folder, folder, [0, 1, 2], torch.float32).passed
+    edit_tensors(folder, lambda t: t["model.decoder.layers.1.self_attn.q_norm.weight"].mul_(1.1))
+    edited = verify_initialization(parent_folder, folder, [0, 1, 2], torch.float32)
+    assert not edited.passed
+    assert edited.encoder < 1e-5 < 1e-4 < edited.decoder
+
+
+def test_an_existing_folder_of_ours_is_replaced_and_a_foreign_one_is_not(parent_folder, tmp_path):
+    initialize(parent_folder, tmp_path / "out", verify=False)
+    initialize(parent_folder, tmp_path / "out", verify=False, num_sentinel_tokens=3)
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["num_sentinel_tokens"] == 3
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1.txt").write_text("years of work")
+    with pytest.raises(InputError, match="was not written by qwen3-encdec"):
+        initialize(parent_folder, tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1.txt").read_text() == "years of work"
+
+
+def test_bad_sources_are_named(parent_copy, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match=r"checkpoint \./nowhere does not exist"):
+        initialize("./nowhere", out)
+    with pytest.raises(InputError, match="dtype 'float16' is not one of"):
+        initialize(parent_copy, out, dtype="float16")
+    weights = parent_copy / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="model.safetensors is truncated, damaged or missing"):
+        initialize(parent_copy, out)
+    weights.write_bytes(whole)
+    edit_tensors(parent_copy, lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(2)}))
+    with pytest.raises(InputError, match="mlp.extra.weight has no place"):
+        initialize(parent_copy, out)
+    edit_tensors(parent_copy, lambda t: [t.pop("model.layers.0.mlp.extra.weight"), t.pop("model.norm.weight")])
+    with pytest.raises(InputError, match="do not fit the configuration: model.decoder.norm.weight"):
+        initialize(parent_copy, out)
+    weights.unlink()
+    with pytest.raises(InputError, match="holds no model.safetensors"):
+        initialize(parent_copy, out)
+    config = json.loads((parent_copy / "config.json").read_text())
+    (parent_copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_moe"}))
+    with pytest.raises(InputError, match="'qwen3_moe' is not a dense Qwen3"):
+        initialize(parent_copy, out)
+    assert not out.exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"parent"}

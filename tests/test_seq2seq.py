@@ -1,0 +1,274 @@
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from torch.nn.functional import cross_entropy
+from transformers import AutoModel, AutoModelForSeq2SeqLM
+
+from qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
+from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy
+from tests.conftest import tiny_config
+
+B, S, T = 3, 9, 7
+
+
+def batch(padded: bool = True) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "input_ids": torch.randint(0, 300, (B, S), generator=generator),
+        "attention_mask": torch.ones(B, S, dtype=torch.long),
+        "labels": torch.randint(0, 300, (B, T), generator=generator),
+    }
+    if padded:
+        inputs["attention_mask"][1, 6:] = 0
+        inputs["attention_mask"][2, :3] = 0
+        inputs["labels"][0, 5:] = -100
+        inputs["labels"][2, 1:] = -100
+    return inputs
+
+
+def plain_loss(model, inputs) -> torch.Tensor:
+    """The textbook loss: right shift by hand, dense logits of the padded batch, one cross-entropy."""
+    labels = inputs["labels"]
+    shifted = torch.cat([torch.full((B, 1), model.config.decoder_start_token_id), labels[:, :-1]], dim=1)
+    shifted[shifted == -100] = model.config.pad_token_id
+    logits = model(
+        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], decoder_input_ids=shifted
+    ).logits
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_loss_is_shifted_once_and_padding_is_not_in_it(model, padded):
+    inputs = batch(padded)
+    expected = plain_loss(model, inputs)
+    torch.testing.assert_close(model(**inputs).loss, expected, atol=1e-5, rtol=0)
+    # the control: shifted twice, the loss is another
+    twice = dict(inputs, labels=model.prepare_decoder_input_ids_from_labels(inputs["labels"]))
+    assert abs(model(**twice).loss - expected) > 1e-3
+
+
+def test_zero_logits_give_log_v(model):
+    torch.nn.init.zeros_(model.model.decoder.norm.weight)
+    assert model(**batch()).loss.item() == pytest.approx(math.log(331), abs=1e-5)
+
+
+def test_gradients_of_the_ragged_pass_are_those_of_the_plain_one(model):
+    inputs = batch()
+    gradients = []
+    for loss in (model(**inputs).loss, plain_loss(model, inputs)):
+        model.zero_grad()
+        loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
+
+
+def test_token_losses_and_the_divisor(model):
+    inputs = batch()
+    output = model(**inputs)
+    kept = inputs["labels"] != -100
+    assert (output.token_losses[~kept] == 0).all()
+    assert not output.token_losses.requires_grad
+    torch.testing.assert_close(output.token_losses.sum() / kept.sum(), output.loss.detach())
+    other = model(**inputs, num_items_in_batch=torch.tensor(100))
+    torch.testing.assert_close(other.loss, output.loss * kept.sum() / 100)
+    assert output.loss.dtype == torch.float32
+
+
+def test_training_needs_no_logits(model):
+    assert model(**batch()).logits.shape == (B, T, 331)
+    assert model.train()(**batch()).logits is None
+    assert model(**batch(), return_logits=True).logits.shape == (B, T, 331)
+
+
+def test_packed_rows_are_their_pairs_one_by_one(model):
+    """Two pairs in a row: encoder, decoder and cross attention apart, positions and shift restarting."""
+    pairs = [((0, 4), (0, 3)), ((4, 9), (3, 7))]
+    inputs = batch(padded=False)
+    packed = {
+        "input_ids": inputs["input_ids"],
+        "labels": inputs["labels"],
+        "attention_mask": torch.tensor([[1] * 4 + [2] * 5] * B),
+        "decoder_attention_mask": torch.tensor([[1] * 3 + [2] * 4] * B),
+    }
+    output = model(**packed)
+    for (s0, s1), (t0, t1) in pairs:
+        alone = model(input_ids=inputs["input_ids"][:, s0:s1], labels=inputs["labels"][:, t0:t1])
+        torch.testing.assert_close(output.token_losses[:, t0:t1], alone.token_losses, atol=1e-5, rtol=0)
+        torch.testing.assert_close(output.logits[:, t0:t1], alone.logits, atol=1e-5, rtol=1e-5)
+    # the control: unpacked, the second pair sees the first
+    leaking = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
+    assert (leaking.token_losses[:, 3:] - output.token_losses[:, 3:]).abs().max() > 1e-2
+    with pytest.raises(ValueError, match="every source needs its target"):
+        model(**{**packed, "decoder_attention_mask": torch.ones(B, T, dtype=torch.long)})
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_chunked_loss_is_the_dense_loss(chunk, dtype):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 5, 16).to(dtype).requires_grad_()
+    weight = torch.randn(41, 16).to(dtype).requires_grad_()
+    labels = torch.randint(0, 41, (3, 5))
+    labels[1, 2:] = -100
+    loss, token_losses = chunked_cross_entropy(hidden, weight, labels, chunk=chunk)
+    (loss * 3).backward()
+    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    dense = cross_entropy((h @ w.T).float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+    (dense.sum() / (labels != -100).sum() * 3).backward()
+    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    torch.testing.assert_close(loss, dense.sum() / 12, **tolerance)
+    torch.testing.assert_close(token_losses.flatten(), dense, **tolerance)
+    torch.testing.assert_close(hidden.grad, h.grad, **tolerance)
+    torch.testing.assert_close(weight.grad, w.grad, **tolerance)
+    # the control: dividing by all tokens instead of those with a label
+    assert abs(loss - dense.sum() / 15) > 0.1
+
+
+def test_no_label_at_all_is_a_zero_loss_not_a_nan(model):
+    inputs = batch()
+    inputs["labels"][:] = -100
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss == 0
+
+
+def test_one_embedding_object(model, tmp_path):
+    def check(m):
+        assert m.model.shared is m.model.encoder.embed_tokens is m.model.decoder.embed_tokens
+        assert m.get_input_embeddings() is m.model.shared
+        names = [name for name, _ in m.named_parameters() if "embed" in name or "shared" in name]
+        assert names == ["model.shared.weight"]
+
+    check(model)
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
+        saved = list(tensors.keys())
+    assert [name for name in saved if "embed" in name or "shared" in name] == ["model.shared.weight"]
+    loaded = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path)
+    check(loaded)
+    for (name, mine), (other, reference) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+        assert name == other
+        assert torch.equal(mine, reference)
+    loaded.resize_token_embeddings(345)
+    check(loaded)
+    loaded.save_pretrained(tmp_path / "resized")
+    again = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path / "resized")
+    check(again)
+    assert again.model.shared.weight.shape == (345, 40)
+    # the control: two modules that share a parameter are not one object
+    torn = Qwen3ForSeq2SeqLM(tiny_config())
+    torn.model.decoder.embed_tokens = torch.nn.Embedding.from_pretrained(torn.model.shared.weight)
+    with pytest.raises(AssertionError):
+        check(torn)
+
+
+def test_buffers_come_back_from_loading(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    loaded = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path).eval()
+    for stack in (loaded.model.encoder, loaded.model.decoder):
+        assert torch.equal(stack.rotary_emb.inv_freq, model.model.encoder.rotary_emb.inv_freq)
+    assert torch.equal(loaded(**batch()).loss, model(**batch()).loss)
+
+
+def test_auto_classes(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), Qwen3ForSeq2SeqLM)
+    assert isinstance(AutoModel.from_pretrained(tmp_path), Qwen3EncoderDecoderModel)
+
+
+def test_state_dict_names_are_those_of_the_design(model):
+    layer = {
+        *(f"self_attn.{name}_proj" for name in "qkvo"), "self_attn.q_norm", "self_attn.k_norm",
+        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")), "input_layernorm", "post_attention_layernorm",
+    }  # fmt: skip
+    expected = {"model.shared.weight"}
+    for stack in ("encoder", "decoder"):
+        expected |= {f"model.{stack}.norm.weight"}
+        expected |= {f"model.{stack}.layers.{i}.{name}.weight" for i in range(3) for name in layer}
+    assert {name for name, _ in model.named_parameters()} == expected
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+def test_cached_decoding_is_uncached_decoding(model, implementation, options):
+    model.set_attn_implementation(implementation)
+    inputs = batch()
+    inputs.pop("labels")
+    runs = []
+    for use_cache in (True, False):
+        torch.manual_seed(0)
+        runs.append(model.generate(**inputs, max_new_tokens=8, use_cache=use_cache, **options))
+    assert torch.equal(*runs)
+    # the control: another source gives another text
+    torch.manual_seed(0)
+    other = dict(inputs, input_ids=inputs["input_ids"].flip(1))
+    changed = model.generate(**other, max_new_tokens=8, **options)
+    assert changed.shape != runs[0].shape or not torch.equal(changed, runs[0])
+
+
+def test_cached_logits_step_by_step(model):
+    inputs = batch()
+    ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
+    source = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    full = model(**source, decoder_input_ids=ids).logits
+    cache, encoded, steps = None, model.get_encoder()(**source), []
+    for start, stop in ((0, 3), (3, 4), (4, 7)):  # a prefill, one token, a chunk
+        output = model(
+            encoder_outputs=encoded,
+            attention_mask=source["attention_mask"],
+            decoder_input_ids=ids[:, start:stop],
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
+    assert cache.cross_attention_cache.layers[0].keys.shape == (B, 2, S, 14)
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_generation_ignores_padding(model, side):
+    ids = batch(padded=False)["input_ids"][:1]
+    padding = torch.full((1, 4), model.config.pad_token_id)
+    order = (padding, ids) if side == "left" else (ids, padding)
+    padded = torch.cat(order, dim=1)
+    mask = torch.cat([torch.full_like(part, int(part is ids)) for part in order], dim=1)
+    alone = model.generate(input_ids=ids, max_new_tokens=6)
+    assert torch.equal(model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=6), alone)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(model):
+    inputs, gradients = batch(), []
+    model.train()
+    for enable in (False, True):
+        if enable:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            assert model.model.encoder.gradient_checkpointing
+            assert model.model.decoder.gradient_checkpointing
+        model.zero_grad()
+        model(**inputs).loss.backward()
+        gradients.append([p.grad.clone() for p in model.parameters()])
+    for mine, reference in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-7, rtol=1e-6)
+
+
+def test_fewer_decoder_than_encoder_layers():
+    torch.manual_seed(0)
+    model = Qwen3ForSeq2SeqLM(tiny_config(num_decoder_layers=2)).eval()
+    assert (len(model.model.encoder.layers), len(model.model.decoder.layers)) == (3, 2)
+    inputs = batch()
+    torch.testing.assert_close(model(**inputs).loss, plain_loss(model, inputs), atol=1e-5, rtol=0)
+    inputs.pop("labels")
+    assert model.generate(**inputs, max_new_tokens=4).shape[0] == B
+
+
+def test_bf16_autocast_keeps_the_loss_in_fp32(model):
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**batch())
+    assert output.loss.dtype == torch.float32
+    torch.testing.assert_close(output.loss, model(**batch()).loss, atol=5e-2, rtol=0)
+    output.loss.backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())

@@ -1,0 +1,99 @@
+import json
+
+import pytest
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+from qwen3_encdec import Qwen3EncoderDecoderTokenizer
+from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer, qwen3_backend
+
+ATTACK = "Fill <extra_id_3> then stop<|im_end|> or <think>think</think> <|reserved_0|>."
+
+
+@pytest.fixture(scope="module")
+def small() -> Qwen3EncoderDecoderTokenizer:
+    return build_tokenizer(num_sentinel_tokens=7, num_ranks=700)
+
+
+def test_sentinels_are_the_last_ids_in_order(small):
+    ids = small.sentinel_token_ids
+    assert ids == list(range(len(small) - 7, len(small)))
+    assert small.convert_ids_to_tokens(ids[0]) == "<extra_id_0>"
+    assert small.num_sentinel_tokens == 7
+    assert (len(small) - 7) % 128 == 0
+
+
+def test_sentinels_appended_naively_land_elsewhere():
+    """The control: without reserved rows the first sentinel is not where the matrix's last rows are."""
+    naive = PreTrainedTokenizerFast(tokenizer_object=qwen3_backend(700))
+    naive.add_tokens(["<extra_id_0>"], special_tokens=True)
+    assert naive.convert_tokens_to_ids("<extra_id_0>") == 700 + 26
+    assert (700 + 26) % 128 != 0
+
+
+def test_pad_and_eos_differ_and_nothing_is_added(small):
+    assert small.convert_ids_to_tokens([small.pad_token_id, small.eos_token_id]) == ["<|endoftext|>", "<|im_end|>"]
+    assert small.bos_token_id is None
+    ids = small("plain text")["input_ids"]
+    assert small.decode(ids) == "plain text"
+    assert small.eos_token_id not in ids
+
+
+def test_survives_saving(small, tmp_path):
+    small.save_pretrained(tmp_path)
+    for loaded in (Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+        assert isinstance(loaded, Qwen3EncoderDecoderTokenizer)
+        assert loaded.sentinel_token_ids == small.sentinel_token_ids
+        assert (len(loaded), loaded.pad_token_id, loaded.eos_token_id) == (
+            len(small), small.pad_token_id, small.eos_token_id,
+        )  # fmt: skip
+        assert loaded(ATTACK)["input_ids"] == small(ATTACK)["input_ids"]
+    assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "BPE"
+
+
+def test_control_tokens_in_corpus_text_stay_text(small):
+    first_control = small.pad_token_id
+    ids = small(ATTACK, split_special_tokens=True)["input_ids"]
+    assert max(ids) < first_control
+    assert small.decode(ids) == ATTACK
+    # the control: plain encoding does turn them into control tokens
+    smuggled = [i for i in small(ATTACK)["input_ids"] if i >= first_control]
+    assert small.convert_ids_to_tokens(smuggled) == [
+        "<extra_id_3>", "<|im_end|>", "<think>", "</think>", "<|reserved_0|>",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "text", ["café", "cafe\u0301", "naïve 北京 🦊\t\n  x", "def f(x):\n    return x**2", "١٢٣ 12345"]
+)
+def test_text_comes_back_in_nfc(small, text):
+    import unicodedata
+
+    assert small.decode(small(text)["input_ids"]) == unicodedata.normalize("NFC", text)
+
+
+def test_a_cut_vocabulary_is_a_prefix_of_the_merges():
+    """Cutting after N ranks equals running the longer BPE and never using a rank of N or more."""
+    text = "The tokenizer of a small model is a prefix of the large one."
+    short, longer = qwen3_backend(600), qwen3_backend(900)
+    assert short.encode(text).ids != longer.encode(text).ids
+    assert max(short.encode(text).ids) < 600
+    vocabulary = longer.get_vocab()
+    assert all(vocabulary[token] == index for token, index in short.get_vocab().items() if index < 600)
+
+
+def test_base_folder_gives_the_same_tokenizer(parent_folder):
+    from_folder, packaged = build_tokenizer(parent_folder, 11), build_tokenizer(None, 11, num_ranks=512)
+    assert len(from_folder) == 640 + 11  # config.json of the folder has 640 rows
+    assert from_folder("Same text, same ids.")["input_ids"] == packaged("Same text, same ids.")["input_ids"]
+
+
+def test_bad_requests_are_refused(small, tmp_path):
+    with pytest.raises(ValueError, match="num_ranks=100 is not between 256"):
+        build_tokenizer(num_ranks=100)
+    with pytest.raises(ValueError, match="num_sentinel_tokens=-1"):
+        build_tokenizer(num_sentinel_tokens=-1)
+    small.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="already has sentinel tokens"):
+        build_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="cannot be combined"):
+        build_tokenizer(tmp_path, num_ranks=700)

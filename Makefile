@@ -17,10 +17,10 @@ help: ## list the targets
 
 env: $(VENV)/.installed ## make the environment (.venv) with the tested package versions
 
-$(VENV)/.installed: pyproject.toml requirements.txt
+$(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint requirements.txt --editable ".[dev]"
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
 demo: env ## the whole road on real text, about 8 minutes on 2 cores: runs/demo/report.html

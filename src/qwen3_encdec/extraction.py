@@ -123,9 +123,9 @@ def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
         parent, last = checkpoint.parent, checkpoint
     else:
         parent = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
-        last = max(_steps(parent), key=_step, default=None)
-        if last is None:
+        if not _steps(parent):
             raise InputError(f"{checkpoint} holds neither a config.json nor checkpoints/step-*")
+        last = max(_steps(parent), key=_step)
     if average_last == 1:
         return [last]
     found = sorted((folder for folder in _steps(parent) if _step(folder) <= _step(last)), key=_step)
@@ -189,7 +189,7 @@ def _write_config(folder: Path, config: Qwen3EncoderDecoderConfig) -> None:
         use_bidirectional_attention=True,
         use_cache=False,
         eos_token_id=eos[0] if isinstance(eos, list) else eos,
-        rope_theta=config.rope_parameters["rope_theta"],
+        rope_theta=written["rope_parameters"]["rope_theta"],
         tie_word_embeddings=True,
     )
     write_json(folder / "config.json", written)

@@ -189,9 +189,9 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
     def forward(
         self,
         # decoder inputs
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         # encoder inputs
         encoder_hidden_states: torch.Tensor | None = None,
@@ -267,8 +267,10 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             attention_mask = attention_mask.bool()
         if encoder_mask is not None and encoder_mask.dim() == 2:
             encoder_mask = encoder_mask.bool()
+        # An empty static cache is longer than the target: there "no mask" would not mean bottom-right causal.
+        skip = {"allow_is_causal_skip": False} if getattr(cache, "is_compileable", False) else {}
         causal = create_causal_mask(
-            self.config, states, attention_mask, past_key_values=cache, position_ids=position_ids
+            self.config, states, attention_mask, past_key_values=cache, position_ids=position_ids, **skip
         )
         cross = create_bidirectional_mask(self.config, states, encoder_mask, encoder_hidden_states=encoder_states)
         if causal is None and cross is None:

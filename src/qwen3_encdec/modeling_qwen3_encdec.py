@@ -30,7 +30,7 @@ LOSS_CHUNK = 1024
 class Qwen3Seq2SeqLMOutput(Seq2SeqLMOutput):
     """`Seq2SeqLMOutput` and `token_losses`: [B, T] fp32 negative log-likelihoods in nats, detached, 0 where ignored."""
 
-    token_losses: torch.FloatTensor | None = None
+    token_losses: torch.Tensor | None = None
 
 
 class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
@@ -68,15 +68,15 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
     def forward(
         self,
         # encoder inputs
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         # decoder inputs
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        decoder_position_ids: torch.LongTensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         # cache inputs
         past_key_values: EncoderDecoderCache | None = None,
@@ -93,7 +93,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
                 return_dict=True,
                 **kwargs,
             )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
+        elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
@@ -169,21 +169,21 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     def forward(
         self,
         # encoder inputs
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
+        encoder_outputs: BaseModelOutput | None = None,
         # decoder inputs
-        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
-        decoder_position_ids: torch.LongTensor | None = None,
+        decoder_position_ids: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         # cache inputs
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         # loss inputs
-        labels: torch.LongTensor | None = None,
+        labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         return_logits: bool | None = None,
         logits_to_keep: int = 0,
@@ -212,16 +212,15 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("give labels, decoder_input_ids or decoder_inputs_embeds")
         target = None
-        simple = input_ids is not None and decoder_input_ids is not None and not kwargs and past_key_values is None
-        if labels is not None and simple and position_ids is None and decoder_position_ids is None:
+        plain = past_key_values is None and position_ids is None and decoder_position_ids is None and not kwargs
+        if labels is not None and input_ids is not None and decoder_input_ids is not None and plain:
             target_mask = _target_mask(labels) if decoder_attention_mask is None else decoder_attention_mask
             if is_ragged(attention_mask) or is_ragged(target_mask):
                 source = Segments.from_mask(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
                 target = Segments.from_mask(target_mask)
-        if target is not None:
-            states, encoded = self.model.forward_ragged(input_ids, source, decoder_input_ids, target)
-            outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
-        else:
+                states, encoded = self.model.forward_ragged(input_ids, source, decoder_input_ids, target)
+                outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
+        if target is None:
             outputs = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -270,12 +269,12 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     def _shift_right(self, labels: torch.Tensor, segment_mask: torch.Tensor | None) -> torch.Tensor:
         """Shift each document of each row by one, putting the start token before it; ignored labels become padding."""
         shifted = labels.roll(1, dims=-1)
-        shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id)
+        shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id or 0)
         first = torch.zeros_like(labels, dtype=torch.bool)
         first[:, 0] = True
         if segment_mask is not None:
             first[:, 1:] = segment_mask[:, 1:] != segment_mask[:, :-1]
-        return shifted.masked_fill(first, self.config.decoder_start_token_id)
+        return shifted.masked_fill(first, self.config.decoder_start_token_id or 0)
 
 
 def _target_mask(labels: torch.Tensor) -> torch.Tensor:

@@ -58,12 +58,13 @@ class Segments:
     def from_mask(cls, mask: torch.Tensor) -> "Segments":
         """The segments of a [B, L] integer or bool mask. A document's tokens must be contiguous up to padding."""
         mask = mask.long()
+        batch, length = mask.shape
         rows, columns = mask.nonzero(as_tuple=True)  # (N,)
         document = rows * (mask.max() + 1) + mask[rows, columns]
         _, inverse, counts = torch.unique_consecutive(document, return_inverse=True, return_counts=True)
         first = counts.cumsum(0) - counts  # place in the row of N where each document begins
         positions = columns - columns[first][inverse]
-        return cls(rows * mask.shape[1] + columns, counts.tolist(), positions[None], tuple(mask.shape))
+        return cls(rows * length + columns, counts.tolist(), positions[None], (batch, length))
 
     def gather(self, batch: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [1, N, ...]: the real tokens as one row."""
@@ -139,7 +140,9 @@ def _varlen_attention(query, key, value, query_lengths, key_lengths, scaling, ca
         return total.to(query.device, non_blocking=True)
 
     output = varlen_attn(
-        *(states[0].transpose(0, 1) for states in (query, key, value)),  # (N, H, D), (M, K, D)
+        query[0].transpose(0, 1),  # (N, H, D)
+        key[0].transpose(0, 1),  # (M, K, D)
+        value[0].transpose(0, 1),
         starts(query_lengths),
         starts(key_lengths),
         max(query_lengths),
@@ -148,6 +151,7 @@ def _varlen_attention(query, key, value, query_lengths, key_lengths, scaling, ca
         window_size=(-1, 0) if causal else (-1, -1),
         enable_gqa=True,
     )
+    assert isinstance(output, torch.Tensor)
     return output[None]
 
 
@@ -237,9 +241,9 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
     @capture_outputs
     def forward(
         self,
-        input_ids: torch.LongTensor | None = None,
+        input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
+        position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         segments: Segments | None = None,
         **kwargs,

@@ -115,11 +115,8 @@ def qwen3_backend(num_ranks: int | None = None) -> Tokenizer:
     ranks = {token: rank for token, rank in ranks.items() if rank < num_ranks}
     spell = _byte_alphabet()
     vocabulary = {"".join(spell[byte] for byte in token): rank for token, rank in ranks.items()}
-    merges = [
-        tuple("".join(spell[byte] for byte in part) for part in _last_merge(token, ranks))
-        for token in sorted(ranks, key=ranks.__getitem__)
-        if len(token) > 1
-    ]
+    pairs = (_last_merge(token, ranks) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1)
+    merges = [("".join(spell[byte] for byte in left), "".join(spell[byte] for byte in right)) for left, right in pairs]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, fuse_unk=False, byte_fallback=False))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

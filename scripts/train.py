@@ -1,6 +1,6 @@
-"""Train an encoder-decoder on UL2; see ``--help``. Launch it with ``accelerate launch`` for several processes."""
+"""Encoder-decoder -> the same, trained on UL2; several processes through `accelerate launch`. See `--help`."""
 
-from qwen3_encdec.training.command import main
+from qwen3_encdec.cli import run, train
 
 if __name__ == "__main__":
-    main()
+    run(train)

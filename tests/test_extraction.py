@@ -124,7 +124,7 @@ def test_averaging_the_last_checkpoints(init_folder, tmp_path):
 
 def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="nowhere does not exist; train one with accelerate launch"):
+    with pytest.raises(InputError, match="nowhere does not exist; train one with: accelerate launch"):
         extract_encoder(tmp_path / "nowhere", out)
     with pytest.raises(InputError, match="holds a 'qwen3' model, not an encoder-decoder"):
         extract_encoder(parent_folder, out)

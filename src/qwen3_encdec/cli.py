@@ -13,7 +13,8 @@ from typing import Annotated
 
 import typer
 
-from .files import InputError, new_folder
+from .files import InputError, check_output, new_folder
+from .training.command import train
 
 app = typer.Typer(
     help="Turn a dense Qwen3 checkpoint into an encoder-decoder, train it on UL2, take out a text encoder.",
@@ -50,6 +51,9 @@ def tokenizer(
     """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
     from .tokenization_qwen3_encdec import build_tokenizer
 
+    if base is not None and not Path(base).is_dir() and base.startswith(("/", ".", "~")):
+        raise InputError(f"base {base} does not exist")
+    check_output(output, "tokenizer")
     try:
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
     except (ValueError, OSError, ImportError) as error:
@@ -103,6 +107,91 @@ def extract(
         checkpoint, output_dir, pooling=pooling.value, average_last=average_last, max_seq_length=max_seq_length
     )
     print(f"{report}\nwrote {output_dir}")
+
+
+@app.command()
+def prepare_data(
+    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder: of a model, or of `qwen3-encdec tokenizer`.")],
+    input: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="File, folder or glob of jsonl, parquet or text (.gz too), or package-docs; may be repeated."
+        ),
+    ] = None,
+    dataset: Annotated[str | None, typer.Option(help="Hub dataset, as ORG/NAME or ORG/NAME:CONFIG.")] = None,
+    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    preset: Annotated[str, typer.Option(help="Mixture of denoisers: t5gemma2, ul2 or t5.")] = "t5gemma2",
+    source_length: Annotated[int, typer.Option(help="Most source tokens in a row.")] = 512,
+    target_length: Annotated[int, typer.Option(help="Most target tokens in a row.")] = 256,
+    packing: Annotated[bool, typer.Option(help="Several examples in a row.")] = True,
+    seed: Annotated[int, typer.Option(help="Decides order and corruption.")] = 0,
+    num_examples: Annotated[int, typer.Option(min=1, help="Examples to measure.")] = 10_000,
+    show: Annotated[int, typer.Option(min=0, help="Examples of each denoiser to print.")] = 0,
+    analyze_only: Annotated[
+        bool, typer.Option("--analyze-only", help="Measure; write nothing (all it does now).")
+    ] = False,
+) -> None:
+    """Show what UL2 makes of a corpus: task shares, lengths, corruption rates, tokens per second, examples."""
+    from .data.analysis import analyze
+    from .data.config import DataConfig
+    from .loading import load_tokenizer
+
+    if input and dataset:
+        raise InputError("give --input or --dataset, not both")
+    loaded = load_tokenizer(tokenizer)
+    config = DataConfig(
+        inputs=input or ([dataset] if dataset else ["package-docs"]),
+        text_column=text_column,
+        preset=preset,
+        source_length=source_length,
+        target_length=target_length,
+        packing=packing,
+        seed=seed,
+    )
+    analyze(config, loaded, num_examples=num_examples, show=show).print()
+
+
+app.command()(train)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[Path, typer.Option(help="Encoder-decoder, checkpoint or run folder; or an extracted encoder.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: metrics.json, report.md, report.html.")],
+    parent: Annotated[str | None, typer.Option(help="Causal Qwen3 an encoder comes from, for the baselines.")] = None,
+    initialization: Annotated[Path | None, typer.Option(help="What an encoder-decoder was trained from.")] = None,
+    num_queries: Annotated[int, typer.Option(min=1, help="Most retrieval queries.")] = 1000,
+    num_examples: Annotated[int, typer.Option(min=1, help="Held-out texts under each denoiser.")] = 64,
+    seed: Annotated[int, typer.Option(help="Chooses the queries.")] = 0,
+) -> None:
+    """Evaluate on held-out packages, beside the baselines: denoising loss and infilling, or retrieval and geometry."""
+    from .evaluation import suite
+
+    metrics = suite.evaluate(
+        model,
+        output,
+        parent=parent,
+        initialization=initialization,
+        num_queries=num_queries,
+        num_examples=num_examples,
+        seed=seed,
+    )
+    print(suite.summary(metrics))
+    print(f"wrote {output}")
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to write; a former demo there is replaced.")] = Path("runs/demo"),
+    qwen3_model: Annotated[
+        str | None, typer.Option(help="Start from this Qwen3 (folder or hub id) instead of training a nano one.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of every stage.")] = 0,
+) -> None:
+    """Walk the whole road on the docstrings of the installed packages, in minutes on a CPU."""
+    from .demo.road import run_demo
+
+    run_demo(output, qwen3_model=qwen3_model, seed=seed)
 
 
 def run(command: Callable[..., None]) -> None:

@@ -22,9 +22,8 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .files import InputError, check_output, new_folder, read_json, write_json
-from .initialization import read_tensors
+from .loading import TRAIN_COMMAND, load_config, load_tokenizer, read_tensors
 from .modeling_qwen3_encoder import Qwen3Encoder
-from .tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 
 POOLING = {"mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken", "cls": "pooling_mode_cls_token"}
 _POOLING_MODES = (
@@ -86,9 +85,9 @@ def extract_encoder(
     """
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")
-    output_dir = check_output(output_dir)
+    output_dir = check_output(output_dir, "encoder")
     folders = checkpoints_to_average(Path(checkpoint), average_last)
-    config = _read_config(folders[-1])
+    config = load_config(folders[-1])
     max_seq_length = min(max_seq_length, config.max_position_embeddings)
     names = [folder.name for folder in folders]
     with new_folder(output_dir, "encoder", source=str(checkpoint), averaged=names, pooling=pooling) as folder:
@@ -114,11 +113,7 @@ def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
     if average_last < 1:
         raise InputError(f"average-last {average_last} is not at least 1")
     if not checkpoint.is_dir():
-        raise InputError(
-            f"checkpoint {checkpoint} does not exist; train one with "
-            "accelerate launch --config_file configs/accelerate_fsdp2.yaml scripts/train.py "
-            "--config configs/training_config.yaml"
-        )
+        raise InputError(f"checkpoint {checkpoint} does not exist; train one with: {TRAIN_COMMAND}")
     if (checkpoint / "config.json").exists():
         parent, last = checkpoint.parent, checkpoint
     else:
@@ -141,16 +136,6 @@ def _steps(parent: Path) -> list[Path]:
 def _step(folder: Path) -> int:
     match = re.fullmatch(r"step-(\d+)", folder.name)
     return int(match[1]) if match else -1
-
-
-def _read_config(folder: Path) -> Qwen3EncoderDecoderConfig:
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind != Qwen3EncoderDecoderConfig.model_type:
-        raise InputError(f"{folder} holds a {kind!r} model, not an encoder-decoder of this project")
-    try:
-        return Qwen3EncoderDecoderConfig.from_pretrained(folder)
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
 def _average_encoder(folders: list[Path]) -> dict[str, torch.Tensor]:
@@ -196,10 +181,7 @@ def _write_config(folder: Path, config: Qwen3EncoderDecoderConfig) -> None:
 
 
 def _write_tokenizer(folder: Path, source: Path, max_seq_length: int) -> None:
-    try:
-        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        raise InputError(f"{source} holds no tokenizer") from None
+    tokenizer = load_tokenizer(source)
     backend = tokenizer.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(
         single=f"$A {tokenizer.eos_token}",

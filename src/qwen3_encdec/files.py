@@ -51,11 +51,11 @@ def write_json(path: str | Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def check_output(output: str | Path) -> Path:
+def check_output(output: str | Path, kind: str | None = None) -> Path:
     """Refuse a destination that we may not write: call it before any work begins.
 
-    An absent folder, an empty folder and a folder of ours (it holds ``qwen3_encdec.json``) are fine.
-    Raises InputError otherwise.
+    An absent folder, an empty folder and a folder of ours (it holds ``qwen3_encdec.json``) are fine; with ``kind``,
+    only one of that kind, so that an encoder never replaces a run. Raises InputError otherwise.
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
@@ -74,7 +74,7 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     ``kind`` (``"tokenizer"``, ``"encoder-decoder"``, ``"encoder"``, ...) and ``provenance`` are recorded in its
     ``qwen3_encdec.json``. After an exception the unfinished folder is removed and ``output`` is as it was.
     """
-    output = check_output(output)
+    output = check_output(output, kind)
     output.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent))
     building.chmod(0o755)

@@ -30,7 +30,6 @@ def finetune(
     batch_size: int = 64,
     lr: float = 5e-4,
     max_length: int = 128,
-    bf16: bool = True,
     seed: int = 0,
 ) -> dict[str, float]:
     """Train an encoder so that the two texts of a pair lie closer than any two of different pairs in a batch.
@@ -47,7 +46,6 @@ def finetune(
         batch_size: Pairs per step; each is a negative for the others.
         lr: Peak learning rate.
         max_length: Tokens per text while training; the folder keeps its own limit for use.
-        bf16: Autocast to bfloat16 over fp32 weights.
         seed: Of the order of the pairs.
 
     Returns:
@@ -81,7 +79,7 @@ def finetune(
                 learning_rate=lr,
                 warmup_steps=steps // 10,
                 lr_scheduler_type="linear",
-                bf16=bf16,
+                bf16=torch.accelerator.is_available(),
                 use_cpu=not torch.accelerator.is_available(),
                 seed=seed,
                 save_strategy="no",

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .files import InputError, check_output, new_folder, read_json
+from .files import InputError, check_output, new_folder
+from .loading import read_tensors, resolve_checkpoint
 from .modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from .tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer, build_tokenizer
 
@@ -125,7 +125,7 @@ def initialize(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    output_dir = check_output(output_dir)
+    output_dir = check_output(output_dir, "encoder-decoder")
     source = resolve_checkpoint(qwen3_model)
     try:
         source_config = AutoConfig.from_pretrained(source)
@@ -174,52 +174,6 @@ def initialize(
         if verification is not None and not verification.passed:
             raise InputError(f"{qwen3_model}: verification failed, nothing was written: {asdict(verification)}")
     return InitializationReport(copied, 3, new_rows, dropped, parameters, parameters + 2 * matrix, verification)
-
-
-def resolve_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint that is given as a folder or as a hub id.
-
-    Raises:
-        InputError: it is neither, or the folder holds no `config.json`.
-    """
-    folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder} holds no config.json; it is not a checkpoint folder")
-        return folder
-    if folder.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
-        raise InputError(f"checkpoint {name} does not exist")
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(
-            f"checkpoint {name} is no local folder and could not be fetched from the hub: {reason}"
-        ) from None
-
-
-def read_tensors(folder: Path):
-    """Yield (name, tensor) of a checkpoint's safetensors files, one at a time.
-
-    Raises:
-        InputError: there are none, or one is missing or damaged.
-    """
-    index = folder / "model.safetensors.index.json"
-    if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
-    elif (folder / "model.safetensors").exists():
-        files = ["model.safetensors"]
-    else:
-        raise InputError(f"{folder} holds no model.safetensors (only safetensors are read)")
-    for file in files:
-        try:
-            with safe_open(folder / file, framework="pt") as tensors:
-                for name in tensors.keys():  # noqa: SIM118
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{folder / file} is truncated, damaged or missing: {error}") from None
 
 
 def pick_layers(available: int, wanted: int) -> list[int]:

@@ -1,0 +1,147 @@
+"""Opening folders that others give us: every failure is an `InputError` that names the folder or the file."""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from .files import InputError, read_json
+from .modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from .tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+
+TRAIN_COMMAND = (
+    "accelerate launch --config_file configs/accelerate_fsdp2.yaml "
+    "scripts/train.py --config configs/training_config.yaml"
+)
+INITIALIZE_COMMAND = (
+    "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID --output-dir ./qwen3-encdec-init"
+)
+
+
+def resolve_checkpoint(name: str | Path) -> Path:
+    """The folder of a checkpoint that is given as a folder or as a hub id.
+
+    Raises:
+        InputError: it is neither, or the folder holds no `config.json`.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").exists():
+            raise InputError(f"{folder} holds no config.json; it is not a checkpoint folder")
+        return folder
+    if folder.is_file() or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
+        raise InputError(f"checkpoint {name} does not exist")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt"]))
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"checkpoint {name} is no local folder and could not be fetched from the hub: {reason}"
+        ) from None
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a checkpoint's safetensors files, one at a time.
+
+    Raises:
+        InputError: there are none, or one is missing or damaged.
+    """
+    for path in _safetensors_files(folder):
+        with _opened(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
+
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes by name of a checkpoint's tensors, from the headers alone. Raises InputError as `read_tensors`."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for path in _safetensors_files(folder):
+        with _opened(path) as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def _safetensors_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        files = sorted(set(read_json(index)["weight_map"].values()))
+    elif (folder / "model.safetensors").exists():
+        files = ["model.safetensors"]
+    else:
+        raise InputError(f"{folder} holds no model.safetensors (only safetensors are read)")
+    return [folder / file for file in files]
+
+
+def _opened(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path} is truncated, damaged or missing: {error}") from None
+
+
+def load_config(folder: str | Path) -> Qwen3EncoderDecoderConfig:
+    """The configuration of an encoder-decoder folder.
+
+    Raises:
+        InputError: the folder is missing (names the command that makes one), or holds another kind of model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        missing = "holds no config.json" if folder.is_dir() else "does not exist"
+        raise InputError(f"model folder {folder} {missing}; make it with: {INITIALIZE_COMMAND}")
+    kind = read_json(folder / "config.json").get("model_type")
+    if kind != Qwen3EncoderDecoderConfig.model_type:
+        raise InputError(
+            f"{folder} holds a {kind!r} model, not an encoder-decoder of this project; "
+            "scripts/initialize_from_qwen3.py makes one of a dense Qwen3"
+        )
+    try:
+        return Qwen3EncoderDecoderConfig.from_pretrained(folder)
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def load_tokenizer(folder: str | Path, config: Qwen3EncoderDecoderConfig | None = None) -> Qwen3EncoderDecoderTokenizer:
+    """The tokenizer of a folder; with `config`, checked to have as many entries as the model has rows.
+
+    Raises:
+        InputError: there is none (names the command that makes one), it has no sentinels, or the sizes differ.
+    """
+    folder = Path(folder)
+    if not (folder / "tokenizer.json").is_file():
+        missing = "holds no tokenizer.json" if folder.is_dir() else "does not exist"
+        raise InputError(f"tokenizer {folder} {missing}; make it with: qwen3-encdec tokenizer --output {folder}")
+    try:
+        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        raise InputError(f"{folder} holds a tokenizer that cannot be read: {error}") from None
+    if config is not None and len(tokenizer) != config.vocab_size:
+        raise InputError(
+            f"{folder}: the tokenizer has {len(tokenizer):,} entries and the model {config.vocab_size:,} rows; "
+            "save the model with its own tokenizer"
+        )
+    return tokenizer
+
+
+def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Qwen3ForSeq2SeqLM:
+    """The encoder-decoder of a folder, whole: a missing tensor is an error and never random.
+
+    Raises:
+        InputError: as `load_config`, or the tensors are damaged, missing, too many or of other shapes.
+    """
+    folder = Path(folder)
+    config = load_config(folder)
+    with torch.device("meta"):
+        expected = {name: tuple(p.shape) for name, p in Qwen3ForSeq2SeqLM(config).named_parameters()}
+    found = tensor_shapes(folder)
+    for name in sorted(expected.keys() ^ found.keys()):
+        raise InputError(f"{folder}: tensor {name} is {'missing' if name in expected else 'not one of this model'}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise InputError(f"{folder}: tensor {name} has shape {found[name]}, the configuration says {shape}")
+    return Qwen3ForSeq2SeqLM.from_pretrained(folder, dtype=dtype, local_files_only=True)

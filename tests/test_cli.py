@@ -1,0 +1,189 @@
+"""The command line as its users meet it: results, and one sentence with exit code 2 for what they can mend."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from qwen3_encdec import cli
+
+ROOT = Path(__file__).parent.parent
+COMMANDS = ("tokenizer", "initialize", "prepare-data", "train", "extract", "evaluate", "demo")
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `qwen3-encdec ...` in this process; returns (exit code, standard output, standard error)."""
+
+    def call(*arguments):
+        monkeypatch.setattr(sys, "argv", ["qwen3-encdec", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def refused(command, tmp_path):
+    """Run a command that must be refused: exit code 2, one sentence, no traceback, nothing new in `tmp_path`."""
+
+    def call(*arguments) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        code, out, err = command(*arguments)
+        message = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 2, (out, err)
+        assert len(message) == 1, err
+        assert "Traceback" not in out + err
+        assert sorted(tmp_path.rglob("*")) == before
+        return message[0]
+
+    return call
+
+
+def training_yaml(tmp_path, init_folder, **changes) -> Path:
+    path = tmp_path / "training.yaml"
+    path.write_text(yaml.safe_dump({"model": str(init_folder), "output_dir": str(tmp_path / "run"), **changes}))
+    return path
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_readable(command, name):
+    code, out, _ = command(name, "--help")
+    assert code == 0
+    assert "Usage" in out
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
+def test_scripts_are_thin_and_answer_help(script):
+    path = ROOT / "scripts" / script
+    assert len(path.read_text().splitlines()) < 20
+    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+def test_tokenizer_then_prepare_data(command, tmp_path):
+    folder = tmp_path / "tokenizer"
+    code, out, _ = command("tokenizer", "--output", folder, "--num-ranks", 512, "--num-sentinel-tokens", 100)
+    assert code == 0
+    assert "740 tokens, sentinels 640 ... 739" in out
+    corpus = tmp_path / "corpus.jsonl"
+    lines = [json.dumps({"text": f"Document {i} tells of {'many ' * (i % 50)}things."}) for i in range(200)]
+    corpus.write_text("\n".join(lines))
+    code, out, _ = command(
+        "prepare-data", "--tokenizer", folder, "--input", corpus, "--analyze-only", "--show", 1, "--num-examples", 100
+    )
+    assert code == 0
+    for expected in ("R1", "X2", "S", "tokens/s", "packing efficiency", "<extra_id_0>", "things"):
+        assert expected in out
+
+
+def test_initialize_then_extract(command, parent_folder, tmp_path):
+    code, out, _ = command("initialize", "--qwen3-model", parent_folder, "--output-dir", tmp_path / "init")
+    assert code == 0
+    assert "verified on the saved folder" in out
+    code, out, _ = command("extract", "--checkpoint", tmp_path / "init", "--output-dir", tmp_path / "encoder")
+    assert code == 0
+    assert "read causally it would differ" in out
+    assert (tmp_path / "encoder" / "modules.json").exists()
+
+
+def test_unknown_yaml_key(refused, init_folder, tmp_path):
+    path = training_yaml(tmp_path, init_folder, max_stepz=3)
+    message = refused("train", "--config", path)
+    assert "max_stepz" in message
+    assert "max_steps" in message
+
+
+def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_folder, tmp_path):
+    nowhere = tmp_path / "nowhere"
+    assert "scripts/initialize_from_qwen3.py" in refused("train", f"model={nowhere}")
+    assert "scripts/train.py" in refused("extract", "--checkpoint", nowhere, "--output-dir", tmp_path / "x")
+    assert "does not exist" in refused("initialize", "--qwen3-model", nowhere, "--output-dir", tmp_path / "x")
+    assert "does not exist" in refused("evaluate", "--model", nowhere, "--output", tmp_path / "x")
+    assert "does not exist" in refused("demo", "--qwen3-model", nowhere, "--output", tmp_path / "x")
+    assert "qwen3-encdec tokenizer --output" in refused("prepare-data", "--tokenizer", nowhere)
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+def test_checkpoint_that_is_no_dense_qwen3(refused, parent_folder, tmp_path, kind):
+    folder = shutil.copytree(parent_folder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
+    message = refused("initialize", "--qwen3-model", folder, "--output-dir", tmp_path / "out")
+    assert f"'{kind}' is not a dense Qwen3" in message
+
+
+def test_truncated_safetensors(refused, parent_folder, init_folder, tmp_path):
+    for source, arguments in (
+        (parent_folder, ("initialize", "--output-dir", tmp_path / "out", "--qwen3-model")),
+        (init_folder, ("extract", "--output-dir", tmp_path / "out", "--checkpoint")),
+        (init_folder, ("evaluate", "--output", tmp_path / "out", "--model")),
+    ):
+        folder = shutil.copytree(source, tmp_path / arguments[0])
+        weights = folder / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+        assert "model.safetensors is truncated" in refused(*arguments, folder)
+    path = training_yaml(tmp_path, tmp_path / "extract", data={"source_length": 64, "target_length": 64})
+    assert "model.safetensors is truncated" in refused("train", "--config", path)
+
+
+def test_tokenizer_and_model_of_different_sizes(refused, command, init_folder, tmp_path):
+    folder = shutil.copytree(init_folder, tmp_path / "mixed")
+    command("tokenizer", "--output", tmp_path / "other", "--num-ranks", 600)
+    shutil.copy(tmp_path / "other" / "tokenizer.json", folder)
+    message = refused("train", "--config", training_yaml(tmp_path, folder))
+    assert "the tokenizer has 868 entries and the model 651 rows" in message
+
+
+def test_more_spans_than_sentinels(refused, init_folder, tmp_path):
+    """The tiny model has 11 sentinels; R1 at 512 source tokens needs more."""
+    message = refused("train", "--config", training_yaml(tmp_path, init_folder))
+    assert "R1" in message
+    assert "11" in message
+
+
+def test_empty_corpus_and_broken_line(refused, init_folder, tmp_path):
+    lengths = {"source_length": 64, "target_length": 64}
+    empty, broken = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl"
+    empty.write_text("")
+    good = json.dumps({"text": "A good document of more than a few words, again and again."})
+    broken.write_text(f"{good}\n{good}\n{{not json\n{good}\n")
+    for corpus, expected in ((empty, "empty.jsonl"), (broken, "broken.jsonl:3")):
+        path = training_yaml(tmp_path, init_folder, data={"inputs": [str(corpus)], **lengths})
+        assert expected in refused("train", "--config", path)
+        prepare = ("--source-length", 64, "--target-length", 64, "--analyze-only")
+        assert expected in refused("prepare-data", "--tokenizer", init_folder, "--input", corpus, *prepare)
+
+
+def test_output_folder_that_is_not_ours(refused, command, parent_folder, init_folder, tmp_path):
+    thesis = tmp_path / "thesis"
+    thesis.mkdir()
+    (thesis / "chapter1.txt").write_text("years of work")
+    corpus = {"source_length": 64, "target_length": 64}
+    path = training_yaml(tmp_path, init_folder, output_dir=str(thesis), data=corpus)
+    for arguments in (
+        ("tokenizer", "--num-ranks", 300, "--output", thesis),
+        ("initialize", "--qwen3-model", parent_folder, "--output-dir", thesis),
+        ("extract", "--checkpoint", init_folder, "--output-dir", thesis),
+        ("evaluate", "--model", init_folder, "--output", thesis),
+        ("train", "--config", path),
+        ("demo", "--output", thesis),
+    ):
+        assert "was not written by qwen3-encdec" in refused(*arguments)
+    assert (thesis / "chapter1.txt").read_text() == "years of work"
+    # a folder of ours is not replaced by another kind
+    command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "ours")
+    assert "holds a tokenizer, not a demo" in refused("demo", "--output", tmp_path / "ours")
+
+
+def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch, command):
+    monkeypatch.setattr(cli, "new_folder", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        command("tokenizer", "--output", "unused", "--num-ranks", 300)

@@ -212,7 +212,9 @@ def _guard(application: typer.Typer) -> None:
     try:
         application()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # From a DataLoader's worker the sentence comes wrapped in that process's traceback, as its last line.
+        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+        print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("qwen3_encdec"):

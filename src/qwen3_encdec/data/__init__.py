@@ -1,0 +1,1 @@
+"""From text to UL2 rows: reading, tokenizing, corrupting, packing and batching."""

@@ -1,0 +1,131 @@
+"""What a data config will feed to a model: measured on the stream itself before any training."""
+
+import time
+from dataclasses import dataclass
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
+
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.packing import Row, packing_efficiency
+from qwen3_encdec.data.stream import UL2Stream
+from qwen3_encdec.data.ul2 import Preset, render
+
+
+@dataclass(frozen=True)
+class DenoiserReport:
+    """What one denoiser did: shares of all examples and of all target tokens, lengths as (mean, most)."""
+
+    name: str
+    nominal_share: float
+    example_share: float
+    target_share: float
+    nominal_corruption: float
+    corruption: float
+    source_length: tuple[float, int]
+    target_length: tuple[float, int]
+    most_sentinels: int
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """Figures of a sample of the stream."""
+
+    denoisers: list[DenoiserReport]
+    counts: dict[str, int]
+    """Documents read, used, refused and held out, and their tokens (see `UL2Stream.counts`)."""
+    rows: int
+    examples: int
+    source_fill: float
+    target_fill: float
+    packing_efficiency: float
+    """Rows that could not be avoided, over the rows there are."""
+    tokens_per_second: float
+    """Source and target tokens from text to rows, in one process."""
+    encoder: str
+    """`tiktoken`, or `tokenizers` and why."""
+    shown: list[str]
+    """Examples as text."""
+
+    def print(self, console: Console | None = None) -> None:
+        """Tables for a human."""
+        console = console or Console()
+        table = Table(title=f"{self.examples:,} examples in {self.rows:,} rows (nominal values in brackets)")
+        for heading in ("denoiser", "examples", "targets", "corruption", "source", "target", "sentinels"):
+            table.add_column(heading, justify="left" if heading == "denoiser" else "right")
+        for d in self.denoisers:
+            table.add_row(
+                d.name,
+                f"{d.example_share:.1%} ({d.nominal_share:.1%})",
+                f"{d.target_share:.1%}",
+                f"{d.corruption:.3f} ({d.nominal_corruption:.2f})",
+                *(f"{mean:.0f} ≤ {most}" for mean, most in (d.source_length, d.target_length)),
+                str(d.most_sentinels),
+            )
+        console.print(table)
+        console.print(
+            f"documents   {', '.join(f'{number:,} {name}' for name, number in self.counts.items())}\n"
+            f"rows        {self.source_fill:.1%} of the source and {self.target_fill:.1%} of the target budget filled; "
+            f"packing efficiency {self.packing_efficiency:.1%}\n"
+            f"speed       {self.tokens_per_second:,.0f} tokens/s in one process, encoding with {self.encoder}",
+            highlight=False,
+        )
+        for text in self.shown:
+            console.print(Text(text))
+
+
+def analyze(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_examples: int = 10_000, show: int = 2
+) -> Analysis:
+    """Draw about `num_examples` examples (at most one epoch) and measure them; `show` of each denoiser are rendered.
+
+    Raises InputError as the stream does.
+    """
+    stream = UL2Stream(config, tokenizer, epochs=1)
+    rows: list[Row] = []
+    drawn, start = 0, time.perf_counter()
+    for row in stream:
+        rows.append(row)
+        drawn += len(row)
+        if drawn >= num_examples:
+            break
+    seconds = time.perf_counter() - start
+    examples = [example for row in rows for example in row]
+    is_sentinel = [np.isin(example.source, stream.sentinel_ids) for example in examples]
+    sizes = np.array([(len(e.source), len(e.target), s.sum()) for e, s in zip(examples, is_sentinel, strict=True)])
+    drawn_from = np.array([example.denoiser for example in examples])
+    source_fill, target_fill, efficiency = packing_efficiency(rows, config.source_length, config.target_length)
+    of_each = [[e for e in examples if e.denoiser == i][:show] for i in range(len(config.denoisers))]
+    reason = stream.encode.fallback_reason
+    return Analysis(
+        denoisers=[_report(config.denoisers, i, drawn_from == i, sizes) for i in range(len(config.denoisers))],
+        counts=dict(stream.counts),
+        rows=len(rows),
+        examples=len(examples),
+        source_fill=source_fill,
+        target_fill=target_fill,
+        packing_efficiency=efficiency,
+        tokens_per_second=float(sizes[:, :2].sum()) / seconds,
+        encoder="tiktoken" if reason is None else f"tokenizers ({reason})",
+        shown=[render(example, tokenizer, config.denoisers) for some in of_each for example in some],
+    )
+
+
+def _report(preset: Preset, index: int, chosen: np.ndarray, sizes: np.ndarray) -> DenoiserReport:
+    """`sizes` holds source length, target length and sentinels of every example; `chosen` says which count."""
+    source, target, sentinels = (sizes[chosen] if chosen.any() else np.zeros((1, 3), dtype=int)).T
+    kept, noise = ((length - 1 - sentinels).sum() for length in (source, target))
+    return DenoiserReport(
+        name=preset[index].name,
+        nominal_share=preset[index].weight / sum(denoiser.weight for denoiser in preset),
+        example_share=float(chosen.mean()),
+        target_share=float(target.sum() / sizes[:, 1].sum()),
+        nominal_corruption=preset[index].corruption,
+        corruption=float(noise / (kept + noise)),
+        source_length=(float(source.mean()), int(source.max())),
+        target_length=(float(target.mean()), int(target.max())),
+        most_sentinels=int(sentinels.max()),
+    )

@@ -1,0 +1,1 @@
+"""Training: a strict config, an accelerate loop, and checkpoints that resume exactly."""

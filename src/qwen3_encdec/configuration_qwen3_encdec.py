@@ -144,6 +144,11 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
                 raise ValueError(f"{name}={token} is outside the vocabulary of {self.vocab_size}")
 
     @property
+    def layer_types(self) -> list[str]:
+        """Full attention in every layer; transformers' Qwen3 layers ask for it."""
+        return ["full_attention"] * self.num_hidden_layers
+
+    @property
     def sentinel_token_ids(self) -> range:
         """Ids of `<extra_id_0>` ... in order: the last ids of the vocabulary."""
         return range(self.vocab_size - self.num_sentinel_tokens, self.vocab_size)

@@ -115,7 +115,8 @@ def load_tokenizer(folder: str | Path, config: Qwen3EncoderDecoderConfig | None 
     folder = Path(folder)
     if not (folder / "tokenizer.json").is_file():
         missing = "holds no tokenizer.json" if folder.is_dir() else "does not exist"
-        raise InputError(f"tokenizer {folder} {missing}; make it with: qwen3-encdec tokenizer --output {folder}")
+        command = f"qwen3-encdec tokenizer --output {folder}" if config is None else INITIALIZE_COMMAND
+        raise InputError(f"tokenizer {folder} {missing}; make it with: {command}")
     try:
         tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises bare exceptions

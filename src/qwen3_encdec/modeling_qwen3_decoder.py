@@ -19,6 +19,8 @@ Shapes: B batch, S source length, T target length, P target tokens in the cache 
 source tokens of a ragged batch, H query heads, K key/value heads, D head dimension, E hidden size.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -46,6 +48,9 @@ from .modeling_qwen3_encoder import (
     project_keys,
     ragged_attention,
 )
+
+# Not every option exists in every transformers from 5.2 on.
+_CAUSAL_MASK_OPTIONS = inspect.signature(create_causal_mask).parameters
 
 
 class MergedSegments:
@@ -267,19 +272,27 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             attention_mask = attention_mask.bool()
         if encoder_mask is not None and encoder_mask.dim() == 2:
             encoder_mask = encoder_mask.bool()
-        # An empty static cache is longer than the target: there "no mask" would not mean bottom-right causal.
-        skip = {"allow_is_causal_skip": False} if getattr(cache, "is_compileable", False) else {}
+        seen = cache.get_seq_length() if cache is not None else 0
+        options = {
+            # An empty static cache is longer than the target: there "no mask" would not mean bottom-right causal.
+            "allow_is_causal_skip": not getattr(cache, "is_compileable", False),
+            "cache_position": torch.arange(states.shape[1], device=states.device) + seen,
+        }
         causal = create_causal_mask(
-            self.config, states, attention_mask, past_key_values=cache, position_ids=position_ids, **skip
+            self.config,
+            states,
+            attention_mask,
+            past_key_values=cache,
+            position_ids=position_ids,
+            **{name: value for name, value in options.items() if name in _CAUSAL_MASK_OPTIONS},
         )
         cross = create_bidirectional_mask(self.config, states, encoder_mask, encoder_hidden_states=encoder_states)
         if causal is None and cross is None:
             return None
         batch, length, source = states.shape[0], states.shape[1], encoder_states.shape[1]
         if causal is None:
-            keys = length + (cache.get_seq_length() if cache is not None else 0)
-            seen = torch.ones(length, keys, dtype=torch.bool, device=states.device).tril(keys - length)
-            causal = _as_kind_of(cross, seen)
+            own = torch.ones(length, seen + length, dtype=torch.bool, device=states.device).tril(seen)
+            causal = _as_kind_of(cross, own)
         if cross is None:
             cross = _as_kind_of(causal, torch.ones(length, source, dtype=torch.bool, device=states.device))
         return torch.cat([part.expand(batch, -1, -1, -1) for part in (cross, causal)], dim=-1)

@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
 from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy
+from qwen3_encdec.modeling_qwen3_encoder import CACHE_FIELD
 from tests.conftest import tiny_config
 
 B, S, T = 3, 9, 7
@@ -220,13 +221,22 @@ def test_cached_logits_step_by_step(model):
             encoder_outputs=encoded,
             attention_mask=source["attention_mask"],
             decoder_input_ids=ids[:, start:stop],
-            past_key_values=cache,
+            **{CACHE_FIELD: cache},
             use_cache=True,
         )
-        cache = output.past_key_values
+        cache = output[CACHE_FIELD]
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
     assert cache.cross_attention_cache.layers[0].keys.shape == (B, 2, S, 14)
+
+
+def test_arguments_that_nothing_reads_are_refused(model):
+    """transformers 5.24 renamed past_key_values to cache: swallowed, decoding forgot its own past."""
+    inputs = batch()
+    with pytest.raises(TypeError, match="unexpected argument 'cache_params'"):
+        model(**inputs, cache_params=None)
+    with pytest.raises(TypeError, match="unexpected argument 'token_type_ids'"):
+        model.get_encoder()(inputs["input_ids"], token_type_ids=None)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

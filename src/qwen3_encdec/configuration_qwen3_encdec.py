@@ -52,7 +52,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     """
 
     model_type = "qwen3_encdec"
-    keys_to_ignore_at_inference = ["past_key_values", "token_losses"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "token_losses"]  # noqa: RUF012
     default_theta = 1_000_000.0
 
     def __init__(

@@ -40,6 +40,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .modeling_qwen3_encoder import (
+    CACHE_FIELD,
     Qwen3EncoderDecoderPreTrainedModel,
     Segments,
     bottom_right_causal_mask,
@@ -47,6 +48,7 @@ from .modeling_qwen3_encoder import (
     project_heads,
     project_keys,
     ragged_attention,
+    refuse_unknown,
 )
 
 # Not every option exists in every transformers from 5.2 on.
@@ -89,7 +91,7 @@ class Qwen3MergedAttention(Qwen3Attention):
         merged_mask: torch.Tensor | None = None,
         segments: MergedSegments | None = None,
         # cache inputs
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend to the source and to the target so far.
 
@@ -105,11 +107,11 @@ class Qwen3MergedAttention(Qwen3Attention):
         """
         query, key, value = project_heads(self, hidden_states)  # (B, H, T, D), (B, K, T, D)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is None:
+        if cache is None:
             encoder_key, encoder_value = project_keys(self, encoder_hidden_states)  # (B, K, S, D)
         else:
-            key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
-            encoder_key, encoder_value = self._cached_encoder_keys(encoder_hidden_states, past_key_values)
+            key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
+            encoder_key, encoder_value = self._cached_encoder_keys(encoder_hidden_states, cache)
         source_length = encoder_key.shape[2]
         key = torch.cat([encoder_key, key], dim=2)  # (B, K, S + P + T, D)
         value = torch.cat([encoder_value, value], dim=2)
@@ -141,12 +143,12 @@ class Qwen3MergedAttention(Qwen3Attention):
             return output, None, None
         return output, weights[..., source_length:], weights[..., :source_length]
 
-    def _cached_encoder_keys(self, encoder_hidden_states: torch.Tensor, past_key_values: EncoderDecoderCache):
-        cache = past_key_values.cross_attention_cache
-        if past_key_values.is_updated.get(self.layer_idx):
-            return cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
-        past_key_values.is_updated[self.layer_idx] = True
-        return cache.update(*project_keys(self, encoder_hidden_states), self.layer_idx)
+    def _cached_encoder_keys(self, encoder_hidden_states: torch.Tensor, cache: EncoderDecoderCache):
+        cross = cache.cross_attention_cache
+        if cache.is_updated.get(self.layer_idx):
+            return cross.layers[self.layer_idx].keys, cross.layers[self.layer_idx].values
+        cache.is_updated[self.layer_idx] = True
+        return cross.update(*project_keys(self, encoder_hidden_states), self.layer_idx)
 
 
 class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
@@ -203,6 +205,7 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         segments: MergedSegments | None = None,
         # cache inputs
+        cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -216,7 +219,8 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             inputs_embeds: [B, T, E] in place of `input_ids`.
             encoder_hidden_states: [B, S, E], the encoder's output after its final norm.
             encoder_attention_mask: [B, S], 1 real and 0 padding.
-            past_key_values: the cache to read and extend; made if `use_cache` asks for one.
+            cache: keys and values to read and extend; made if `use_cache` asks for one.
+            past_key_values: the same under its name before transformers 5.24.
 
         Returns:
             `last_hidden_state` [B, T, E] and the cache.
@@ -228,18 +232,20 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         if segments is None and (is_packed(attention_mask) or is_packed(encoder_attention_mask)):
             raise ValueError("a mask holds several documents a row: pass labels to the whole model to keep them apart")
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        refuse_unknown(kwargs)
+        cache = past_key_values if cache is None else cache
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and self.gradient_checkpointing:
             use_cache = False
         if segments is not None or not use_cache:
-            past_key_values = None
-        elif past_key_values is None and not self.training:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+            cache = None
+        elif cache is None and not self.training:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
         if position_ids is None and segments is not None:
             position_ids = segments.target.position_ids
         elif position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(states.shape[1], device=states.device)[None] + seen
         mask = None
         if segments is None:
@@ -248,7 +254,7 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
                 attention_mask,
                 encoder_hidden_states,
                 encoder_attention_mask,
-                past_key_values,
+                cache,
                 position_ids,
             )
         position_embeddings = self.rotary_emb(states, position_ids)
@@ -259,21 +265,20 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
                 position_embeddings=position_embeddings,
                 merged_mask=mask,
                 segments=segments,
-                past_key_values=past_key_values,
+                cache=cache,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(states), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(states), **{CACHE_FIELD: cache})
 
-    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, past_key_values, position_ids):
+    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, cache, position_ids):
         """[B, 1, T, S + P + T], or None where bottom-right causal is all there is to say."""
-        cache = past_key_values.self_attention_cache if past_key_values is not None else None
+        cache = cache.self_attention_cache if cache is not None else None
         if attention_mask is not None and attention_mask.dim() == 2:
             attention_mask = attention_mask.bool()
         if encoder_mask is not None and encoder_mask.dim() == 2:
             encoder_mask = encoder_mask.bool()
         seen = cache.get_seq_length() if cache is not None else 0
         options = {
+            CACHE_FIELD: cache,
             # An empty static cache is longer than the target: there "no mask" would not mean bottom-right causal.
             "allow_is_causal_skip": not getattr(cache, "is_compileable", False),
             "cache_position": torch.arange(states.shape[1], device=states.device) + seen,
@@ -282,7 +287,6 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             self.config,
             states,
             attention_mask,
-            past_key_values=cache,
             position_ids=position_ids,
             **{name: value for name, value in options.items() if name in _CAUSAL_MASK_OPTIONS},
         )

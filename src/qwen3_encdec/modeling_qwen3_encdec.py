@@ -20,7 +20,7 @@ from transformers.utils import can_return_tuple
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .modeling_qwen3_decoder import MergedSegments, Qwen3MergedDecoder
-from .modeling_qwen3_encoder import Qwen3Encoder, Qwen3EncoderDecoderPreTrainedModel, Segments, is_ragged
+from .modeling_qwen3_encoder import CACHE_FIELD, Qwen3Encoder, Qwen3EncoderDecoderPreTrainedModel, Segments, is_ragged
 
 IGNORED = -100
 LOSS_CHUNK = 512
@@ -79,6 +79,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         decoder_position_ids: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         # cache inputs
+        cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         **kwargs,
@@ -102,6 +103,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
             inputs_embeds=decoder_inputs_embeds,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
+            cache=cache,
             past_key_values=past_key_values,
             use_cache=use_cache,
             return_dict=True,
@@ -109,7 +111,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            past_key_values=decoder_outputs.past_key_values,
+            **{CACHE_FIELD: getattr(decoder_outputs, CACHE_FIELD)},
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
@@ -180,6 +182,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         decoder_position_ids: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
         # cache inputs
+        cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
         # loss inputs
@@ -212,7 +215,13 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("give labels, decoder_input_ids or decoder_inputs_embeds")
         target = None
-        plain = past_key_values is None and position_ids is None and decoder_position_ids is None and not kwargs
+        plain = (
+            past_key_values is None
+            and cache is None
+            and position_ids is None
+            and decoder_position_ids is None
+            and not kwargs
+        )
         if labels is not None and input_ids is not None and decoder_input_ids is not None and plain:
             target_mask = _target_mask(labels) if decoder_attention_mask is None else decoder_attention_mask
             if is_ragged(attention_mask) or is_ragged(target_mask):
@@ -231,6 +240,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 decoder_attention_mask=decoder_attention_mask,
                 decoder_position_ids=decoder_position_ids,
                 decoder_inputs_embeds=decoder_inputs_embeds,
+                cache=cache,
                 past_key_values=past_key_values,
                 use_cache=use_cache and labels is None if labels is not None else use_cache,
                 return_dict=True,
@@ -253,7 +263,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             loss=loss,
             logits=logits,
             token_losses=token_losses,
-            past_key_values=outputs.past_key_values,
+            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
             decoder_hidden_states=outputs.decoder_hidden_states,
             decoder_attentions=outputs.decoder_attentions,
             cross_attentions=outputs.cross_attentions,

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3DecoderLayer,
@@ -29,6 +29,11 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+
+# transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs; both names are understood here.
+_OUTPUT_FIELDS = BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__
+CACHE_FIELD = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
+_PASSED_BY_TRANSFORMERS = {"cache_position", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,12 @@ class Segments:
 def is_ragged(mask: torch.Tensor | None) -> bool:
     """Whether a [B, L] mask holds padding or several documents a row."""
     return mask is not None and mask.dim() == 2 and not bool((mask == 1).all())
+
+
+def refuse_unknown(arguments: dict) -> None:
+    """Raise TypeError for arguments that nothing reads: a renamed one must not be dropped in silence."""
+    if unknown := sorted(arguments.keys() - _PASSED_BY_TRANSFORMERS):
+        raise TypeError(f"unexpected argument {unknown[0]!r}")
 
 
 def is_packed(mask: torch.Tensor | None) -> bool:
@@ -212,7 +223,7 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen3EncoderLayer", "Qwen3MergedDecoderLayer"]  # noqa: RUF012
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
     _supports_attention_backend = False
 
@@ -262,6 +273,7 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
+        refuse_unknown(kwargs)
         if segments is None and is_packed(attention_mask):
             raise ValueError(
                 "attention_mask holds several documents a row: pass labels to the whole model, or `segments` "

@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env demo test check format clean
+.PHONY: help env demo test check bench gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -34,6 +34,13 @@ check: env ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest tests/ -q
+
+bench: env ## full size and side by side with T5Gemma 2; an hour on 2 cores, wants 20 GB
+	$(BIN)/python bench/full_size.py
+	$(BIN)/python bench/model.py
+
+gpu-report: env ## correctness, speed and memory of the 0.6B pair on one CUDA GPU
+	$(BIN)/python bench/gpu_report.py
 
 format: env ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .

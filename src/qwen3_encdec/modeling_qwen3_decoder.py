@@ -112,6 +112,10 @@ class Qwen3MergedAttention(Qwen3Attention):
         else:
             key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
             encoder_key, encoder_value = self._cached_encoder_keys(encoder_hidden_states, cache)
+        eager = self.config._attn_implementation == "eager"
+        if query.shape[2] == 1 and cache is not None and not eager:
+            output = one_token_attention(query, (encoder_key, key), (encoder_value, value), merged_mask, self.scaling)
+            return self.o_proj(output), None, None
         source_length = encoder_key.shape[2]
         key = torch.cat([encoder_key, key], dim=2)  # (B, K, S + P + T, D)
         value = torch.cat([encoder_value, value], dim=2)
@@ -130,7 +134,7 @@ class Qwen3MergedAttention(Qwen3Attention):
                 dropout,
                 causal=True,
             )  # (1, N, H, D)
-        elif self.config._attn_implementation == "eager":
+        elif eager:
             output, weights = eager_attention_forward(self, query, key, value, merged_mask, self.scaling, dropout)
         else:
             if merged_mask is None and query.shape[2] > 1:
@@ -149,6 +153,34 @@ class Qwen3MergedAttention(Qwen3Attention):
             return cross.layers[self.layer_idx].keys, cross.layers[self.layer_idx].values
         cache.is_updated[self.layer_idx] = True
         return cross.update(*project_keys(self, encoder_hidden_states), self.layer_idx)
+
+
+def one_token_attention(
+    query: torch.Tensor,
+    keys: tuple[torch.Tensor, torch.Tensor],
+    values: tuple[torch.Tensor, torch.Tensor],
+    mask: torch.Tensor | None,
+    scaling: float,
+) -> torch.Tensor:
+    """Merged attention of one decoding step, without copying the two caches into one tensor.
+
+    Args:
+        query: [B, H, 1, D].
+        keys, values: of encoder and decoder, [B, K, S, D] and [B, K, P, D].
+        mask: [B, 1, 1, S + P], bool or additive.
+
+    Returns:
+        [B, 1, H * D].
+    """
+    batch, heads, _, dim = query.shape
+    source = keys[0].shape[2]
+    query = query.reshape(batch, keys[0].shape[1], -1, dim) * scaling  # (B, K, H / K, D)
+    scores = torch.cat([query @ key.transpose(2, 3) for key in keys], dim=-1).float()  # (B, K, H / K, S + P)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
+    weights = scores.softmax(-1).to(query.dtype)
+    output = weights[..., :source] @ values[0] + weights[..., source:] @ values[1]
+    return output.reshape(batch, 1, heads * dim)
 
 
 class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):

@@ -117,7 +117,7 @@ def test_checkpoint_that_is_no_dense_qwen3(refused, parent_folder, tmp_path, kin
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
     message = refused("initialize", "--qwen3-model", folder, "--output-dir", tmp_path / "out")
-    assert f"'{kind}' is not a dense Qwen3" in message
+    assert f"holds a '{kind}' model, which is not a dense Qwen3" in message
 
 
 def test_truncated_safetensors(refused, parent_folder, init_folder, tmp_path):

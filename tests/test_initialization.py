@@ -163,7 +163,7 @@ def test_bad_sources_are_named(parent_copy, tmp_path):
         initialize(parent_copy, out)
     config = json.loads((parent_copy / "config.json").read_text())
     (parent_copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_moe"}))
-    with pytest.raises(InputError, match="'qwen3_moe' is not a dense Qwen3"):
+    with pytest.raises(InputError, match="holds a 'qwen3_moe' model, which is not a dense Qwen3"):
         initialize(parent_copy, out)
     assert not out.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"parent"}

@@ -16,7 +16,7 @@ from transformers import AutoConfig, Qwen3ForCausalLM
 from transformers.utils import logging
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .files import InputError, check_output, new_folder
+from .files import InputError, check_output, new_folder, read_json
 from .loading import read_tensors, resolve_checkpoint
 from .modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from .tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer, build_tokenizer
@@ -127,6 +127,8 @@ def initialize(
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     output_dir = check_output(output_dir, "encoder-decoder")
     source = resolve_checkpoint(qwen3_model)
+    if (kind := read_json(source / "config.json").get("model_type")) != "qwen3":
+        raise InputError(f"{qwen3_model} holds a {kind!r} model, which is not a dense Qwen3")
     try:
         source_config = AutoConfig.from_pretrained(source)
         tokenizer = _tokenizer(source, source_config, num_sentinel_tokens)

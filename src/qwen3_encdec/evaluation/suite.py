@@ -8,6 +8,7 @@ import functools
 import os
 import platform
 import shlex
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -217,13 +218,22 @@ def provenance(*, started: float | None = None, commit: str | None = None, **fac
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **({"commit": commit} if commit else {}),
+        **({"commit": commit} if (commit := commit or _commit()) else {}),
         **facts,
         "hardware": f"{cpu or platform.machine()}, {os.cpu_count()} cores"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         **({"seconds": round(time.monotonic() - started, 1)} if started is not None else {}),
         "versions": {"python": platform.python_version(), **package_versions()},
     }
+
+
+def _commit() -> str | None:
+    """The checkout's commit as git describes it, with -dirty where files differ; None outside a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def _embed(embed: Embedder, texts: Sequence[str], advance: Callable[[int], None], block: int = 256) -> np.ndarray:

@@ -1,0 +1,195 @@
+"""The demo's road at toy size with real components, and the contrastive stage that closes it."""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+from qwen3_encdec.demo import road
+from qwen3_encdec.demo.parent import causal_embedder, nano_config, parent_tokenizer, train_causal_parent
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.files import PROVENANCE_FILE, InputError
+from qwen3_encdec.finetuning import finetune
+
+TEXTS = [
+    f"Return the {word} of {n} numbers.\n\nThe list must not be empty." for n in range(40) for word in ("sum", "mean")
+]
+PAIRS = [(f"Add {n} to x.", f"The result is x + {n}, as a number.") for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def nano(tmp_path_factory):
+    """A nano parent after a few steps."""
+    folder = tmp_path_factory.mktemp("nano") / "parent"
+    result = _train(folder)
+    return folder, result
+
+
+@pytest.fixture(scope="module")
+def encoder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "encoder"
+    extract_encoder(init_folder, folder)
+    return folder
+
+
+def _train(folder, **changes):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "steps": 12, "batch_size": 2, "block_size": 32}
+    return train_causal_parent(folder, tokenizer=parent_tokenizer(512), texts=TEXTS, **{**sizes, **changes})
+
+
+def _weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def test_parent_is_an_ordinary_qwen3_folder_that_learned(nano):
+    folder, result = nano
+    model = Qwen3ForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    config = model.config
+    assert type(tokenizer).__name__ == "Qwen2Tokenizer"
+    assert (tokenizer.pad_token, tokenizer.eos_token) == ("<|endoftext|>", "<|im_end|>")
+    assert "<extra_id_0>" not in tokenizer.get_vocab()
+    assert len(tokenizer) == 512 + 26
+    assert config.vocab_size == 640  # spare rows, as in a real checkpoint
+    assert config.head_dim * config.num_attention_heads != config.hidden_size
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    ids = tokenizer(TEXTS[3], return_tensors="pt")["input_ids"]
+    trained = model(ids, labels=ids).loss.item()
+    torch.manual_seed(0)
+    untrained = Qwen3ForCausalLM(nano_config(tokenizer, 64, 2))(ids, labels=ids).loss.item()
+    assert trained < untrained - 0.5
+    assert result["loss"] < math.log(config.vocab_size)
+
+
+def test_parent_depends_on_its_seed_alone(nano, tmp_path):
+    folder, result = nano
+    assert _train(tmp_path / "again") == result
+    again, first = _weights(tmp_path / "again"), _weights(folder)
+    assert all(torch.equal(again[name], first[name]) for name in first)
+    _train(tmp_path / "other", seed=1)
+    other = _weights(tmp_path / "other")
+    assert not torch.equal(other["model.norm.weight"], first["model.norm.weight"])
+
+
+def test_parent_refuses_a_corpus_of_less_than_a_block(tmp_path):
+    with pytest.raises(InputError, match="less than one block of 32"):
+        train_causal_parent(tmp_path / "parent", tokenizer=parent_tokenizer(512), texts=["short"], block_size=32)
+    assert not (tmp_path / "parent").exists()
+
+
+def _small_files(folder):
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != PROVENANCE_FILE)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.suffix != ".safetensors"}
+
+
+def test_finetune_changes_the_weights_and_no_other_file(encoder, tmp_path):
+    result = finetune(encoder, tmp_path / "tuned", PAIRS, steps=3, batch_size=8)
+    assert math.isfinite(result["loss"])
+    assert _small_files(tmp_path / "tuned") == _small_files(encoder)
+    before, after = _weights(encoder), _weights(tmp_path / "tuned")
+    assert before.keys() == after.keys()
+    assert all(before[name].dtype == after[name].dtype for name in before)
+    assert not torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
+    # sentence-transformers' own way of saving is what would have gone wrong
+    SentenceTransformer(str(encoder)).save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    assert _small_files(tmp_path / "saved") != _small_files(encoder)
+
+
+def test_finetune_depends_on_its_seed_alone(encoder, tmp_path):
+    for name, seed in (("first", 0), ("again", 0), ("other", 1)):
+        finetune(encoder, tmp_path / name, PAIRS, steps=2, batch_size=8, seed=seed)
+    first, again, other = (_weights(tmp_path / name)["norm.weight"] for name in ("first", "again", "other"))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def _sees_the_end(folder) -> bool:
+    """Whether the state of the first token changes with the last one."""
+    model = SentenceTransformer(str(folder), device="cpu")[0].auto_model.eval()
+    ids = torch.arange(5, 13)[None]
+    other = ids.clone()
+    other[0, -1] = 99
+    with torch.no_grad():
+        first, changed = (model(x).last_hidden_state[0, 0] for x in (ids, other))
+    return not torch.allclose(first, changed)
+
+
+def test_finetune_keeps_the_encoder_bidirectional_and_the_control_causal(encoder, parent_folder, tmp_path):
+    causal_embedder(parent_folder, tmp_path / "control")
+    for name, folder in (("encoder", encoder), ("control", tmp_path / "control")):
+        finetune(folder, tmp_path / f"{name}-tuned", PAIRS, steps=2, batch_size=8)
+    assert _sees_the_end(tmp_path / "encoder-tuned")
+    assert not _sees_the_end(tmp_path / "control-tuned")
+
+
+@pytest.mark.parametrize(
+    ("folder", "pairs", "sentence"),
+    [
+        ("encoder", PAIRS[:5], "5 pairs are less than one batch of 8"),
+        ("missing", PAIRS, "no sentence-transformers folder"),
+    ],
+)
+def test_finetune_says_what_is_wrong(encoder, tmp_path, folder, pairs, sentence):
+    with pytest.raises(InputError, match=sentence):
+        finetune(encoder.parent / folder, tmp_path / "out", pairs, steps=1, batch_size=8)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def small_corpus(monkeypatch):
+    """A few held-out pairs: embedding thousands of bodies by the baselines is what takes the demo's minutes."""
+    from qwen3_encdec.evaluation import suite
+
+    some = suite.summary_pairs("heldout")[:30]
+    monkeypatch.setattr(suite, "summary_pairs", lambda split: some)
+
+
+def test_the_whole_road_twice(small_corpus, tmp_path, capsys):
+    output = tmp_path / "demo"
+    first = road.run_demo(output, budget=road.TOY)
+    assert "report:" in capsys.readouterr().out
+    second = road.run_demo(output, budget=road.TOY)
+    metrics = json.loads((output / "metrics.json").read_text())
+    assert set(metrics["denoising"]) == {"initialization", "trained"}
+    for losses in metrics["denoising"].values():
+        assert set(losses) == {"R1", "R2", "X1", "X2", "S"}
+    expected = {
+        "TF-IDF", "MiniLM-L6", "Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)",
+        "UL2 encoder", "UL2 encoder + contrastive", "Causal parent + contrastive",
+    }  # fmt: skip
+    assert set(metrics["retrieval"]) == expected - set(metrics["not_run"])
+    assert all(math.isfinite(score) for scores in metrics["retrieval"].values() for score in scores.values())
+    assert {"parent", "initialize", "ul2", "extract", "contrastive", "evaluate"} <= set(metrics["seconds"])
+    assert metrics["provenance"]["budget"]["ul2_steps"] == road.TOY.ul2_steps
+    for name in ("report.md", "report.html"):
+        assert (output / name).stat().st_size > 1000
+    for numbers in ("denoising", "retrieval"):  # same seed, same numbers
+        assert first[numbers] == second[numbers] == metrics[numbers]
+
+
+def test_the_road_starts_from_a_given_checkpoint(small_corpus, parent_folder, tmp_path):
+    metrics = road.run_demo(tmp_path / "demo", qwen3_model=parent_folder, budget=road.TOY)
+    assert "parent" not in metrics["seconds"]
+    assert metrics["provenance"]["qwen3_model"] == str(parent_folder)
+
+
+def test_a_failed_road_leaves_what_was_there(init_folder, tmp_path):
+    output = tmp_path / "demo"
+    output.mkdir()
+    (output / PROVENANCE_FILE).write_text('{"kind": "demo"}')
+    with pytest.raises(InputError, match="already has sentinel tokens"):
+        road.run_demo(output, qwen3_model=init_folder, budget=road.TOY)
+    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [PROVENANCE_FILE]
+
+
+def test_the_road_replaces_no_folder_of_others(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="was not written by qwen3-encdec"):
+        road.run_demo(tmp_path, budget=road.TOY)
+    with pytest.raises(InputError, match="does not exist"):
+        road.run_demo(tmp_path / "demo", qwen3_model="./nowhere", budget=road.TOY)
+    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]

@@ -181,7 +181,7 @@ def test_a_failed_road_leaves_what_was_there(init_folder, tmp_path):
     output = tmp_path / "demo"
     output.mkdir()
     (output / PROVENANCE_FILE).write_text('{"kind": "demo"}')
-    with pytest.raises(InputError, match="already has sentinel tokens"):
+    with pytest.raises(InputError, match="is not a dense Qwen3"):
         road.run_demo(output, qwen3_model=init_folder, budget=road.TOY)
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [PROVENANCE_FILE]
 

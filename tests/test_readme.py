@@ -1,0 +1,55 @@
+"""What the README and the documents say exists and runs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.training.config import TrainingConfig, load_config
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_python_blocks_run(init_folder, tmp_path, capsys):
+    extract_encoder(init_folder, tmp_path / "encoder")
+    folders = {"runs/demo/encoder-contrastive": tmp_path / "encoder", "runs/demo/init": init_folder}
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert len(blocks) == 2
+    for block in blocks:
+        for shown, real in folders.items():
+            block = block.replace(shown, str(real))
+        exec(compile(block, "README.md", "exec"), {})
+    assert "tensor([[1.0000" in capsys.readouterr().out
+
+
+def test_every_make_target_script_and_config_named_exists():
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+    for path in re.findall(r"(?:scripts|configs|docs|bench)/[\w./-]+\.(?:py|yaml|md|json)", README):
+        assert (ROOT / path).is_file(), path
+
+
+@pytest.mark.parametrize("document", sorted(p.relative_to(ROOT).as_posix() for p in ROOT.glob("**/*.md")
+                                            if not {".venv", "runs"} & set(p.relative_to(ROOT).parts)))  # fmt: skip
+def test_links_and_test_names_lead_somewhere(document):
+    text = (ROOT / document).read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?://|#)([^)#]+)", text):
+        assert (ROOT / document).parent.joinpath(link).exists(), link
+    for file, name in re.findall(r"`(tests/\w+\.py)::(\w+)`", text):
+        assert f"def {name}(" in (ROOT / file).read_text(encoding="utf-8"), f"{file}::{name}"
+
+
+def test_line_counts_are_those_of_the_files():
+    rows = re.findall(r"\]\((src/[\w/]+\.py)\) \| (\d+) \|", README)
+    assert rows
+    assert [(f, int(n)) for f, n in rows] == [(f, len((ROOT / f).read_text().splitlines())) for f, _ in rows]
+
+
+def test_the_shipped_training_config_names_every_key():
+    path = ROOT / "configs" / "training_config.yaml"
+    load_config(path)
+    written = set(re.findall(r"^(\w+):", path.read_text(encoding="utf-8"), re.MULTILINE))
+    assert written == set(TrainingConfig.__dataclass_fields__)

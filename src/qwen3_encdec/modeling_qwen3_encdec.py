@@ -242,7 +242,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 cache=cache,
                 past_key_values=past_key_values,
-                use_cache=use_cache and labels is None if labels is not None else use_cache,
+                use_cache=False if use_cache and labels is not None else use_cache,
                 return_dict=True,
                 **kwargs,
             )

@@ -286,8 +286,6 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
             )
         mask = None
         if segments is None:
-            if attention_mask is not None and attention_mask.dim() == 2:
-                attention_mask = attention_mask.bool()
             mask = create_bidirectional_mask(self.config, states, attention_mask)
         position_embeddings = self.rotary_emb(states, position_ids)
         for layer in self.layers:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import logging
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
@@ -17,6 +18,50 @@ from qwen3_encdec.initialization import initialize
 from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
 
 logging.disable_progress_bar()
+
+
+def flash_by_hand(module, query, key, value, mask, scaling, dropout, is_causal, **lengths):
+    """What flash-attention documents, row by row: causal is bottom-right; padding or cumulative lengths cut it up."""
+    outputs = torch.zeros_like(query)
+    if lengths:
+        assert mask is None
+        bounds = [lengths[f"cu_seq_lens_{side}"].tolist() for side in "qk"]
+        assert [max(b - a for a, b in zip(side, side[1:])) for side in bounds] == [  # noqa: B905, RUF007
+            lengths["max_length_q"], lengths["max_length_k"],
+        ]  # fmt: skip
+        places = [
+            (0, torch.arange(*bounds[0][i : i + 2]), torch.arange(*bounds[1][i : i + 2]))
+            for i in range(len(bounds[0]) - 1)
+        ]
+    else:
+        mask = torch.ones(query.shape[0], key.shape[2]) if mask is None else mask
+        queries = mask[:, -query.shape[2] :] if query.shape[2] > 1 else torch.ones(query.shape[0], 1)
+        places = [(row, queries[row].nonzero()[:, 0], mask[row].nonzero()[:, 0]) for row in range(query.shape[0])]
+    for row, q, k in places:
+        groups = query.shape[1] // key.shape[1]
+        scores = query[row][:, q] @ key[row][:, k].repeat_interleave(groups, 0).transpose(1, 2) * scaling
+        if is_causal:
+            seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
+            scores = scores.masked_fill(~seen, float("-inf"))
+        result = scores.softmax(-1) @ value[row][:, k].repeat_interleave(groups, 0)
+        outputs = outputs.index_put((torch.tensor(row), torch.arange(query.shape[1])[:, None], q[None]), result)
+    return outputs.transpose(1, 2), None
+
+
+AttentionInterface.register("flash_by_hand", flash_by_hand)
+AttentionMaskInterface.register("flash_by_hand", flash_attention_mask)
+BACKENDS = ("eager", "sdpa", "flex_attention", "flash_by_hand")
+
+
+def use_backend(model, name: str):
+    """`set_attn_implementation`, and around its check that a flash package is installed."""
+    if name == "flash_by_hand":
+        model.config._attn_implementation = name
+    else:
+        model.set_attn_implementation(name)
+    # FlexAttention compiles itself and has no backward on a CPU: what it computes is shown by its eager form.
+    torch.compiler.set_stance("force_eager" if name == "flex_attention" else "default")
+    return model.requires_grad_(name != "flex_attention")
 
 
 def tiny_config(**changes) -> Qwen3EncoderDecoderConfig:

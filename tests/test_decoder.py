@@ -5,17 +5,15 @@ from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderC
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2MergedAttention
 
 from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention, Qwen3MergedDecoder
-from tests.conftest import tiny_config
+from tests.conftest import BACKENDS, tiny_config, use_backend
 
-BACKENDS = ("eager", "sdpa")
 S, T = 7, 5
 
 
 def decoder_with(implementation: str) -> Qwen3MergedDecoder:
     torch.manual_seed(0)
     decoder = Qwen3MergedDecoder(tiny_config()).eval()
-    decoder.set_attn_implementation(implementation)
-    return decoder
+    return use_backend(decoder, implementation)
 
 
 def target_ids() -> torch.Tensor:
@@ -45,7 +43,7 @@ def t5gemma2_attention(config, ours: Qwen3MergedAttention) -> T5Gemma2MergedAtte
     return theirs.eval()
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
 @pytest.mark.parametrize("masked", [False, True])
 def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
     """Values and gradients; T5Gemma 2 lays the keys out decoder first and needs a dense mask."""
@@ -148,15 +146,27 @@ def test_a_target_token_sees_its_past_and_not_its_future(implementation):
     assert (change[3:] > 1e-3).all()
 
 
-def test_eager_is_sdpa_and_attentions_split_one_softmax():
-    outputs = {}
+@pytest.mark.parametrize("implementation", BACKENDS[1:])
+@pytest.mark.parametrize("padded", [(), ("source",), ("target",), ("source", "target")])
+def test_parity_every_backend_is_eager(implementation, padded):
+    masks = {"encoder_attention_mask": torch.ones(3, S), "attention_mask": torch.ones(3, T)}
+    if "source" in padded:
+        masks["encoder_attention_mask"][1, 2:] = masks["encoder_attention_mask"][2, :4] = 0
+    if "target" in padded:
+        masks["attention_mask"][0, 3:] = masks["attention_mask"][2, :2] = 0
+    kept = masks["attention_mask"][..., None]
+    inputs = {"input_ids": target_ids(), "encoder_hidden_states": source_states()}
+    reference = decoder_with("eager")(**inputs, **masks).last_hidden_state
+    output = decoder_with(implementation)(**inputs, **masks).last_hidden_state
+    torch.testing.assert_close(output * kept, reference * kept, atol=1e-5, rtol=0)
+    # the control: top-left alignment, which scaled_dot_product_attention means by is_causal
+    blind = decoder_with("eager")(**inputs, encoder_attention_mask=torch.ones(3, S).tril()).last_hidden_state
+    assert (blind - reference).abs().max() > 1e-3
+
+
+def test_attentions_split_one_softmax():
     mask = torch.ones(3, S, dtype=torch.long)
     mask[1, 2:] = 0
-    for implementation in BACKENDS:
-        outputs[implementation] = decoder_with(implementation)(
-            target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=mask
-        ).last_hidden_state
-    torch.testing.assert_close(outputs["sdpa"], outputs["eager"], atol=1e-5, rtol=0)
     output = decoder_with("eager")(
         target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=mask, output_attentions=True
     )

@@ -3,17 +3,15 @@ import torch
 from transformers import Qwen3Config, Qwen3Model
 
 from qwen3_encdec import Qwen3Encoder
-from qwen3_encdec.modeling_qwen3_encoder import Segments, bottom_right_causal_mask, ragged_attention
-from tests.conftest import tiny_config
+from qwen3_encdec.modeling_qwen3_encoder import RaggedLayout, Segments, attend, bottom_right_causal_bias
+from tests.conftest import BACKENDS, tiny_config, use_backend
 
-BACKENDS = ("eager", "sdpa")
 
 
 def encoder_with(implementation: str, **changes) -> Qwen3Encoder:
     torch.manual_seed(0)
     encoder = Qwen3Encoder(tiny_config(**changes)).eval()
-    encoder.set_attn_implementation(implementation)
-    return encoder
+    return use_backend(encoder, implementation)
 
 
 def ids(batch: int = 3, length: int = 11, seed: int = 0) -> torch.Tensor:
@@ -43,7 +41,7 @@ def test_last_token_changes_the_first_state(implementation, batch):
     assert torch.equal(causal(before).last_hidden_state[:, 0], causal(after).last_hidden_state[:, 0])
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("implementation", ("eager", "sdpa"))  # the two that take any mask
 def test_parity_causal_encoder_is_qwen3(implementation):
     encoder = encoder_with(implementation)
     tokens = ids()
@@ -79,26 +77,28 @@ def test_segments_are_as_drawn():
     mask = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
     segments = Segments.from_mask(mask)
     assert segments.index.tolist() == [0, 1, 2, 3, 4, 6, 7]
-    assert segments.lengths == [3, 2, 2]
+    assert segments.layout.query_lengths == [3, 2, 2]
     assert segments.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
     batch = torch.randn(2, 6, 5)
     assert torch.equal(segments.scatter(segments.gather(batch)), batch * (mask > 0)[..., None])
 
 
-def test_ragged_encoder_is_the_padded_one():
-    encoder = encoder_with("sdpa")
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_parity_ragged_encoder_is_the_padded_eager_one(implementation):
+    encoder = encoder_with(implementation)
     tokens = ids()
     mask = torch.ones(3, 11, dtype=torch.long)
     mask[1, 6:] = 0
     mask[2, :4] = 0
     segments = Segments.from_mask(mask)
     ragged = encoder(segments.gather(tokens), segments=segments).last_hidden_state
-    padded = encoder(tokens, attention_mask=mask).last_hidden_state * mask[..., None]
+    padded = encoder_with("eager")(tokens, attention_mask=mask).last_hidden_state * mask[..., None]
     torch.testing.assert_close(segments.scatter(ragged), padded, atol=1e-5, rtol=0)
 
 
-def test_packed_documents_are_encoded_as_if_alone():
-    encoder = encoder_with("sdpa")
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_parity_packed_documents_are_encoded_as_if_alone(implementation):
+    encoder = encoder_with(implementation)
     tokens = ids(1, 11)
     mask = torch.tensor([[1] * 4 + [2] * 5 + [0] * 2])
     segments = Segments.from_mask(mask)
@@ -111,28 +111,36 @@ def test_packed_documents_are_encoded_as_if_alone():
         encoder(tokens, attention_mask=mask)
 
 
+@pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("causal", [False, True])
-def test_ragged_attention_against_brute_force(causal):
+def test_parity_ragged_attention_is_brute_force(causal, implementation):
     torch.manual_seed(0)
+    attention = encoder_with(implementation).layers[0].self_attn
     queries, keys = [3, 1, 4], [5, 2, 4]
-    q, k, v = torch.randn(1, 4, 8, 6), torch.randn(1, 2, 11, 6), torch.randn(1, 2, 11, 6)
-    output = ragged_attention(q, k, v, queries, keys, 0.3, causal=causal)
+    q, k, v = torch.randn(1, 4, 8, 14), torch.randn(1, 2, 11, 14), torch.randn(1, 2, 11, 14)
+    documents = [torch.arange(3).repeat_interleave(torch.tensor(side)) for side in (queries, keys)]
+    output, _ = attend(attention, q, k, v, layout=RaggedLayout(*documents, causal=causal))
+    uncut, _ = attend(attention, q[:, :, :3], k, v, causal=causal)
     q_start = k_start = 0
     for n_q, n_k in zip(queries, keys, strict=True):
         for head in range(4):
             for i in range(n_q):
                 seen = n_k - n_q + i + 1 if causal else n_k
                 key = k[0, head // 2, k_start : k_start + seen]
-                weights = (key @ q[0, head, q_start + i] * 0.3).softmax(-1)
+                weights = (key @ q[0, head, q_start + i] * attention.scaling).softmax(-1)
                 expected = weights @ v[0, head // 2, k_start : k_start + seen]
                 torch.testing.assert_close(output[0, q_start + i, head], expected, atol=1e-6, rtol=1e-5)
         q_start, k_start = q_start + n_q, k_start + n_k
+    # the control: the first document with the keys of the others in sight
+    assert (uncut[0, :, 0] - output[0, :3, 0]).abs().max() > 1e-2
 
 
 def test_bottom_right_mask_is_as_drawn():
-    seen = bottom_right_causal_mask(4, 7, torch.zeros(1)) == 0
+    seen = bottom_right_causal_bias(4, 7, torch.zeros(1)) == 0
     drawn = ["1111000", "1111100", "1111110", "1111111"]
     assert ["".join(str(int(cell)) for cell in row) for row in seen] == drawn
+    # what the GPU is told instead
+    assert torch.equal(torch.nn.attention.bias.causal_lower_right(4, 7)._materialize(), seen)
 
 
 def test_states_and_attentions_are_recorded():

@@ -9,7 +9,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 from qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
 from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy
 from qwen3_encdec.modeling_qwen3_encoder import CACHE_FIELD
-from tests.conftest import tiny_config
+from tests.conftest import BACKENDS, tiny_config, use_backend
 
 B, S, T = 3, 9, 7
 
@@ -55,12 +55,14 @@ def test_zero_logits_give_log_v(model):
     assert model(**batch()).loss.item() == pytest.approx(math.log(331), abs=1e-5)
 
 
-def test_gradients_of_the_ragged_pass_are_those_of_the_plain_one(model):
+@pytest.mark.parametrize("implementation", [name for name in BACKENDS if name != "flex_attention"])  # GPU only
+def test_parity_gradients_of_the_ragged_pass_are_those_of_the_plain_one(model, implementation):
     inputs = batch()
     gradients = []
-    for loss in (model(**inputs).loss, plain_loss(model, inputs)):
+    for backend in (implementation, "eager"):
+        use_backend(model, backend)
         model.zero_grad()
-        loss.backward()
+        (plain_loss(model, inputs) if gradients else model(**inputs).loss).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for mine, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
@@ -84,8 +86,10 @@ def test_training_needs_no_logits(model):
     assert model(**batch(), return_logits=True).logits.shape == (B, T, 331)
 
 
-def test_packed_rows_are_their_pairs_one_by_one(model):
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_parity_packed_rows_are_their_pairs_one_by_one(model, implementation):
     """Two pairs in a row: encoder, decoder and cross attention apart, positions and shift restarting."""
+    use_backend(model, implementation)
     pairs = [((0, 4), (0, 3)), ((4, 9), (3, 7))]
     inputs = batch(padded=False)
     packed = {
@@ -192,10 +196,10 @@ def test_state_dict_names_are_those_of_the_design(model):
     assert {name for name, _ in model.named_parameters()} == expected
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
 def test_cached_decoding_is_uncached_decoding(model, implementation, options):
-    model.set_attn_implementation(implementation)
+    use_backend(model, implementation)
     inputs = batch()
     inputs.pop("labels")
     runs = []

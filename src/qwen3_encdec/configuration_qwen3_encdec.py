@@ -40,6 +40,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         rope_parameters: As in transformers; `{"rope_type": "default", "rope_theta": 1e6}` in Qwen3.
         attention_bias: Biases in the attention projections; off in Qwen3.
         attention_dropout: Dropout on the attention weights while training.
+        rope_on_encoder_keys: Rotate encoder keys in merged attention by their source positions; an ablation.
         use_cache: Whether the decoder returns its key/value cache outside training.
         pad_token_id: `<|endoftext|>`.
         eos_token_id: `<|im_end|>`; differs from the padding, so that masking labels never hides an EOS.
@@ -76,6 +77,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         rope_parameters: dict[str, Any] | None = None,
         attention_bias: bool = False,
         attention_dropout: float = 0.0,
+        rope_on_encoder_keys: bool = False,
         use_cache: bool = True,
         # special tokens
         pad_token_id: int | None = 151_643,
@@ -103,6 +105,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         self.rope_parameters = rope_parameters
         self.attention_bias = attention_bias
         self.attention_dropout = attention_dropout
+        self.rope_on_encoder_keys = rope_on_encoder_keys
         self.use_cache = use_cache
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id

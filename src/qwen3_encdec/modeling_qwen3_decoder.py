@@ -22,10 +22,9 @@ source tokens of a ragged batch, H query heads, K key/value heads, D head dimens
 import inspect
 
 import torch
-import torch.nn.functional as F
 from torch import nn
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.models.qwen3.modeling_qwen3 import (
@@ -34,7 +33,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
-    eager_attention_forward,
+    rotate_half,
 )
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -42,12 +41,13 @@ from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .modeling_qwen3_encoder import (
     CACHE_FIELD,
     Qwen3EncoderDecoderPreTrainedModel,
+    RaggedLayout,
     Segments,
-    bottom_right_causal_mask,
+    attend,
     is_packed,
+    is_ragged,
     project_heads,
     project_keys,
-    ragged_attention,
     refuse_unknown,
 )
 
@@ -59,22 +59,65 @@ class MergedSegments:
     """How the keys of a ragged batch interleave: document by document, its M source then its N target tokens.
 
     Attributes:
-        target: segments of the decoder tokens.
-        key_lengths: source plus target tokens of each document.
-        key_order: [M + N] int64, reorders [all source tokens ; all target tokens] into document order.
+        source, target: segments of the encoder and of the decoder tokens.
+        key_order: reorders [all source tokens ; all target tokens] into document order.
+        layout: bottom-right causal attention of the target tokens to the keys in that order.
     """
 
     def __init__(self, source: Segments, target: Segments):
-        if len(source.lengths) != len(target.lengths):
+        both = torch.cat([source.documents, target.documents])
+        wanted = torch.isin(both, target.documents)  # a source without a target has no reader
+        packed = bool((both & 0xFFFFFFFF > 1).any())
+        if packed and not (wanted.all() and torch.isin(target.documents, source.documents).all()):
+            counts = [len(side.documents.unique()) for side in (source, target)]
             raise ValueError(
-                f"attention_mask holds {len(source.lengths)} source documents and decoder_attention_mask "
-                f"{len(target.lengths)} target documents; every source needs its target"
+                f"attention_mask holds {counts[0]} source documents and decoder_attention_mask {counts[1]} target "
+                "documents; in packed rows every source needs its target"
             )
-        self.target = target
-        self.key_lengths = [s + t for s, t in zip(source.lengths, target.lengths, strict=True)]
-        document = torch.arange(len(target.lengths)).repeat(2)
-        document = document.repeat_interleave(torch.tensor(source.lengths + target.lengths))
-        self.key_order = document.argsort(stable=True).to(target.index.device)
+        self.source, self.target = source, target
+        order = both.masked_fill(~wanted, both.max() + 1).argsort(stable=True)
+        self.key_order = order[: int(wanted.sum())]
+        self.layout = RaggedLayout(target.documents, both[self.key_order], causal=True)
+
+
+class MergedLayer(DynamicLayer):
+    """The keys of one decoder layer behind those of the encoder in one buffer with room to grow.
+
+    A decoding step writes one token and attends to a view, where concatenating the two caches would copy the whole
+    source in every layer of every step. `keys` and `values` of this layer and of the encoder's are views into the
+    buffer; whatever replaces them (reordering beams, cropping, selecting rows) is noticed by the next step.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def extend(self, key: torch.Tensor, value: torch.Tensor, source: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append decoder keys and values [B, K, T, D]; returns all keys and values, [B, K, S + P + T, D]."""
+        begin, past = source.keys.shape[2], self.get_seq_length()
+        end = begin + past + key.shape[2]
+        if not self._continues(source, begin, past, end):
+            room = begin + max(64, 2 * (end - begin))
+            pairs = ((source.keys, self.keys), (source.values, self.values))
+            self.buffers = tuple(new.new_empty(*new.shape[:2], room, new.shape[3]) for new in (key, value))
+            for buffer, (encoded, decoded) in zip(self.buffers, pairs, strict=True):
+                buffer[:, :, :begin] = encoded
+                if past:
+                    buffer[:, :, begin : begin + past] = decoded
+            source.keys, source.values = (buffer[:, :, :begin] for buffer in self.buffers)
+            self.is_initialized, self.device, self.dtype = True, key.device, key.dtype
+        for buffer, new in zip(self.buffers, (key, value), strict=True):
+            buffer[:, :, begin + past : end] = new
+        self.keys, self.values = (buffer[:, :, begin:end] for buffer in self.buffers)
+        return tuple(buffer[:, :, :end] for buffer in self.buffers)
+
+    def _continues(self, source: DynamicLayer, begin: int, past: int, end: int) -> bool:
+        """Whether the buffer still is what both caches hold, with room up to `end`."""
+        if self.buffers is None or end > self.buffers[0].shape[2]:
+            return False
+        starts = [buffer[:, :, place].data_ptr() for buffer in self.buffers for place in (0, begin)]
+        held = [source.keys, self.keys, source.values, self.values] if past else []
+        return bool(held) and [tensor.data_ptr() for tensor in held] == starts
 
 
 class Qwen3MergedAttention(Qwen3Attention):
@@ -92,6 +135,8 @@ class Qwen3MergedAttention(Qwen3Attention):
         segments: MergedSegments | None = None,
         # cache inputs
         cache: EncoderDecoderCache | None = None,
+        # ablation
+        encoder_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend to the source and to the target so far.
 
@@ -99,7 +144,8 @@ class Qwen3MergedAttention(Qwen3Attention):
             hidden_states: [B, T, E], or [1, N, E] with `segments`.
             position_embeddings: cos and sin of the decoder positions, each [B, T, D].
             encoder_hidden_states: [B, S, E], or [1, M, E] with `segments`; not read once the cache holds its keys.
-            merged_mask: [B, 1, T, S + P + T] additive or bool; None is bottom-right causal.
+            merged_mask: [B, 1, T, S + P + T] or what the backend takes instead; None is bottom-right causal.
+            encoder_position_embeddings: rotates encoder keys too; None leaves them as they are.
 
         Returns:
             Output [B, T, E]; self-attention weights [B, H, T, P + T] and cross-attention weights [B, H, T, S], which
@@ -108,79 +154,47 @@ class Qwen3MergedAttention(Qwen3Attention):
         query, key, value = project_heads(self, hidden_states)  # (B, H, T, D), (B, K, T, D)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if cache is None:
-            encoder_key, encoder_value = project_keys(self, encoder_hidden_states)  # (B, K, S, D)
+            source = self._encoder_keys(encoder_hidden_states, encoder_position_embeddings)  # (B, K, S, D)
+            key, value = (torch.cat(pair, dim=2) for pair in zip(source, (key, value), strict=True))
         else:
-            key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
-            encoder_key, encoder_value = self._cached_encoder_keys(encoder_hidden_states, cache)
-        eager = self.config._attn_implementation == "eager"
-        if query.shape[2] == 1 and cache is not None and not eager:
-            output = one_token_attention(query, (encoder_key, key), (encoder_value, value), merged_mask, self.scaling)
-            return self.o_proj(output), None, None
-        source_length = encoder_key.shape[2]
-        key = torch.cat([encoder_key, key], dim=2)  # (B, K, S + P + T, D)
-        value = torch.cat([encoder_value, value], dim=2)
+            cross = cache.cross_attention_cache
+            if not cache.is_updated.get(self.layer_idx):
+                cross.update(
+                    *self._encoder_keys(encoder_hidden_states, encoder_position_embeddings), self.layer_idx
+                )
+                cache.is_updated[self.layer_idx] = True
+            source_layer = cross.layers[self.layer_idx]
+            own = cache.self_attention_cache
+            if _can_merge(own, self.layer_idx):
+                key, value = own.layers[self.layer_idx].extend(key, value, source_layer)  # (B, K, S + P + T, D)
+            else:
+                key, value = own.update(key, value, self.layer_idx)
+                key = torch.cat([source_layer.keys, key], dim=2)
+                value = torch.cat([source_layer.values, value], dim=2)
 
-        dropout = self.attention_dropout if self.training else 0.0
-        weights = None
+        layout = None
         if segments is not None:
-            key, value = key[:, :, segments.key_order], value[:, :, segments.key_order]
-            output = ragged_attention(
-                query,
-                key,
-                value,
-                segments.target.lengths,
-                segments.key_lengths,
-                self.scaling,
-                dropout,
-                causal=True,
-            )  # (1, N, H, D)
-        elif eager:
-            output, weights = eager_attention_forward(self, query, key, value, merged_mask, self.scaling, dropout)
-        else:
-            if merged_mask is None and query.shape[2] > 1:
-                merged_mask = bottom_right_causal_mask(query.shape[2], key.shape[2], query)
-            output = F.scaled_dot_product_attention(
-                query, key, value, merged_mask, dropout, scale=self.scaling, enable_gqa=True
-            ).transpose(1, 2)  # (B, T, H, D)
+            key, value, layout = key[:, :, segments.key_order], value[:, :, segments.key_order], segments.layout
+        output, weights = attend(self, query, key, value, merged_mask, layout, causal=True)
         output = self.o_proj(output.flatten(2))
         if weights is None:
             return output, None, None
+        source_length = encoder_hidden_states.shape[1]
         return output, weights[..., source_length:], weights[..., :source_length]
 
-    def _cached_encoder_keys(self, encoder_hidden_states: torch.Tensor, cache: EncoderDecoderCache):
-        cross = cache.cross_attention_cache
-        if cache.is_updated.get(self.layer_idx):
-            return cross.layers[self.layer_idx].keys, cross.layers[self.layer_idx].values
-        cache.is_updated[self.layer_idx] = True
-        return cross.update(*project_keys(self, encoder_hidden_states), self.layer_idx)
+    def _encoder_keys(self, states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = project_keys(self, states)
+        if position_embeddings is not None:
+            cos, sin = (part.unsqueeze(1) for part in position_embeddings)
+            key = key * cos + rotate_half(key) * sin
+        return key, value
 
 
-def one_token_attention(
-    query: torch.Tensor,
-    keys: tuple[torch.Tensor, torch.Tensor],
-    values: tuple[torch.Tensor, torch.Tensor],
-    mask: torch.Tensor | None,
-    scaling: float,
-) -> torch.Tensor:
-    """Merged attention of one decoding step, without copying the two caches into one tensor.
-
-    Args:
-        query: [B, H, 1, D].
-        keys, values: of encoder and decoder, [B, K, S, D] and [B, K, P, D].
-        mask: [B, 1, 1, S + P], bool or additive.
-
-    Returns:
-        [B, 1, H * D].
-    """
-    batch, heads, _, dim = query.shape
-    source = keys[0].shape[2]
-    query = query.reshape(batch, keys[0].shape[1], -1, dim) * scaling  # (B, K, H / K, D)
-    scores = torch.cat([query @ key.transpose(2, 3) for key in keys], dim=-1).float()  # (B, K, H / K, S + P)
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf")) if mask.dtype == torch.bool else scores + mask
-    weights = scores.softmax(-1).to(query.dtype)
-    output = weights[..., :source] @ values[0] + weights[..., source:] @ values[1]
-    return output.reshape(batch, 1, heads * dim)
+def _can_merge(cache: DynamicCache, layer_idx: int) -> bool:
+    """Whether a step may write into the buffer: not where a gradient or a graph would hold on to what was there."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    return layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], MergedLayer)
 
 
 class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
@@ -273,6 +287,8 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             cache = None
         elif cache is None and not self.training:
             cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        if cache is not None:
+            self._merge_layers(cache)
 
         if position_ids is None and segments is not None:
             position_ids = segments.target.position_ids
@@ -281,61 +297,80 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             position_ids = torch.arange(states.shape[1], device=states.device)[None] + seen
         mask = None
         if segments is None:
-            mask = self._merged_mask(
-                states,
-                attention_mask,
-                encoder_hidden_states,
-                encoder_attention_mask,
-                cache,
-                position_ids,
-            )
+            mask = self._merged_mask(states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache)
         position_embeddings = self.rotary_emb(states, position_ids)
+        encoder_position_embeddings = None
+        if self.config.rope_on_encoder_keys:
+            places = torch.arange(encoder_hidden_states.shape[1], device=states.device)[None]
+            places = segments.source.position_ids if segments is not None else places
+            encoder_position_embeddings = self.rotary_emb(encoder_hidden_states, places)
         for layer in self.layers:
             states = layer(
                 states,
                 encoder_hidden_states,
                 position_embeddings=position_embeddings,
+                encoder_position_embeddings=encoder_position_embeddings,
                 merged_mask=mask,
                 segments=segments,
                 cache=cache,
             )
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(states), **{CACHE_FIELD: cache})
 
-    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, cache, position_ids):
-        """[B, 1, T, S + P + T], or None where bottom-right causal is all there is to say."""
-        cache = cache.self_attention_cache if cache is not None else None
-        seen = cache.get_seq_length() if cache is not None else 0
-        options = {
-            CACHE_FIELD: cache,
-            # An empty static cache is longer than the target: there "no mask" would not mean bottom-right causal.
-            "allow_is_causal_skip": not getattr(cache, "is_compileable", False),
-            "cache_position": torch.arange(states.shape[1], device=states.device) + seen,
-        }
-        causal = create_causal_mask(
-            self.config,
-            states,
-            attention_mask,
-            position_ids=position_ids,
-            **{name: value for name, value in options.items() if name in _CAUSAL_MASK_OPTIONS},
-        )
-        cross = create_bidirectional_mask(self.config, states, encoder_mask, encoder_hidden_states=encoder_states)
-        if causal is None and cross is None:
-            return None
-        batch, length, source = states.shape[0], states.shape[1], encoder_states.shape[1]
-        if causal is None:
-            own = torch.ones(length, seen + length, dtype=torch.bool, device=states.device).tril(seen)
-            causal = _as_kind_of(cross, own)
-        if cross is None:
-            cross = _as_kind_of(causal, torch.ones(length, source, dtype=torch.bool, device=states.device))
-        return torch.cat([part.expand(batch, -1, -1, -1) for part in (cross, causal)], dim=-1)
+    def _merge_layers(self, cache: EncoderDecoderCache) -> None:
+        """Give an empty dynamic cache its merged layers."""
+        own = cache.self_attention_cache
+        if type(own) is DynamicCache and not own.offloading and own.get_seq_length() == 0:
+            if not any(isinstance(layer, MergedLayer) for layer in own.layers):
+                own.layers[:] = [MergedLayer() for _ in self.layers]
+
+    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, cache):
+        """The mask of [encoder ; decoder] keys for the backend; None where bottom-right causal is all there is to say.
+
+        It is an ordinary causal mask over a past that begins with the source, so transformers' builder makes it.
+        """
+        batch, length, source = *states.shape[:2], encoder_states.shape[1]
+        for mask in (attention_mask, encoder_mask):
+            if mask is not None and mask.dim() != 2:
+                raise ValueError(f"a decoder's masks are [batch, length], this one is {list(mask.shape)}")
+        past = _SourceThenPast(cache.self_attention_cache if cache is not None else None, source)
+        backend = self.config._attn_implementation
+        if not past.is_compileable and (backend == "sdpa" or "flash" in backend):
+            if not torch.compiler.is_compiling() and not is_ragged(attention_mask) and not is_ragged(encoder_mask):
+                return None
+        positions = torch.arange(length, device=states.device) + past.get_seq_length()
+        if attention_mask is not None or encoder_mask is not None:
+            if attention_mask is None:
+                queries = positions if "cache_position" in _CAUSAL_MASK_OPTIONS else length
+                keys = past.get_mask_sizes(queries)[0] - source
+                attention_mask = states.new_ones(batch, keys, dtype=torch.long)
+            if encoder_mask is None:
+                encoder_mask = states.new_ones(batch, source, dtype=torch.long)
+            attention_mask = torch.cat([encoder_mask.expand(batch, -1), attention_mask.to(encoder_mask)], dim=1)
+        options = {CACHE_FIELD: past, "allow_is_causal_skip": False, "cache_position": positions}
+        options = {name: value for name, value in options.items() if name in _CAUSAL_MASK_OPTIONS}
+        return create_causal_mask(self.config, states, attention_mask, position_ids=None, **options)
 
 
-def _as_kind_of(mask: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-    """The bool matrix `seen` [T, L] as a [1, 1, T, L] mask of the kind, bool or additive, that `mask` is."""
-    if mask.dtype == torch.bool:
-        return seen[None, None]
-    blocked = torch.finfo(mask.dtype).min
-    return torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(~seen, blocked)[None, None]
+class _SourceThenPast:
+    """A cache as the mask builder should see it: the source tokens come first and are past to every target token."""
+
+    def __init__(self, cache: DynamicCache | None, source: int):
+        self.cache, self.source = cache, source
+        self.is_compileable = getattr(cache, "is_compileable", False)
+        self.own_length = cache.get_seq_length() if cache is not None else 0
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self.source + self.own_length
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.source + self.own_length
+
+    def get_mask_sizes(self, queries, layer_idx: int = 0) -> tuple[int, int]:
+        """Keys and their offset; `queries` is their number, or their positions before transformers 5.4."""
+        if self.cache is None:
+            return self.source + (queries if isinstance(queries, int) else queries.shape[0]), 0
+        length, offset = self.cache.get_mask_sizes(queries, layer_idx)
+        return self.source + length, offset
 
 
 __all__ = ["Qwen3MergedDecoder"]

@@ -12,19 +12,29 @@ dimension, E hidden size.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.bias import causal_lower_right
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
-from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
+)
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3DecoderLayer,
     Qwen3RMSNorm,
     Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
+    eager_attention_forward,
 )
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -33,7 +43,9 @@ from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 # transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs; both names are understood here.
 _OUTPUT_FIELDS = BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__
 CACHE_FIELD = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
-_PASSED_BY_TRANSFORMERS = {"cache_position", "output_attentions", "output_hidden_states", "return_dict", "use_cache"}
+_PASSED_BY_TRANSFORMERS = {
+    "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "use_cache",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,18 +56,18 @@ class Segments:
     the case of one document a row. Positions restart with every document:
 
         mask       1 1 1 2 2 0        index      0 1 2 3 4 6 7
-                   1 1 0 0 0 0        lengths    3 2 2
+                   1 1 0 0 0 0        documents  1 1 1 2 2 4 4
                                       positions  0 1 2 0 1 0 1
 
     Attributes:
         index: [N] int64, place of each real token in the flattened [B * L] batch.
-        lengths: tokens of each document, in order of row and segment.
+        documents: [N] int64, ascending; the same number for the same (row, segment) on both sides of a batch.
         position_ids: [1, N] int64.
         shape: (B, L) of the batch.
     """
 
     index: torch.Tensor
-    lengths: list[int]
+    documents: torch.Tensor
     position_ids: torch.Tensor
     shape: tuple[int, int]
 
@@ -65,11 +77,16 @@ class Segments:
         mask = mask.long()
         batch, length = mask.shape
         rows, columns = mask.nonzero(as_tuple=True)  # (N,)
-        document = rows * (mask.max() + 1) + mask[rows, columns]
-        _, inverse, counts = torch.unique_consecutive(document, return_inverse=True, return_counts=True)
+        documents = (rows << 32) + mask[rows, columns]
+        _, inverse, counts = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
         first = counts.cumsum(0) - counts  # place in the row of N where each document begins
         positions = columns - columns[first][inverse]
-        return cls(rows * length + columns, counts.tolist(), positions[None], (batch, length))
+        return cls(rows * length + columns, documents, positions[None], (batch, length))
+
+    @cached_property
+    def layout(self) -> "RaggedLayout":
+        """For attention of every document to all of itself."""
+        return RaggedLayout(self.documents, self.documents, causal=False)
 
     def gather(self, batch: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [1, N, ...]: the real tokens as one row."""
@@ -81,15 +98,63 @@ class Segments:
         return batch.index_copy(0, self.index, row[0]).view(*self.shape, *row.shape[2:])
 
 
+class RaggedLayout:
+    """Which keys each query of a ragged row sees: those of its own document, an interval of the keys.
+
+    Args:
+        query_documents: [N] int64, the document of each query, ascending.
+        key_documents: [M] int64, the same for the keys; every document of the queries is there.
+        causal: aligned to the bottom right: the last query of a document sees all of its keys, the one before it all
+            but the last, and so on. False lets every query see all keys of its document.
+    """
+
+    def __init__(self, query_documents: torch.Tensor, key_documents: torch.Tensor, causal: bool):
+        self.causal = causal
+        documents, lengths = torch.unique_consecutive(query_documents, return_counts=True)
+        starts = torch.searchsorted(key_documents, documents)
+        ends = torch.searchsorted(key_documents, documents, right=True)
+        self.query_lengths: list[int] = lengths.tolist()
+        self.key_lengths: list[int] = (ends - starts).tolist()
+        self._starts, self._ends, self._lengths = starts, ends, lengths
+
+    @cached_property
+    def cumulative(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where documents begin and end among queries and among keys, each [documents + 1] int32."""
+        both = (self._lengths, self._ends - self._starts)
+        queries, keys = (F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32) for lengths in both)
+        return queries, keys
+
+    @cached_property
+    def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """First key that each query sees, and the first after them that it does not, each [N] int64."""
+        first, last = (bound.repeat_interleave(self._lengths) for bound in (self._starts, self._ends))
+        if self.causal:
+            query_end = self._lengths.cumsum(0).repeat_interleave(self._lengths)
+            last = last - (query_end - 1 - torch.arange(len(query_end), device=last.device))
+        return first, last
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """[1, 1, N, M] bool: quadratic in the whole row, for backends that know nothing better."""
+        first, last = (bound[:, None] for bound in self.interval)
+        keys = torch.arange(sum(self.key_lengths), device=first.device)
+        return ((keys >= first) & (keys < last))[None, None]
+
+    @cached_property
+    def block_mask(self) -> Any:
+        """The same for FlexAttention, which skips the blocks that nobody sees."""
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        first, last = self.interval
+        return create_block_mask(
+            lambda batch, head, query, key: (key >= first[query]) & (key < last[query]),
+            B=None, H=None, Q_LEN=len(first), KV_LEN=sum(self.key_lengths), device=first.device,
+        )  # fmt: skip
+
+
 def is_ragged(mask: torch.Tensor | None) -> bool:
     """Whether a [B, L] mask holds padding or several documents a row."""
     return mask is not None and mask.dim() == 2 and not bool((mask == 1).all())
-
-
-def refuse_unknown(arguments: dict) -> None:
-    """Raise TypeError for arguments that nothing reads: a renamed one must not be dropped in silence."""
-    if unknown := sorted(arguments.keys() - _PASSED_BY_TRANSFORMERS):
-        raise TypeError(f"unexpected argument {unknown[0]!r}")
 
 
 def is_packed(mask: torch.Tensor | None) -> bool:
@@ -99,71 +164,119 @@ def is_packed(mask: torch.Tensor | None) -> bool:
     return bool((mask > 1).any())
 
 
-def ragged_attention(
+def refuse_unknown(arguments: dict) -> None:
+    """Raise TypeError for arguments that nothing reads: a renamed one must not be dropped in silence."""
+    if unknown := sorted(arguments.keys() - _PASSED_BY_TRANSFORMERS):
+        raise TypeError(f"unexpected argument {unknown[0]!r}")
+
+
+def attend(
+    module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    query_lengths: list[int],
-    key_lengths: list[int],
-    scaling: float,
-    dropout: float = 0.0,
+    mask: Any = None,
+    layout: RaggedLayout | None = None,
     causal: bool = False,
-) -> torch.Tensor:
-    """Attention of each document to itself alone.
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attention by the configured backend: the one place where encoder and decoder meet a kernel.
+
+    | `_attn_implementation` | a padded batch                   | a ragged row (`layout`)                            |
+    |------------------------|----------------------------------|----------------------------------------------------|
+    | eager                  | additive mask, returns weights   | `RaggedLayout.mask`                                |
+    | sdpa                   | bool mask or none                | CUDA half precision: torch's varlen kernel; else   |
+    |                        |                                  | document by document                               |
+    | flash_attention_*      | unpadded by transformers         | varlen with cumulative lengths                     |
+    | flex_attention         | block mask                       | `RaggedLayout.block_mask`                          |
+    | registered elsewhere   | as transformers masks it         | `RaggedLayout.mask`                                |
+
+    A backend that is not installed is refused by transformers when the model is made or told to use it.
 
     Args:
-        query: [1, H, N, D], documents one after the other.
-        key, value: [1, K, M, D], in the same order of documents.
-        query_lengths, key_lengths: tokens of each document on both sides.
-        causal: bottom-right aligned: the last query of a document sees all of its keys.
+        module: knows `config`, `scaling`, `attention_dropout`, `num_key_value_groups`, `training`.
+        query: [B, H, T, D].
+        key, value: [B, K, L, D] with L >= T.
+        mask: what transformers' mask builders make for the backend; None with `causal` is aligned to the bottom
+            right, query i seeing keys 0 ... L - T + i.
+        layout: B is 1 and the row is ragged; `mask` and `causal` are not read.
 
     Returns:
-        [1, N, H, D].
+        [B, T, H, D], and the weights [B, H, T, L] where the backend returns them.
     """
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        return _varlen_attention(query, key, value, query_lengths, key_lengths, scaling, causal)
-    masks: dict[tuple[int, int], torch.Tensor | None] = {}
-    outputs = []
-    for q, k, v in zip(
-        query.split(query_lengths, dim=2),
-        key.split(key_lengths, dim=2),
-        value.split(key_lengths, dim=2),
-        strict=True,
-    ):
-        shape = (q.shape[2], k.shape[2])
-        if shape not in masks:
-            masks[shape] = bottom_right_causal_mask(*shape, query) if causal and shape[0] > 1 else None
-        outputs.append(F.scaled_dot_product_attention(q, k, v, masks[shape], dropout, scale=scaling, enable_gqa=True))
-    return torch.cat(outputs, dim=2).transpose(1, 2)  # (1, N, H, D)
+    backend = module.config._attn_implementation
+    dropout = module.attention_dropout if module.training else 0.0
+    options: dict[str, Any] = {"scaling": module.scaling, "dropout": dropout, "is_causal": causal}
+    if backend == "sdpa":
+        if layout is not None:
+            return _ragged_sdpa(query, key, value, layout, module.scaling, dropout), None
+        if mask is None and causal and query.shape[2] > 1:
+            mask = bottom_right_causal_bias(query.shape[2], key.shape[2], query)
+        if query.shape[2] == 1 and query.dtype == torch.float32:
+            # Heads that share a key as queries of one head: each key is then read once.
+            output = F.scaled_dot_product_attention(query.view(*key.shape[:2], -1, query.shape[-1]), key, value, mask,
+                                                    dropout, scale=module.scaling)  # fmt: skip
+            return output.reshape(query.shape).transpose(1, 2), None
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, scale=module.scaling, enable_gqa=True
+        )
+        return output.transpose(1, 2), None
+    if "flash" in backend and layout is not None:
+        queries, keys = layout.cumulative
+        options |= {
+            "is_causal": layout.causal,
+            "cu_seq_lens_q": queries, "max_length_q": max(layout.query_lengths),
+            "cu_seq_lens_k": keys, "max_length_k": max(layout.key_lengths),
+        }  # fmt: skip
+    elif backend == "flex_attention" and layout is not None:
+        mask = layout.block_mask
+    elif layout is not None:
+        mask = layout.mask
+    if backend == "eager" and mask is not None and mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+    return attention(module, query, key, value, mask, **options)
 
 
-def bottom_right_causal_mask(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
-    """[queries, keys] additive mask in which query i sees keys 0 ... keys - queries + i."""
+def bottom_right_causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
+    """What makes scaled_dot_product_attention causal with query i seeing keys 0 ... keys - queries + i.
+
+    On CUDA no tensor is made, the flash kernel is told; on a CPU an additive matrix is the fastest form.
+    """
+    if like.is_cuda:
+        return causal_lower_right(queries, keys)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
     return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(~seen, float("-inf"))
 
 
-def _varlen_attention(query, key, value, query_lengths, key_lengths, scaling, causal):
-    from torch.nn.attention.varlen import varlen_attn
+def _ragged_sdpa(query, key, value, layout: RaggedLayout, scaling: float, dropout: float) -> torch.Tensor:
+    """[1, H, N, D] -> [1, N, H, D]."""
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
+        from torch.nn.attention.varlen import varlen_attn
 
-    def starts(lengths: list[int]) -> torch.Tensor:
-        total = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
-        return total.to(query.device, non_blocking=True)
-
-    output = varlen_attn(
-        query[0].transpose(0, 1),  # (N, H, D)
-        key[0].transpose(0, 1),  # (M, K, D)
-        value[0].transpose(0, 1),
-        starts(query_lengths),
-        starts(key_lengths),
-        max(query_lengths),
-        max(key_lengths),
-        scale=scaling,
-        window_size=(-1, 0) if causal else (-1, -1),
-        enable_gqa=True,
-    )
-    assert isinstance(output, torch.Tensor)
-    return output[None]
+        output = varlen_attn(
+            *(states[0].transpose(0, 1) for states in (query, key, value)),  # (N, H, D), (M, K, D), (M, K, D)
+            *layout.cumulative,
+            max(layout.query_lengths),
+            max(layout.key_lengths),
+            scale=scaling,
+            window_size=(-1, 0) if layout.causal else (-1, -1),
+            enable_gqa=True,
+        )
+        assert isinstance(output, torch.Tensor)
+        return output[None]
+    biases: dict[tuple[int, int], torch.Tensor | None] = {}
+    outputs = []
+    for q, k, v in zip(
+        query.split(layout.query_lengths, dim=2),
+        key.split(layout.key_lengths, dim=2),
+        value.split(layout.key_lengths, dim=2),
+        strict=True,
+    ):
+        shape = (q.shape[2], k.shape[2])
+        if shape not in biases:
+            biases[shape] = bottom_right_causal_bias(*shape, query) if layout.causal and shape[0] > 1 else None
+        outputs.append(F.scaled_dot_product_attention(q, k, v, biases[shape], dropout, scale=scaling, enable_gqa=True))
+    return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
 class Qwen3EncoderAttention(Qwen3Attention):
@@ -181,16 +294,12 @@ class Qwen3EncoderAttention(Qwen3Attention):
         segments: Segments | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, S, E] -> [B, S, E]; with `segments`, [1, N, E] -> [1, N, E]."""
-        if segments is None:
-            return super().forward(hidden_states, position_embeddings, attention_mask, **kwargs)
+        """[B, S, E] -> [B, S, E] and weights [B, H, S, S] or None; with `segments`, [1, N, E] -> [1, N, E]."""
         query, key, value = project_heads(self, hidden_states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        output = ragged_attention(
-            query, key, value, segments.lengths, segments.lengths, self.scaling,
-            dropout=self.attention_dropout if self.training else 0.0,
-        )  # fmt: skip
-        return self.o_proj(output.flatten(2)), None
+        layout = None if segments is None else segments.layout
+        output, weights = attend(self, query, key, value, attention_mask, layout)
+        return self.o_proj(output.flatten(2)), weights
 
 
 def project_heads(attention: Qwen3Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -225,7 +334,10 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["Qwen3EncoderLayer", "Qwen3MergedDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["past_key_values", "cache"]  # noqa: RUF012
     _supports_sdpa = True
-    _supports_attention_backend = False
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
 
 class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):

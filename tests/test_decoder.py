@@ -1,3 +1,5 @@
+from importlib.util import find_spec
+
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
@@ -43,7 +45,7 @@ def t5gemma2_attention(config, ours: Qwen3MergedAttention) -> T5Gemma2MergedAtte
     return theirs.eval()
 
 
-@pytest.mark.parametrize("implementation", ("eager", "sdpa"))
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
     """Values and gradients; T5Gemma 2 lays the keys out decoder first and needs a dense mask."""
@@ -162,6 +164,14 @@ def test_parity_every_backend_is_eager(implementation, padded):
     # the control: top-left alignment, which scaled_dot_product_attention means by is_causal
     blind = decoder_with("eager")(**inputs, encoder_attention_mask=torch.ones(3, S).tril()).last_hidden_state
     assert (blind - reference).abs().max() > 1e-3
+
+
+@pytest.mark.skipif(find_spec("flash_attn") is not None, reason="flash-attn is installed")
+def test_a_backend_that_is_not_there_is_refused():
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        decoder_with("sdpa").set_attn_implementation("flash_attention_2")
+    with pytest.raises(ValueError, match="blitz"):
+        decoder_with("sdpa").set_attn_implementation("blitz")
 
 
 def test_attentions_split_one_softmax():

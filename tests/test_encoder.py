@@ -7,7 +7,6 @@ from qwen3_encdec.modeling_qwen3_encoder import RaggedLayout, Segments, attend, 
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
 
-
 def encoder_with(implementation: str, **changes) -> Qwen3Encoder:
     torch.manual_seed(0)
     encoder = Qwen3Encoder(tiny_config(**changes)).eval()
@@ -41,7 +40,7 @@ def test_last_token_changes_the_first_state(implementation, batch):
     assert torch.equal(causal(before).last_hidden_state[:, 0], causal(after).last_hidden_state[:, 0])
 
 
-@pytest.mark.parametrize("implementation", ("eager", "sdpa"))  # the two that take any mask
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])  # the two that take any mask
 def test_parity_causal_encoder_is_qwen3(implementation):
     encoder = encoder_with(implementation)
     tokens = ids()

@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
-from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy
+from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy, dense_cross_entropy, linear_cross_entropy
 from qwen3_encdec.modeling_qwen3_encoder import CACHE_FIELD
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
@@ -130,6 +130,142 @@ def test_parity_chunked_loss_is_the_dense_loss(chunk, dtype):
     torch.testing.assert_close(weight.grad, w.grad, **tolerance)
     # the control: dividing by all tokens instead of those with a label
     assert abs(loss - dense.sum() / 15) > 0.1
+
+
+@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_parity_of_z_loss_and_label_smoothing(z_loss, label_smoothing):
+    """Chunked and dense against torch's smoothing and a z-loss written out, values and gradients."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(3, 5, 16).requires_grad_(), torch.randn(41, 16).requires_grad_()
+    labels = torch.randint(0, 41, (3, 5))
+    labels[1, 2:] = -100
+    flat = labels.flatten()
+
+    def textbook() -> torch.Tensor:
+        logits = (hidden @ weight.T).flatten(0, 1)
+        smoothed = cross_entropy(logits, flat, label_smoothing=label_smoothing, reduction="sum", ignore_index=-100)
+        return (smoothed + z_loss * logits.logsumexp(-1)[flat != -100].square().sum()) / 20
+
+    def gradients(loss: torch.Tensor) -> tuple:
+        return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
+
+    options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+    expected = gradients(textbook())
+    chunked, token_losses = chunked_cross_entropy(hidden, weight, labels, 20, chunk=4, **options)
+    dense, dense_losses = dense_cross_entropy(hidden @ weight.T, labels, 20, **options)
+    for mine in (chunked, dense):
+        for value, reference in zip(gradients(mine), expected, strict=True):
+            torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
+    plain = cross_entropy((hidden @ weight.T).flatten(0, 1), flat, reduction="none", ignore_index=-100)
+    for mine in (token_losses, dense_losses):  # the meters stay comparable
+        torch.testing.assert_close(mine.flatten(), plain.detach(), atol=1e-5, rtol=1e-5)
+    if z_loss or label_smoothing:  # the control: without them it is another loss
+        assert abs(chunked_cross_entropy(hidden, weight, labels, 20)[0] - expected[0]) > 1e-3
+
+
+def test_other_losses_are_refused_where_they_cannot_run(model):
+    inputs = batch()
+    for name, reason in (("liger", "runs on CUDA only"), ("cce", "runs on CUDA only"), ("ligre", "not one of chunked")):
+        with pytest.raises(ValueError, match=reason):
+            model.train()(**inputs, loss_implementation=name)
+    hidden, labels = torch.randn(1, 2, 40), torch.tensor([[1, -100]])
+    value, _ = linear_cross_entropy("chunked", hidden, model.model.shared.weight, labels)
+    assert value > 0
+
+
+def test_the_loss_comes_from_the_logits_where_there_are_some(model):
+    output = model(**batch())
+    (gradient,) = torch.autograd.grad(output.loss, output.logits)
+    assert (gradient.abs().amax(-1) > 0).equal(batch()["labels"] != -100)
+    torch.testing.assert_close(model.train()(**batch()).loss, output.loss, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_encoder_loss_is_masked_next_token_prediction(model, packed):
+    """Against a loop over the masked tokens: the state before each one predicts it, within its document."""
+    inputs = batch()
+    if packed:
+        inputs |= {
+            "attention_mask": torch.tensor([[1] * 4 + [2] * 5] * B), "labels": batch(False)["labels"],
+            "decoder_attention_mask": torch.tensor([[1] * 3 + [2] * 4] * B),
+        }  # fmt: skip
+    encoder_labels = torch.full((B, S), -100)
+    encoder_labels[0, 3], encoder_labels[0, 4], encoder_labels[1, 2], encoder_labels[2, 0] = 17, 23, 5, 9
+    plain = model.train()(**inputs).loss
+    total = model(**inputs, encoder_labels=encoder_labels, encoder_loss_weight=0.7).loss
+    asked = [(0, 3, 17), (1, 2, 5)] if packed else [(0, 3, 17), (0, 4, 23), (1, 2, 5)]  # (0, 4) begins a document
+    states = model.eval()(**inputs).encoder_last_hidden_state
+    expected = sum(
+        cross_entropy(states[row, place - 1] @ model.model.shared.weight.T, torch.tensor(label))
+        for row, place, label in asked
+    )  # fmt: skip
+    items = (inputs["labels"] != -100).sum()
+    torch.testing.assert_close(total - plain, 0.7 * expected / items, atol=1e-5, rtol=1e-4)
+    # the control: the state of the mask itself predicting it, which is plain masked-language modelling
+    other = sum(
+        cross_entropy(states[row, place] @ model.model.shared.weight.T, torch.tensor(label))
+        for row, place, label in asked
+    )  # fmt: skip
+    assert abs(other - expected) > 1e-2
+
+
+def test_rope_on_encoder_keys_is_off_and_can_be_turned_on(model):
+    inputs = batch()
+    torch.manual_seed(0)
+    rotated = Qwen3ForSeq2SeqLM(tiny_config(rope_on_encoder_keys=True)).eval()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), rotated.parameters(), strict=True))
+    assert abs(rotated(**inputs).loss - model(**inputs).loss) > 1e-4
+    torch.testing.assert_close(rotated(**inputs).loss, plain_loss(rotated, inputs), atol=1e-5, rtol=0)
+    # the order of the source now matters to the decoder, which is what the ablation asks about
+    order = torch.tensor([4, 0, 2, 1, 3, 5, 8, 6, 7])
+    for m, matters in ((model, False), (rotated, True)):
+        states = m.get_encoder()(inputs["input_ids"]).last_hidden_state
+        ids = inputs["input_ids"][:, :3]
+        straight, permuted = (m(encoder_outputs=(s,), decoder_input_ids=ids).logits for s in (states, states[:, order]))
+        assert ((straight - permuted).abs().max() > 1e-4) == matters
+    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    generated = [rotated.generate(**source, max_new_tokens=6, use_cache=use) for use in (True, False)]
+    assert torch.equal(*generated)
+
+
+def test_a_row_without_source_or_target_takes_nobody_elses(model):
+    """Documents are matched by row: an empty source in one row and an empty target in another are no pair."""
+    inputs = batch(padded=False)
+    inputs["decoder_attention_mask"] = torch.ones(B, T, dtype=torch.long)
+    inputs["attention_mask"][0] = 0
+    inputs["decoder_attention_mask"][1] = 0
+    output = model(**inputs)
+    alone = model(input_ids=inputs["input_ids"][2:], labels=inputs["labels"][2:])
+    torch.testing.assert_close(output.token_losses[2:], alone.token_losses, atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.token_losses[1], torch.zeros(T))
+    # without a source, the target tokens see each other only
+    ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])[:1]
+    nothing = torch.zeros(1, S, dtype=torch.long)
+    logits = model(input_ids=inputs["input_ids"][:1], attention_mask=nothing, decoder_input_ids=ids).logits
+    expected = cross_entropy(logits[0], inputs["labels"][0], reduction="none")
+    torch.testing.assert_close(output.token_losses[0], expected, atol=1e-5, rtol=0)
+
+
+def test_a_missing_embedding_is_reported_and_initialized(model, tmp_path):
+    state = {name: p for name, p in model.state_dict().items() if "shared" not in name and "embed" not in name}
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded, info = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert "model.shared.weight" in info["missing_keys"]
+    assert loaded.model.shared.weight.device.type == "cpu"
+    assert loaded.model.shared.weight.std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_fewer_decoder_layers_size_the_static_cache():
+    torch.manual_seed(0)
+    model = Qwen3ForSeq2SeqLM(tiny_config(num_decoder_layers=2)).eval()
+    ids = batch()["input_ids"]
+    dynamic = model.generate(input_ids=ids, max_new_tokens=4)
+    static = model.generate(
+        input_ids=ids, max_new_tokens=4, cache_implementation="static", return_dict_in_generate=True
+    )  # fmt: skip
+    assert torch.equal(static.sequences, dynamic)
+    assert len(static[CACHE_FIELD].self_attention_cache.layers) == 2
 
 
 def test_no_label_at_all_is_a_zero_loss_not_a_nan(model):

@@ -1,10 +1,14 @@
+# Copyright 2026 The qwen3-encdec authors.
+# Licensed under the Apache License, Version 2.0.
 """Configuration of the Qwen3 encoder-decoder.
 
 One flat configuration serves both stacks: encoder and decoder come from the same Qwen3 checkpoint and differ only
 in their attention and, if asked for, in their number of layers. The defaults are Qwen3-0.6B with 100 sentinels.
 """
 
+import copy
 import difflib
+import inspect
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -18,6 +22,8 @@ _TRANSFORMERS_FIELDS = {
     "return_dict", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
     "problem_type", "architectures", "rope_theta", "rope_scaling",
 }  # fmt: skip
+
+_PAD, _EOS = 151_643, 151_645
 
 
 class Qwen3EncoderDecoderConfig(PreTrainedConfig):
@@ -42,8 +48,8 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         attention_dropout: Dropout on the attention weights while training.
         rope_on_encoder_keys: Rotate encoder keys in merged attention by their source positions; an ablation.
         use_cache: Whether the decoder returns its key/value cache outside training.
-        pad_token_id: `<|endoftext|>`.
-        eos_token_id: `<|im_end|>`; differs from the padding, so that masking labels never hides an EOS.
+        pad_token_id: `<|endoftext|>`; None in a vocabulary too small to have it.
+        eos_token_id: `<|im_end|>`; differs from the padding, so that masking labels never hides an EOS. None like it.
         decoder_start_token_id: What the decoder sees before its first target token; the padding token.
         bos_token_id: None, Qwen3 has no BOS; accepted so that transformers can pass it.
         tie_word_embeddings: Always True: encoder input, decoder input and LM head are one matrix.
@@ -55,6 +61,16 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     model_type = "qwen3_encdec"
     keys_to_ignore_at_inference = ["past_key_values", "cache", "token_losses"]  # noqa: RUF012
     default_theta = 1_000_000.0
+    base_model_tp_plan = {  # noqa: RUF012
+        f"{stack}.layers.*.{module}": style
+        for stack in ("encoder", "decoder")
+        for module, style in {
+            "self_attn.q_proj": "colwise", "self_attn.k_proj": "colwise", "self_attn.v_proj": "colwise",
+            "self_attn.q_norm": "replicated_with_grad_allreduce", "self_attn.k_norm": "replicated_with_grad_allreduce",
+            "self_attn.o_proj": "rowwise", "mlp.gate_proj": "colwise", "mlp.up_proj": "colwise",
+            "mlp.down_proj": "rowwise",
+        }.items()
+    }  # fmt: skip
 
     def __init__(
         self,
@@ -80,8 +96,8 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         rope_on_encoder_keys: bool = False,
         use_cache: bool = True,
         # special tokens
-        pad_token_id: int | None = 151_643,
-        eos_token_id: int | list[int] | None = 151_645,
+        pad_token_id: int | None = _PAD,
+        eos_token_id: int | list[int] | None = _EOS,
         decoder_start_token_id: int | None = None,
         bos_token_id: int | None = None,
         tie_word_embeddings: bool = True,
@@ -89,6 +105,9 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     ):
         fields = {name for name in locals() if name not in ("self", "kwargs", "__class__")}
         self._reject_unknown(set(kwargs), fields)
+        # A small vocabulary made by hand has neither; ids that somebody gave are checked instead.
+        pad_token_id = None if pad_token_id == _PAD >= vocab_size else pad_token_id
+        eos_token_id = None if eos_token_id == _EOS >= vocab_size else eos_token_id
         self.vocab_size = vocab_size
         self.num_sentinel_tokens = num_sentinel_tokens
         self.hidden_size = hidden_size
@@ -122,9 +141,23 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             **{**kwargs, "is_encoder_decoder": True},
         )
 
+    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "Qwen3EncoderDecoderConfig":
+        """This configuration; for `decoder`, with the decoder's number of layers, which sizes its cache."""
+        if not decoder or encoder or self.num_decoder_layers == self.num_hidden_layers:
+            return self
+        config = copy.copy(self)
+        config.num_hidden_layers = self.num_decoder_layers
+        return config
+
+    def to_dict(self) -> dict[str, Any]:
+        """What is saved: fields of this model and of transformers, not what else was set on the object."""
+        known = set(inspect.signature(type(self).__init__).parameters) | _known_to_transformers()
+        saved = {name: value for name, value in super().to_dict().items() if name in known}
+        return saved | {"tie_word_embeddings": True}
+
     @staticmethod
     def _reject_unknown(given: set[str], fields: set[str]) -> None:
-        for name in sorted(given - fields - _TRANSFORMERS_FIELDS - set(PreTrainedConfig().to_dict())):
+        for name in sorted(given - fields - _known_to_transformers()):
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ValueError(f"configuration field {name!r} is not read by any code of this model{hint}")
@@ -185,6 +218,10 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         fields.setdefault("num_sentinel_tokens", cls().num_sentinel_tokens)
         fields.setdefault("vocab_size", config.vocab_size + fields["num_sentinel_tokens"])
         return cls(**fields)
+
+
+def _known_to_transformers() -> set[str]:
+    return _TRANSFORMERS_FIELDS | set(PreTrainedConfig().to_dict())
 
 
 __all__ = ["Qwen3EncoderDecoderConfig"]

@@ -1,3 +1,5 @@
+# Copyright 2026 The qwen3-encdec authors.
+# Licensed under the Apache License, Version 2.0.
 """The decoder: Qwen3 whose one attention module does self- and cross-attention together.
 
 Departures from transformers' Qwen3, after T5Gemma 2 (`modeling_t5gemma2.py` in transformers; arXiv 2512.14856):
@@ -20,6 +22,7 @@ source tokens of a ragged batch, H query heads, K key/value heads, D head dimens
 """
 
 import inspect
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -35,6 +38,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
     rotate_half,
 )
+from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -46,6 +50,7 @@ from .modeling_qwen3_encoder import (
     attend,
     is_packed,
     is_ragged,
+    one_cache,
     project_heads,
     project_keys,
     refuse_unknown,
@@ -88,36 +93,35 @@ class MergedLayer(DynamicLayer):
     buffer; whatever replaces them (reordering beams, cropping, selecting rows) is noticed by the next step.
     """
 
-    def __init__(self):
-        super().__init__()
-        self.buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+    # In a slot: transformers' exporters take every tensor in a layer's __dict__ for its state.
+    __slots__ = ("buffers",)
 
     def extend(self, key: torch.Tensor, value: torch.Tensor, source: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Append decoder keys and values [B, K, T, D]; returns all keys and values, [B, K, S + P + T, D]."""
         begin, past = source.keys.shape[2], self.get_seq_length()
         end = begin + past + key.shape[2]
+        if not self.is_initialized:
+            self.lazy_initialization(key, value)
         if not self._continues(source, begin, past, end):
             room = begin + max(64, 2 * (end - begin))
-            pairs = ((source.keys, self.keys), (source.values, self.values))
-            self.buffers = tuple(new.new_empty(*new.shape[:2], room, new.shape[3]) for new in (key, value))
-            for buffer, (encoded, decoded) in zip(self.buffers, pairs, strict=True):
+            held = ((source.keys, self.keys), (source.values, self.values))  # type: ignore[has-type]
+            self.buffers = [new.new_empty(*new.shape[:2], room, new.shape[3]) for new in (key, value)]
+            for buffer, (encoded, decoded) in zip(self.buffers, held, strict=True):
                 buffer[:, :, :begin] = encoded
                 if past:
                     buffer[:, :, begin : begin + past] = decoded
             source.keys, source.values = (buffer[:, :, :begin] for buffer in self.buffers)
-            self.is_initialized, self.device, self.dtype = True, key.device, key.dtype
         for buffer, new in zip(self.buffers, (key, value), strict=True):
             buffer[:, :, begin + past : end] = new
-        self.keys, self.values = (buffer[:, :, begin:end] for buffer in self.buffers)
-        return tuple(buffer[:, :, :end] for buffer in self.buffers)
+        self.keys, self.values = (buffer[:, :, begin:end] for buffer in self.buffers)  # type: ignore[misc]
+        return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
 
     def _continues(self, source: DynamicLayer, begin: int, past: int, end: int) -> bool:
         """Whether the buffer still is what both caches hold, with room up to `end`."""
-        if self.buffers is None or end > self.buffers[0].shape[2]:
+        if not past or not hasattr(self, "buffers") or end > self.buffers[0].shape[2]:
             return False
         starts = [buffer[:, :, place].data_ptr() for buffer in self.buffers for place in (0, begin)]
-        held = [source.keys, self.keys, source.values, self.values] if past else []
-        return bool(held) and [tensor.data_ptr() for tensor in held] == starts
+        return starts == [held.data_ptr() for held in (source.keys, self.keys, source.values, self.values)]
 
 
 class Qwen3MergedAttention(Qwen3Attention):
@@ -159,9 +163,7 @@ class Qwen3MergedAttention(Qwen3Attention):
         else:
             cross = cache.cross_attention_cache
             if not cache.is_updated.get(self.layer_idx):
-                cross.update(
-                    *self._encoder_keys(encoder_hidden_states, encoder_position_embeddings), self.layer_idx
-                )
+                cross.update(*self._encoder_keys(encoder_hidden_states, encoder_position_embeddings), self.layer_idx)
                 cache.is_updated[self.layer_idx] = True
             source_layer = cross.layers[self.layer_idx]
             own = cache.self_attention_cache
@@ -254,13 +256,13 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decode a padded batch, or, with `segments`, ragged rows of target and source tokens.
 
         Args:
             input_ids: [B, T] int64, already shifted right.
-            attention_mask: [B, P + T], 1 real and 0 padding.
+            attention_mask: [B, P + T], 1 real and 0 padding; or [B, 1, T, P + T], used as it is.
             position_ids: [B, T]; continues from the cache by default.
             inputs_embeds: [B, T, E] in place of `input_ids`.
             encoder_hidden_states: [B, S, E], the encoder's output after its final norm.
@@ -275,11 +277,13 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             raise ValueError("give exactly one of decoder input ids and decoder input embeddings")
         if encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_hidden_states")
+        if isinstance(attention_mask, dict):  # what generate() makes ahead for a static cache, by layer type
+            attention_mask = attention_mask["full_attention"]
         if segments is None and (is_packed(attention_mask) or is_packed(encoder_attention_mask)):
             raise ValueError("a mask holds several documents a row: pass labels to the whole model to keep them apart")
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         refuse_unknown(kwargs)
-        cache = past_key_values if cache is None else cache
+        cache = one_cache(cache, past_key_values)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if self.training and self.gradient_checkpointing:
             use_cache = False
@@ -319,24 +323,25 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
     def _merge_layers(self, cache: EncoderDecoderCache) -> None:
         """Give an empty dynamic cache its merged layers."""
         own = cache.self_attention_cache
-        if type(own) is DynamicCache and not own.offloading and own.get_seq_length() == 0:
-            if not any(isinstance(layer, MergedLayer) for layer in own.layers):
-                own.layers[:] = [MergedLayer() for _ in self.layers]
+        empty = type(own) is DynamicCache and not own.offloading and own.get_seq_length() == 0
+        if empty and not any(isinstance(layer, MergedLayer) for layer in own.layers):
+            own.layers[:] = [MergedLayer() for _ in self.layers]
 
     def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, cache):
         """The mask of [encoder ; decoder] keys for the backend; None where bottom-right causal is all there is to say.
 
         It is an ordinary causal mask over a past that begins with the source, so transformers' builder makes it.
         """
-        batch, length, source = *states.shape[:2], encoder_states.shape[1]
-        for mask in (attention_mask, encoder_mask):
-            if mask is not None and mask.dim() != 2:
-                raise ValueError(f"a decoder's masks are [batch, length], this one is {list(mask.shape)}")
+        batch, length, _ = states.shape
+        source = encoder_states.shape[1]
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return self._before_own_mask(attention_mask, encoder_mask, source)
         past = _SourceThenPast(cache.self_attention_cache if cache is not None else None, source)
         backend = self.config._attn_implementation
-        if not past.is_compileable and (backend == "sdpa" or "flash" in backend):
-            if not torch.compiler.is_compiling() and not is_ragged(attention_mask) and not is_ragged(encoder_mask):
-                return None
+        mask_free = (backend == "sdpa" or "flash" in backend) and not past.is_compileable
+        mask_free = mask_free and not torch.compiler.is_compiling()  # which may not look at values
+        if mask_free and not (is_ragged(attention_mask) or is_ragged(encoder_mask)):
+            return None
         positions = torch.arange(length, device=states.device) + past.get_seq_length()
         if attention_mask is not None or encoder_mask is not None:
             if attention_mask is None:
@@ -349,6 +354,17 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         options = {CACHE_FIELD: past, "allow_is_causal_skip": False, "cache_position": positions}
         options = {name: value for name, value in options.items() if name in _CAUSAL_MASK_OPTIONS}
         return create_causal_mask(self.config, states, attention_mask, position_ids=None, **options)
+
+    def _before_own_mask(self, mask: torch.Tensor, encoder_mask: torch.Tensor | None, source: int) -> torch.Tensor:
+        """A caller's own [B, 1, T, P + T] mask, bool or additive, with the source before it."""
+        seen = torch.ones(*mask.shape[:3], source, dtype=torch.bool, device=mask.device)
+        if encoder_mask is not None:
+            seen = seen & encoder_mask[:, None, None].bool()
+        if mask.dtype != torch.bool:
+            seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
+                ~seen, torch.finfo(mask.dtype).min
+            )
+        return torch.cat([seen, mask], dim=-1)
 
 
 class _SourceThenPast:

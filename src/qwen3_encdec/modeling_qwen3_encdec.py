@@ -1,3 +1,5 @@
+# Copyright 2026 The qwen3-encdec authors.
+# Licensed under the Apache License, Version 2.0.
 """Encoder, decoder and one embedding matrix: `Qwen3ForSeq2SeqLM`.
 
 - One embedding module serves encoder input, decoder input and, as a plain matrix product, the LM head. It is one
@@ -8,7 +10,10 @@
 Shapes: B batch, S source length, T target length, N real target tokens, V vocabulary, E hidden size.
 """
 
+import re
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Unpack
 
 import torch
 from torch import nn
@@ -16,11 +21,18 @@ from torch.autograd.function import once_differentiable
 from transformers import GenerationMixin
 from transformers.cache_utils import EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .modeling_qwen3_decoder import MergedSegments, Qwen3MergedDecoder
-from .modeling_qwen3_encoder import CACHE_FIELD, Qwen3Encoder, Qwen3EncoderDecoderPreTrainedModel, Segments, is_ragged
+from .modeling_qwen3_encoder import (
+    CACHE_FIELD,
+    Qwen3Encoder,
+    Qwen3EncoderDecoderPreTrainedModel,
+    Segments,
+    is_ragged,
+    one_cache,
+)
 
 IGNORED = -100
 LOSS_CHUNK = 512
@@ -56,14 +68,6 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         """Replace the embedding everywhere it is used, keeping it one object."""
         self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
 
-    def get_encoder(self, modality: str | None = None) -> Qwen3Encoder:
-        """The encoder."""
-        return self.encoder
-
-    def get_decoder(self) -> Qwen3MergedDecoder:
-        """The decoder."""
-        return self.decoder
-
     @can_return_tuple
     def forward(
         self,
@@ -82,7 +86,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         cache: EncoderDecoderCache | None = None,
         past_key_values: EncoderDecoderCache | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Seq2SeqModelOutput:
         """Padded batches in, padded states out; the arguments are those of the two stacks."""
         if encoder_outputs is None:
@@ -103,8 +107,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
             inputs_embeds=decoder_inputs_embeds,
             encoder_hidden_states=encoder_outputs.last_hidden_state,
             encoder_attention_mask=attention_mask,
-            cache=cache,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             use_cache=use_cache,
             return_dict=True,
             **kwargs,
@@ -159,14 +162,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> None:
         """None: the head has no module of its own, it is a product with the input embedding."""
 
-    def get_encoder(self, modality: str | None = None) -> Qwen3Encoder:
-        """The encoder."""
-        return self.model.encoder
-
-    def get_decoder(self) -> Qwen3MergedDecoder:
-        """The decoder."""
-        return self.model.decoder
-
     @can_return_tuple
     def forward(
         self,
@@ -188,9 +183,14 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         # loss inputs
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
+        encoder_labels: torch.Tensor | None = None,
+        encoder_loss_weight: float = 1.0,
+        z_loss: float = 0.0,
+        label_smoothing: float = 0.0,
+        loss_implementation: str = "chunked",
         return_logits: bool | None = None,
         logits_to_keep: int = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Qwen3Seq2SeqLMOutput:
         """Loss and logits.
 
@@ -201,27 +201,30 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             decoder_attention_mask: [B, T] like `attention_mask`; without it, a row's target ends with its last label.
             num_items_in_batch: label tokens of the whole optimizer step, over micro-batches and ranks: the loss is
                 the sum over label tokens divided by it. None divides by this call's own label tokens.
+            encoder_labels: [B, S] int64, for an auxiliary masked next-token loss on the encoder (MNTP, arXiv
+                2404.05961): the original id where `input_ids` has a mask, else -100. As in a causal model, the state
+                before a token predicts it, and the first token of a document cannot be asked for.
+            encoder_loss_weight: of the sum over encoder labels, which is added to the sum over labels.
+            z_loss: coefficient of the squared log-sum-exp of a token's logits (PaLM, arXiv 2204.02311, section 5).
+            label_smoothing: share of the target spread over the whole vocabulary.
+            loss_implementation: "chunked"; on CUDA also "liger" or "cce", where that package is installed.
             return_logits: whether to compute [B, T, V] logits beside the loss; by default outside training only.
             logits_to_keep: logits of the last positions only; 0 keeps all.
 
         Returns:
-            `loss` (fp32 scalar) and `token_losses` with labels; `logits`; cache, states and attentions as asked.
+            `loss` (fp32 scalar) and `token_losses` with labels (none with "liger"); `logits`; cache, states and
+            attentions as asked. Where logits are returned, the loss is taken from them.
 
         Raises:
             ValueError: no decoder input, or rows with different numbers of source and target documents.
         """
+        cache = one_cache(cache, past_key_values)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(labels, decoder_attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("give labels, decoder_input_ids or decoder_inputs_embeds")
-        target = None
-        plain = (
-            past_key_values is None
-            and cache is None
-            and position_ids is None
-            and decoder_position_ids is None
-            and not kwargs
-        )
+        source = target = None
+        plain = cache is None and position_ids is None and decoder_position_ids is None and not kwargs
         if labels is not None and input_ids is not None and decoder_input_ids is not None and plain:
             target_mask = _target_mask(labels) if decoder_attention_mask is None else decoder_attention_mask
             if is_ragged(attention_mask) or is_ragged(target_mask):
@@ -241,24 +244,40 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 decoder_position_ids=decoder_position_ids,
                 decoder_inputs_embeds=decoder_inputs_embeds,
                 cache=cache,
-                past_key_values=past_key_values,
                 use_cache=False if use_cache and labels is not None else use_cache,
                 return_dict=True,
                 **kwargs,
             )
-            states = outputs.last_hidden_state
+            states, encoded = outputs.last_hidden_state, outputs.encoder_last_hidden_state
 
-        loss = token_losses = None
-        if labels is not None:
-            flat_labels = labels if target is None else target.gather(labels)
-            loss, token_losses = chunked_cross_entropy(
-                states, self.model.shared.weight, flat_labels, num_items_in_batch
-            )
-            token_losses = token_losses if target is None else target.scatter(token_losses)
-        logits = None
+        loss: torch.Tensor | None = None
+        token_losses = logits = None
         if return_logits if return_logits is not None else labels is None or not self.training:
-            states = states if target is None else target.scatter(states)
-            logits = nn.functional.linear(states[:, -logits_to_keep:], self.model.shared.weight)
+            padded = states if target is None else target.scatter(states)
+            logits = nn.functional.linear(padded[:, -logits_to_keep:], self.model.shared.weight)
+        options: dict[str, Any] = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+        if labels is not None:
+            if target is not None:
+                labels = target.scatter(target.gather(labels) - IGNORED) + IGNORED
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+            if logits is not None and not logits_to_keep:
+                loss, token_losses = dense_cross_entropy(logits, labels, num_items_in_batch, **options)
+            else:
+                flat_labels = labels if target is None else target.gather(labels)
+                loss, token_losses = linear_cross_entropy(
+                    loss_implementation, states, self.model.shared.weight, flat_labels, num_items_in_batch, **options
+                )
+                if target is not None and token_losses is not None:
+                    token_losses = target.scatter(token_losses)
+        if loss is not None and encoder_labels is not None:
+            wanted = encoder_labels if source is None else source.gather(encoder_labels)
+            places = torch.arange(wanted.shape[1], device=wanted.device) if source is None else source.position_ids
+            wanted = wanted.masked_fill(places == 0, IGNORED).roll(-1, dims=-1)
+            encoder_loss, _ = linear_cross_entropy(
+                loss_implementation, encoded, self.model.shared.weight, wanted, num_items_in_batch, **options
+            )
+            loss = loss + encoder_loss_weight * encoder_loss
         return Qwen3Seq2SeqLMOutput(
             loss=loss,
             logits=logits,
@@ -271,6 +290,38 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             encoder_hidden_states=outputs.encoder_hidden_states,
             encoder_attentions=outputs.encoder_attentions,
         )
+
+    @torch.no_grad()
+    def fill(self, text: str | list[str], tokenizer: Any, **generate_options: Any) -> Any:
+        """Fill the `<extra_id_N>` of a text with what the model generates for them.
+
+        The model answers `<extra_id_0> first span <extra_id_1> second span ...`; spans may come in any order, one
+        that it repeats counts the first time, one that it leaves out stays as it is in the text. Every other control
+        token that the text spells is text.
+
+        Args:
+            text: One text or a list of texts.
+            tokenizer: A `Qwen3EncoderDecoderTokenizer`.
+            generate_options: As for `generate`; `max_new_tokens` is 256 by default.
+
+        Returns:
+            The filled text, or a list of them.
+
+        Raises:
+            ValueError: a text has no `<extra_id_N>`, or one that the tokenizer does not have.
+        """
+        texts = [text] if isinstance(text, str) else list(text)
+        batch = tokenizer.encode_with_sentinels(texts).to(self.device)
+        generated = self.generate(**batch, **{"max_new_tokens": 256, **generate_options})
+        copies = len(generated) // len(texts)
+        filled = []
+        for number, ids in enumerate(generated.tolist()):
+            spans = tokenizer.split_spans(ids)
+            original = texts[number // copies]
+            pieces = re.split(r"<extra_id_(\d+)>", original)
+            pieces[1::2] = [spans.get(int(piece), f"<extra_id_{piece}>") for piece in pieces[1::2]]
+            filled.append("".join(pieces))
+        return filled[0] if isinstance(text, str) and copies == 1 else filled
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""
@@ -295,11 +346,74 @@ def _target_mask(labels: torch.Tensor) -> torch.Tensor:
     return mask
 
 
+def linear_cross_entropy(
+    implementation: str,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Cross-entropy of `hidden @ weight.T` by `chunked_cross_entropy` or by another project's CUDA kernel.
+
+    Raises:
+        ValueError: the implementation is not known, not installed, needs CUDA, or cannot do what is asked for.
+    """
+    if implementation == "chunked":
+        return chunked_cross_entropy(hidden, weight, labels, num_items, z_loss, label_smoothing)
+    packages = {"liger": "liger-kernel", "cce": "cut-cross-entropy"}
+    if implementation not in packages:
+        raise ValueError(f"loss_implementation={implementation!r} is not one of chunked, {', '.join(packages)}")
+    if not hidden.is_cuda:
+        raise ValueError(f"loss_implementation={implementation!r} runs on CUDA only; 'chunked' runs everywhere")
+    flat, flat_labels = hidden.flatten(0, -2), labels.flatten()
+    weight = weight.to(flat.dtype)
+    if num_items is None:
+        num_items = (labels != IGNORED).sum().clamp(min=1)
+    try:
+        if implementation == "liger":
+            loss = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(
+                ignore_index=IGNORED, reduction="sum", lse_square_scale=z_loss, label_smoothing=label_smoothing
+            )
+            return loss(weight, flat, flat_labels).float() / num_items, None
+        cut_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
+    except ImportError:
+        raise ValueError(
+            f"loss_implementation={implementation!r} needs the package {packages[implementation]}"
+        ) from None
+    if z_loss or label_smoothing:
+        raise ValueError("loss_implementation='cce' has neither z_loss nor label_smoothing")
+    losses = cut_cross_entropy(flat, weight, flat_labels, ignore_index=IGNORED, reduction="none").float()
+    return losses.sum() / num_items, losses.detach().view(labels.shape)
+
+
+def dense_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same from logits [..., V] that exist anyway; see `chunked_cross_entropy`."""
+    kept = labels != IGNORED
+    logits = logits.float()
+    log_sum = logits.logsumexp(-1)
+    target = logits.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
+    objective = log_sum - (1 - label_smoothing) * target + z_loss * log_sum.square()
+    if label_smoothing:
+        objective = objective - label_smoothing * logits.mean(-1)
+    token_losses = (log_sum - target).detach().masked_fill(~kept, 0.0)
+    return objective.masked_fill(~kept, 0.0).sum() / num_items, token_losses
+
+
 def chunked_cross_entropy(
     hidden: torch.Tensor,
     weight: torch.Tensor,
     labels: torch.Tensor,
     num_items: torch.Tensor | int | None = None,
+    z_loss: float = 0.0,
+    label_smoothing: float = 0.0,
     chunk: int = LOSS_CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of `hidden @ weight.T` without ever holding all the logits.
@@ -312,15 +426,18 @@ def chunked_cross_entropy(
         weight: [V, E].
         labels: [...] int64, -100 is ignored.
         num_items: divisor of the sum; None takes the number of labels that are not ignored.
+        z_loss: adds this times the squared log-sum-exp of every token.
+        label_smoothing: share of the target that is spread evenly over the vocabulary.
         chunk: tokens whose logits exist at a time.
 
     Returns:
-        Loss (fp32 scalar, differentiable), and the detached fp32 loss of every token in the shape of `labels`, 0
-        where ignored.
+        Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every token in the shape
+        of `labels`, without z-loss and smoothing, 0 where ignored.
     """
     flat = labels.flatten()
     kept = (flat != IGNORED).nonzero().squeeze(1)
-    total, losses = _ChunkedCrossEntropy.apply(hidden.flatten(0, -2)[kept], weight, flat[kept], chunk)
+    states = hidden.flatten(0, -2)[kept]
+    total, losses = _ChunkedCrossEntropy.apply(states, weight, flat[kept], chunk, z_loss, label_smoothing)
     if num_items is None:
         num_items = max(kept.numel(), 1)
     elif isinstance(num_items, torch.Tensor):
@@ -331,12 +448,13 @@ def chunked_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk):
+    def forward(ctx, hidden, weight, labels, chunk, z_loss, smoothing):
         kind = hidden.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
             losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
+            extra = torch.zeros((), dtype=torch.float32, device=hidden.device)  # of z-loss and smoothing
             hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
             weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             for start in range(0, hidden.shape[0], chunk):
@@ -345,11 +463,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits = (states @ matrix.T).float()  # (chunk, V)
                 log_sum = logits.logsumexp(-1, keepdim=True)
                 losses[part] = (log_sum - logits.gather(1, target)).squeeze(1)
+                if z_loss:
+                    extra += z_loss * log_sum.square().sum()
+                if smoothing:
+                    extra += smoothing * (logits.gather(1, target).sum() - logits.mean(1).sum())
                 if hidden_grad is None and weight_grad is None:
                     continue
-                # d loss / d logits = softmax - one-hot
+                # d loss / d logits = softmax (1 + 2 z log_sum) - (1 - smoothing) one-hot - smoothing / V
                 gradient = logits.sub_(log_sum).exp_()
-                gradient.scatter_add_(1, target, torch.full_like(log_sum, -1.0))
+                if z_loss:
+                    gradient *= 1 + 2 * z_loss * log_sum
+                if smoothing:
+                    gradient -= smoothing / gradient.shape[1]
+                gradient.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1.0))
                 gradient = gradient.to(dtype)
                 if hidden_grad is not None:
                     hidden_grad[part] = gradient @ matrix
@@ -360,7 +486,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
-        return losses.sum(), losses
+        return losses.sum() + extra, losses
 
     @staticmethod
     @once_differentiable
@@ -370,7 +496,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad * grad_total.to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(grad_total).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
 __all__ = ["Qwen3EncoderDecoderModel", "Qwen3ForSeq2SeqLM"]

@@ -1,3 +1,5 @@
+# Copyright 2026 The qwen3-encdec authors.
+# Licensed under the Apache License, Version 2.0.
 """The encoder: Qwen3 with its causal mask removed and nothing else changed.
 
 Departures from transformers' Qwen3:
@@ -11,9 +13,10 @@ Shapes: B batch, S source length, N real tokens of a ragged batch, H query heads
 dimension, E hidden size.
 """
 
+import warnings
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +39,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     apply_rotary_pos_emb,
     eager_attention_forward,
 )
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -170,8 +174,17 @@ def refuse_unknown(arguments: dict) -> None:
         raise TypeError(f"unexpected argument {unknown[0]!r}")
 
 
+def one_cache(cache: Any, past_key_values: Any) -> Any:
+    """The cache, under either of its names."""
+    if past_key_values is None:
+        return cache
+    if CACHE_FIELD == "cache":
+        warnings.warn("`past_key_values` is deprecated, use `cache` instead", FutureWarning, stacklevel=3)
+    return past_key_values if cache is None else cache
+
+
 def attend(
-    module: nn.Module,
+    module: Qwen3Attention,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -216,9 +229,7 @@ def attend(
             output = F.scaled_dot_product_attention(query.view(*key.shape[:2], -1, query.shape[-1]), key, value, mask,
                                                     dropout, scale=module.scaling)  # fmt: skip
             return output.reshape(query.shape).transpose(1, 2), None
-        output = F.scaled_dot_product_attention(
-            query, key, value, mask, dropout, scale=module.scaling, enable_gqa=True
-        )
+        output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=module.scaling, enable_gqa=True)
         return output.transpose(1, 2), None
     if "flash" in backend and layout is not None:
         queries, keys = layout.cumulative
@@ -253,9 +264,13 @@ def _ragged_sdpa(query, key, value, layout: RaggedLayout, scaling: float, dropou
     if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
         from torch.nn.attention.varlen import varlen_attn
 
+        queries, keys = layout.cumulative
         output = varlen_attn(
-            *(states[0].transpose(0, 1) for states in (query, key, value)),  # (N, H, D), (M, K, D), (M, K, D)
-            *layout.cumulative,
+            query[0].transpose(0, 1),  # (N, H, D)
+            key[0].transpose(0, 1),  # (M, K, D)
+            value[0].transpose(0, 1),
+            queries,
+            keys,
             max(layout.query_lengths),
             max(layout.key_lengths),
             scale=scaling,
@@ -339,6 +354,24 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
+    def init_parallel_plans(self) -> None:
+        """The configuration's plan is for the whole model; a stack by itself has none."""
+        super().init_parallel_plans()
+        if hasattr(self, "embed_tokens"):
+            self._tp_plan: dict[str, str] = {}
+
+    def mark_tied_weights_as_initialized(self, loading_info: Any = None) -> None:
+        """The tied names are one parameter here: none is missing once it is loaded, all are to be initialized if not.
+
+        transformers would mark the copies of an untied model, and so the matrix itself, missing or not.
+        """
+        if loading_info is not None:
+            loading_info.missing_keys = {
+                name
+                for name in loading_info.missing_keys
+                if not getattr(self.get_parameter_or_buffer(name), "_is_hf_initialized", False)
+            }
+
 
 class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
     """Token ids -> bidirectional states after the final norm.
@@ -369,7 +402,7 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         segments: Segments | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutput:
         """Encode a padded batch, or, with `segments`, the ragged row that `Segments.gather` makes of one.
 
@@ -411,4 +444,109 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
         return BaseModelOutput(last_hidden_state=self.norm(states))
 
 
-__all__ = ["Qwen3Encoder", "Qwen3EncoderDecoderPreTrainedModel"]
+class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
+    """The encoder of an encoder-decoder on its own; loads from its folder and leaves the decoder there."""
+
+    _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # noqa: RUF012
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig):
+        super().__init__(config)
+        self.shared = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.encoder = Qwen3Encoder(config, self.shared)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return self.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding, keeping it one object."""
+        self.shared = self.encoder.embed_tokens = value
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> BaseModelOutput:
+        """[B, S] -> `last_hidden_state` [B, S, E]; in training, padding is not computed."""
+        if self.training and input_ids is not None and attention_mask is not None and not kwargs:
+            segments = Segments.from_mask(attention_mask)
+            states = self.encoder(segments.gather(input_ids), segments=segments).last_hidden_state
+            return BaseModelOutput(last_hidden_state=segments.scatter(states))
+        return self.encoder(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+
+
+class _Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
+    _tied_weights_keys = {"model.encoder.embed_tokens.weight": "model.shared.weight"}  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # noqa: RUF012
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig):
+        super().__init__(config)
+        self.model = Qwen3EncoderModel(config)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The embedding."""
+        return self.model.shared
+
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
+        """Replace the embedding, keeping it one object."""
+        self.model.set_input_embeddings(value)
+
+
+class Qwen3EncoderForSequenceClassification(_Qwen3EncoderClassifier):
+    """One linear layer on the mean of a text's states."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> SequenceClassifierOutput:
+        """`logits` [B, num_labels]; `labels` [B] int64, or float for regression and for several labels a text."""
+        output = self.model(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
+        states = output.last_hidden_state
+        if attention_mask is None:
+            mean = states.mean(1)
+        else:
+            kept = attention_mask.to(states.dtype)[..., None]
+            mean = (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+        logits = self.score(mean)
+        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+
+
+class Qwen3EncoderForTokenClassification(_Qwen3EncoderClassifier):
+    """One linear layer on every state."""
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> TokenClassifierOutput:
+        """`logits` [B, S, num_labels]; `labels` [B, S] int64, -100 is ignored."""
+        output = self.model(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
+        logits = self.score(output.last_hidden_state)
+        loss = None if labels is None else self.loss_function(logits, labels, self.config)
+        return TokenClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+
+
+__all__ = [
+    "Qwen3Encoder",
+    "Qwen3EncoderDecoderPreTrainedModel",
+    "Qwen3EncoderForSequenceClassification",
+    "Qwen3EncoderForTokenClassification",
+    "Qwen3EncoderModel",
+]

@@ -1,3 +1,5 @@
+# Copyright 2026 The qwen3-encdec authors.
+# Licensed under the Apache License, Version 2.0.
 """Tokenizer of the Qwen3 encoder-decoder: Qwen3's own byte-level BPE plus sentinels.
 
 Qwen3's tokenizer has fewer entries (151,669) than its matrix has rows (151,936). Appending sentinels naively
@@ -11,11 +13,12 @@ become reserved tokens, so the sentinels are the last ids and `len(tokenizer) ==
 """
 
 import itertools
+import re
 from pathlib import Path
 from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
 
 PAD_TOKEN = "<|endoftext|>"
 EOS_TOKEN = "<|im_end|>"
@@ -51,6 +54,38 @@ class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
     def num_sentinel_tokens(self) -> int:
         """How many sentinels there are."""
         return len(self.sentinel_token_ids)
+
+    def encode_with_sentinels(self, texts: list[str]) -> BatchEncoding:
+        """Encoder input of texts in which `<extra_id_N>`, and no other control token, means what it says.
+
+        Returns `input_ids` and `attention_mask`, [B, S] int64, EOS at the end of each text. Raises ValueError for a
+        text without `<extra_id_N>` or with one that is not in the vocabulary.
+        """
+        sentinels, rows = self.sentinel_token_ids, []
+        for text in texts:
+            pieces = re.split(r"<extra_id_(\d+)>", text)
+            numbers = [int(number) for number in pieces[1::2]]
+            if not numbers or max(numbers) >= len(sentinels):
+                raise ValueError(f"{text[:60]!r} has no <extra_id_N> with N below {len(sentinels)}, so nothing to fill")
+            encoded = [self.encode(p, add_special_tokens=False, split_special_tokens=True) for p in pieces[::2]]
+            marks = [[sentinels[number]] for number in numbers] + [[self.eos_token_id]]
+            rows.append([i for piece, mark in zip(encoded, marks, strict=True) for i in (*piece, *mark)])
+        return self.pad({"input_ids": rows}, return_tensors="pt")
+
+    def split_spans(self, ids: list[int]) -> dict[int, str]:
+        """Generated ids -> {N: the text after `<extra_id_N>`}, up to EOS; what comes before the first is dropped."""
+        number_of = {token: number for number, token in enumerate(self.sentinel_token_ids)}
+        spans: dict[int, list[int]] = {}
+        span: list[int] = []
+        for token in ids:
+            if token == self.eos_token_id:
+                break
+            if token in number_of:
+                span = []
+                spans.setdefault(number_of[token], span)
+            else:
+                span.append(token)
+        return {number: self.decode(span, skip_special_tokens=True) for number, span in spans.items()}
 
 
 def build_tokenizer(

@@ -1,0 +1,232 @@
+"""Heads on the encoder, adapters, quantization, export, and a folder that carries its own code."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from transformers import (
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    EncoderDecoderCache,
+    TorchAoConfig,
+)
+
+from qwen3_encdec import (
+    Qwen3EncoderForSequenceClassification,
+    Qwen3EncoderForTokenClassification,
+    Qwen3EncoderModel,
+    Qwen3ForSeq2SeqLM,
+)
+from qwen3_encdec.modeling_qwen3_encoder import CACHE_FIELD
+from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+from tests.conftest import tiny_config
+
+PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture
+def source() -> dict[str, torch.Tensor]:
+    ids = torch.randint(0, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = mask[2, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def test_the_encoder_loads_alone_out_of_the_encoder_decoder(model, source, tmp_path):
+    model.save_pretrained(tmp_path)
+    encoder, info = Qwen3EncoderModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["unexpected_keys"]
+    assert encoder.shared is encoder.encoder.embed_tokens
+    kept = source["attention_mask"][..., None]
+    reference = model.get_encoder()(**source).last_hidden_state
+    assert torch.equal(encoder.eval()(**source).last_hidden_state, reference)
+    ragged = encoder.train()(**source).last_hidden_state  # computes no padding
+    torch.testing.assert_close(ragged, reference * kept, atol=1e-5, rtol=0)
+    # the control: a folder that lacks a tensor says so
+    state = {name: tensor for name, tensor in model.state_dict().items() if name != "model.encoder.norm.weight"}
+    model.save_pretrained(tmp_path / "torn", state_dict=state)
+    _, info = Qwen3EncoderModel.from_pretrained(tmp_path / "torn", output_loading_info=True)
+    assert info["missing_keys"] == {"encoder.norm.weight"}
+
+
+@pytest.mark.parametrize("head", [Qwen3EncoderForSequenceClassification, Qwen3EncoderForTokenClassification])
+def test_classification_learns_and_ignores_padding(model, source, head, tmp_path):
+    model.save_pretrained(tmp_path)
+    classifier, info = head.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
+    assert info["missing_keys"] == {"score.weight", "score.bias"}
+    tokens = head is Qwen3EncoderForTokenClassification
+    labels = torch.tensor([0, 3, 1])
+    if tokens:
+        labels = labels[:, None].expand(3, 9).masked_fill(source["attention_mask"] == 0, -100)
+    classifier.eval()
+    alone = classifier(source["input_ids"][1:2, :6]).logits
+    padded = classifier(**source).logits[1:2]
+    torch.testing.assert_close(padded[:, :6] if tokens else padded, alone, atol=1e-5, rtol=1e-4)
+    classifier.train()
+    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
+    losses = []
+    for _ in range(20):
+        loss = classifier(**source, labels=labels).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
+    classifier.save_pretrained(tmp_path / "classifier")
+    again = head.from_pretrained(tmp_path / "classifier").eval()
+    assert torch.equal(again(**source).logits, classifier.eval()(**source).logits)
+    if not tokens:
+        assert isinstance(AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier"), head)
+
+
+def test_lora_on_both_stacks(model, source, tmp_path):
+    peft = pytest.importorskip("peft")
+    before = model(**source, decoder_input_ids=source["input_ids"][:, :5]).logits
+    config = peft.LoraConfig(r=3, target_modules=PROJECTIONS, task_type="SEQ_2_SEQ_LM")
+    adapted = peft.get_peft_model(model, config).train()
+    trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * 2 * 3 * len(PROJECTIONS)  # A and B, two stacks of three layers
+    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=1.0)
+    for _ in range(2):  # B is zero at first, so A moves in the second step
+        adapted(**source, labels=source["input_ids"][:, :5]).loss.backward()
+        assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
+        optimizer.step()
+        optimizer.zero_grad()
+    adapted.eval()
+    generated = adapted.generate(**source, max_new_tokens=4)
+    adapted.save_pretrained(tmp_path)
+    merged = adapted.merge_and_unload()
+    assert torch.equal(merged.generate(**source, max_new_tokens=4), generated)
+    after = merged(**source, decoder_input_ids=source["input_ids"][:, :5]).logits
+    assert (after - before).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("bits", "similar"), [(8, 0.998), (4, 0.9)])
+def test_weight_only_quantization(source, bits, similar, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "initializer_range": 0.05}
+    model = Qwen3ForSeq2SeqLM(tiny_config(**sizes)).eval()
+    model.save_pretrained(tmp_path / "full")
+    if bits == 8:
+        how = quantization.Int8WeightOnlyConfig()
+    else:
+        how = quantization.IntxWeightOnlyConfig(torch.int4, granularity=quantization.PerGroup(32))
+    quantized = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path / "full", quantization_config=TorchAoConfig(how)).eval()
+    assert type(quantized.model.encoder.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
+    assert type(quantized.model.shared.weight) is torch.nn.Parameter  # shared with the head: left whole
+    inputs = dict(source, decoder_input_ids=source["input_ids"][:, :5])
+    logits = quantized(**inputs).logits
+    assert torch.cosine_similarity(logits.flatten(), model(**inputs).logits.flatten(), 0) > similar
+    assert not torch.equal(logits, model(**inputs).logits)
+    assert quantized.generate(**source, max_new_tokens=4).shape[0] == 3
+
+
+AUTO = torch.export.Dim.AUTO
+
+
+@torch.no_grad()
+def test_export_of_the_encoder(model, source):
+    exported = torch.export.export(
+        model.get_encoder(), tuple(source.values()), dynamic_shapes=({0: AUTO, 1: AUTO},) * 2
+    ).module()  # fmt: skip
+    ids = torch.randint(0, 300, (2, 13))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = 0
+    for inputs in (tuple(source.values()), (ids, mask)):
+        expected = model.get_encoder()(*inputs).last_hidden_state
+        torch.testing.assert_close(exported(*inputs).last_hidden_state, expected, atol=1e-5, rtol=0)
+
+
+class DecoderStep(torch.nn.Module):
+    """One decoding step as a function of tensors: what a runtime without Python needs."""
+
+    def __init__(self, model: Qwen3ForSeq2SeqLM):
+        super().__init__()
+        self.decoder, self.shared = model.model.decoder, model.model.shared
+
+    def forward(self, token, encoder_states, encoder_mask, own, cross):
+        cache = EncoderDecoderCache(DynamicCache(own), DynamicCache(cross))
+        states = self.decoder(
+            token, encoder_hidden_states=encoder_states, encoder_attention_mask=encoder_mask, use_cache=True,
+            **{CACHE_FIELD: cache},
+        ).last_hidden_state  # fmt: skip
+        layers = cache.self_attention_cache.layers
+        return states @ self.shared.weight.T, [(layer.keys, layer.values) for layer in layers]
+
+
+@torch.no_grad()
+def test_export_of_a_decoder_step(model, source):
+    states = model.get_encoder()(**source).last_hidden_state
+    tokens = source["input_ids"]
+
+    def full(length: int) -> torch.Tensor:
+        return model(**source, decoder_input_ids=tokens[:, :length]).logits[:, -1:]
+
+    output = model.model.decoder(
+        tokens[:, :4], encoder_hidden_states=states, encoder_attention_mask=source["attention_mask"], use_cache=True
+    )
+    own, cross = (
+        [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
+        for cache in (output[CACHE_FIELD].self_attention_cache, output[CACHE_FIELD].cross_attention_cache)
+    )
+    layers = [({0: AUTO, 2: AUTO},) * 2] * 3
+    shapes = ({0: AUTO}, {0: AUTO, 1: AUTO}, {0: AUTO, 1: AUTO}, layers, layers)
+    inputs = (tokens[:, 4:5], states, source["attention_mask"], own, cross)
+    exported = torch.export.export(DecoderStep(model), inputs, dynamic_shapes=shapes).module()
+    logits, own = exported(*inputs)
+    torch.testing.assert_close(logits, full(5), atol=1e-5, rtol=1e-5)
+    logits, _ = exported(tokens[:, 5:6], states, source["attention_mask"], own, cross)
+    torch.testing.assert_close(logits, full(6), atol=1e-5, rtol=1e-5)
+    assert (logits - full(5)).abs().max() > 1e-3
+
+
+REMOTE = """
+import sys
+sys.modules["qwen3_encdec"] = None  # not installed
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+folder, again = sys.argv[1:]
+model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+assert tokenizer.num_sentinel_tokens == 11
+print(model.fill("Hello <extra_id_0>.", tokenizer, max_new_tokens=5))
+model.save_pretrained(again)
+tokenizer.save_pretrained(again)
+"""
+
+
+def test_a_saved_folder_carries_its_code(tmp_path):
+    tokenizer = build_tokenizer(num_sentinel_tokens=11, num_ranks=300)
+    torch.manual_seed(0)
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    model = Qwen3ForSeq2SeqLM(tiny_config(vocab_size=len(tokenizer), **ids)).eval()
+    for saved in (model, tokenizer):
+        saved.save_pretrained(tmp_path / "first")
+    code = {
+        "configuration_qwen3_encdec.py", "modeling_qwen3_encoder.py", "modeling_qwen3_decoder.py",
+        "modeling_qwen3_encdec.py", "tokenization_qwen3_encdec.py",
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "first").glob("*.py")} == code
+    expected = model.fill("Hello <extra_id_0>.", tokenizer, max_new_tokens=5)
+    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+    for folder, again in (("first", "second"), ("second", "third")):  # what it saves carries the code on
+        done = subprocess.run(
+            [sys.executable, "-c", REMOTE, tmp_path / folder, tmp_path / again],
+            capture_output=True, text=True, env=environment,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.removesuffix("\n") == expected
+    assert {path.name for path in (tmp_path / "third").glob("*.py")} == code
+    # the control: without leave to run code it does not load there
+    refused = REMOTE.replace(", trust_remote_code=True", "")
+    done = subprocess.run(
+        [sys.executable, "-c", refused, tmp_path / "first", tmp_path / "no"],
+        capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "trust_remote_code" in done.stderr

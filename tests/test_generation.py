@@ -28,6 +28,8 @@ def tokenizer():
 
 
 def test_static_cache_and_a_step_compiled_as_one_graph(model, source):
+    # Until transformers 5.4 a static cache counts the keys that are not zero, as a random model's padding row makes them.
+    torch.nn.init.normal_(model.model.shared.weight)
     expected = model.generate(**source, max_new_tokens=6)
     assert torch.equal(model.generate(**source, max_new_tokens=6, cache_implementation="static"), expected)
     config = model.config.get_text_config(decoder=True)
@@ -69,6 +71,8 @@ def test_a_step_writes_into_the_buffer_and_does_not_copy_the_source(model, sourc
 @torch.no_grad()
 @pytest.mark.parametrize("change", ["reorder", "crop", "repeat", "grow", "reset"])
 def test_what_changes_a_cache_is_noticed_by_the_buffer(model, source, change):
+    if change == "reset" and CACHE_FIELD != "cache":
+        pytest.skip("older transformers zero a dynamic cache and keep its length")
     tokens = torch.randint(0, 300, (3, 80), generator=torch.Generator().manual_seed(1))
     encoded = model.get_encoder()(**source)
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())

@@ -259,6 +259,7 @@ def test_a_missing_embedding_is_reported_and_initialized(model, tmp_path):
 def test_fewer_decoder_layers_size_the_static_cache():
     torch.manual_seed(0)
     model = Qwen3ForSeq2SeqLM(tiny_config(num_decoder_layers=2)).eval()
+    torch.nn.init.normal_(model.model.shared.weight)  # as in test_generation.py
     ids = batch()["input_ids"]
     dynamic = model.generate(input_ids=ids, max_new_tokens=4)
     static = model.generate(

@@ -170,7 +170,11 @@ class Qwen3MergedAttention(Qwen3Attention):
             if _can_merge(own, self.layer_idx):
                 key, value = own.layers[self.layer_idx].extend(key, value, source_layer)  # (B, K, S + P + T, D)
             else:
-                key, value = own.update(key, value, self.layer_idx)
+                options = {}
+                if "cache_position" in _CAUSAL_MASK_OPTIONS:  # before transformers 5.4 a static cache does not count
+                    places = torch.arange(key.shape[2], device=key.device) + own.get_seq_length(self.layer_idx)
+                    options = {"cache_kwargs": {"cache_position": places}}
+                key, value = own.update(key, value, self.layer_idx, **options)
                 key = torch.cat([source_layer.keys, key], dim=2)
                 value = torch.cat([source_layer.values, value], dim=2)
 

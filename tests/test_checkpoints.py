@@ -91,8 +91,11 @@ def test_checkpoint_is_an_ordinary_model_folder(init_folder, straight):
         assert set(file.keys()) == {name for name, _ in model.named_parameters()}  # the tied matrix once
     before = Qwen3ForSeq2SeqLM.from_pretrained(init_folder)
     assert not torch.equal(before.model.shared.weight, model.model.shared.weight)
-    files = {path.suffix for path in straight.rglob("*") if path.is_file()}
-    assert files <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja"}
+    files = [path for path in straight.rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".py"}
+    assert {path.stem.split("_")[0] for path in files if path.suffix == ".py"} <= {
+        "configuration", "modeling", "tokenization",  # the model's own code, for where this package is not installed
+    }  # fmt: skip
 
 
 def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys):
@@ -119,8 +122,8 @@ def test_resume_refuses_what_would_change_the_data(init_folder, corpus, straight
     with pytest.raises(InputError, match="holds no checkpoint"):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "new", resume=True))
     state = json.loads((cut / "checkpoints/step-000002/state/training.json").read_text())
-    with pytest.raises(InputError, match="written by 1 processes and this run has 2"):
-        checkpoints.read_training_state(cut / "checkpoints/step-000002", state["config"], 2)
+    _, notes = checkpoints.read_training_state(cut / "checkpoints/step-000002", state["config"], 2)
+    assert notes == ["1 processes -> 2"]
     run_training(small_run(init_folder, corpus, output_dir=cut, lr=1e-4))
     assert "lr 0.003 -> 0.0001" in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 from qwen3_encdec.files import InputError
 from qwen3_encdec.training.launch import make_accelerator
+from qwen3_encdec.training.loop import run_training
 from tests.test_training import plain_trace, read_metrics, small_run, write_corpus
 
 ROOT = Path(__file__).parents[1]
@@ -101,6 +102,16 @@ def test_two_processes_train_one_model(init_folder, corpus, tmp_path, where):
         torch.testing.assert_close(trace, list(plain_trace(config, 2, per_micro_batch=True)), rtol=1e-5, atol=1e-5)
     if not sharded:
         return
+
+    # another number of processes goes on with what is left of the data
+    fewer = shutil.copytree(run_dir, tmp_path / "fewer", symlinks=True)
+    shutil.rmtree(fewer / "checkpoints/step-000004")
+    run_training(small_run(init_folder, corpus, output_dir=fewer, gradient_accumulation_steps=4))
+    alone = read_metrics(fewer, "loss", "step")
+    assert [step for _, step in alone] == [1, 2, 3, 4]
+    assert alone[:2] == [(loss, step) for (loss, _), step in zip(trace[:2], (1, 2), strict=True)]
+    assert alone[2][0] != trace[2][0]
+    assert abs(alone[2][0] - trace[2][0]) < 1
 
     # the same number of processes resumes to the same bits
     cut = shutil.copytree(run_dir, tmp_path / "cut", symlinks=True)

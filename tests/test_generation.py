@@ -28,7 +28,7 @@ def tokenizer():
 
 
 def test_static_cache_and_a_step_compiled_as_one_graph(model, source):
-    # Until transformers 5.4 a static cache counts the keys that are not zero, as a random model's padding row makes them.
+    # Until transformers 5.4 a static cache counts keys that are not zero, as a random model's padding row makes them.
     torch.nn.init.normal_(model.model.shared.weight)
     expected = model.generate(**source, max_new_tokens=6)
     assert torch.equal(model.generate(**source, max_new_tokens=6, cache_implementation="static"), expected)

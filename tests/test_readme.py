@@ -15,8 +15,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 def test_python_blocks_run(init_folder, tmp_path, capsys):
     extract_encoder(init_folder, tmp_path / "encoder")
     folders = {"runs/demo/encoder-contrastive": tmp_path / "encoder", "runs/demo/init": init_folder}
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) == 2
+    using = (ROOT / "docs/model.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", README + using, re.DOTALL)
+    assert len(blocks) == 4
     for block in blocks:
         for shown, real in folders.items():
             block = block.replace(shown, str(real))

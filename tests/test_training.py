@@ -5,9 +5,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -15,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.collator import collate
+from qwen3_encdec.data.masking import collate_masked, mask_token_id
 from qwen3_encdec.data.stream import build_stream
 from qwen3_encdec.files import InputError
 from qwen3_encdec.training import budget
@@ -62,21 +65,33 @@ def plain_trace(
     model = Qwen3ForSeq2SeqLM.from_pretrained(config.model, dtype=torch.float32).train()
     optimizer = build_optimizer(model, config)
     streams = [iter(build_stream(config.data, tokenizer, rank=r, world_size=world_size)) for r in range(world_size)]
+    options = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
+    make_batch = partial(collate, pad_id=tokenizer.pad_token_id)
+    if config.mntp_weight:
+        kept = np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids])
+        make_batch = partial(
+            collate_masked, pad_id=tokenizer.pad_token_id, mask_id=mask_token_id(tokenizer), kept_ids=kept,
+            probability=config.mntp_probability,
+        )  # fmt: skip
+        options["encoder_loss_weight"] = config.mntp_weight
     for step in range(1, config.max_steps + 1):
         parts = [list(islice(s, config.batch_size)) for _ in range(config.gradient_accumulation_steps) for s in streams]
         parts = parts if per_micro_batch else [[row for part in parts for row in part]]
         loss = torch.zeros(())
         for part in parts:
-            batch = collate(part, pad_id=tokenizer.pad_token_id)
+            batch = make_batch(part)
             batch.pop("denoiser")
-            loss = loss + model(**batch).loss / len(parts)
+            output = model(**batch, **options)
+            loss = loss + output.loss / len(parts)
+            likelihood = output.token_losses.sum() / (batch["labels"] != -100).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, config)
         optimizer.step()
         optimizer.zero_grad()
-        yield float(loss.detach()), float(norm)
+        # The log has the negative log-likelihood, whatever the loss adds to it.
+        yield float(loss.detach()) if per_micro_batch else float(likelihood), float(norm)
 
 
 @pytest.fixture(scope="session")
@@ -106,6 +121,43 @@ def test_trace_is_that_of_a_plain_loop(init_folder, corpus, tmp_path, recompute)
     evaluated = read_metrics(tmp_path / "run", "eval_loss/S", "step")
     assert [step for _, step in evaluated] == [0, 2, 4]
     assert evaluated[-1][0] < evaluated[0][0]
+
+
+@pytest.mark.parametrize("signal", ["z_loss=0.01", "label_smoothing=0.1", "mntp_weight=0.5"])
+def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, signal):
+    name, value = signal.split("=")
+    options = {"output_dir": tmp_path / "run", "gradient_accumulation_steps": 2, "eval_every": 0, name: value}
+    config = small_run(init_folder, corpus, **options)
+    run_training(config)
+    trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
+    torch.testing.assert_close(trace, list(plain_trace(config, 1)), rtol=1e-5, atol=1e-5)
+    # the control: without the signal it is another run
+    plain = list(plain_trace(small_run(init_folder, corpus, **{**options, name: 0.0}), 1))
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(trace, plain, rtol=1e-5, atol=1e-5)
+
+
+def test_masked_sources(init_folder, corpus):
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder)
+    stream = build_stream(small_run(init_folder, corpus).data, tokenizer)
+    rows = list(islice(stream, 40))
+    kept = np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids])
+    options = {"pad_id": tokenizer.pad_token_id, "mask_id": mask_token_id(tokenizer), "kept_ids": kept}
+    plain = collate(rows, pad_id=tokenizer.pad_token_id)
+    masked = collate_masked(rows, probability=0.3, **options)
+    labels = masked.pop("encoder_labels")
+    chosen = labels != -100
+    assert torch.equal(torch.where(chosen, labels, masked["input_ids"]), plain["input_ids"])
+    assert (masked["input_ids"][chosen] == mask_token_id(tokenizer)).all()
+    assert not np.isin(labels.numpy(), kept).any()
+    can_be = (plain["attention_mask"] > 0) & torch.from_numpy(~np.isin(plain["input_ids"].numpy(), kept))
+    assert not (chosen & ~can_be).any()
+    assert (chosen.sum() / can_be.sum()).item() == pytest.approx(0.3, abs=0.04)
+    for name in set(plain) - {"input_ids"}:
+        assert torch.equal(masked[name], plain[name])
+    # in whatever batch a row comes
+    alone = collate_masked(rows[7:8], probability=0.3, **options)["encoder_labels"][0]
+    assert torch.equal(alone, labels[7, : len(alone)])
 
 
 def test_schedules():

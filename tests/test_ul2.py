@@ -1,22 +1,29 @@
 """UL2 corruption: exact inverse, budgets, rates, unbiased placement, sentinels; each with a control that fails."""
 
+import re
+from collections import Counter
+from pathlib import Path
+
 import numpy as np
 import pytest
 from scipy.stats import chisquare
 
+from qwen3_encdec.data import ul2
 from qwen3_encdec.data.ul2 import (
     PRESETS,
     Denoiser,
     Example,
     check_capacity,
     corrupt,
-    draw_denoiser,
-    example_rng,
+    corrupt_batch,
+    draw_denoisers,
+    example_keys,
     mask_spans,
     raw_length,
     render,
     required_sentinels,
     resolve_preset,
+    sentinels_needed,
     uncorrupt,
 )
 from qwen3_encdec.files import InputError
@@ -26,11 +33,26 @@ FIRST, EOS = 10_000, 9_999
 SENTINELS = range(FIRST, FIRST + 400)
 IDS = {"sentinel_ids": SENTINELS, "eos_id": EOS}
 GOLDEN = {
-    "R1": [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 90, 20, 21, 22, 23, 99], [90, 17, 18, 19, 99]],
-    "R2": [[0, 1, 2, 3, 4, 5, 6, 7, 90, 20, 21, 22, 23, 99], [90, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 99]],
-    "X1": [[0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 90, 20, 21, 22, 23, 99], [90, 17, 18, 19, 99]],
-    "X2": [[0, 1, 2, 3, 4, 5, 6, 7, 90, 20, 21, 22, 23, 99], [90, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 99]],
-    "S": [[0, 1, 2, 3, 4, 5, 99], [6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 99]],
+    "R1": [
+        [0, 1, 2, 3, 90, 7, 8, 9, 10, 11, 12, 13, 14, 15, 91, 17, 18, 19, 20, 21, 22, 23, 99],
+        [90, 4, 5, 6, 91, 16, 99],
+    ],
+    "R2": [
+        [90, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 91, 99],
+        [90, 0, 1, 2, 3, 4, 5, 6, 91, 19, 20, 21, 22, 23, 99],
+    ],
+    "X1": [
+        [0, 1, 2, 90, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 99],
+        [90, 3, 4, 5, 6, 99],
+    ],
+    "X2": [
+        [90, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 91, 99],
+        [90, 0, 1, 2, 3, 4, 5, 6, 91, 19, 20, 21, 22, 23, 99],
+    ],
+    "S": [
+        [0, 1, 2, 3, 4, 5, 99],
+        [6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23, 99],
+    ],
 }  # fmt: skip
 DENOISERS = [*PRESETS["t5gemma2"], *PRESETS["ul2"], *PRESETS["t5"], Denoiser("dense", 1, 0.9)]
 
@@ -45,23 +67,36 @@ def test_the_mixture_is_the_papers():
     ]
 
 
-@pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.corruption}-{d.placement}")
-def test_corruption_is_inverted_exactly_within_its_bounds(denoiser):
-    lengths = np.random.default_rng(0).integers(2, 700, 150).tolist()
-    for case, length in enumerate([*range(2, 60), *lengths]):
-        rng = example_rng(7, 0, case, 0)
-        tokens = rng.integers(0, 50, length)  # a small alphabet: repeated tokens must not confuse the inverse
-        source, target = corrupt(tokens, denoiser, rng, **IDS)
-        np.testing.assert_array_equal(uncorrupt(source, target, **IDS), tokens)
+def make(lengths, denoisers, preset, seed: int = 7, tokens=None, **options) -> list[Example]:
+    """Corrupt texts that count up from 0, each with a key of its own."""
+    lengths, denoisers = np.asarray(lengths), np.broadcast_to(denoisers, len(lengths))
+    tokens = np.concatenate([np.arange(length) for length in lengths]) if tokens is None else tokens
+    keys = example_keys(seed, 0, np.arange(len(lengths)), 0)
+    return corrupt_batch(tokens, lengths, denoisers, preset, keys, **{**IDS, **options}).split()
+
+
+@pytest.mark.parametrize("modes", [(), tuple(range(60, 60 + len(DENOISERS)))], ids=["", "mode tokens"])
+@pytest.mark.parametrize("seed", [0, 1])
+def test_corruption_is_inverted_exactly_within_its_bounds(seed, modes):
+    rng = np.random.default_rng(seed)
+    lengths = np.append(np.tile(np.arange(2, 40), len(DENOISERS)), rng.integers(2, 700, 4000))
+    denoisers = rng.integers(len(DENOISERS), size=len(lengths))
+    tokens = rng.integers(0, 50, lengths.sum())  # a small alphabet: repeated tokens must not confuse the inverse
+    examples = make(lengths, denoisers, DENOISERS, seed, tokens, prefix_ids=modes)
+    assert len(examples) == len(lengths)
+    for example, text in zip(examples, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True):
+        denoiser, source, target = DENOISERS[example.denoiser], example.source, example.target
+        np.testing.assert_array_equal(uncorrupt(source, target, **IDS, mode_ids=modes[example.denoiser :][:1]), text)
 
         assert source[-1] == target[-1] == EOS
+        assert (source == EOS).sum() == (target == EOS).sum() == 1
         assert source.dtype == target.dtype == np.int32
         marks, spans = source[source >= FIRST], target[target >= FIRST]
         np.testing.assert_array_equal(marks, SENTINELS[: len(marks)])  # in order, each once
         np.testing.assert_array_equal(spans, marks)
-        assert len(marks) <= required_sentinels(denoiser, length)
+        assert len(marks) <= required_sentinels(denoiser, len(text))
         noise = len(target) - 1 - len(spans)
-        assert abs(noise / length - denoiser.corruption) < 1 / length
+        assert abs(noise / len(text) - denoiser.corruption) < 1 / len(text)
         if denoiser.mean_span is None:
             assert not len(marks)
         else:
@@ -70,8 +105,23 @@ def test_corruption_is_inverted_exactly_within_its_bounds(denoiser):
             assert not (is_mark[1:] & is_mark[:-1]).any()  # neighbouring spans would be one span
 
 
+def test_a_text_is_corrupted_alone_as_among_others():
+    rng = np.random.default_rng(0)
+    lengths, denoisers = rng.integers(2, 300, 200), rng.integers(len(DENOISERS), size=200)
+    together = make(lengths, denoisers, DENOISERS)
+    for i in range(200):
+        key = example_keys(7, 0, [i], 0)
+        one = corrupt_batch(np.arange(lengths[i]), lengths[i : i + 1], denoisers[i : i + 1], DENOISERS, key, **IDS)
+        np.testing.assert_array_equal(one.sources, together[i].source)
+        np.testing.assert_array_equal(one.targets, together[i].target)
+    source, target = corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(5), **IDS)
+    again, _ = corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(5), **IDS)
+    np.testing.assert_array_equal(source, again)
+    np.testing.assert_array_equal(uncorrupt(source, target, **IDS), np.arange(99))
+
+
 def test_uncorrupt_refuses_what_corrupt_cannot_make():
-    source, target = corrupt(np.arange(50), PRESETS["t5gemma2"][0], example_rng(0, 0, 0, 0), **IDS)
+    source, target = corrupt(np.arange(50), PRESETS["t5gemma2"][0], np.random.default_rng(1), **IDS)
     assert (target >= FIRST).sum() >= 2
     swapped = target.copy()
     swapped[np.flatnonzero(target >= FIRST)[:2]] = [FIRST + 1, FIRST]
@@ -82,29 +132,41 @@ def test_uncorrupt_refuses_what_corrupt_cannot_make():
 
 @pytest.mark.parametrize("denoiser", PRESETS["t5gemma2"], ids=lambda d: d.name)
 def test_rates_and_span_lengths_are_unbiased(denoiser):
-    length, draws = 101, 4000  # no rate times 101 is whole: rounding always to one side would show
-    noise, spans = np.array(
-        [
-            (len(target) - 1 - (target >= FIRST).sum(), (target >= FIRST).sum())
-            for i in range(draws)
-            for _, target in [corrupt(np.arange(length), denoiser, example_rng(1, 0, i, 0), **IDS)]
-        ]
-    ).T
+    length, draws = 101, 20_000  # no rate times 101 is whole: rounding always to one side would show
+    targets = [example.target for example in make(np.full(draws, length), 0, (denoiser,))]
+    spans = np.array([(target >= FIRST).sum() for target in targets])
+    noise = np.array([len(target) - 1 for target in targets]) - spans
     assert abs(noise.mean() - length * denoiser.corruption) < 4 * 0.5 / np.sqrt(draws)
+    assert set(noise) == {int(length * denoiser.corruption), int(length * denoiser.corruption) + 1}
     if denoiser.name == "R1":
         # Before the turn the mean is 101 * .15 / 3; the turn cuts a span with probability (noise - spans) / length.
         expected = 5.05 + (15.15 - 5.05) / length
         assert abs(spans.mean() - expected) < 4 * spans.std() / np.sqrt(draws)
 
 
-def position_p_value(denoiser: Denoiser, length: int = 60, draws: int = 6000) -> float:
+@pytest.mark.parametrize(
+    ("corruption", "length", "noise"), [(0.15, 20, 3), (0.1, 30, 3), (0.7, 10, 7), (0.29, 100, 29)]
+)
+def test_a_whole_number_of_noise_tokens_is_never_exceeded(corruption, length, noise):
+    examples = make(np.full(2000, length), 0, (Denoiser("whole", None, corruption),))
+    assert {len(example.target) - 1 for example in examples} == {noise}
+
+
+def test_divisions_into_segments_are_all_equally_likely():
+    # 8 tokens, 3 of them noise in 2 spans: noise as 1+2 or 2+1, kept as 1+4, 2+3, 3+2 or 4+1
+    examples = make(np.full(16_000, 8), 0, (Denoiser("t5", 1.5, 0.375, placement="t5"),))
+    counts = Counter(tuple(example.source) for example in examples)
+    assert len(counts) == 8
+    assert chisquare(list(counts.values())).pvalue > 1e-3
+
+
+def position_p_value(denoiser: Denoiser, length: int = 60, draws: int = 20_000) -> float:
     """Chi-square test that noise falls on every position equally often."""
     counts = np.zeros(length)
-    for i in range(draws):
-        source, _ = corrupt(np.arange(length), denoiser, example_rng(3, 0, i, 0), **IDS)
-        noise = np.setdiff1d(np.arange(length), source)
+    rng = np.random.default_rng(4)
+    for example in make(np.full(draws, length), 0, (denoiser,), 3):
         # One position a draw: the positions of a draw depend on each other.
-        counts[noise[example_rng(4, 0, i, 0).integers(len(noise))]] += 1
+        counts[rng.choice(example.target[example.target < length])] += 1
     return chisquare(counts).pvalue
 
 
@@ -115,35 +177,77 @@ def test_every_position_is_equally_likely_to_be_noise(denoiser):
     assert position_p_value(control) < 1e-12
 
 
-def test_t5_placement_starts_kept_and_ends_in_noise():
-    t5 = PRESETS["t5"][0]
-    for i in range(200):
-        source, target = corrupt(np.arange(100), t5, example_rng(0, 0, i, 0), **IDS)
-        assert source[0] == 0
-        assert target[-2] == 99
-        assert (target >= FIRST).sum() == 5  # round(round(100 * .15) / 3)
+def test_t5_never_asks_for_the_first_token_and_always_for_the_last():
+    for example in make(np.full(200, 100), 0, PRESETS["t5"]):
+        assert example.source[0] == 0
+        assert example.target[-2] == 99
+        assert (example.target >= FIRST).sum() == 5  # round(round(100 * .15) / 3)
 
 
 def test_t5_examples():
     """The masks and ids of `noise_span_to_unique_sentinel` in T5's preprocessors_test, sentinels ascending."""
-    tokens = np.arange(10, 20)
-    mask = np.array([0, 0, 0, 1, 1, 0, 1, 0, 0, 1], dtype=bool)
+    tokens = np.arange(10, 16)
+    mask = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
     source, target = mask_spans(tokens, mask, sentinel_ids=range(100, 110), eos_id=1)
-    assert source.tolist() == [10, 11, 12, 100, 15, 101, 17, 18, 102, 1]
-    assert target.tolist() == [100, 13, 14, 101, 16, 102, 19, 1]
-    source, target = mask_spans(tokens[:6], ~mask[3:9], sentinel_ids=range(100, 110), eos_id=1)
-    assert source.tolist() == [10, 11, 100, 13, 101, 1]
-    assert target.tolist() == [100, 12, 101, 14, 15, 1]
+    assert source.tolist() == [100, 12, 13, 101, 15, 1]  # T5 counts 999, 998, ... downwards
+    assert target.tolist() == [100, 10, 11, 101, 14, 1]
+
+
+@pytest.mark.parametrize(("mean_span", "longest", "target"), [(2.0, 70, 22), (1.0, 63, 27)])
+def test_t5_lengths(mean_span, longest, target):
+    """`random_spans_helper(64, 0.2, mean_span, 1, 1)` of T5's preprocessors_test."""
+    t5 = Denoiser("t5", mean_span, 0.2, placement="t5")
+    assert raw_length(t5, 64, 1000) == longest
+    (example,) = make([longest], 0, (t5,))
+    assert (len(example.source), len(example.target)) == (64, target)
+
+
+def philox_uniform(count: int, seed: tuple[int, int]) -> np.ndarray:
+    """TensorFlow's stateless_uniform on a CPU: Philox 4x32-10, its key and counter scrambled by itself."""
+
+    def philox(counter: list[int], key: list[int]) -> list[int]:
+        counter, key = list(counter), list(key)
+        for _ in range(10):
+            a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
+            counter = [(b >> 32) ^ counter[1] ^ key[0], b % 2**32, (a >> 32) ^ counter[3] ^ key[1], a % 2**32]
+            key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
+        return counter
+
+    mixed = philox([seed[0], 0, seed[1], 0], [0x3EC8F720, 0x02461E29])
+    words = [word for block in range(-(-count // 4)) for word in philox([block, 0, *mixed[2:]], mixed[:2])]
+    return np.array([(word % 2**23) / 2**23 for word in words[:count]])
+
+
+def test_t5s_published_mask_from_its_own_random_numbers(monkeypatch):
+    """`test_random_spans_noise_mask` of T5's preprocessors_test: length 32, density .25, mean span 2, two seeds.
+
+    All is ours, rounding, alternation and spelling, but for which cuts are drawn.
+    """
+    published = [0] * 6 + [1, 1, 1, 0, 1, 1, 1] + [0] * 15 + [1, 0, 0, 1]
+
+    def t5_choose(base, size, number, keys, slots, seeds=((1, 2), (3, 4))):
+        chosen = np.zeros(slots, dtype=bool)
+        for start, candidates, wanted, seed in zip(base, size, number, seeds, strict=True):
+            order = np.argsort(philox_uniform(candidates, seed), kind="stable")
+            chosen[start + np.flatnonzero(order < wanted)] = True
+        return chosen
+
+    monkeypatch.setattr(ul2, "_choose", t5_choose)
+    t5 = Denoiser("t5", 2.0, 0.25, placement="t5")
+    (example,) = make([32], 0, (t5,))
+    np.testing.assert_array_equal(np.isin(np.arange(32), example.target).astype(int), published)
+    monkeypatch.setattr(ul2, "_choose", lambda *args: t5_choose(*args, seeds=((3, 4), (1, 2))))  # control
+    (example,) = make([32], 0, (t5,))
+    assert np.isin(np.arange(32), example.target).astype(int).tolist() != published
 
 
 def test_golden_examples():
     """Pinned: a change of the draws makes every earlier run irreproducible and must be deliberate."""
-    made = {
-        d.name: [
-            x.tolist() for x in corrupt(np.arange(24), d, example_rng(5, 1, 2, 3), sentinel_ids=[90, 91, 92], eos_id=99)
-        ]
-        for d in PRESETS["t5gemma2"]
-    }
+    preset = PRESETS["t5gemma2"]
+    keys = example_keys(5, 1, 2, np.full(5, 3))
+    ids = {"sentinel_ids": [90, 91, 92], "eos_id": 99}
+    examples = corrupt_batch(np.tile(np.arange(24), 5), np.full(5, 24), np.arange(5), preset, keys, **ids).split()
+    made = {preset[e.denoiser].name: [e.source.tolist(), e.target.tolist()] for e in examples}
     assert made == GOLDEN
 
 
@@ -153,9 +257,8 @@ def test_raw_length_is_the_longest_that_always_fits(denoiser, budget):
     longest = raw_length(denoiser, *budget)
     overflows = 0
     for length in (longest, longest - 1, longest + 1):
-        for i in range(150):
-            source, target = corrupt(np.arange(max(length, 2)), denoiser, example_rng(0, 0, i, length), **IDS)
-            over = len(source) > budget[0] or len(target) > budget[1]
+        for example in make(np.full(150, max(length, 2)), 0, (denoiser,)):
+            over = len(example.source) > budget[0] or len(example.target) > budget[1]
             overflows += over
             assert not over or length > longest
     if denoiser.placement == "t5" or denoiser.mean_span is None:
@@ -174,24 +277,50 @@ def test_too_few_sentinels_are_refused_before_anything_runs():
     check_capacity(PRESETS["t5gemma2"], 512, 256, 100)
     check_capacity((PRESETS["t5gemma2"][4],), 4096, 4096, 0)  # S needs none
     with pytest.raises(ValueError, match="as many sentinels"):
-        corrupt(np.arange(500), r1, example_rng(0, 0, 0, 0), sentinel_ids=range(FIRST, FIRST + 3), eos_id=EOS)
+        make([500], 0, (r1,), sentinel_ids=range(FIRST, FIRST + 3))
 
 
-def test_denoisers_are_drawn_by_weight_from_the_examples_own_generator():
+def test_long_contexts_need_more_sentinels():
     preset = PRESETS["t5gemma2"]
-    drawn = [draw_denoiser(preset, example_rng(0, 0, document, 0)) for document in range(20_000)]
+    (r2,) = (denoiser for denoiser in preset if denoiser.name == "R2")
+    as_t5 = Denoiser("t5", r2.mean_span, r2.corruption, placement="t5")
+    assert required_sentinels(as_t5, raw_length(as_t5, 16_384, 16_384)) == 1260
+    need = sentinels_needed(preset, 16_384, 16_384)
+    assert need == 1262  # rounded up, and the turn may cut a span
+    check_capacity(preset, 16_384, 16_384, need)
+    with pytest.raises(InputError, match=f"{need} sentinels .*has {need - 1}; .*--num-sentinel-tokens {need}"):
+        check_capacity(preset, 16_384, 16_384, need - 1)
+    lengths = [raw_length(d, 16_384, 16_384) for d in preset]
+    for example in make(lengths, np.arange(5), preset, sentinel_ids=range(60_000, 60_000 + need), eos_id=59_999):
+        assert len(example.source) <= 16_384
+        assert len(example.target) <= 16_384
+
+
+def test_the_documented_needs_are_the_true_ones():
+    text = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
+    header, *rows = re.findall(r"^\| (source / target|t5gemma2|ul2|t5) \|(.*)\|$", text, re.MULTILINE)
+    lengths = [tuple(map(int, cell.split("/"))) for cell in header[1].split("|")]
+    for name, cells in rows:
+        written = [int(cell.replace(",", "")) for cell in cells.split("|")]
+        assert written == [sentinels_needed(PRESETS[name], *pair) for pair in lengths], name
+    assert len(rows) == 3
+
+
+def test_denoisers_are_drawn_by_weight():
+    drawn = draw_denoisers(PRESETS["t5gemma2"], example_keys(0, 0, np.arange(20_000), 0))
     assert chisquare(np.bincount(drawn), 20_000 * np.array([1, 1, 1, 1, 4]) / 8).pvalue > 1e-3
     assert chisquare(np.bincount(drawn), 20_000 * np.array([1, 1, 1, 1, 3]) / 7).pvalue < 1e-12
 
 
-def test_each_chunk_has_a_generator_of_its_own():
-    base = (1, 2, 3, 4)
-    first = example_rng(*base).integers(2**60, size=8)
-    np.testing.assert_array_equal(example_rng(*base).integers(2**60, size=8), first)
-    for word in range(4):
-        other = list(base)
-        other[word] += 1
-        assert not np.isin(example_rng(*other).integers(2**60, size=8), first).any()
+def test_each_chunk_has_a_key_of_its_own():
+    words = np.array([[0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 1, 0], [0, 1, 2, 2**63 - 1], [0, -1, 2, 3]])
+    keys = [int(example_keys(seed, epoch, [document], [chunk])[0]) for seed, epoch, document, chunk in words.tolist()]
+    assert len(set(keys)) == len(keys)
+    assert keys == [int(example_keys(*map(int, row[:2]), row[2:3], row[3:])[0]) for row in words]
+    many = example_keys(0, 0, np.repeat(np.arange(300), 300), np.tile(np.arange(300), 300))
+    assert len(np.unique(many)) == 90_000
+    bits = np.unpackbits(many.view(np.uint8).reshape(-1, 8), axis=1).mean(axis=0)
+    assert abs(bits - 0.5).max() < 5 * 0.5 / 300
 
 
 @pytest.mark.parametrize(
@@ -220,12 +349,12 @@ def test_preset_from_yaml():
 @pytest.mark.parametrize("tokens", [[], [1]])
 def test_texts_too_short_to_corrupt(tokens):
     with pytest.raises(ValueError, match="too few"):
-        corrupt(np.array(tokens), PRESETS["t5"][0], example_rng(0, 0, 0, 0), **IDS)
+        corrupt(np.array(tokens), PRESETS["t5"][0], np.random.default_rng(0), **IDS)
 
 
 def test_a_sentinel_in_the_text_is_an_error():
     with pytest.raises(ValueError, match="contain a sentinel"):
-        corrupt(np.array([1, FIRST, 2]), PRESETS["t5"][0], example_rng(0, 0, 0, 0), **IDS)
+        corrupt(np.array([1, FIRST, 2]), PRESETS["t5"][0], np.random.default_rng(0), **IDS)
 
 
 def test_render():

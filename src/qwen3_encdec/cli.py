@@ -38,6 +38,14 @@ class Pooling(StrEnum):
     cls = "cls"
 
 
+class Deduplicate(StrEnum):
+    """Which copies are left out of a tokenized corpus."""
+
+    no = "no"
+    exact = "exact"
+    minhash = "minhash"
+
+
 Sentinels = Annotated[int, typer.Option(min=0, help="How many <extra_id_N> tokens to append.")]
 
 
@@ -115,40 +123,72 @@ def prepare_data(
     input: Annotated[
         list[str] | None,
         typer.Option(
-            help="File, folder or glob of jsonl, parquet or text (.gz too), or package-docs; may be repeated."
+            help="File, folder or glob of jsonl, parquet or text (.gz and .zst too), or package-docs; may be repeated."
         ),
     ] = None,
     dataset: Annotated[str | None, typer.Option(help="Hub dataset, as ORG/NAME or ORG/NAME:CONFIG.")] = None,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    output: Annotated[
+        Path | None,
+        typer.Option(help="Folder to write the tokenized corpus to; with --analyze-only, the page [runs/ul2-data]."),
+    ] = None,
+    min_tokens: Annotated[int, typer.Option(min=2, help="Leave out shorter documents.")] = 8,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Leave out longer documents from the tokenized corpus.")
+    ] = None,
+    deduplicate: Annotated[
+        Deduplicate, typer.Option(help="Leave out copies from the tokenized corpus: exact, or alike by minhash too.")
+    ] = Deduplicate.no,
+    processes: Annotated[int | None, typer.Option(min=1, help="Processes that tokenize; default: all.")] = None,
     preset: Annotated[str, typer.Option(help="Mixture of denoisers: t5gemma2, ul2 or t5.")] = "t5gemma2",
     source_length: Annotated[int, typer.Option(help="Most source tokens in a row.")] = 512,
     target_length: Annotated[int, typer.Option(help="Most target tokens in a row.")] = 256,
     packing: Annotated[bool, typer.Option(help="Several examples in a row.")] = True,
+    mode_tokens: Annotated[bool, typer.Option(help="Begin sources with a token for R, X or S.")] = False,
     seed: Annotated[int, typer.Option(help="Decides order and corruption.")] = 0,
     num_examples: Annotated[int, typer.Option(min=1, help="Examples to measure.")] = 10_000,
     show: Annotated[int, typer.Option(min=0, help="Examples of each denoiser to print.")] = 0,
     analyze_only: Annotated[
-        bool, typer.Option("--analyze-only", help="Measure; write nothing (all it does now).")
+        bool, typer.Option("--analyze-only", help="Measure and draw; tokenize nothing. So it is without --output.")
     ] = False,
 ) -> None:
-    """Show what UL2 makes of a corpus: task shares, lengths, corruption rates, tokens per second, examples."""
-    from .data.analysis import analyze
+    """Tokenize a corpus once and for all (--output), or show what UL2 makes of it: shares, lengths, rates, speed."""
     from .data.config import DataConfig
     from .loading import load_tokenizer
 
     if input and dataset:
         raise InputError("give --input or --dataset, not both")
-    loaded = load_tokenizer(tokenizer)
+    inputs = input or ([dataset] if dataset else ["package-docs"])
+    if output is not None and not analyze_only:
+        from .data.preparation import Preparation, prepare
+
+        what = Preparation(
+            inputs, text_column, min_tokens=min_tokens, max_tokens=max_tokens, deduplicate=deduplicate.value
+        )
+        counts = prepare(what, load_tokenizer(tokenizer), output, processes)
+        print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
+        print(f"wrote {output}: train on it with data.inputs=[{output}]")
+        return
+    from .data.analysis import analyze
+    from .data.page import write_page
+
+    page = check_output(output or Path("runs/ul2-data"), "data report")
     config = DataConfig(
-        inputs=input or ([dataset] if dataset else ["package-docs"]),
+        inputs=inputs,
         text_column=text_column,
         preset=preset,
         source_length=source_length,
         target_length=target_length,
+        min_tokens=min_tokens,
         packing=packing,
+        mode_tokens=mode_tokens,
         seed=seed,
     )
-    analyze(config, loaded, num_examples=num_examples, show=show).print()
+    analysis = analyze(config, load_tokenizer(tokenizer), num_examples=num_examples, show=show)
+    analysis.print()
+    with new_folder(page, "data report") as folder:
+        write_page(analysis, folder / "report.html", vars(config) | {"tokenizer": tokenizer})
+    print(f"wrote {page / 'report.html'}")
 
 
 app.command()(train)

@@ -13,7 +13,10 @@ from transformers import PreTrainedTokenizerBase
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.packing import Row, packing_efficiency
 from qwen3_encdec.data.stream import UL2Stream
-from qwen3_encdec.data.ul2 import Preset, render
+from qwen3_encdec.data.ul2 import Example, Preset, render
+from qwen3_encdec.files import InputError
+
+_POSITIONS = 20
 
 
 @dataclass(frozen=True)
@@ -47,9 +50,17 @@ class Analysis:
     tokens_per_second: float
     """Source and target tokens from text to rows, in one process."""
     encoder: str
-    """`tiktoken`, or `tokenizers` and why."""
+    """Which library, and if it is `tokenizers`, why."""
     shown: list[str]
     """Examples as text."""
+    sizes: np.ndarray
+    """Source length, target length, sentinels and index of the denoiser of every example, int64 (examples, 4)."""
+    fills: np.ndarray
+    """Filled share of each row's source and target budget, (rows, 2)."""
+    noise_by_position: np.ndarray
+    """Share of noise tokens by twentieth of the text, (denoisers, 20); NaN where there was no text of 20 tokens."""
+    progress: np.ndarray
+    """Seconds since the start and tokens made so far, after every 64 rows."""
 
     def print(self, console: Console | None = None) -> None:
         """Tables for a human."""
@@ -70,7 +81,7 @@ class Analysis:
         console.print(
             f"documents   {', '.join(f'{number:,} {name}' for name, number in self.counts.items())}\n"
             f"rows        {self.source_fill:.1%} of the source and {self.target_fill:.1%} of the target budget filled; "
-            f"packing efficiency {self.packing_efficiency:.1%}\n"
+            f"packing efficiency {self.packing_efficiency:.1%} (fewest rows that any packing needs, over rows)\n"
             f"speed       {self.tokens_per_second:,.0f} tokens/s in one process, encoding with {self.encoder}",
             highlight=False,
         )
@@ -87,38 +98,78 @@ def analyze(
     """
     stream = UL2Stream(config, tokenizer, epochs=1)
     rows: list[Row] = []
-    drawn, start = 0, time.perf_counter()
+    drawn, tokens, start = 0, 0, time.perf_counter()
+    progress: list[tuple[float, int]] = []
     for row in stream:
         rows.append(row)
         drawn += len(row)
+        tokens += sum(len(e.source) + len(e.target) for e in row)
+        if len(rows) % 64 == 0:
+            progress.append((time.perf_counter() - start, tokens))
         if drawn >= num_examples:
             break
     seconds = time.perf_counter() - start
+    if not rows:
+        raise InputError(f"there is no example in {', '.join(config.inputs)}: {dict(stream.counts)}")
     examples = [example for row in rows for example in row]
     is_sentinel = [np.isin(example.source, stream.sentinel_ids) for example in examples]
-    sizes = np.array([(len(e.source), len(e.target), s.sum()) for e, s in zip(examples, is_sentinel, strict=True)])
-    drawn_from = np.array([example.denoiser for example in examples])
+    sizes = np.array(
+        [(len(e.source), len(e.target), s.sum(), e.denoiser) for e, s in zip(examples, is_sentinel, strict=True)]
+    )
+    drawn_from = sizes[:, 3]
+    noise = np.zeros((len(config.denoisers), 2, _POSITIONS))
+    for example in examples:
+        noise[example.denoiser] += _noise_by_position(example, stream)
     source_fill, target_fill, efficiency = packing_efficiency(rows, config.source_length, config.target_length)
     of_each = [[e for e in examples if e.denoiser == i][:show] for i in range(len(config.denoisers))]
     reason = stream.encode.fallback_reason
     return Analysis(
-        denoisers=[_report(config.denoisers, i, drawn_from == i, sizes) for i in range(len(config.denoisers))],
+        denoisers=[
+            _report(config.denoisers, i, drawn_from == i, sizes[:, :3], int(config.mode_tokens))
+            for i in range(len(config.denoisers))
+        ],
         counts=dict(stream.counts),
         rows=len(rows),
         examples=len(examples),
         source_fill=source_fill,
         target_fill=target_fill,
         packing_efficiency=efficiency,
-        tokens_per_second=float(sizes[:, :2].sum()) / seconds,
-        encoder="tiktoken" if reason is None else f"tokenizers ({reason})",
+        tokens_per_second=tokens / seconds,
+        encoder=stream.encode.name if reason is None else f"tokenizers ({reason})",
         shown=[render(example, tokenizer, config.denoisers) for some in of_each for example in some],
+        sizes=sizes,
+        fills=np.array([(sum(len(e.source) for e in row), sum(len(e.target) for e in row)) for row in rows])
+        / (config.source_length, config.target_length),
+        noise_by_position=noise[:, 0] / np.where(noise[:, 1] > 0, noise[:, 1], np.nan),
+        progress=np.array(progress).reshape(-1, 2),
     )
 
 
-def _report(preset: Preset, index: int, chosen: np.ndarray, sizes: np.ndarray) -> DenoiserReport:
-    """`sizes` holds source length, target length and sentinels of every example; `chosen` says which count."""
+def _noise_by_position(example: Example, stream: UL2Stream) -> np.ndarray:
+    """Noise tokens and tokens by twentieth of the text, (2, 20)."""
+    marks = [np.isin(side, stream.sentinel_ids) for side in (example.source, example.target)]
+    spans = np.diff(np.flatnonzero(np.append(marks[1], True))) - 1
+    is_noise = marks[0][len(stream.prefix_ids[:1]) : -1]
+    if not len(spans):
+        noise = np.repeat([False, True], [len(is_noise), len(example.target) - 1])
+    else:
+        spans[-1] -= 1  # EOS
+        lengths = np.ones(len(is_noise), dtype=np.int64)
+        lengths[is_noise] = spans
+        noise = np.repeat(is_noise, lengths)
+    if len(noise) < _POSITIONS:
+        return np.zeros((2, _POSITIONS))
+    position = np.arange(len(noise)) * _POSITIONS // len(noise)
+    return np.stack([np.bincount(position, weights, _POSITIONS) for weights in (noise, None)])
+
+
+def _report(preset: Preset, index: int, chosen: np.ndarray, sizes: np.ndarray, lead: int) -> DenoiserReport:
+    """`sizes` holds source length, target length and sentinels of every example; `chosen` says which count.
+
+    `lead` is the number of mode tokens of a source.
+    """
     source, target, sentinels = (sizes[chosen] if chosen.any() else np.zeros((1, 3), dtype=int)).T
-    kept, noise = ((length - 1 - sentinels).sum() for length in (source, target))
+    kept, noise = (source - 1 - lead - sentinels).sum(), (target - 1 - sentinels).sum()
     return DenoiserReport(
         name=preset[index].name,
         nominal_share=preset[index].weight / sum(denoiser.weight for denoiser in preset),

@@ -22,24 +22,30 @@ def collate(
         decoder_attention_mask `[B, T]`: as attention_mask, for the targets.
         denoiser `[B, T]`: index of the denoiser a target token comes from; -1 is padding.
     """
-    sources = [_join([example.source for example in row]) for row in rows]
-    targets = [_join([example.target for example in row]) for row in rows]
-    denoisers = [np.repeat([e.denoiser for e in row], [len(e.target) for e in row]) for row in rows]
+    examples = [example for row in rows for example in row]
+    counts = np.array([len(row) for row in rows])
+    segments = np.arange(len(examples)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    denoisers = np.array([example.denoiser for example in examples])
+
+    def pad(parts: list[np.ndarray], length: int | None, fill: int, *labels: tuple[np.ndarray, int]) -> list:
+        sizes = np.array([len(part) for part in parts])
+        of_rows = np.add.reduceat(sizes, np.cumsum(counts) - counts)
+        real = np.arange(length or of_rows.max()) < of_rows[:, None]
+        ragged = [(np.concatenate(parts), fill), *((np.repeat(values, sizes), value) for values, value in labels)]
+        padded = []
+        for values, value in ragged:
+            padded.append(np.full(real.shape, value, dtype=np.int64))
+            padded[-1][real] = values
+        return [torch.from_numpy(array) for array in padded]
+
+    input_ids, attention_mask = pad([e.source for e in examples], source_length, pad_id, (segments, 0))
+    labels, decoder_attention_mask, denoiser = pad(
+        [e.target for e in examples], target_length, IGNORED, (segments, 0), (denoisers, -1)
+    )
     return {
-        "input_ids": _pad([ids for ids, _ in sources], pad_id, source_length),
-        "attention_mask": _pad([segments for _, segments in sources], 0, source_length),
-        "labels": _pad([ids for ids, _ in targets], IGNORED, target_length),
-        "decoder_attention_mask": _pad([segments for _, segments in targets], 0, target_length),
-        "denoiser": _pad(denoisers, -1, target_length),
+        "input_ids": input_ids,
+        "attention_mask": attention_mask,
+        "labels": labels,
+        "decoder_attention_mask": decoder_attention_mask,
+        "denoiser": denoiser,
     }
-
-
-def _join(parts: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    return np.concatenate(parts), np.repeat(np.arange(1, len(parts) + 1), [len(part) for part in parts])
-
-
-def _pad(rows: list[np.ndarray], value: int, length: int | None) -> torch.Tensor:
-    padded = torch.full((len(rows), length or max(map(len, rows))), value, dtype=torch.int64)
-    for i, row in enumerate(rows):
-        padded[i, : len(row)] = torch.from_numpy(row.astype(np.int64))
-    return padded

@@ -1,9 +1,24 @@
 """What to train on: the `data:` section of a training YAML."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from qwen3_encdec.data.ul2 import Preset, raw_length, resolve_preset
 from qwen3_encdec.files import InputError
+
+MODES = ("R", "X", "S")
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a mixture."""
+
+    inputs: list[str]
+    """As `DataConfig.inputs`."""
+    weight: float = 1.0
+    """Share of the tokens, relative to the other sources."""
+    text_column: str = "text"
+    """As `DataConfig.text_column`."""
 
 
 @dataclass(frozen=True)
@@ -11,8 +26,11 @@ class DataConfig:
     """Everything that decides which examples there are; nothing here says how fast or where they are made."""
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
-    """Files, folders or globs of .jsonl, .txt (one document a line; both also .gz or .zst) or .parquet; a hub dataset
-    as ORG/NAME or ORG/NAME:CONFIG; or package-docs, the docstrings of the installed Python packages."""
+    """Files, folders or globs of .jsonl, .txt (one document a line; both also .gz or .zst) or .parquet; a folder that
+    prepare-data wrote; a hub dataset as ORG/NAME or ORG/NAME:CONFIG; or package-docs, the docstrings of the installed
+    Python packages."""
+    mixture: list[dict] = field(default_factory=list)
+    """Instead of inputs: sources as {inputs: [...], weight: 1, text_column: text}; weight is a share of the tokens."""
     text_column: str = "text"
     """Field of a JSON line, column of a parquet file or hub dataset that holds the text."""
     hub_split: str = "train"
@@ -23,20 +41,28 @@ class DataConfig:
     """Without heldout_inputs, one document in so many is kept from training, chosen by a hash of its text."""
     preset: str | list[dict] = "t5gemma2"
     """Mixture of denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
+    mode_tokens: bool = False
+    """Begin each source with a token for its kind of denoiser, the first letter of its name: R, X or S."""
     source_length: int = 512
-    """Most source tokens in a row, sentinels and EOS counted."""
+    """Most source tokens in a row, sentinels, mode token and EOS counted."""
     target_length: int = 256
     """Most target tokens in a row, sentinels and EOS counted."""
     min_tokens: int = 8
     """Shorter documents are refused and counted, and no chunk of a document is shorter."""
-    packing: bool = True
-    """Put several examples in a row, isolated from each other; false is one example a row."""
+    packing: bool | Literal["buckets"] = True
+    """Put several examples in a row, isolated from each other; false is one example a row, buckets is one example a
+    row with rows of like length after each other."""
     seed: int = 0
     """Decides order and corruption."""
+    accept_changes: bool = False
+    """Resume although the corpus, the tokenizer or these settings are no longer the checkpoint's: at a new epoch."""
 
     def __post_init__(self) -> None:
-        if not self.inputs:
-            raise InputError("data.inputs is empty; name at least one file, folder, hub dataset or package-docs")
+        for source in self.sources:
+            if not source.inputs:
+                raise InputError("data.inputs is empty; name at least one file, folder, hub dataset or package-docs")
+            if not 0 < source.weight < float("inf"):
+                raise InputError(f"data.mixture: weight={source.weight} of {', '.join(source.inputs)} is not positive")
         if self.min_tokens < 2:
             raise InputError(f"data.min_tokens={self.min_tokens} is below 2")
         if self.heldout_every < 2:
@@ -46,15 +72,36 @@ class DataConfig:
         for name in ("source_length", "target_length"):
             if getattr(self, name) < 2:
                 raise InputError(f"data.{name}={getattr(self, name)} is below 2")
-        for denoiser in self.denoisers:
-            longest = raw_length(denoiser, self.source_length, self.target_length)
+        for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
                 raise InputError(
                     f"data.min_tokens={self.min_tokens} is more than half of the {longest} tokens that denoiser "
                     f"{denoiser.name} takes at source_length={self.source_length}, target_length={self.target_length}"
                 )
+            if self.mode_tokens and denoiser.name[:1] not in MODES:
+                raise InputError(f"data.mode_tokens: denoiser {denoiser.name!r} does not begin with R, X or S")
 
     @property
     def denoisers(self) -> Preset:
         """The mixture that `preset` names or lists."""
         return resolve_preset(self.preset)
+
+    @property
+    def raw_lengths(self) -> list[int]:
+        """The longest text that each denoiser may take."""
+        source_length = self.source_length - self.mode_tokens
+        return [raw_length(denoiser, source_length, self.target_length) for denoiser in self.denoisers]
+
+    @property
+    def sources(self) -> list[Source]:
+        """What `mixture` lists, or one source of `inputs`."""
+        if not self.mixture:
+            return [Source(self.inputs, text_column=self.text_column)]
+        try:
+            sources = [Source(**{"text_column": self.text_column, **item}) for item in self.mixture]
+        except TypeError as error:
+            raise InputError(f"data.mixture: {error} (a source has inputs, weight, text_column)") from None
+        for source in sources:
+            if not isinstance(source.inputs, list) or not isinstance(source.weight, int | float):
+                raise InputError(f"data.mixture: {source} needs a list of inputs and a number as its weight")
+        return sources

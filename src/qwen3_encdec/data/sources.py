@@ -4,6 +4,8 @@ A corpus is a list of shards, and a shard is what can be read on its own without
 of bytes of a plain .jsonl or .txt file, a row group of a .parquet file, a whole compressed file, a file of a hub
 dataset. So a reader can go to any place of a plain or parquet corpus of any size at once; inside a compressed file or
 a hub file it must read from that file's start.
+
+A shard is read in blocks of about a megabyte of text. How many it has is known beforehand but for the last two kinds.
 """
 
 import glob
@@ -12,7 +14,9 @@ import io
 import json
 import re
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, cast
@@ -22,13 +26,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen3_encdec.data.package_docs import Split, package_docs
-from qwen3_encdec.files import InputError
+from qwen3_encdec.files import PROVENANCE_FILE, InputError
 
 SHARD_BYTES = 2**20
 _LINE_SUFFIXES = (".jsonl", ".json", ".txt")
 _SUFFIXES = (*(kind + packing for kind in _LINE_SUFFIXES for packing in ("", ".gz", ".zst")), ".parquet")
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _ID_BITS = 40
+TOKENIZER_KEY = b"qwen3_encdec.tokenizer"
+TOKENIZED_SCHEMA = pa.schema({"id": pa.int64(), "checksum": pa.int64(), "tokens": pa.list_(pa.int32())})
 
 
 class Document(NamedTuple):
@@ -37,11 +43,44 @@ class Document(NamedTuple):
     id: int
     text: str
 
+    @property
+    def checksum(self) -> int:
+        """Of the text; equal texts have equal ones."""
+        return zlib.crc32(self.text.encode("utf-8", "replace"))
+
+
+class Tokenized(NamedTuple):
+    """A block of documents that were tokenized beforehand."""
+
+    ids: np.ndarray
+    """As `Document.id`, int64."""
+    checksums: np.ndarray
+    """As `Document.checksum`, int64."""
+    tokens: np.ndarray
+    """Of all documents one after another, int32."""
+    lengths: np.ndarray
+    """Tokens of each, int64."""
+
+    def without(self, out: np.ndarray) -> "Tokenized":
+        """The same but for the documents that `out` (bool) marks."""
+        if not out.any():
+            return self
+        tokens = self.tokens[np.repeat(~out, self.lengths)]
+        return Tokenized(self.ids[~out], self.checksums[~out], tokens, self.lengths[~out])
+
 
 class Shard(Protocol):
-    """A part of a corpus that can be read on its own. Its `repr` identifies it."""
+    """A part of a corpus that can be read on its own."""
 
-    def read(self) -> Iterator[Document]:
+    @property
+    def path(self) -> str:
+        """The file."""
+
+    @property
+    def num_blocks(self) -> int | None:
+        """How many blocks it has; None if only reading can tell."""
+
+    def blocks(self) -> Iterator[list[Document] | Tokenized]:
         """All documents in order, empty ones too. Raises InputError naming file and line."""
 
 
@@ -52,8 +91,12 @@ def open_corpus(
 
     Raises InputError for an input that is not there, is of no known kind, or lacks the text column.
     """
+    found = _expand(inputs)
+    plain = [name for kind, name in found if kind == "file" and name.endswith(_LINE_SUFFIXES)]
+    # A small corpus in smaller pieces, so that many readers share it.
+    size = min(SHARD_BYTES, max(sum(Path(name).stat().st_size for name in plain) // 64, 2**14))
     shards: list[Shard] = []
-    for number, (kind, name) in enumerate(_expand(inputs)):
+    for number, (kind, name) in enumerate(found):
         first = number << _ID_BITS
         if kind == "package-docs":
             shards += _package_shards(first, package_split)
@@ -64,12 +107,46 @@ def open_corpus(
         elif name.endswith((".gz", ".zst")):
             shards.append(Lines(first, name, text_column))
         else:
-            size = Path(name).stat().st_size
-            starts = range(0, size, SHARD_BYTES)
-            shards += [Lines(first, name, text_column, start, min(start + SHARD_BYTES, size)) for start in starts]
+            end = Path(name).stat().st_size
+            shards += [Lines(first, name, text_column, at, min(at + size, end)) for at in range(0, end, size)]
     if not shards:
         raise InputError(f"the corpus is empty: no documents in {', '.join(inputs)}")
     return shards
+
+
+def corpus_fingerprint(shards: Sequence[Shard]) -> int:
+    """Changes when files are added, taken away, resized, or edited where it looks.
+
+    Looks at the name and size of every file and at both ends of 64 of them; the folder does not count.
+    """
+    paths = list(dict.fromkeys(shard.path for shard in shards))
+    seen = zlib.crc32(repr(len(shards)).encode())
+    for number, path in enumerate(paths):
+        file = Path(path)
+        size = file.stat().st_size if file.is_file() else 0
+        seen = zlib.crc32(f"{file.name} {size}".encode(), seen)
+        if size and number % -(-len(paths) // 64) == 0:
+            with file.open("rb") as data:
+                seen = zlib.crc32(data.read(4096), seen)
+                data.seek(max(size - 4096, 0))
+                seen = zlib.crc32(data.read(), seen)
+    for shard in shards:
+        if isinstance(shard, Texts):
+            seen = zlib.crc32("".join(document.text for document in shard.documents).encode("utf-8", "replace"), seen)
+    return seen
+
+
+def _split_blocks(documents: Iterator[Document]) -> Iterator[list[Document]]:
+    block: list[Document] = []
+    size = 0
+    for document in documents:
+        block.append(document)
+        size += len(document.text)
+        if size >= SHARD_BYTES:
+            yield block
+            block, size = [], 0
+    if block:
+        yield block
 
 
 def _expand(inputs: Sequence[str]) -> list[tuple[str, str]]:
@@ -81,7 +158,8 @@ def _expand(inputs: Sequence[str]) -> list[tuple[str, str]]:
             found["package-docs", item] = None
             continue
         if path.is_dir():
-            files = sorted(str(file) for file in path.rglob("*") if file.name.endswith(_SUFFIXES) and file.is_file())
+            names = (f for f in path.rglob("*") if f.name.endswith(_SUFFIXES) and f.name != PROVENANCE_FILE)
+            files = sorted(str(file) for file in names if file.is_file())
         elif path.exists():
             files = [item]
         else:
@@ -99,16 +177,15 @@ def _expand(inputs: Sequence[str]) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Texts:
-    """Documents in memory."""
+    """Documents in memory, one block."""
 
     documents: Sequence[Document]
+    path: str = "package-docs"
+    num_blocks: int | None = 1
 
-    def __repr__(self) -> str:
-        return f"Texts({len(self.documents)}, {self.documents[0].id})"
-
-    def read(self) -> Iterator[Document]:
+    def blocks(self) -> Iterator[list[Document]]:
         """All documents in order."""
-        return iter(self.documents)
+        yield list(self.documents)
 
 
 def _package_shards(first: int, split: Split) -> list[Shard]:
@@ -125,7 +202,7 @@ def _package_shards(first: int, split: Split) -> list[Shard]:
 class Lines:
     """The lines of a .jsonl or .txt file that begin in a range of bytes; a document's id is its first byte.
 
-    The bytes are those of the text, not of its compressed form.
+    The bytes are those of the text, not of its compressed form. A range of a plain file is one block.
     """
 
     first: int
@@ -134,8 +211,19 @@ class Lines:
     start: int = 0
     end: int = sys.maxsize
 
-    def read(self) -> Iterator[Document]:
+    @property
+    def num_blocks(self) -> int | None:
+        """One, or unknown for a compressed file."""
+        return None if self.path.endswith((".gz", ".zst")) else 1
+
+    def blocks(self) -> Iterator[list[Document]]:
         """All documents in order. Raises InputError naming file and line."""
+        if self.num_blocks is None:
+            yield from _split_blocks(self._documents())
+        else:
+            yield list(self._documents())
+
+    def _documents(self) -> Iterator[Document]:
         offset, begin, lines = self.start, 0, 0
         try:
             with self._open() as file:
@@ -143,11 +231,13 @@ class Lines:
                     file.seek(offset - 1)
                     offset += len(file.readline()) - 1
                 begin = offset
+                plain = self.path.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
                 while offset < self.end and (line := file.readline()):
-                    yield Document(self.first + offset, _parse(line, self.column, self.path, offset))
+                    yield Document(self.first + offset, _parse(line, None if plain else self.column, offset))
                     offset, lines = offset + len(line), lines + 1
         except (ValueError, OSError, EOFError) as error:
-            lines += _count_lines(self.path, begin) if self.start else 0
+            with suppress(OSError):
+                lines += _count_lines(self.path, begin) if self.start else 0
             raise InputError(f"{self.path} line {lines + 1}: {error}") from None
 
     def _open(self) -> IO[bytes]:
@@ -166,15 +256,15 @@ def _count_lines(path: str, end: int) -> int:
     return lines
 
 
-def _parse(line: bytes, column: str, path: str, position: int) -> str:
-    """The text of a line. Raises ValueError (UnicodeDecodeError and JSONDecodeError are) without the place."""
+def _parse(line: bytes, column: str | None, position: int) -> str:
+    """The text of a line, which is JSON if there is a column. Raises ValueError without the place."""
     if position == 0:
         line = line.removeprefix(b"\xef\xbb\xbf")
     try:
         text = line.decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid UTF-8 ({error.reason} at byte {error.start} of the line)") from None
-    if path.removesuffix(".gz").removesuffix(".zst").endswith(".txt") or not text.strip():
+    if column is None or not text or text.isspace():
         return text
     try:
         record = json.loads(text)
@@ -199,16 +289,41 @@ class RowGroup:
     path: str
     column: str
     group: int
+    num_blocks: int | None
 
-    def read(self) -> Iterator[Document]:
+    def blocks(self) -> Iterator[list[Document]]:
+        """All documents in order, as many to a block. Raises InputError naming the file."""
+        texts = _read_group(self.path, self.group, [self.column]).column(0)
+        size = -(-len(texts) // (self.num_blocks or 1))
+        for start in range(0, len(texts), size):
+            rows = enumerate(texts.slice(start, size).to_pylist(), self.first + start)
+            yield [Document(row, text or "") for row, text in rows]
+
+
+@dataclass(frozen=True)
+class TokenizedGroup:
+    """A row group of a file that prepare-data wrote, one block."""
+
+    path: str
+    group: int
+    tokenizer: str
+    """Fingerprint of the tokenizer that made it (see `Encoder.fingerprint`)."""
+    num_blocks: int | None = 1
+
+    def blocks(self) -> Iterator[Tokenized]:
         """All documents in order. Raises InputError naming the file."""
-        try:
-            with pq.ParquetFile(self.path) as file:
-                texts = file.read_row_group(self.group, columns=[self.column]).column(0)
-                for row, text in enumerate(texts):
-                    yield Document(self.first + row, text.as_py() or "")
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{self.path} row group {self.group}: {error}") from None
+        columns = [c.combine_chunks() for c in _read_group(self.path, self.group, list(TOKENIZED_SCHEMA.names)).columns]
+        # Not to_numpy, which imports pandas.
+        ids, checksums, offsets, tokens = map(np.from_dlpack, (*columns[:2], columns[2].offsets, columns[2].flatten()))
+        yield Tokenized(ids, checksums, tokens, np.diff(offsets).astype(np.int64))
+
+
+def _read_group(path: str, group: int, columns: list[str]) -> pa.Table:
+    try:
+        with pq.ParquetFile(path) as file:
+            return file.read_row_group(group, columns=columns)
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} row group {group}: {error}") from None
 
 
 def _parquet_shards(first: int, path: str, column: str) -> list[Shard]:
@@ -217,14 +332,21 @@ def _parquet_shards(first: int, path: str, column: str) -> list[Shard]:
             schema, metadata = file.schema_arrow, file.metadata
     except (pa.ArrowException, OSError) as error:
         raise InputError(f"{path} is not a parquet file: {error}") from None
+    tokenizer = (schema.metadata or {}).get(TOKENIZER_KEY)
+    if tokenizer is not None:
+        return [TokenizedGroup(path, group, tokenizer.decode()) for group in range(metadata.num_row_groups)]
     if column not in schema.names:
         raise InputError(f"{path}: no column {column!r}; there is {', '.join(schema.names)}")
     if schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
         raise InputError(f"{path}: column {column!r} is {schema.field(column).type}, not a text")
     shards: list[Shard] = []
+    leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
     for group in range(metadata.num_row_groups):
-        shards.append(RowGroup(first, path, column, group))
-        first += metadata.row_group(group).num_rows
+        rows, size = metadata.row_group(group).num_rows, metadata.row_group(group).column(leaf).total_uncompressed_size
+        if rows:
+            per_block = -(-rows // min(rows, -(-size // SHARD_BYTES)))
+            shards.append(RowGroup(first, path, column, group, -(-rows // per_block)))
+        first += rows
     return shards
 
 
@@ -233,20 +355,21 @@ class HubFile:
     """One of the files of a streamed `datasets` dataset; a document's id is its row."""
 
     first: int
-    name: str
+    path: str
     column: str
     number: int
     dataset: Any
+    num_blocks: int | None = None
 
-    def __repr__(self) -> str:
-        return f"HubFile({self.first}, {self.name!r}, {self.number})"
-
-    def read(self) -> Iterator[Document]:
+    def blocks(self) -> Iterator[list[Document]]:
         """All documents in order. Raises InputError naming the dataset and its columns."""
+        return _split_blocks(self._documents())
+
+    def _documents(self) -> Iterator[Document]:
         for row, record in enumerate(self.dataset.shard(self.dataset.num_shards, self.number)):
             text = record.get(self.column, 0)
             if not isinstance(text, str | None):
-                raise InputError(f"{self.name}: no text in column {self.column!r}; there is {', '.join(record)}")
+                raise InputError(f"{self.path}: no text in column {self.column!r}; there is {', '.join(record)}")
             yield Document(self.first + (self.number << 28) + row, text or "")
 
 

@@ -1,18 +1,21 @@
 """The training stream: documents to packed UL2 rows, with a state that resumes it exactly and at once.
 
-Everything is done block by block, a block being the documents of about a megabyte of text that follow each other in a
-shard. The rows of a block are a pure function of (seed, epoch, shard, block), so the state is four integers: epoch,
-place in the epoch's shard order, block, and rows already given. To resume is to seek to that shard (see `sources`) and
-make one block again.
+Everything is done block by block, a block being about a megabyte of text (see `sources`). An epoch takes the shards
+in an order of its own; epochs follow each other without end. The rows of a block are a pure function of (seed, epoch,
+shard, block), so all that has to be remembered is a place: epoch, place in the epoch's order of shards, block, and
+rows already given. To resume is to seek to that shard and make one block again.
 
-Each document is used once an epoch, whatever the number of ranks and workers: shards are dealt out to them, or, where
-there are too few shards to go round, the documents of every block. Each reader goes on to its next epoch by itself.
+Blocks are dealt out to the readers (workers of ranks) by their number, so that each is read once an epoch whatever the
+number of readers. To continue with another number of readers is to deal out again what is left: `redeal` keeps, as a
+`deal`, the places at which all former readers stopped, and from these any reader can tell for any block whether it is
+done. A deal is forgotten once a reader is past all of its places.
 """
 
+import copy
+import dataclasses
 import hashlib
-import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -20,22 +23,32 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.packing import Row, pack
-from qwen3_encdec.data.sources import SHARD_BYTES, Document, Shard, Texts, open_corpus
+from qwen3_encdec.data.config import MODES, DataConfig
+from qwen3_encdec.data.packing import Row, bucket, pack
+from qwen3_encdec.data.sources import (
+    Document,
+    Shard,
+    Texts,
+    Tokenized,
+    TokenizedGroup,
+    corpus_fingerprint,
+    open_corpus,
+)  # fmt: skip
 from qwen3_encdec.data.tokenization import Encoder
-from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt, draw_denoiser, example_rng, raw_length
+from qwen3_encdec.data.ul2 import Example, Examples, check_capacity, corrupt_batch, draw_denoisers, example_keys
 from qwen3_encdec.files import InputError
 
-_SHARDS_PER_CONSUMER = 4
-_HELDOUT_SEED = 2**64  # no training seed
+_SHARDS_PER_READER = 4
+_HELDOUT_EPOCH = -1
 
 
 class UL2Stream(IterableDataset):
     """Rows (lists of `Example`) for one rank, forever or for some epochs.
 
-    `counts` says what became of the documents read so far in this process: `documents` = `used` + `refused` (too
-    short) + `heldout`, and their `tokens` and `refused_tokens`. A resumed stream counts on.
+    Rows of several sources alternate such that their tokens are in the ratio of their weights.
+
+    `counts` says what became of the documents read so far: `documents` = `used` + `refused` (too short) + `heldout`,
+    and their `tokens` and `refused_tokens`. A resumed stream counts on.
     """
 
     def __init__(
@@ -49,111 +62,187 @@ class UL2Stream(IterableDataset):
     ) -> None:
         self.config, self.epochs = config, epochs
         self.rank, self.world_size = rank, world_size
-        self.sentinel_ids = _sentinels(config, tokenizer)
-        self.eos_id = int(tokenizer.eos_token_id)
-        self.shards = open_corpus(config.inputs, text_column=config.text_column, hub_split=config.hub_split)
+        self.sentinel_ids, self.eos_id, self.prefix_ids = special_ids(config, tokenizer)
+        self.sources = [
+            open_corpus(source.inputs, text_column=source.text_column, hub_split=config.hub_split)
+            for source in config.sources
+        ]
         self.encode = Encoder(tokenizer)
-        self.counts: Counter[str] = Counter()
-        self._preset = config.denoisers
-        self._lengths = [raw_length(d, config.source_length, config.target_length) for d in self._preset]
+        for shard in (shard for shards in self.sources for shard in shards):
+            if isinstance(shard, TokenizedGroup) and shard.tokenizer != self.encode.fingerprint:
+                raise InputError(f"{shard.path} was prepared with another tokenizer; prepare the corpus again")
         fingerprint = hashlib.sha256()
-        for part in (config, self.sentinel_ids.tolist(), self.eos_id, *self.shards):
+        corpora = [corpus_fingerprint(shards) for shards in self.sources]
+        for part in (dataclasses.replace(config, accept_changes=False), self.encode.fingerprint, corpora):
             fingerprint.update(repr(part).encode())
-        self._fingerprint = fingerprint.hexdigest()[:16]
-        self._state: dict[str, Any] = self._fresh()
-        self._loaded: dict[str, Any] | None = None
+        self.fingerprint = fingerprint.hexdigest()[:16]
+        self._state, self._loaded = self.state_at_epoch(0), False
+        self._making = [Counter[str]() for _ in self.sources]
+
+    @property
+    def counts(self) -> Counter[str]:
+        """What became of the documents so far."""
+        done = (Counter(source["counts"]) for source in self._state["sources"])
+        return sum((*done, *self._making), Counter[str]())
+
+    def state_at_epoch(self, epoch: int) -> dict[str, Any]:
+        """The state in which every reader begins an epoch."""
+        sources = [{"place": [epoch, 0, 0, 0], "tokens": 0, "counts": {}, "deals": []} for _ in self.sources]
+        return {"stream": self.fingerprint, "reader": None, "sources": sources}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the stream is, as JSON: valid for this config, corpus and number of ranks and workers."""
-        return dict(self._loaded or self._state)
+        """Where this reader is, as JSON: for the same config, corpus, tokenizer, and number of readers."""
+        self._settle()
+        return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a state at the next iteration. Raises InputError if it is of another stream."""
-        if state["stream"] != self._fingerprint:
-            raise InputError("the saved place in the data is of another corpus, data config or tokenizer")
-        self._loaded = dict(state)
+        self.check(state)
+        self._state, self._loaded = copy.deepcopy(state), True
+        self._making = [Counter[str]() for _ in self.sources]
 
-    def __iter__(self) -> Iterator[Row]:
+    def check(self, state: dict[str, Any]) -> None:
+        """Raise InputError if a state is of another stream."""
+        if state["stream"] != self.fingerprint:
+            raise InputError(
+                "the saved place in the data is of another corpus, data config or tokenizer; "
+                "data.accept_changes=true goes on with what is there now, at a new epoch"
+            )
+
+    def _settle(self) -> tuple[int, int]:
+        """Make a state that is everybody's this reader's own. Returns reader and number of readers."""
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        consumer, consumers = self.rank * workers + number, self.world_size * workers
-        state = self._loaded or self._fresh()
-        if state["consumers"] not in (None, [consumer, consumers]):
+        reader, readers = self.rank * workers + number, self.world_size * workers
+        if self._state["reader"] is None:
+            self._state["reader"] = [reader, readers]
+            for source in self._state["sources"] if reader else ():
+                source["counts"] = {}
+        return reader, readers
+
+    def __iter__(self) -> Iterator[Row]:
+        if not self._loaded:
+            self.load_state_dict(self.state_at_epoch(0))
+        self._loaded = False
+        reader, readers = self._settle()
+        states, weights = self._state["sources"], [source.weight for source in self.config.sources]
+        if self._state["reader"] != [reader, readers]:
             raise InputError(
-                f"the saved place in the data is of reader {state['consumers'][0]} of {state['consumers'][1]}, "
-                f"this is {consumer} of {consumers}: resume with as many ranks and workers"
+                f"the saved place in the data is of reader {self._state['reader'][0]} of {self._state['reader'][1]}, "
+                f"this is {reader} of {readers}: resume with as many ranks and workers, or deal it out anew"
             )
-        self._loaded = None
-        state["consumers"] = [consumer, consumers]
-        self.counts = Counter(state["counts"])
-        deal_documents = len(self.shards) < _SHARDS_PER_CONSUMER * consumers
-        self._state = dict(state)
-        rows_given = state["epoch"] + state["shard"] + state["block"] + state["row"]
-        while self.epochs is None or state["epoch"] < self.epochs:
-            order = np.random.default_rng([self.config.seed, state["epoch"]]).permutation(len(self.shards))
-            mine = order if deal_documents else order[consumer::consumers]
-            for shard in mine[state["shard"] :]:
-                for block, documents in enumerate(_blocks(self.shards[shard])):
-                    if block < state["block"]:
-                        continue
-                    if deal_documents:
-                        documents = documents[consumer::consumers]
-                    state["counts"] = dict(self.counts)
-                    rows = self._rows(documents, state["epoch"], int(shard), block)
-                    for row in rows[state["row"] :]:
-                        state["row"] += 1
-                        self._state = dict(state)
-                        rows_given += 1
-                        yield row
-                    state.update(block=block + 1, row=0)
-                state.update(shard=state["shard"] + 1, block=0)
-            state.update(epoch=state["epoch"] + 1, shard=0)
-            if not rows_given:
-                raise InputError(
-                    f"reader {consumer} of {consumers} got no example out of {', '.join(self.config.inputs)}: "
-                    f"{dict(self.counts)}"
-                )
-
-    def examples(self, document: Document, tokens: np.ndarray, epoch: int) -> Iterator[Example]:
-        """Cut a document into chunks, each as long as its denoiser may take, and corrupt them.
-
-        No token is lost: where less than `min_tokens` would remain, the chunk before is cut shorter.
-        """
-        start, chunk = 0, 0
-        while start < len(tokens):
-            rng = example_rng(self.config.seed, epoch, document.id, chunk)
-            denoiser = draw_denoiser(self._preset, rng)
-            length = min(self._lengths[denoiser], len(tokens) - start)
-            if 0 < (rest := len(tokens) - start - length) < self.config.min_tokens:
-                length -= self.config.min_tokens - rest
-            piece = tokens[start : start + length]
-            pair = corrupt(piece, self._preset[denoiser], rng, sentinel_ids=self.sentinel_ids, eos_id=self.eos_id)
-            yield Example(*pair, denoiser)
-            start, chunk = start + length, chunk + 1
-
-    def _rows(self, documents: Sequence[Document], epoch: int, shard: int, block: int) -> list[Row]:
-        # package-docs has its own split
-        holding_out = not self.config.heldout_inputs and not isinstance(self.shards[shard], Texts)
-        examples: list[Example] = []
-        for document in documents:
-            self.counts["documents"] += 1
-            if holding_out and is_heldout(document.text, self.config):
-                self.counts["heldout"] += 1
+        rows = {number: self._read(number, reader, readers) for number in range(len(states))}
+        while rows:
+            number = min(rows, key=lambda i: states[i]["tokens"] / weights[i])
+            row = next(rows[number], None)
+            if row is None:
+                del rows[number]
                 continue
-            tokens = self.encode(document.text)
-            used = len(tokens) >= self.config.min_tokens
-            self.counts["used" if used else "refused"] += 1
-            self.counts["tokens" if used else "refused_tokens"] += len(tokens)
-            if used:
-                examples.extend(self.examples(document, tokens, epoch))
+            states[number]["tokens"] += sum(len(e.source) + len(e.target) for e in row)
+            yield row
+
+    def _read(self, number: int, reader: int, readers: int) -> Iterator[Row]:
+        """The rows of one source that this reader has still to give; its place is kept in the state."""
+        state, shards, counts = self._state["sources"][number], self.sources[number], self._making[number]
+        fruitless, patience = 0, min(20 * len(shards), 1000)
+        while self.epochs is None or state["place"][0] < self.epochs:
+            epoch, begin, *_ = state["place"]
+            order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(shards))
+            for position, shard in enumerate(order[begin:].tolist(), begin):
+
+                def rows_given(block: int, place: tuple[int, int] = (epoch, position)) -> int | None:
+                    return _rows_given(state, len(shards), [*place, block], reader, readers)
+
+                for block, documents in _blocks_left(shards[shard], rows_given):
+                    skipped = rows_given(block) or 0
+                    rows = self._rows(number, documents, epoch, shard, block)
+                    fruitless = 0 if rows else fruitless + 1
+                    if fruitless >= patience:
+                        inputs = ", ".join(self.config.sources[number].inputs)
+                        raise InputError(f"reader {reader} of {readers} got no example out of {inputs}: {dict(counts)}")
+                    for given, row in enumerate(rows[skipped:], skipped + 1):
+                        state["place"] = [epoch, position, block, given]
+                        yield row
+                    state["place"] = [epoch, position, block + 1, 0]
+                    state["counts"] = dict(Counter(state["counts"]) + counts)
+                    counts.clear()
+                state["place"] = [epoch, position + 1, 0, 0]
+                state["deals"] = [places for places in state["deals"] if max(places) > state["place"]]
+            state["place"] = [epoch + 1, 0, 0, 0]
+
+    def _rows(
+        self, number: int, documents: list[Document] | Tokenized, epoch: int, shard: int, block: int
+    ) -> list[Row]:
+        """The rows of a block."""
+        tokenized = self._usable(number, documents, isinstance(self.sources[number][shard], Texts))
+        if not len(tokenized.ids):
+            return []
+        examples = self.examples(tokenized.ids, tokenized.tokens, tokenized.lengths, epoch, number).split()
+        rng = np.random.default_rng([self.config.seed, epoch, number, shard, block])
+        if self.config.packing == "buckets":
+            return bucket(examples, rng)
         budgets = self.config.source_length, self.config.target_length
         rows = pack(examples, *budgets) if self.config.packing else [[example] for example in examples]
-        order = np.random.default_rng([self.config.seed, epoch, shard, block]).permutation(len(rows))
-        return [rows[i] for i in order]
+        return [rows[i] for i in rng.permutation(len(rows))]
 
-    def _fresh(self) -> dict[str, Any]:
-        place = {"epoch": 0, "shard": 0, "block": 0, "row": 0}
-        return {**place, "counts": {}, "consumers": None, "stream": self._fingerprint}
+    def _usable(self, number: int, documents: list[Document] | Tokenized, split_already: bool) -> Tokenized:
+        """Tokenize; take out and count what is held out or too short."""
+        counts = self._making[number]
+        counts["documents"] += len(documents.ids if isinstance(documents, Tokenized) else documents)
+        if not isinstance(documents, Tokenized):
+            ids = np.array([document.id for document in documents], dtype=np.int64)
+            checksums = np.array([document.checksum for document in documents], dtype=np.int64)
+            held = self._held_out(checksums, split_already)
+            kept = [d.text for d, out in zip(documents, held.tolist(), strict=True) if not out]
+            documents = Tokenized(ids[~held], checksums[~held], *self.encode.batch(kept))
+        else:
+            held = self._held_out(documents.checksums, split_already)
+            documents = documents.without(held)
+        short = documents.lengths < self.config.min_tokens
+        counts["heldout"] += int(held.sum())
+        counts["refused"] += int(short.sum())
+        counts["refused_tokens"] += int(documents.lengths[short].sum())
+        documents = documents.without(short)
+        counts["used"] += len(documents.ids)
+        counts["tokens"] += len(documents.tokens)
+        return documents
+
+    def _held_out(self, checksums: np.ndarray, split_already: bool) -> np.ndarray:
+        keep_all = bool(self.config.heldout_inputs) or split_already
+        return np.zeros(len(checksums), bool) if keep_all else checksums % self.config.heldout_every == 0
+
+    def examples(
+        self, ids: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, epoch: int, source: int = 0
+    ) -> Examples:
+        """Cut documents into chunks, each as long as its denoiser may take, and corrupt them.
+
+        `tokens` has all documents one after another. No token is lost: where less than `min_tokens` would remain,
+        the chunk before is cut shorter.
+        """
+        least, longest = self.config.min_tokens, np.array(self.config.raw_lengths)
+        left, rest = lengths.copy(), np.arange(len(lengths))
+        chunks: list[tuple[np.ndarray, ...]] = []
+        while len(rest):
+            keys = example_keys(self.config.seed, epoch + (source << 32), ids[rest], len(chunks))
+            denoisers = draw_denoisers(self.config.denoisers, keys)
+            sizes = np.minimum(longest[denoisers], left[rest])
+            remaining = left[rest] - sizes
+            sizes -= np.where((remaining > 0) & (remaining < least), least - remaining, 0)
+            chunks.append((rest, sizes, denoisers, keys))
+            left[rest] -= sizes
+            rest = rest[left[rest] > 0]
+        owner, sizes, denoisers, keys = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        order = np.argsort(owner, kind="stable")
+        return corrupt_batch(
+            tokens,
+            sizes[order],
+            denoisers[order],
+            self.config.denoisers,
+            keys[order],
+            sentinel_ids=self.sentinel_ids,
+            eos_id=self.eos_id,
+            prefix_ids=self.prefix_ids,
+        )
 
 
 def build_stream(
@@ -161,6 +250,96 @@ def build_stream(
 ) -> UL2Stream:
     """The endless training stream of a rank. Raises InputError for anything wrong that can be seen at the start."""
     return UL2Stream(config, tokenizer, rank=rank, world_size=world_size)
+
+
+def resume(stream: UL2Stream, loader: Any, loader_states: Sequence[dict[str, Any]]) -> str | None:
+    """Continue from the states of all ranks' loaders (torchdata's), whatever the number of ranks or workers was.
+
+    With the same number every row follows as if nothing had happened; with another one, the same rows remain to be
+    given. Returns a phrase about what is not as before, if anything.
+
+    Raises InputError if the data is not the same, unless `data.accept_changes`.
+    """
+    states = [state for loader_state in loader_states for state in reader_states(loader_state)]
+    if stream.config.accept_changes and any(state["stream"] != stream.fingerprint for state in states):
+        epoch = 1 + max(source["place"][0] for state in states for source in state["sources"])
+        stream.load_state_dict(stream.state_at_epoch(epoch))
+        return f"the data has changed and begins anew at epoch {epoch}"
+    for state in states:
+        stream.check(state)
+    readers = stream.world_size * max(loader.num_workers, 1)
+    if len(loader_states) == stream.world_size and len(states) == readers:
+        loader.load_state_dict(loader_states[stream.rank])
+        return None
+    stream.load_state_dict(redeal(states))
+    return f"what is left of the data is dealt out from {len(states)} readers to {readers}"
+
+
+def reader_states(loader_state: dict[str, Any]) -> list[dict[str, Any]]:
+    """The states of a rank's readers, out of its StatefulDataLoader's."""
+    workers = loader_state.get("_snapshot", {}).get("_worker_snapshots", {"": loader_state})
+    return [worker["dataset_state"] for worker in workers.values()]
+
+
+def redeal(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state for any number of readers out of the states of all readers.
+
+    Raises InputError if they are not all, or not of one stream.
+    """
+    states = sorted(states, key=lambda state: state["reader"])
+    readers = len(states)
+    if [state["reader"] for state in states] != [[reader, readers] for reader in range(readers)]:
+        raise InputError(f"these are not the places of all readers: {[state['reader'] for state in states]}")
+    if len({state["stream"] for state in states}) > 1:
+        raise InputError("the saved places in the data are of different streams")
+    sources = []
+    for parts in zip(*(state["sources"] for state in states), strict=True):
+        places = [part["place"] for part in parts]
+        deals = [places]
+        for deal in (deal for part in parts for deal in part["deals"]):
+            if deal not in deals:
+                deals.append(deal)
+        counts = sum((Counter(part["counts"]) for part in parts), Counter[str]())
+        sources.append({"place": [*min(places)[:3], 0], "tokens": 0, "counts": dict(counts), "deals": deals})
+    return {"stream": states[0]["stream"], "reader": None, "sources": sources}
+
+
+def _rows_given(state: dict[str, Any], shards: int, block: list[int], reader: int, readers: int) -> int | None:
+    """How many of a block's rows have been given; None if all, or if the block is another reader's.
+
+    Args:
+        state: Of a source.
+        shards: How many shards it has.
+        block: Epoch, place in the epoch's order of shards, and block.
+        reader: Who asks.
+        readers: How many there are.
+    """
+
+    def owner(readers: int) -> int:
+        # Shards are dealt out, so that no two readers open the same; blocks, where shards are too few for that.
+        within = block[2] if shards < _SHARDS_PER_READER * readers else 0
+        return (block[0] * shards + block[1] + within) % readers
+
+    if owner(readers) != reader:
+        return None
+    given = 0
+    for place in (state["place"], *(places[owner(len(places))] for places in state["deals"])):
+        if block < place[:3]:
+            return None
+        if block == place[:3]:
+            given = max(given, place[3])
+    return given
+
+
+def _blocks_left(
+    shard: Shard, rows_given: Callable[[int], int | None]
+) -> Iterator[tuple[int, list[Document] | Tokenized]]:
+    """The blocks of a shard that `rows_given` has not all given; a shard without any is not opened if that is known."""
+    if shard.num_blocks is not None and all(rows_given(block) is None for block in range(shard.num_blocks)):
+        return
+    for block, documents in enumerate(shard.blocks()):
+        if rows_given(block) is not None:
+            yield block, documents
 
 
 def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_per_denoiser: int) -> list[Example]:
@@ -171,23 +350,35 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num
 
     Raises InputError if there are too few.
     """
-    sentinel_ids, encode = _sentinels(config, tokenizer), Encoder(tokenizer)
-    shards = open_corpus(
-        config.heldout_inputs or config.inputs,
-        text_column=config.text_column,
-        hub_split=config.hub_split,
-        package_split="heldout",
-    )
-    longest = min(raw_length(d, config.source_length, config.target_length) for d in config.denoisers)
+    sentinel_ids, eos_id, prefix_ids = special_ids(config, tokenizer)
+    encode, longest = Encoder(tokenizer), min(config.raw_lengths)
+    sources = [
+        open_corpus(
+            config.heldout_inputs or source.inputs,
+            text_column=source.text_column,
+            hub_split=config.hub_split,
+            package_split="heldout",
+        )
+        for source in (config.sources[:1] if config.heldout_inputs else config.sources)
+    ]
+    shards = [shard for shards in sources for shard in shards]
 
     def texts() -> Iterator[tuple[int, np.ndarray]]:
         for shard in (shards[i] for i in np.random.default_rng(0).permutation(len(shards))):
             all_heldout = bool(config.heldout_inputs) or isinstance(shard, Texts)
-            for document in shard.read():
-                if all_heldout or is_heldout(document.text, config):
-                    tokens = encode(document.text)
-                    if len(tokens) >= config.min_tokens:
-                        yield document.id, tokens[:longest]
+            for block in shard.blocks():
+                if isinstance(block, Tokenized):
+                    tokens = np.split(block.tokens, np.cumsum(block.lengths)[:-1])
+                    found: Iterable[tuple[int, int, Any]] = zip(
+                        block.ids.tolist(), block.checksums.tolist(), tokens, strict=True
+                    )
+                else:
+                    found = ((document.id, document.checksum, document.text) for document in block)
+                for number, checksum, document in found:
+                    if all_heldout or checksum % config.heldout_every == 0:
+                        ids = encode(document) if isinstance(document, str) else document
+                        if len(ids) >= config.min_tokens:
+                            yield number, ids[:longest]
 
     chosen = list(islice(texts(), num_per_denoiser))
     if len(chosen) < num_per_denoiser:
@@ -195,38 +386,44 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num
             f"{num_per_denoiser} held-out texts are wanted and there are {len(chosen)}: lower data.heldout_every="
             f"{config.heldout_every}, name data.heldout_inputs, or evaluate on fewer"
         )
-    ids: dict[str, Any] = {"sentinel_ids": sentinel_ids, "eos_id": tokenizer.eos_token_id}
-    return [
-        Example(*corrupt(tokens, denoiser, example_rng(_HELDOUT_SEED, 0, document, i), **ids), i)
-        for document, tokens in chosen
-        for i, denoiser in enumerate(config.denoisers)
-    ]
+    denoisers = np.tile(np.arange(len(config.denoisers)), len(chosen))
+    repeated = [tokens for _, tokens in chosen for _ in config.denoisers]
+    return corrupt_batch(
+        np.concatenate(repeated),
+        np.array([len(tokens) for tokens in repeated]),
+        denoisers,
+        config.denoisers,
+        example_keys(
+            0, _HELDOUT_EPOCH, np.repeat([document for document, _ in chosen], len(config.denoisers)), denoisers
+        ),
+        sentinel_ids=sentinel_ids,
+        eos_id=eos_id,
+        prefix_ids=prefix_ids,
+    ).split()
 
 
 def is_heldout(text: str, config: DataConfig) -> bool:
     """Whether 1-in-`heldout_every` holds a text out. Copies of a text share its fate, so that none leaks."""
-    return zlib.crc32(text.encode("utf-8", "replace")) % config.heldout_every == 0
+    return Document(0, text).checksum % config.heldout_every == 0
 
 
-def _sentinels(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """Ids of the sentinels, int32, after checking that they suffice."""
+def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int, list[int]]:
+    """Ids of the sentinels (int32) after checking that they suffice, of EOS, and of each denoiser's mode token.
+
+    Mode tokens are the first of the tokenizer's reserved ones; none without `mode_tokens`.
+    """
     ids = getattr(tokenizer, "sentinel_token_ids", None)
     if ids is None:
         raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no sentinels; make one of Qwen3's first")
     if ids and ids != list(range(ids[0], ids[0] + len(ids))):
         raise InputError(f"the sentinels of tokenizer {tokenizer.name_or_path!r} are not consecutive ids")
     check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
-    return np.asarray(ids, dtype=np.int32)
-
-
-def _blocks(shard: Shard) -> Iterator[list[Document]]:
-    block: list[Document] = []
-    size = 0
-    for document in shard.read():
-        block.append(document)
-        size += len(document.text)
-        if size >= SHARD_BYTES:
-            yield block
-            block, size = [], 0
-    if block:
-        yield block
+    modes: list[int] = []
+    if config.mode_tokens:
+        vocabulary = tokenizer.get_vocab()
+        names = [f"<|reserved_{MODES.index(denoiser.name[0])}|>" for denoiser in config.denoisers]
+        for name in names:
+            if name not in vocabulary:
+                raise InputError(f"data.mode_tokens: tokenizer {tokenizer.name_or_path!r} has no {name} to use")
+        modes = [vocabulary[name] for name in names]
+    return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id), modes

@@ -14,12 +14,17 @@ token is never predicted and the last one always is. Here that circle of segment
 makes every position equally likely to be noise; when the turn cuts a noise span in two, there is one span (and one
 sentinel) more. `placement="t5"` is T5's own rule, rounding included.
 
+Texts are corrupted many at a time, laid out one after another, so that NumPy's cost per call is shared by a block of
+documents. Every text has a key of its own, made of (seed, epoch, document, chunk), and all its random numbers are
+SplitMix64 of that key: a text's corruption does not depend on its neighbours.
+
 Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (UL2), Raffel et al. 2020 (T5); the
 mixture of `t5gemma2` is Zhang et al. 2025 (T5Gemma 2).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -28,6 +33,10 @@ import numpy as np
 from qwen3_encdec.files import InputError
 
 Ids = Sequence[int] | np.ndarray
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# Which number of a text's stream decides what; the cuts take all from the last one on.
+_DENOISER, _NOISE, _SPANS, _TURN, _CUTS = range(5)
 
 
 @dataclass(frozen=True)
@@ -108,87 +117,144 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
     return denoisers
 
 
-def example_rng(seed: int, epoch: int, document: int, chunk: int) -> np.random.Generator:
-    """A generator of its own for every chunk: the counter of Philox starts at (epoch, document, chunk).
+class Examples(NamedTuple):
+    """Many examples, one after another. The k-th's source is `sources[source_ends[k-1] : source_ends[k]]`."""
 
-    The four words never overlap, so streams of different chunks are disjoint and none needs another's history.
-    """
-    counter = chunk + (document << 64) + (epoch << 128)
-    return np.random.Generator(np.random.Philox(key=seed, counter=counter << 64))
+    sources: np.ndarray
+    """int32."""
+    source_ends: np.ndarray
+    """int64, one an example."""
+    targets: np.ndarray
+    """int32."""
+    target_ends: np.ndarray
+    """int64, one an example."""
+    denoisers: np.ndarray
+    """Indices into the preset, int64, one an example."""
+
+    def split(self) -> list[Example]:
+        """As single examples, whose arrays are views."""
+        examples, source_start, target_start = [], 0, 0
+        for source_end, target_end, denoiser in zip(
+            self.source_ends.tolist(), self.target_ends.tolist(), self.denoisers.tolist(), strict=True
+        ):
+            pair = self.sources[source_start:source_end], self.targets[target_start:target_end]
+            examples.append(Example(*pair, denoiser))
+            source_start, target_start = source_end, target_end
+        return examples
 
 
-def draw_denoiser(preset: Preset, rng: np.random.Generator) -> int:
-    """Index of a denoiser, with probability proportional to its weight."""
+def example_keys(seed: int, epoch: int, documents: Ids | int, chunks: Ids | int) -> np.ndarray:
+    """A key (uint64) for every chunk, to draw from; the words are taken modulo 2**64 and broadcast."""
+    key = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
+    for word in (epoch % 2**64, documents, chunks):
+        key = _mix((key ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)
+    return key
+
+
+def draw_denoisers(preset: Preset, keys: np.ndarray) -> np.ndarray:
+    """Index of a denoiser (int64) for every key, with probability proportional to its weight."""
     shares = np.cumsum([denoiser.weight for denoiser in preset])
-    return int(np.searchsorted(shares, rng.random() * shares[-1], side="right"))
+    return np.searchsorted(shares, _uniform(keys, _DENOISER) * shares[-1], side="right")
 
 
 def corrupt(
     tokens: np.ndarray, denoiser: Denoiser, rng: np.random.Generator, *, sentinel_ids: Ids, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupt a text of at least two tokens.
+    """Corrupt one text: `corrupt_batch` with a key from `rng`. Returns source and target, int32."""
+    key = rng.integers(2**64, size=1, dtype=np.uint64)
+    ids: dict[str, Any] = {"sentinel_ids": sentinel_ids, "eos_id": eos_id}
+    examples = corrupt_batch(np.asarray(tokens), np.array([len(tokens)]), np.array([0]), (denoiser,), key, **ids)
+    return examples.sources, examples.targets
 
-    The number of noise tokens is `corruption * len(tokens)` rounded up or down at random such that its mean is
-    exact, but at least one and at most all but one.
+
+def corrupt_batch(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    denoisers: np.ndarray,
+    preset: Preset,
+    keys: np.ndarray,
+    *,
+    sentinel_ids: Ids,
+    eos_id: int,
+    prefix_ids: Ids = (),
+) -> Examples:
+    """Corrupt texts of at least two tokens each.
+
+    The number of noise tokens of a text is `corruption * length` rounded up or down at random such that its mean is
+    exact, but at least one and at most all but one; so is the number of spans.
 
     Args:
-        tokens: Token ids, none of them a sentinel.
-        denoiser: What to do.
-        rng: The only source of randomness.
+        tokens: Token ids of all texts one after another, none of them a sentinel.
+        lengths: Tokens of each text.
+        denoisers: What to do with each text, as an index into `preset`.
+        preset: The mixture.
+        keys: The only source of randomness, uint64, one a text.
         sentinel_ids: Consecutive ascending ids; the first marks the first span.
         eos_id: Ends source and target.
-
-    Returns:
-        Source and target, int32.
+        prefix_ids: A token to begin a source with, by denoiser; empty is none.
 
     Raises:
         ValueError: Fewer than two tokens, a sentinel among the tokens, or more spans than sentinels.
     """
-    tokens = np.asarray(tokens, dtype=np.int32)
-    length = len(tokens)
-    if length < 2:
-        raise ValueError(f"{length} tokens are too few to corrupt; the least is 2")
-    if len(sentinel_ids) and ((tokens >= sentinel_ids[0]) & (tokens <= sentinel_ids[-1])).any():
-        raise ValueError("the tokens contain a sentinel: tokenize corpus text with split_special_tokens=True")
-    noise = _draw(length * denoiser.corruption, denoiser, rng, length - 1)
-    if denoiser.mean_span is None:
-        prefix, suffix = tokens[: length - noise], tokens[length - noise :]
-        return np.append(prefix, np.int32(eos_id)), np.append(suffix, np.int32(eos_id))
-    spans = _draw(noise / denoiser.mean_span, denoiser, rng, min(noise, length - noise))
-    mask = _alternate(length, noise, spans, rng)
-    if denoiser.placement == "uniform":
-        mask = np.roll(mask, rng.integers(length))
-    return mask_spans(tokens, mask, sentinel_ids=sentinel_ids, eos_id=eos_id)
+    lengths = lengths.astype(np.int64)
+    if len(lengths) and lengths.min() < 2:
+        raise ValueError(f"{lengths.min()} tokens are too few to corrupt; the least is 2")
+    spanned = np.array([denoiser.mean_span is not None for denoiser in preset])[denoisers]
+    turned = np.array([denoiser.mean_span is not None and denoiser.placement == "uniform" for denoiser in preset])
+    noise, spans = _sizes(lengths, denoisers, preset, keys)
+    lead = int(len(prefix_ids) > 0)
+    ends = np.cumsum(lengths + 1 + lead) - 1  # slots: [prefix] token ... token EOS, text after text
+    first = ends - lengths
+    turn = np.where(turned[denoisers], (_uniform(keys, _TURN) * lengths).astype(np.int64), 0)
+
+    # A text's slots are candidates for the ends of its noise segments, then for those of its kept ones.
+    kept = lengths - noise
+    base, size = np.stack([first, first + noise], axis=1).ravel(), np.stack([noise, kept], axis=1).ravel()
+    cut_keys = np.stack([keys, _mix(keys + _GOLDEN)], axis=1).ravel()
+    chosen = _choose(base, size - 1, np.repeat(spans - 1, 2), cut_keys, int(ends[-1]) + 1 if len(ends) else 0)
+    chosen[base + size - 1] = True
+    cuts = np.flatnonzero(chosen)
+    owner = np.repeat(np.arange(len(lengths)), spans)
+    place = np.arange(len(owner)) + (np.cumsum(spans) - spans)[owner]
+    noise_ends = cuts[place] - first[owner] + 1
+    kept_ends = cuts[place + spans[owner]] - (first + noise)[owner] + 1
+    opening = np.diff(owner, prepend=-1) != 0
+    begins = kept_ends + np.where(opening, 0, np.roll(noise_ends, 1)) + turn[owner]
+    stops = kept_ends + noise_ends + turn[owner]
+
+    # Spans beyond the end come back at the start; one that runs over the end is cut in two.
+    length = lengths[owner]
+    begins, stops = np.where(begins >= length, begins - length, begins), np.where(stops > length, stops - length, stops)
+    wrapped = owner[stops <= begins]
+    edges = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, dtype=np.int8)
+    edges[np.append(first[owner] + begins, first[wrapped])] = 1
+    edges[np.append(first[owner] + stops, ends[wrapped])] = -1
+    spans = spans + np.bincount(wrapped, minlength=len(spans))
+    return _write(tokens, edges, ends, spans, spanned, denoisers, lead, sentinel_ids, eos_id, prefix_ids)
 
 
 def mask_spans(
     tokens: np.ndarray, mask: np.ndarray, *, sentinel_ids: Ids, eos_id: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Source and target (int32) for a given noise mask (bool, as long as the tokens)."""
-    starts = mask.copy()
-    starts[1:] &= ~mask[:-1]
-    spans = int(starts.sum())
-    if spans > len(sentinel_ids):
-        raise ValueError(f"{spans} spans need as many sentinels; there are {len(sentinel_ids)}")
-    sentinels = np.asarray(sentinel_ids[:spans], dtype=np.int32)
-
-    source = tokens.astype(np.int32)
-    source[starts] = sentinels
-    source = np.append(source[~mask | starts], np.int32(eos_id))
-
-    noise_starts = np.flatnonzero(starts[mask])
-    target = np.empty(int(mask.sum()) + spans + 1, dtype=np.int32)
-    is_token = np.ones(len(target), dtype=bool)
-    is_token[noise_starts + np.arange(spans)] = False
-    target[~is_token] = sentinels
-    is_token[-1] = False
-    target[is_token] = tokens[mask]
-    target[-1] = eos_id
-    return source, target
+    """Source and target (int32) of one text for a given noise mask (bool, as long as the tokens)."""
+    edges = np.diff(np.pad(mask, 1).astype(np.int8))
+    spans, one = np.array([(edges > 0).sum()]), np.array([0])
+    ends = np.array([len(tokens)])
+    examples = _write(np.asarray(tokens), edges, ends, spans, one == 0, one, 0, sentinel_ids, eos_id, ())
+    return examples.sources, examples.targets
 
 
-def uncorrupt(source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_id: int) -> np.ndarray:
-    """The tokens (int32) that `corrupt` was given. Raises ValueError if the pair cannot come from it."""
+def uncorrupt(
+    source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_id: int, mode_ids: Ids = ()
+) -> np.ndarray:
+    """The tokens (int32) that `corrupt` was given. Raises ValueError if the pair cannot come from it.
+
+    With `mode_ids` the source must begin with one of them.
+    """
+    if len(mode_ids):
+        if not np.isin(source[:1], mode_ids).any():
+            raise ValueError("the source does not begin with a mode token")
+        source = source[1:]
     if len(source) < 1 or len(target) < 1 or source[-1] != eos_id or target[-1] != eos_id:
         raise ValueError("source and target must end in EOS")
     source, target = np.asarray(source[:-1], np.int32), np.asarray(target[:-1], np.int32)
@@ -206,48 +272,145 @@ def uncorrupt(source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_
     return np.concatenate([kept[0], *(p for k, s in zip(kept[1:], spans, strict=True) for p in (s[1:], k[1:]))])
 
 
-def _draw(mean: float, denoiser: Denoiser, rng: np.random.Generator, most: int) -> int:
-    """An integer next to `mean`, between 1 and `most`: at random with that mean, or to the nearest as T5 does."""
-    whole = int(mean)
-    rounded = round(mean) if denoiser.placement == "t5" else whole + (rng.random() < mean - whole)
-    return min(max(int(rounded), 1), most)
+def _write(
+    tokens: np.ndarray,
+    edges: np.ndarray,
+    ends: np.ndarray,
+    spans: np.ndarray,
+    spanned: np.ndarray,
+    denoisers: np.ndarray,
+    lead: int,
+    sentinel_ids: Ids,
+    eos_id: int,
+    prefix_ids: Ids,
+) -> Examples:
+    """Sources and targets, given where noise begins (1) and stops (-1) in `edges` and where the texts end in it.
+
+    `spans` counts each text's noise spans; `spanned` says whether they get sentinels.
+    """
+    tokens = tokens.astype(np.int32, copy=False)
+    if len(sentinel_ids) and ((tokens >= sentinel_ids[0]) & (tokens <= sentinel_ids[-1])).any():
+        raise ValueError("the tokens contain a sentinel: tokenize corpus text with split_special_tokens=True")
+    marks = np.where(spanned, spans, 0)
+    if len(marks) and marks.max() > len(sentinel_ids):
+        raise ValueError(f"{marks.max()} spans need as many sentinels; there are {len(sentinel_ids)}")
+    laid = np.empty(len(edges), dtype=np.int32)
+    in_text = np.ones(len(edges), dtype=bool)
+    in_text[ends] = False
+    if lead:
+        starts = np.append(0, ends[:-1] + 1)
+        in_text[starts] = False
+        laid[starts] = np.asarray(prefix_ids, dtype=np.int32)[denoisers]
+    laid[in_text] = tokens
+    laid[ends] = eos_id
+
+    noise = np.cumsum(edges, dtype=np.int8).view(bool)
+    begins, stops = np.flatnonzero(edges > 0), np.flatnonzero(edges < 0)
+    sizes, owner = stops - begins, np.repeat(np.arange(len(spans)), spans)
+    marked = spanned[owner]
+    before = np.cumsum(sizes) - sizes + owner  # noise tokens and EOS of the targets in front of each span
+    begins, before, owner = begins[marked], before[marked], owner[marked]
+    sentinels = np.arange(len(begins)) - (np.cumsum(marks) - marks)[owner]
+    if len(sentinel_ids):
+        sentinels += int(sentinel_ids[0])
+
+    kept = ~noise
+    noise[ends] = True
+    spoken = laid[noise]
+    targets = np.empty(len(spoken) + len(begins), dtype=np.int32)
+    is_token = np.ones(len(targets), dtype=bool)
+    at = before + np.arange(len(begins))
+    is_token[at] = False
+    targets[is_token] = spoken
+    targets[at] = sentinels
+    laid[begins] = sentinels
+    kept[begins] = True
+    noise_tokens = np.bincount(np.repeat(np.arange(len(spans)), spans), weights=sizes, minlength=len(spans))
+    target_ends = np.cumsum(noise_tokens.astype(np.int64) + marks + 1)
+    source_ends = np.cumsum(np.diff(ends, prepend=-1) - noise_tokens.astype(np.int64) + marks)
+    return Examples(laid[kept], source_ends, targets, target_ends, denoisers)
 
 
-def _alternate(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
-    """A mask of `spans` kept segments and `spans` noise segments in turn, all cuts equally likely."""
-    starts = np.empty(2 * spans, dtype=np.int64)
-    kept_ends = _cuts(length - noise, spans, rng)
-    noise_ends = _cuts(noise, spans, rng)
-    starts[0] = 0
-    starts[1::2] = kept_ends + np.append(0, noise_ends[:-1])
-    starts[2::2] = (kept_ends + noise_ends)[:-1]
-    mask = np.zeros(length, dtype=bool)
-    mask[starts] = True
-    return np.logical_xor.accumulate(mask) ^ True
+def _mix(x: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function, uint64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
 
 
-def _cuts(items: int, segments: int, rng: np.random.Generator) -> np.ndarray:
-    """Where `segments` segments of at least one item end, for a division of `items` drawn uniformly."""
-    ends = np.full(segments, items, dtype=np.int64)
-    if segments > 1:
-        ends[:-1] = np.sort(rng.choice(items - 1, segments - 1, replace=False, shuffle=False)) + 1
-    return ends
+def _uniform(keys: np.ndarray, number: int | np.ndarray) -> np.ndarray:
+    """The `number`-th number of each key's stream, float64, at least 0 and below 1."""
+    return (_mix(keys + _GOLDEN * (np.atleast_1d(number) + 1).astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
+
+
+def _sizes(
+    lengths: np.ndarray, denoisers: np.ndarray, preset: Preset, keys: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Noise tokens and noise spans of each text: whole numbers whose means are exact, or T5's nearest ones."""
+
+    def share(of: np.ndarray, ratios: list[Fraction], most: np.ndarray, number: int) -> np.ndarray:
+        above, below = (
+            np.array([getattr(r, part) for r in ratios])[denoisers] for part in ("numerator", "denominator")
+        )
+        drawn = (of * above + (_uniform(keys, number) * below).astype(np.int64)) // below
+        return np.clip(np.where(nearest, np.rint(of * above / below).astype(np.int64), drawn), 1, most)
+
+    nearest = np.array([denoiser.placement == "t5" for denoiser in preset])[denoisers]
+    noise = share(lengths, [_ratio(denoiser.corruption) for denoiser in preset], lengths - 1, _NOISE)
+    spans = share(
+        noise, [1 / _ratio(d.mean_span or np.inf) for d in preset], np.minimum(noise, lengths - noise), _SPANS
+    )
+    prefixed = np.array([denoiser.mean_span is None for denoiser in preset])[denoisers]
+    return noise, np.where(prefixed, 1, spans)
+
+
+def _ratio(value: float) -> Fraction:
+    """A setting as the decimal that was written, so that 15 % of 20 is 3 and not a little more."""
+    return Fraction(value).limit_denominator(10**6) if value < np.inf else Fraction(10**6)
+
+
+def _choose(base: np.ndarray, size: np.ndarray, number: np.ndarray, keys: np.ndarray, slots: int) -> np.ndarray:
+    """A mask of `slots` in which, of `size` slots from `base` on, `number` are chosen, every choice equally likely.
+
+    Slots are drawn until enough distinct ones are there; where more than half are wanted, the others are drawn.
+    """
+    chosen = np.zeros(slots, dtype=bool)
+    others = 2 * number > size
+    number = np.where(others, size - number, number)
+    group = np.repeat(np.arange(len(number)), number)
+    turn = np.arange(len(group)) - (np.cumsum(number) - number)[group] + _CUTS
+    last = np.empty(slots, dtype=np.int32)
+    while len(group):
+        at = base[group] + (_uniform(keys[group], turn) * size[group]).astype(np.int64)
+        order = np.arange(len(at), dtype=np.int32)
+        last[at] = order
+        again = chosen[at] | (last[at] != order)
+        chosen[at] = True
+        group, turn = group[again], (turn + number[group])[again]
+    if others.any():
+        turned = np.zeros(slots + 1, dtype=np.int8)
+        turned[base[others]] = 1
+        turned[(base + size)[others]] = -1
+        chosen ^= np.cumsum(turned[:-1], dtype=np.int8).view(bool)
+    return chosen
 
 
 def _most(denoiser: Denoiser, length: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fewest and most noise tokens and most spans that `corrupt` can draw, for every raw length."""
-    mean = length * denoiser.corruption
+    """Fewest and most noise tokens and most spans that `corrupt_batch` can draw, for every raw length."""
+    corruption, spans = _ratio(denoiser.corruption), 1 / _ratio(denoiser.mean_span or np.inf)
+    product = length * corruption.numerator
     if denoiser.placement == "t5":
-        fewest = most = np.clip(np.rint(mean), 1, length - 1)
+        fewest = most = np.clip(np.rint(product / corruption.denominator).astype(np.int64), 1, length - 1)
+        most_spans = np.rint(most * spans.numerator / spans.denominator).astype(np.int64)
     else:
-        fewest, most = (np.clip(nearest(mean), 1, length - 1) for nearest in (np.floor, np.ceil))
+        fewest = np.clip(product // corruption.denominator, 1, length - 1)
+        most = np.clip(-(-product // corruption.denominator), 1, length - 1)
+        most_spans = -(-most * spans.numerator // spans.denominator)
     if denoiser.mean_span is None:
         return fewest, most, np.zeros_like(most)
-    if denoiser.placement == "t5":
-        return fewest, most, np.clip(np.rint(most / denoiser.mean_span), 1, np.minimum(most, length - most))
-    spans = np.clip(np.ceil(most / denoiser.mean_span), 1, np.minimum(most, length - fewest))
+    most_spans = np.clip(most_spans, 1, np.minimum(most, length - fewest))
     # The turn can cut a span of two tokens or more in two.
-    return fewest, most, np.minimum(spans + 1, most)
+    return fewest, most, most_spans if denoiser.placement == "t5" else np.minimum(most_spans + 1, most)
 
 
 def required_sentinels(denoiser: Denoiser, raw_length: int) -> int:
@@ -278,16 +441,21 @@ def raw_length(denoiser: Denoiser, source_length: int, target_length: int) -> in
     return longest
 
 
+def sentinels_needed(preset: Preset, source_length: int, target_length: int) -> int:
+    """How many sentinels a mixture can need in rows of these lengths."""
+    return max(required_sentinels(d, raw_length(d, source_length, target_length)) for d in preset)
+
+
 def check_capacity(preset: Preset, source_length: int, target_length: int, num_sentinels: int) -> None:
     """Raise InputError, before anything runs, if a denoiser can need more sentinels than there are."""
+    need = sentinels_needed(preset, source_length, target_length)
     for denoiser in preset:
         length = raw_length(denoiser, source_length, target_length)
-        need = required_sentinels(denoiser, length)
-        if need > num_sentinels:
+        if (own := required_sentinels(denoiser, length)) > num_sentinels:
             raise InputError(
-                f"denoiser {denoiser.name} needs up to {need} sentinels for texts of {length} tokens "
+                f"denoiser {denoiser.name} needs up to {own} sentinels for texts of {length} tokens "
                 f"(source_length={source_length}, target_length={target_length}), but the tokenizer has "
-                f"{num_sentinels}; build it with more sentinels or shorten the lengths"
+                f"{num_sentinels}; build it with --num-sentinel-tokens {need} or shorten the lengths"
             )
 
 

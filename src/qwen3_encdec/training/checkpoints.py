@@ -32,7 +32,7 @@ from qwen3_encdec.files import InputError, new_folder, read_json, write_json
 from qwen3_encdec.training.config import flatten
 
 # What decides the order and content of the examples; a resumed run must agree on all of it.
-_FIXED = ("data", "batch_size", "num_workers", "seed")
+_FIXED = ("data", "batch_size", "seed")
 
 
 def save_checkpoint(
@@ -119,19 +119,19 @@ def find_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def read_training_state(folder: Path, config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], list[str]]:
     """``state/training.json`` of a checkpoint, and a phrase about each setting that differs but may.
 
-    Raises InputError if the run to resume would see other data: other data settings or number of processes.
+    Another number of processes is such a setting: what is left of the data is dealt out anew.
+
+    Raises InputError if the run to resume would see other data, unless `data.accept_changes` says that it may.
     """
     state = read_json(folder / "state/training.json")
-    if state["world_size"] != world_size:
-        raise InputError(
-            f"{folder} was written by {state['world_size']} processes and this run has {world_size}; "
-            "each process resumes its own place in the data, so their number must not change"
-        )
     before, notes = flatten(state["config"]), []
+    if state["world_size"] != world_size:
+        notes.append(f"{state['world_size']} processes -> {world_size}")
     for name, value in flatten(config).items():
-        if name in ("output_dir", "resume") or value == before.get(name):
+        if name in ("output_dir", "resume", "data.accept_changes") or value == before.get(name):
             continue
-        if name.split(".")[0] in _FIXED:
+        accepted = name.startswith("data.") and config["data"]["accept_changes"]
+        if name.split(".")[0] in _FIXED and not accepted:
             raise InputError(
                 f"cannot resume {folder} with {name}={value!r}, it was trained with {before.get(name)!r}; "
                 "set it back, or begin anew in another output_dir"
@@ -158,7 +158,8 @@ def load_optimizer_state(
 
 
 def load_random_state(folder: Path, state: dict[str, Any], rank: int) -> None:
-    """Put back this rank's generators: Python's, numpy's and torch's."""
+    """Put back this rank's generators: Python's, numpy's and torch's. A rank that is new takes an old one's."""
+    rank = rank % len(state["ranks"])
     saved = state["ranks"][rank]["random"]
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), gauss))

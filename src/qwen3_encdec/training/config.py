@@ -57,6 +57,17 @@ class TrainingConfig:
     max_grad_norm: float = 1.0
     """Global gradient norm to clip to; 0 measures without clipping."""
 
+    z_loss: float = 0.0
+    """Coefficient of the squared log-sum-exp of every target token's logits, 1e-4 where used; 0 is none."""
+    label_smoothing: float = 0.0
+    """Share of the target that is spread over the vocabulary."""
+    loss_implementation: Literal["chunked", "cce"] = "chunked"
+    """chunked runs everywhere; cce on CUDA with the package cut-cross-entropy."""
+    mntp_weight: float = 0.0
+    """Weight of masked next-token prediction on the encoder, per masked token; 0 masks nothing."""
+    mntp_probability: float = 0.15
+    """Share of source tokens that mntp_weight masks."""
+
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Compute precision over fp32 master weights; auto is bf16 on an accelerator and no on a CPU."""
     gradient_checkpointing: bool = False
@@ -87,11 +98,11 @@ class TrainingConfig:
             _require(self, name, getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "num_workers", "eval_every", "save_every", "keep_last", "seed"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("weight_decay", "max_grad_norm"):
+        for name in ("weight_decay", "max_grad_norm", "z_loss", "mntp_weight"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "eps"):
             _require(self, name, 0 < getattr(self, name) < float("inf"), "above 0 and finite")
-        for name in ("decay_fraction", "min_lr_ratio"):
+        for name in ("decay_fraction", "min_lr_ratio", "label_smoothing", "mntp_probability"):
             _require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require(self, "eval_examples_per_denoiser", self.eval_examples_per_denoiser >= 1, "at least 1")

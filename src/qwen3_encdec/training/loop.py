@@ -13,10 +13,12 @@ import math
 import shutil
 import sys
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
@@ -29,7 +31,8 @@ from transformers.utils import logging
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.data.collator import collate
-from qwen3_encdec.data.stream import build_stream, heldout_examples
+from qwen3_encdec.data.masking import collate_masked, mask_token_id
+from qwen3_encdec.data.stream import build_stream, heldout_examples, reader_states, resume
 from qwen3_encdec.data.ul2 import check_capacity
 from qwen3_encdec.evaluation.denoising import denoising_losses
 from qwen3_encdec.files import PROVENANCE_FILE, InputError, check_output, package_versions, write_json
@@ -99,15 +102,25 @@ def _train(
 
     stream = build_stream(config.data, tokenizer, rank=accelerator.process_index, world_size=accelerator.num_processes)
     pad_id = tokenizer.pad_token_id
+    loss_options: dict[str, Any] = {
+        "z_loss": config.z_loss,
+        "label_smoothing": config.label_smoothing,
+        "loss_implementation": config.loss_implementation,
+    }
+    make_batch: Callable = functools.partial(collate, pad_id=pad_id)
+    if config.mntp_weight:
+        loss_options["encoder_loss_weight"] = config.mntp_weight
+        make_batch = functools.partial(
+            collate_masked, pad_id=pad_id, mask_id=mask_token_id(tokenizer), probability=config.mntp_probability,
+            kept_ids=np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids]),
+        )  # fmt: skip
     loader = StatefulDataLoader(
-        stream,
-        batch_size=config.batch_size,
-        collate_fn=functools.partial(collate, pad_id=pad_id),
-        num_workers=config.num_workers,
+        stream, batch_size=config.batch_size, collate_fn=make_batch, num_workers=config.num_workers
     )
     if checkpoint and state:
         checkpoints.load_optimizer_state(checkpoint, state, model, optimizer)
-        loader.load_state_dict(state["ranks"][accelerator.process_index]["data"])
+        if note := resume(stream, loader, [rank["data"] for rank in state["ranks"]]):
+            accelerator.print(note)
     batches = iter(loader)
 
     heldout = heldout_examples(config.data, tokenizer, config.eval_examples_per_denoiser) if config.eval_every else []
@@ -162,7 +175,7 @@ def _train(
             group["lr"] = lr
         micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
         counts = _count(micro_batches, accelerator)
-        losses = _backward(micro_batches, int(counts[0]), len(denoisers), model, accelerator)
+        losses = _backward(micro_batches, int(counts[0]), len(denoisers), model, accelerator, loss_options)
         # The norm is measured, and everything checked, before the step can spoil the weights.
         norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
         norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
@@ -189,7 +202,12 @@ def _train(
 
 
 def _backward(
-    micro_batches: list[Batch], tokens: int, num_denoisers: int, model: torch.nn.Module, accelerator: Accelerator
+    micro_batches: list[Batch],
+    tokens: int,
+    num_denoisers: int,
+    model: torch.nn.Module,
+    accelerator: Accelerator,
+    loss_options: dict[str, Any],
 ) -> torch.Tensor:
     """Accumulate the gradient of the step's loss; return (2, num_denoisers) fp64: loss sums and token counts.
 
@@ -202,7 +220,7 @@ def _backward(
         denoiser = batch.pop("denoiser")
         last = index == len(micro_batches) - 1
         with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            outputs = model(**batch, num_items_in_batch=tokens)
+            outputs = model(**batch, num_items_in_batch=tokens, **loss_options)
             accelerator.backward(outputs.loss * accelerator.num_processes)
         real = denoiser >= 0
         token_losses = outputs.token_losses[real].double()
@@ -224,8 +242,7 @@ def _count(micro_batches: list[Batch], accelerator: Accelerator) -> torch.Tensor
 
 def _epoch(data_state: dict[str, Any]) -> int:
     """Passes over the data that this rank has finished, out of its loader's state."""
-    readers = data_state.get("_snapshot", {}).get("_worker_snapshots", {"": data_state}).values()
-    return min(reader["dataset_state"]["epoch"] for reader in readers)
+    return min(source["place"][0] for reader in reader_states(data_state) for source in reader["sources"])
 
 
 def _find_start(

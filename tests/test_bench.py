@@ -158,6 +158,7 @@ def test_gpu_report_runs_whole_at_toy_size(tmp_path):
         "correctness-fp32-control": "met",
         "correctness-bf16-over-eager": "met",
         "correctness-bf16-over-eager-control": "met",
+        "losses-bf16-over-plain": "met",
     }
     (written,) = tmp_path.glob("gpu-*-tiny.json")
     parts = json.loads(written.read_text())["parts"]
@@ -184,6 +185,7 @@ def test_a_part_that_fails_is_one_line_and_meets_no_target(gpu_report, capsys):
     assert math.isnan(gpu_report.largest(failed))
     assert gpu_report.largest(absent) == 0
     assert gpu_report.largest({"loss": 3.0, "gradient": 1.0}, {"loss": 2.0, "gradient": 0.25}) == 4
+    assert math.isnan(gpu_report.largest({"loss": math.nan, "gradient": 1.0}))
 
 
 def test_no_part_begins_when_time_is_up(gpu_report):

@@ -460,28 +460,33 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
                 states, target = hidden[part].to(dtype), labels[part, None]
-                logits = (states @ matrix.T).float()  # (chunk, V)
-                log_sum = logits.logsumexp(-1, keepdim=True)
-                losses[part] = (log_sum - logits.gather(1, target)).squeeze(1)
+                logits = states @ matrix.T  # (chunk, V)
+                log_probs = nn.functional.log_softmax(logits, -1, dtype=torch.float32)
+                of_target = log_probs.gather(1, target)
+                losses[part] = -of_target.squeeze(1)
                 if z_loss:
+                    log_sum = logits.gather(1, target).float() - of_target
                     extra += z_loss * log_sum.square().sum()
                 if smoothing:
-                    extra += smoothing * (logits.gather(1, target).sum() - logits.mean(1).sum())
+                    extra += smoothing * (of_target.sum() - log_probs.mean(1).sum())
+                del logits
                 if hidden_grad is None and weight_grad is None:
                     continue
                 # d loss / d logits = softmax (1 + 2 z log_sum) - (1 - smoothing) one-hot - smoothing / V
-                gradient = logits.sub_(log_sum).exp_()
+                gradient = log_probs.exp_()
                 if z_loss:
                     gradient *= 1 + 2 * z_loss * log_sum
                 if smoothing:
                     gradient -= smoothing / gradient.shape[1]
-                gradient.scatter_add_(1, target, torch.full_like(log_sum, smoothing - 1.0))
+                gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
                 gradient = gradient.to(dtype)
                 if hidden_grad is not None:
                     hidden_grad[part] = gradient @ matrix
-                if weight_grad is not None:
-                    # In slices: the product of a half-precision chunk would be a second matrix of V rows.
-                    for rows, columns in zip(weight_grad.split(16_384), gradient.split(16_384, dim=1), strict=True):
+                if weight_grad is not None and dtype == torch.float32:
+                    weight_grad.addmm_(gradient.T, states)
+                elif weight_grad is not None:
+                    # In slices: a half-precision product of all V rows would be a second matrix, and slow to add.
+                    for rows, columns in zip(weight_grad.split(4096), gradient.split(4096, dim=1), strict=True):
                         rows += columns.T @ states
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype

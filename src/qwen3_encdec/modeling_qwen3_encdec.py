@@ -367,8 +367,9 @@ def linear_cross_entropy(
         raise ValueError(f"loss_implementation={implementation!r} is not one of chunked, {', '.join(packages)}")
     if not hidden.is_cuda:
         raise ValueError(f"loss_implementation={implementation!r} runs on CUDA only; 'chunked' runs everywhere")
-    flat, flat_labels = hidden.flatten(0, -2), labels.flatten()
-    weight = weight.to(flat.dtype)
+    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+    flat, flat_labels = hidden.flatten(0, -2).to(dtype), labels.flatten()
+    weight = weight.to(dtype)
     if num_items is None:
         num_items = (labels != IGNORED).sum().clamp(min=1)
     try:
@@ -483,7 +484,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if hidden_grad is not None:
                     hidden_grad[part] = gradient @ matrix
                 if weight_grad is not None and dtype == torch.float32:
-                    weight_grad.addmm_(gradient.T, states)
+                    torch.addmm(weight_grad, gradient.T, states, out=weight_grad)
                 elif weight_grad is not None:
                     # In slices: a half-precision product of all V rows would be a second matrix, and slow to add.
                     for rows, columns in zip(weight_grad.split(4096), gradient.split(4096, dim=1), strict=True):

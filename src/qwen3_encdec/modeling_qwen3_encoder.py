@@ -217,6 +217,7 @@ def attend(
         [B, T, H, D], and the weights [B, H, T, L] where the backend returns them.
     """
     backend = module.config._attn_implementation
+    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, the norms and rotation left them in fp32
     dropout = module.attention_dropout if module.training else 0.0
     options: dict[str, Any] = {"scaling": module.scaling, "dropout": dropout, "is_causal": causal}
     if backend == "sdpa":

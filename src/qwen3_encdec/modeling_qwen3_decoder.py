@@ -157,9 +157,9 @@ class Qwen3MergedAttention(Qwen3Attention):
         """
         query, key, value = project_heads(self, hidden_states)  # (B, H, T, D), (B, K, T, D)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        source: tuple[torch.Tensor, torch.Tensor] | None = None
         if cache is None:
             source = self._encoder_keys(encoder_hidden_states, encoder_position_embeddings)  # (B, K, S, D)
-            key, value = (torch.cat(pair, dim=2) for pair in zip(source, (key, value), strict=True))
         else:
             cross = cache.cross_attention_cache
             if not cache.is_updated.get(self.layer_idx):
@@ -175,8 +175,9 @@ class Qwen3MergedAttention(Qwen3Attention):
                     places = torch.arange(key.shape[2], device=key.device) + own.get_seq_length(self.layer_idx)
                     options = {"cache_kwargs": {"cache_position": places}}
                 key, value = own.update(key, value, self.layer_idx, **options)
-                key = torch.cat([source_layer.keys, key], dim=2)
-                value = torch.cat([source_layer.values, value], dim=2)
+                source = source_layer.keys, source_layer.values
+        if source is not None:
+            key, value = (torch.cat(pair, dim=2) for pair in zip(source, (key, value), strict=True))
 
         layout = None
         if segments is not None:
@@ -382,8 +383,7 @@ class _SourceThenPast:
     def get_seq_length(self, layer_idx: int = 0) -> int:
         return self.source + self.own_length
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.source + self.own_length
+    get_query_offset = get_seq_length
 
     def get_mask_sizes(self, queries, layer_idx: int = 0) -> tuple[int, int]:
         """Keys and their offset; `queries` is their number, or their positions before transformers 5.4."""

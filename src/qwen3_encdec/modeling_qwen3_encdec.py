@@ -10,7 +10,6 @@
 Shapes: B batch, S source length, T target length, N real target tokens, V vocabulary, E hidden size.
 """
 
-import re
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any, Unpack
@@ -230,6 +229,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             if is_ragged(attention_mask) or is_ragged(target_mask):
                 source = Segments.from_mask(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
                 target = Segments.from_mask(target_mask)
+                labels = labels.masked_fill(target_mask == 0, IGNORED)
                 states, encoded = self.model.forward_ragged(input_ids, source, decoder_input_ids, target)
                 outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
         if target is None:
@@ -257,8 +257,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             logits = nn.functional.linear(padded[:, -logits_to_keep:], self.model.shared.weight)
         options: dict[str, Any] = {"z_loss": z_loss, "label_smoothing": label_smoothing}
         if labels is not None:
-            if target is not None:
-                labels = target.scatter(target.gather(labels) - IGNORED) + IGNORED
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
             if logits is not None and not logits_to_keep:
@@ -314,13 +312,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         batch = tokenizer.encode_with_sentinels(texts).to(self.device)
         generated = self.generate(**batch, **{"max_new_tokens": 256, **generate_options})
         copies = len(generated) // len(texts)
-        filled = []
-        for number, ids in enumerate(generated.tolist()):
-            spans = tokenizer.split_spans(ids)
-            original = texts[number // copies]
-            pieces = re.split(r"<extra_id_(\d+)>", original)
-            pieces[1::2] = [spans.get(int(piece), f"<extra_id_{piece}>") for piece in pieces[1::2]]
-            filled.append("".join(pieces))
+        filled = [tokenizer.put_spans(texts[n // copies], ids) for n, ids in enumerate(generated.tolist())]
         return filled[0] if isinstance(text, str) and copies == 1 else filled
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -367,7 +359,7 @@ def linear_cross_entropy(
         raise ValueError(f"loss_implementation={implementation!r} is not one of chunked, {', '.join(packages)}")
     if not hidden.is_cuda:
         raise ValueError(f"loss_implementation={implementation!r} runs on CUDA only; 'chunked' runs everywhere")
-    dtype = torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else hidden.dtype
+    dtype = _compute_dtype(hidden)
     flat, flat_labels = hidden.flatten(0, -2).to(dtype), labels.flatten()
     weight = weight.to(dtype)
     if num_items is None:
@@ -447,11 +439,16 @@ def chunked_cross_entropy(
     return total / num_items, token_losses
 
 
+def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk, z_loss, smoothing):
         kind = hidden.device.type
-        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+        dtype = _compute_dtype(hidden)
         with torch.autocast(kind, enabled=False):
             matrix = weight.to(dtype)
             losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)

@@ -244,7 +244,7 @@ def attend(
     elif layout is not None:
         mask = layout.mask
     if backend == "eager" and mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
+        mask = _additive(mask, query.dtype)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
     return attention(module, query, key, value, mask, **options)
 
@@ -257,7 +257,11 @@ def bottom_right_causal_bias(queries: int, keys: int, like: torch.Tensor) -> tor
     if like.is_cuda:
         return causal_lower_right(queries, keys)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
-    return torch.zeros(queries, keys, dtype=like.dtype, device=like.device).masked_fill(~seen, float("-inf"))
+    return _additive(seen, like.dtype)
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
 
 
 def _ragged_sdpa(query, key, value, layout: RaggedLayout, scaling: float, dropout: float) -> torch.Tensor:

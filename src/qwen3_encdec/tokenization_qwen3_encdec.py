@@ -32,6 +32,7 @@ CONTROL_TOKENS = (
 _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+_SENTINEL = re.compile(r"<extra_id_(\d+)>")
 _QWEN3_RANKS, _QWEN3_ROWS = 151_643, 151_936
 
 
@@ -63,7 +64,7 @@ class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
         """
         sentinels, rows = self.sentinel_token_ids, []
         for text in texts:
-            pieces = re.split(r"<extra_id_(\d+)>", text)
+            pieces = _SENTINEL.split(text)
             numbers = [int(number) for number in pieces[1::2]]
             if not numbers or max(numbers) >= len(sentinels):
                 raise ValueError(f"{text[:60]!r} has no <extra_id_N> with N below {len(sentinels)}, so nothing to fill")
@@ -71,6 +72,12 @@ class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
             marks = [[sentinels[number]] for number in numbers] + [[self.eos_token_id]]
             rows.append([i for piece, mark in zip(encoded, marks, strict=True) for i in (*piece, *mark)])
         return self.pad({"input_ids": rows}, return_tensors="pt")
+
+    def put_spans(self, text: str, ids: list[int]) -> str:
+        """A text whose `<extra_id_N>` are replaced by the spans of generated ids; without a span they stay."""
+        spans, pieces = self.split_spans(ids), _SENTINEL.split(text)
+        pieces[1::2] = [spans.get(int(number), f"<extra_id_{number}>") for number in pieces[1::2]]
+        return "".join(pieces)
 
     def split_spans(self, ids: list[int]) -> dict[int, str]:
         """Generated ids -> {N: the text after `<extra_id_N>`}, up to EOS; what comes before the first is dropped."""

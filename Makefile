@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env demo test test-extras check bench bench-model bench-data gpu-report format clean
+.PHONY: help env demo docs test test-benchmarks wordnet test-distributed chaos test-extras check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,15 +37,35 @@ check: env ## what CI runs: lint, format, types, tests
 
 # Optional packages lie beside the environment, whose own packages are the demo's corpus.
 EXTRAS := PYTHONPATH=$(abspath $(VENV))/extras
-$(VENV)/extras: $(VENV)/.installed
+$(VENV)/extras: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps peft==0.21.2 torchao==0.18.0 \
 		gigatoken==0.10.0 awkward==2.14.0 awkward-cpp==57 importlib-metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2 \
-		rensa==0.5.0
+		rensa==0.5.0 faiss-cpu==1.15.1
 	touch $@
 
-test-extras: $(VENV)/extras ## what needs peft, torchao, gigatoken or rensa
+test-extras: $(VENV)/extras ## what needs peft, torchao, gigatoken, rensa or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_uses.py -k "lora or quantization" -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
+
+$(VENV)/extras-benchmarks: $(VENV)/.installed Makefile
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps mteb==2.26.24 pytrec-eval-terrier==0.5.11 \
+		polars==2.1.0 polars-runtime-32==2.1.0 wordllama==0.4.0.post1 toml==0.10.2 gensim==4.4.0
+	touch $@
+
+WORDNET := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qwen3-encdec/wordnet
+wordnet: ## Debian's WordNet to where the evaluation looks for it, without root
+	test -e $(WORDNET)/usr/share/wordnet/data.noun || (cd $$(mktemp -d) && apt-get -q download wordnet-base \
+		&& mkdir -p $(WORDNET) && dpkg -x wordnet-base_*.deb $(WORDNET))
+
+test-benchmarks: $(VENV)/extras-benchmarks ## mteb, WordNet and Lee: known values of MiniLM, and mteb's own check of our wrapper
+	-$(MAKE) wordnet
+	PYTHONPATH=$(abspath $(VENV))/extras-benchmarks $(BIN)/python -m pytest tests/test_tasks.py -q
+
+docs: env ## the documentation as a site: runs/site/index.html
+	test -x $(VENV)-docs/bin/mkdocs || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)-docs \
+		&& $(BIN)/uv pip install -q --python $(VENV)-docs/bin/python mkdocs-material==9.8.2)
+	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict
 
 bench: env ## can one machine hold the full size? half an hour on 2 cores, wants 20 GB
 	$(BIN)/python bench/full_size.py
@@ -58,8 +78,38 @@ bench-data: $(VENV)/extras ## the data engine beside tokenizers and T5's; 10 min
 		&& $(BIN)/uv pip install -q --python .venv-t5/bin/python t5 seqio tensorflow-cpu && ln -s python .venv-t5/bin/t5)
 	$(EXTRAS) $(BIN)/python bench/data.py --t5 .venv-t5/bin/python
 
+bench-memory: env ## the memory estimate of a dry run beside the measured peak; a few minutes
+	$(BIN)/python bench/memory.py
+
+bench-training: env ## what the training loop and its checkpoints cost; minutes
+	$(BIN)/python bench/training.py
+
+$(VENV)/extras-runtimes: $(VENV)/.installed
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps onnxruntime==1.32.0 onnxscript==0.7.2 \
+		onnx==1.23.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 flatbuffers==25.12.19 openvino==2026.4.1 openvino-telemetry==2025.2.0
+	touch $@
+
+bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and OpenVINO; 8 minutes on 2 cores
+	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python bench/embed.py
+
+bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 10 minutes
+	$(BIN)/python bench/finetune.py
+
 gpu-report: env ## correctness, speed and memory of the 0.6B pair on one CUDA GPU
 	$(BIN)/python bench/gpu_report.py
+
+$(VENV)/extras-deepspeed: $(VENV)/.installed
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps \
+		--no-build-isolation deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
+	touch $@
+
+test-distributed: $(VENV)/extras-deepspeed ## FSDP2, HSDP, DDP, ZeRO-2: real processes over gloo give one process' trace
+	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_distributed.py
+	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_chaos.py -k "ranks or deepspeed"
+
+KILLS ?= 50
+chaos: env ## kill a training KILLS times (50), resume it each time; and NaNs, spikes, lost ranks
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_chaos.py -v -s
 
 format: env ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .

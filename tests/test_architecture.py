@@ -15,7 +15,7 @@ LAYERS = (
     {*FLAT, "files"},
     {"loading"},
     {"initialization", "extraction", "data", "evaluation"},
-    {"training", "finetuning"},
+    {"training", "finetuning", "embedding", "merging", "server", "export", "endpoint"},
     {"demo"},
     {"cli"},
 )

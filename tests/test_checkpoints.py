@@ -15,7 +15,8 @@ from qwen3_encdec.training import checkpoints
 from qwen3_encdec.training.loop import run_training
 from tests.test_training import read_metrics, small_run, write_corpus
 
-STATES = ("model.safetensors", "state/optimizer.safetensors", "state/random.safetensors")
+ONE = "00001-of-00001"
+STATES = ("model.safetensors", f"state/optimizer-{ONE}.safetensors", f"state/rank-{ONE}.json")
 
 
 @pytest.fixture(scope="session")
@@ -68,7 +69,7 @@ def test_resumed_run_is_the_straight_run(init_folder, corpus, tmp_path, workers,
 
 def test_optimizer_state_matters(init_folder, corpus, straight, tmp_path, monkeypatch):
     cut = interrupted(straight, tmp_path / "cut")
-    monkeypatch.setattr(checkpoints, "load_optimizer_state", lambda *arguments: None)
+    monkeypatch.setattr(checkpoints, "load_optimizer_state", lambda *arguments, **options: None)
     run_training(small_run(init_folder, corpus, output_dir=cut))
     assert not same_run(straight, cut)
 
@@ -92,7 +93,7 @@ def test_checkpoint_is_an_ordinary_model_folder(init_folder, straight):
     before = Qwen3ForSeq2SeqLM.from_pretrained(init_folder)
     assert not torch.equal(before.model.shared.weight, model.model.shared.weight)
     files = [path for path in straight.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".py"}
+    assert {path.suffix for path in files} <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".py", ".txt"}
     assert {path.stem.split("_")[0] for path in files if path.suffix == ".py"} <= {
         "configuration", "modeling", "tokenization",  # the model's own code, for where this package is not installed
     }  # fmt: skip
@@ -105,10 +106,11 @@ def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys
     run_training(small_run(init_folder, corpus, output_dir=copy))
     assert "step-000004 is damaged: model.safetensors has" in capsys.readouterr().out
     assert same_run(straight, copy)
+    assert (copy / "checkpoints/damaged-step-000004/config.json").exists()
 
     for step in ("000002", "000004"):
-        (copy / f"checkpoints/step-{step}/state/optimizer.safetensors").unlink()
-    with pytest.raises(InputError, match=r"optimizer\.safetensors is missing.*no older checkpoint"):
+        (copy / f"checkpoints/step-{step}/state/optimizer-{ONE}.safetensors").unlink()
+    with pytest.raises(InputError, match=r"optimizer-.*\.safetensors is missing.*no older checkpoint"):
         run_training(small_run(init_folder, corpus, output_dir=copy))
 
 
@@ -140,6 +142,6 @@ def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(InputError, match="No space left.*training stopped, the last checkpoint is none"):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
     assert list((tmp_path / "run/checkpoints").iterdir()) == []

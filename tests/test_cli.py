@@ -12,7 +12,10 @@ import yaml
 from qwen3_encdec import cli
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = ("tokenizer", "initialize", "prepare-data", "train", "extract", "evaluate", "demo")
+COMMANDS = (
+    "tokenizer", "initialize", "prepare-data", "train", "extract", "evaluate", "demo",
+    "finetune", "soup", "embed", "similarity", "serve",
+)  # fmt: skip
 
 
 @pytest.fixture

@@ -142,10 +142,10 @@ def test_finetune_says_what_is_wrong(encoder, tmp_path, folder, pairs, sentence)
 @pytest.fixture
 def small_corpus(monkeypatch):
     """A few held-out pairs: embedding thousands of bodies by the baselines is what takes the demo's minutes."""
-    from qwen3_encdec.evaluation import suite
+    from qwen3_encdec.evaluation import tasks
 
-    some = suite.summary_pairs("heldout")[:30]
-    monkeypatch.setattr(suite, "summary_pairs", lambda split: some)
+    some = tasks.summary_pairs("heldout")[:30]
+    monkeypatch.setattr(tasks, "summary_pairs", lambda split: some)
 
 
 def test_the_whole_road_twice(small_corpus, tmp_path, capsys):

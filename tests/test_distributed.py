@@ -1,5 +1,6 @@
 """Two processes over gloo, launched as a user launches them: one sharded run, equal to a run on one process."""
 
+import importlib.util
 import json
 import os
 import shutil
@@ -13,12 +14,14 @@ from accelerate import PartialState
 from safetensors import safe_open
 
 from qwen3_encdec.files import InputError
+from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.launch import make_accelerator
 from qwen3_encdec.training.loop import run_training
 from tests.test_training import plain_trace, read_metrics, small_run, write_corpus
 
 ROOT = Path(__file__).parents[1]
 FSDP2 = ["--config_file", str(ROOT / "configs/accelerate_fsdp2.yaml")]
+DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 DDP = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
 
 
@@ -28,7 +31,7 @@ def launch(script: Path, *arguments: str, where: list[str] = FSDP2) -> str:
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "FSDP"))}
     done = subprocess.run(
         [*command, *arguments],
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
         timeout=110,
@@ -118,7 +121,8 @@ def test_two_processes_train_one_model(init_folder, corpus, tmp_path, where):
     shutil.rmtree(cut / "checkpoints/step-000004")
     launch(script, *overrides(init_folder, corpus, output_dir=cut))
     assert read_metrics(cut, "loss", "grad_norm") == trace
-    for name in ("model.safetensors", "state/optimizer.safetensors"):
+    names = [f"{name}-0000{rank}-of-00002.safetensors" for name in ("model", "state/optimizer") for rank in (1, 2)]
+    for name in names:
         files = [run / "checkpoints/latest" / name for run in (run_dir, cut)]
         assert files[0].read_bytes() == files[1].read_bytes()
         with safe_open(files[0], "pt") as file:
@@ -149,10 +153,50 @@ def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     with pytest.raises(InputError, match="started 2 processes but accelerate sees 1"):
-        make_accelerator("no", [], str(tmp_path))
+        make_accelerator(TrainingConfig(trackers=[], mixed_precision="no"), str(tmp_path))
 
 
-def test_deepspeed_is_refused(monkeypatch, tmp_path):
+@pytest.mark.parametrize(
+    ("stage", "changes", "sentence"),
+    [
+        ("3", {}, "ZeRO stage 2, not 3.*accelerate_fsdp2"),
+        ("2", {"optimizer": "muon"}, "muon needs whole matrices"),
+        ("2", {"ema_decay": 0.9}, "ema_decay needs named weights"),
+        ("2", {"mixed_precision": "bf16"}, "mixed_precision: no"),
+    ],
+)
+@pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed: make test-distributed")
+def test_what_deepspeed_cannot_do_is_refused(monkeypatch, tmp_path, stage, changes, sentence):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(InputError, match="DeepSpeed"):
-        make_accelerator("no", [], str(tmp_path))
+    monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
+    with pytest.raises(InputError, match=sentence):
+        make_accelerator(TrainingConfig(**{"trackers": [], "mixed_precision": "no", **changes}), str(tmp_path))
+
+
+def test_deepspeed_that_is_not_installed_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match=r"DeepSpeed is not installed: pip install qwen3-encdec\[deepspeed\]"):
+        make_accelerator(TrainingConfig(trackers=[], mixed_precision="no"), str(tmp_path))
+
+
+@pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed: make test-distributed")
+def test_the_deepspeed_file_launches(init_folder, corpus, tmp_path):
+    script = ROOT / "scripts/train.py"
+    where = ["--config_file", str(ROOT / "configs/accelerate_deepspeed_zero2.yaml")]
+    printed = launch(script, *overrides(init_folder, corpus, output_dir=tmp_path / "run"), where=where)
+    assert "world size 2, DeepSpeed ZeRO-2, cpu/gloo, compute fp32" in printed
+    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=2)
+    trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
+    torch.testing.assert_close(trace, list(plain_trace(config, 2)), rtol=1e-5, atol=1e-5)
+
+
+def test_hybrid_sharding_is_one_model(init_folder, corpus, tmp_path):
+    """Two replicas of two shards each."""
+    where = ["--config_file", str(ROOT / "configs/accelerate_hsdp.yaml")]
+    settings = overrides(init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=1)
+    printed = launch(ROOT / "scripts/train.py", *settings, where=where)
+    assert "world size 4, FSDP2" in printed
+    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=1)
+    trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
+    torch.testing.assert_close(trace, list(plain_trace(config, 4)), rtol=1e-5, atol=1e-5)

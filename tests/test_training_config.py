@@ -74,8 +74,8 @@ def test_bad_overrides_name_the_command_line():
         load_config(SHIPPED, ["max_steps"])
     with pytest.raises(InputError, match=r"data\.key=value"):
         load_config(SHIPPED, ["lr.peak=3"])
-    with pytest.raises(InputError, match="unknown key optimizer"):
-        load_config(SHIPPED, ["optimizer.lr=3"])
+    with pytest.raises(InputError, match="unknown key adam"):
+        load_config(SHIPPED, ["adam.lr=3"])
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         load_config("nowhere.yaml")
 

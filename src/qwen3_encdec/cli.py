@@ -106,13 +106,19 @@ def extract(
     output_dir: Annotated[Path, typer.Option(help="Folder to write.")],
     pooling: Annotated[Pooling, typer.Option(help="What a sentence's embedding is made of.")] = Pooling.mean,
     average_last: Annotated[int, typer.Option(help="Average the weights of the newest N checkpoints.")] = 1,
+    ema: Annotated[bool, typer.Option("--ema", help="Take the running average that ema_decay kept.")] = False,
     max_seq_length: Annotated[int, typer.Option(help="Tokens after which a text is truncated.")] = 512,
 ) -> None:
     """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
     from .extraction import extract_encoder
 
     report = extract_encoder(
-        checkpoint, output_dir, pooling=pooling.value, average_last=average_last, max_seq_length=max_seq_length
+        checkpoint,
+        output_dir,
+        pooling=pooling.value,
+        average_last=average_last,
+        ema=ema,
+        max_seq_length=max_seq_length,
     )
     print(f"{report}\nwrote {output_dir}")
 
@@ -200,11 +206,21 @@ def evaluate(
     output: Annotated[Path, typer.Option(help="Folder to write: metrics.json, report.md, report.html.")],
     parent: Annotated[str | None, typer.Option(help="Causal Qwen3 an encoder comes from, for the baselines.")] = None,
     initialization: Annotated[Path | None, typer.Option(help="What an encoder-decoder was trained from.")] = None,
-    num_queries: Annotated[int, typer.Option(min=1, help="Most retrieval queries.")] = 1000,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="What to ask an encoder, by commas: package-docs, package, wordnet-example, wordnet-lemma, "
+            "wordnet-class, lee, needle; default: all of them."
+        ),
+    ] = None,
+    mteb: Annotated[
+        list[str] | None, typer.Option(help='An mteb task or benchmark, as "MTEB(eng, v2)"; may be repeated.')
+    ] = None,
+    num_queries: Annotated[int, typer.Option(min=1, help="Most queries or test texts of each task.")] = 3000,
     num_examples: Annotated[int, typer.Option(min=1, help="Held-out texts under each denoiser.")] = 64,
     seed: Annotated[int, typer.Option(help="Chooses the queries.")] = 0,
 ) -> None:
-    """Evaluate on held-out packages, beside the baselines: denoising loss and infilling, or retrieval and geometry."""
+    """Evaluate beside the baselines: denoising loss and infilling, or retrieval, classes, similarity and geometry."""
     from .evaluation import suite
 
     metrics = suite.evaluate(
@@ -212,12 +228,165 @@ def evaluate(
         output,
         parent=parent,
         initialization=initialization,
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else list(suite.TASKS),
+        mteb=mteb or (),
         num_queries=num_queries,
         num_examples=num_examples,
         seed=seed,
     )
     print(suite.summary(metrics))
     print(f"wrote {output}")
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs, evaluations or demos.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: report.html and model_card.md.")] = Path("runs/report"),
+) -> None:
+    """Put several runs on one page: curves, scores with intervals, infilled gaps, maps; and a model card."""
+    from .evaluation.comparison import compare
+
+    compare(runs, output)
+    print(f"wrote {output / 'report.html'} and {output / 'model_card.md'}")
+
+
+@app.command()
+def finetune(
+    model: Annotated[Path, typer.Option(help="Encoder folder.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    config: Annotated[Path | None, typer.Option(help="YAML; configs/finetune.yaml has all keys.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+) -> None:
+    """Make an embedding model of an encoder, by sentence-transformers' losses on pairs or triplets of texts."""
+    from .finetuning import FinetuneConfig
+    from .finetuning import finetune as run_finetuning
+    from .training.config import load_dataclass
+
+    result = run_finetuning(model, output, config=load_dataclass(FinetuneConfig, config, settings or ()))
+    print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples\nwrote {output}")
+
+
+@app.command()
+def soup(
+    model: Annotated[list[Path], typer.Option(help="Encoder folder; repeat it. Or, not first, their causal parent.")],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    weights: Annotated[str | None, typer.Option(help="Share of each model, as 0.7,0.3; default: equal.")] = None,
+    method: Annotated[str, typer.Option(help="linear, or slerp of two.")] = "linear",
+    evaluate: Annotated[bool, typer.Option("--evaluate", help="Retrieval of every input and the result.")] = False,
+) -> None:
+    """Average the weights of several encoders, or go part of the way from one to another."""
+    from . import merging
+
+    try:
+        shares = None if weights is None else [float(share) for share in weights.split(",")]
+    except ValueError:
+        raise InputError(f"weights {weights!r} are not numbers with commas between them") from None
+    merging.soup(model, output, weights=shares, method=method)
+    print(f"wrote {output}")
+    if evaluate:
+        print(merging.compare(model, output))
+
+
+PromptName = Annotated[str | None, typer.Option(help="Put the folder's prompt of this name before every text.")]
+AnyModel = Annotated[Path, typer.Option(help="Encoder folder; or an encoder-decoder, whose encoder is taken.")]
+ComputeDtype = Annotated[Dtype | None, typer.Option(help="Default: bfloat16 where it is native, else float32.")]
+
+
+@app.command()
+def embed(
+    model: AnyModel,
+    input: Annotated[str, typer.Option(help="File of .txt, .jsonl or .parquet (.gz, .zst too), a folder, or - .")],
+    output: Annotated[Path, typer.Option(help="File to write: .npy or .parquet.")],
+    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
+    prompt_name: PromptName = None,
+    precision: Annotated[str, typer.Option(help="float32, int8 (ranges are written beside) or binary.")] = "float32",
+    ranges: Annotated[Path | None, typer.Option(help="Ranges of an earlier int8 file.")] = None,
+    dimensions: Annotated[int | None, typer.Option(help="Keep this many, of a Matryoshka model.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Tokens after which a text is cut.")] = None,
+    dtype: ComputeDtype = None,
+    processes: Annotated[int, typer.Option(min=1, help="Processes; on a CPU they share its cores.")] = 1,
+) -> None:
+    """Texts of a file to embeddings in another, in their order."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"
+    import torch
+
+    from .embedding import embed_file
+
+    done = embed_file(
+        model,
+        input,
+        output,
+        text_column=text_column,
+        prompt_name=prompt_name,
+        precision=precision,
+        ranges=ranges,
+        dimensions=dimensions,
+        max_tokens=max_tokens,
+        dtype=getattr(torch, dtype.value) if dtype else None,
+        processes=processes,
+    )
+    print(f"{done}\nwrote {output}")
+
+
+@app.command()
+def similarity(
+    model: AnyModel,
+    texts: Annotated[list[str], typer.Argument(help="Two texts or more.")],
+    prompt_name: PromptName = None,
+) -> None:
+    """Print the cosines of texts with each other."""
+    from .embedding import TextEncoder, similarity_table
+
+    print(similarity_table(TextEncoder(model), texts, prompt_name))
+
+
+@app.command()
+def serve(
+    model: AnyModel,
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    dtype: ComputeDtype = None,
+) -> None:
+    """Answer OpenAI's /v1/embeddings, for one machine and a few clients."""
+    import torch
+
+    from .embedding import TextEncoder
+    from .server import make_server
+
+    server = make_server(TextEncoder(model, dtype=getattr(torch, dtype.value) if dtype else None), host, port)
+    print(f"http://{host}:{server.server_port}/v1/embeddings", flush=True)
+    with server:
+        server.serve_forever()
+
+
+@app.command()
+def export(
+    model: AnyModel,
+    to: Annotated[
+        str, typer.Option(help="safetensors, onnx, onnx-int8, openvino, gguf, gguf-f16 or gguf-q8_0.", metavar="FORM")
+    ],
+    output: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Write an encoder for other runtimes, if what they compute of it is what our own encoder computes."""
+    from .export import export_encoder
+
+    print(f"{export_encoder(model, to, output)}\nwrote {output}")
+
+
+@app.command()
+def check_endpoint(
+    url: Annotated[str, typer.Argument(help="Of an OpenAI-compatible server, or of a /embed.")],
+    model: Annotated[
+        Path | None, typer.Option(help="Encoder folder it is meant to serve: makes the answer exact.")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Of the model in requests; default: the first it lists.")] = None,
+) -> None:
+    """Tell from its answers whether a server embeds bidirectionally; exit code 0 if so, 1 if not, 3 if unclear."""
+    from .endpoint import check_endpoint
+
+    verdict = check_endpoint(url, model, name)
+    print(verdict)
+    raise typer.Exit({"bidirectional": 0, "unknown": 3}.get(verdict.kind, 1))
 
 
 @app.command()

@@ -13,6 +13,7 @@ The tokenizer appends `<|im_end|>`, as every source ended in training.
 """
 
 import re
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .files import InputError, check_output, new_folder, read_json, write_json
-from .loading import TRAIN_COMMAND, load_config, load_tokenizer, read_tensors
+from .loading import TRAIN_COMMAND, load_config, load_tokenizer, read_averages, read_tensors
 from .modeling_qwen3_encoder import Qwen3Encoder
 
 POOLING = {"mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken", "cls": "pooling_mode_cls_token"}
@@ -68,6 +69,7 @@ def extract_encoder(
     *,
     pooling: str = "mean",
     average_last: int = 1,
+    ema: bool = False,
     max_seq_length: int = 512,
 ) -> ExtractionReport:
     """Write the encoder of a checkpoint as a standalone text-embedding model.
@@ -77,6 +79,7 @@ def extract_encoder(
         output_dir: Written beside and renamed into place.
         pooling: `"mean"`, `"last"` or `"cls"`, what sentence-transformers makes a sentence of.
         average_last: Average the weights of the newest N checkpoints of the run, up to `checkpoint`.
+        ema: Take the running average that training kept, not the weights.
         max_seq_length: Tokens after which sentence-transformers truncates a text.
 
     Raises:
@@ -89,9 +92,9 @@ def extract_encoder(
     folders = checkpoints_to_average(Path(checkpoint), average_last)
     config = load_config(folders[-1])
     max_seq_length = min(max_seq_length, config.max_position_embeddings)
-    names = [folder.name for folder in folders]
+    names = [f"{folder.name} (ema)" if ema else folder.name for folder in folders]
     with new_folder(output_dir, "encoder", source=str(checkpoint), averaged=names, pooling=pooling) as folder:
-        encoder = _stock_encoder(config, _average_encoder(folders))
+        encoder = _stock_encoder(config, _average_encoder(folders, read_averages if ema else read_tensors))
         encoder.save_pretrained(folder)
         _write_config(folder, config)
         _write_tokenizer(folder, folders[-1], max_seq_length)
@@ -138,11 +141,13 @@ def _step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _average_encoder(folders: list[Path]) -> dict[str, torch.Tensor]:
+def _average_encoder(
+    folders: list[Path], read: Callable[[Path], Iterator[tuple[str, torch.Tensor]]]
+) -> dict[str, torch.Tensor]:
     """Mean of the encoders' tensors, in fp32 where there are several."""
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
-        for name, tensor in read_tensors(folder):
+        for name, tensor in read(folder):
             target = "embed_tokens.weight" if name == "model.shared.weight" else name.removeprefix("model.encoder.")
             if target == name:
                 continue

@@ -57,6 +57,23 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
                 yield name, tensors.get_tensor(name)
 
 
+def read_averages(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """The same of the running average that training with `ema_decay` keeps in a checkpoint.
+
+    Raises:
+        InputError: there is none, or a file is damaged.
+    """
+    found = False
+    for path in sorted(folder.glob("state/optimizer*.safetensors")):
+        with _opened(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                if name.endswith(".ema"):
+                    found = True
+                    yield name.removesuffix(".ema"), tensors.get_tensor(name)
+    if not found:
+        raise InputError(f"{folder} holds no running average of the weights; train with ema_decay=0.999")
+
+
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     """Shapes by name of a checkpoint's tensors, from the headers alone. Raises InputError as `read_tensors`."""
     shapes: dict[str, tuple[int, ...]] = {}

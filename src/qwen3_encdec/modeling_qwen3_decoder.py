@@ -307,6 +307,8 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         mask = None
         if segments is None:
             mask = self._merged_mask(states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache)
+        else:
+            segments.layout.prepare(self.config._attn_implementation)
         position_embeddings = self.rotary_emb(states, position_ids)
         encoder_position_embeddings = None
         if self.config.rope_on_encoder_keys:

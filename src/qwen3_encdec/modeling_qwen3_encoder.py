@@ -117,18 +117,32 @@ class RaggedLayout:
         documents, lengths = torch.unique_consecutive(query_documents, return_counts=True)
         starts = torch.searchsorted(key_documents, documents)
         ends = torch.searchsorted(key_documents, documents, right=True)
+        self._starts, self._ends, self._lengths = starts, ends, lengths
+        # A compiled layer reads what is here already, so that nothing in it depends on how the row is divided.
         self.query_lengths: list[int] = lengths.tolist()
         self.key_lengths: list[int] = (ends - starts).tolist()
-        self._starts, self._ends, self._lengths = starts, ends, lengths
+        self.longest_query, self.longest_key = max(self.query_lengths), max(self.key_lengths)
+        queries, keys = (F.pad(part.cumsum(0), (1, 0)).to(torch.int32) for part in (lengths, ends - starts))
+        self.cumulative = queries, keys  # where documents begin and end, each [documents + 1]
+        self.mask: Any = None
 
-    @cached_property
-    def cumulative(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where documents begin and end among queries and among keys, each [documents + 1] int32."""
-        both = (self._lengths, self._ends - self._starts)
-        queries, keys = (F.pad(lengths.cumsum(0), (1, 0)).to(torch.int32) for lengths in both)
-        return queries, keys
+    def prepare(self, backend: str) -> Any:
+        """Make `mask`, once, for a backend that wants one: FlexAttention's block mask, or [1, 1, N, M] bool."""
+        if self.mask is not None or backend == "sdpa" or "flash" in backend:
+            return self.mask
+        first, last = self.interval()
+        if backend == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
 
-    @cached_property
+            self.mask = create_block_mask(
+                lambda batch, head, query, key: (key >= first[query]) & (key < last[query]),
+                B=None, H=None, Q_LEN=len(first), KV_LEN=sum(self.key_lengths), device=first.device,
+            )  # fmt: skip
+        else:
+            keys = torch.arange(sum(self.key_lengths), device=first.device)
+            self.mask = ((keys >= first[:, None]) & (keys < last[:, None]))[None, None]
+        return self.mask
+
     def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
         """First key that each query sees, and the first after them that it does not, each [N] int64."""
         first, last = (bound.repeat_interleave(self._lengths) for bound in (self._starts, self._ends))
@@ -136,24 +150,6 @@ class RaggedLayout:
             query_end = self._lengths.cumsum(0).repeat_interleave(self._lengths)
             last = last - (query_end - 1 - torch.arange(len(query_end), device=last.device))
         return first, last
-
-    @cached_property
-    def mask(self) -> torch.Tensor:
-        """[1, 1, N, M] bool: quadratic in the whole row, for backends that know nothing better."""
-        first, last = (bound[:, None] for bound in self.interval)
-        keys = torch.arange(sum(self.key_lengths), device=first.device)
-        return ((keys >= first) & (keys < last))[None, None]
-
-    @cached_property
-    def block_mask(self) -> Any:
-        """The same for FlexAttention, which skips the blocks that nobody sees."""
-        from torch.nn.attention.flex_attention import create_block_mask
-
-        first, last = self.interval
-        return create_block_mask(
-            lambda batch, head, query, key: (key >= first[query]) & (key < last[query]),
-            B=None, H=None, Q_LEN=len(first), KV_LEN=sum(self.key_lengths), device=first.device,
-        )  # fmt: skip
 
 
 def is_ragged(mask: torch.Tensor | None) -> bool:
@@ -200,7 +196,7 @@ def attend(
     | sdpa                   | bool mask or none                | CUDA half precision: torch's varlen kernel; else   |
     |                        |                                  | document by document                               |
     | flash_attention_*      | unpadded by transformers         | varlen with cumulative lengths                     |
-    | flex_attention         | block mask                       | `RaggedLayout.block_mask`                          |
+    | flex_attention         | block mask                       | `RaggedLayout.mask`, a block mask                  |
     | registered elsewhere   | as transformers masks it         | `RaggedLayout.mask`                                |
 
     A backend that is not installed is refused by transformers when the model is made or told to use it.
@@ -236,13 +232,11 @@ def attend(
         queries, keys = layout.cumulative
         options |= {
             "is_causal": layout.causal,
-            "cu_seq_lens_q": queries, "max_length_q": max(layout.query_lengths),
-            "cu_seq_lens_k": keys, "max_length_k": max(layout.key_lengths),
+            "cu_seq_lens_q": queries, "max_length_q": layout.longest_query,
+            "cu_seq_lens_k": keys, "max_length_k": layout.longest_key,
         }  # fmt: skip
-    elif backend == "flex_attention" and layout is not None:
-        mask = layout.block_mask
     elif layout is not None:
-        mask = layout.mask
+        mask = layout.prepare(backend)
     if backend == "eager" and mask is not None and mask.dtype == torch.bool:
         mask = _additive(mask, query.dtype)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
@@ -276,14 +270,19 @@ def _ragged_sdpa(query, key, value, layout: RaggedLayout, scaling: float, dropou
             value[0].transpose(0, 1),
             queries,
             keys,
-            max(layout.query_lengths),
-            max(layout.key_lengths),
+            layout.longest_query,
+            layout.longest_key,
             scale=scaling,
             window_size=(-1, 0) if layout.causal else (-1, -1),
             enable_gqa=True,
         )
         assert isinstance(output, torch.Tensor)
         return output[None]
+    return _by_document(query, key, value, layout, scaling, dropout)
+
+
+@torch.compiler.disable  # a graph of its own for every division of the row
+def _by_document(query, key, value, layout: RaggedLayout, scaling: float, dropout: float) -> torch.Tensor:
     biases: dict[tuple[int, int], torch.Tensor | None] = {}
     outputs = []
     for q, k, v in zip(
@@ -437,6 +436,8 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
         mask = None
         if segments is None:
             mask = create_bidirectional_mask(self.config, states, attention_mask)
+        else:
+            segments.layout.prepare(self.config._attn_implementation)
         position_embeddings = self.rotary_emb(states, position_ids)
         for layer in self.layers:
             states = layer(

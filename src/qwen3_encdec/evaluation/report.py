@@ -29,15 +29,22 @@ SCORES = {"mrr": "MRR", "ndcg@10": "nDCG@10", "r@1": "R@1"}
 GEOMETRY = {
     "alignment": "Alignment", "uniformity": "Uniformity", "mean_cosine": "Mean cosine", "effective_rank": "Eff. rank",
 }  # fmt: skip
+TASKS_NOTE = (
+    "Score and half the width of its 95 % interval (bootstrap over queries, texts or documents). In brackets the "
+    "metric and how many answers it is made of. A needle is a passage in a text of so many words, at its start, "
+    "middle or end."
+)
 SHOWN_EXAMPLES = 5
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --muted: color-mix(in srgb, CanvasText 68%, Canvas) }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 0 auto; padding: 1.5rem 1rem 3rem }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0 0 1rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .6rem }
+h1, h2, p, li, figcaption { overflow-wrap: anywhere }
 p, figcaption, footer { color: var(--muted) } p { margin: .4rem 0 .8rem; max-width: 46rem }
 .scroll { overflow-x: auto } table { border-collapse: collapse; font-size: .9rem; min-width: min(100%, 34rem) }
-th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap;
-  font-variant-numeric: tabular-nums } th:first-child, td:first-child { text-align: left; padding-left: 0 }
+th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align: right; vertical-align: bottom;
+  font-variant-numeric: tabular-nums } td { white-space: nowrap }
+th:first-child, td:first-child { text-align: left; padding-left: 0 }
 th { font-weight: 600 } td.note { text-align: left; color: var(--muted) }
 ol { font-size: .85rem; line-height: 1.4; columns: 20rem; padding-left: 1.6rem; margin: .3rem 0 }
 .figures { display: grid; gap: 1.5rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
@@ -68,10 +75,11 @@ def write_report(
 
     Args:
         output_dir: Both files are replaced.
-        metrics: What `evaluate` returns: `denoising`, `retrieval`, `num_queries`, `num_documents`, `not_run`,
-            `infill`, `provenance`, any of them absent.
+        metrics: What `evaluate` returns: `denoising`, `retrieval`, `num_queries`, `num_documents`, `not_run`, `tasks`,
+            `tasks_not_run`, `infill`, `provenance`, any of them absent.
         curves: The lines of a run's metrics.jsonl.
-        similarity: `labels` and the square `matrix` of their cosines, optionally the embedder's `name`.
+        similarity: `labels` and the square `matrix` of their cosines; optionally the embedder's `name`, a `map` of
+            `points` and `groups`, and `neighbours`.
         examples: Infilled examples; by default those of `metrics`.
         title: Of the page.
     """
@@ -86,13 +94,12 @@ def write_report(
         sections.append(
             ("Retrieval and geometry", note, retrieval_table(retrieval, metrics.get("not_run", {})), charts)
         )
-    if similarity:
-        name = f" under {similarity['name']}" if similarity.get("name") else ""
-        caption = f"Cosine of every two of these texts{name}; light is similar. Related texts should be light blocks."
-        texts = "".join(f"<li>{escape(label)}</li>" for label in similarity["labels"])
+    if (tasks := metrics.get("tasks", {})) or metrics.get("tasks_not_run"):
         sections.append(
-            ("Similarity", "", None, [_figure(_draw_similarity, similarity, caption, 3.8), f"<ol>{texts}</ol>"])
+            ("Tasks", TASKS_NOTE, tasks_table(tasks, metrics.get("tasks_not_run", {})), task_figures(tasks))
         )
+    if similarity:
+        sections.append(("Similarity", "", None, space_figures(similarity)))
     denoising = metrics.get("denoising")
     charts = _curve_figures(curves) if curves else []
     if denoising:
@@ -109,6 +116,8 @@ def write_report(
     infilled = (
         "" if rate is None else f"{rate:.1%} of the gaps are filled with exactly the tokens of the text, greedily."
     )
+    if by_denoiser := infill.get("by_denoiser"):
+        infilled += " By denoiser: " + ", ".join(f"{name} {share:.1%}" for name, share in by_denoiser.items()) + "."
     provenance = _flatten(metrics.get("provenance", {}))
 
     html = [f"<h1>{escape(title)}</h1>"]
@@ -130,13 +139,17 @@ def write_report(
     if provenance:
         html.append("<footer>" + _html_list(provenance) + "</footer>")
         markdown += ["## Provenance", "\n".join(f"- {_cell(key)}: {_code(value)}" for key, value in provenance)]
-    page = (
+    (output_dir / "report.html").write_text(html_page(title, html), encoding="utf-8")
+    (output_dir / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+
+
+def html_page(title: str, body: Sequence[str]) -> str:
+    """A whole page around the lines of its body; its first heading is not added."""
+    return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
     )
-    (output_dir / "report.html").write_text(page + "\n".join(html) + "\n</body></html>\n", encoding="utf-8")
-    (output_dir / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
 
 
 def retrieval_table(retrieval: Mapping[str, Mapping[str, float]], not_run: Mapping[str, str]) -> Table:
@@ -150,13 +163,63 @@ def retrieval_table(retrieval: Mapping[str, Mapping[str, float]], not_run: Mappi
     return ["Embedder", *SCORES.values(), *GEOMETRY.values()], rows
 
 
+def tasks_table(tasks: Mapping[str, Mapping[str, Any]], not_run: Mapping[str, str]) -> Table:
+    """Header and rows of the scores by task and embedder, with half the width of their 95 % intervals."""
+    embedders = list(dict.fromkeys(name for task in tasks.values() for name in task["scores"]))
+
+    def cell(score: Mapping[str, float] | None) -> str:
+        if score is None:
+            return "–"
+        spread = f" ±{(score['high'] - score['low']) / 2:.3f}".replace("±0.", "±.") if "low" in score else ""
+        return f"{score['score']:.3f}{spread}"
+
+    rows = [
+        [f"{name} ({task['metric']}, {task['size']:,})", *(cell(task["scores"].get(column)) for column in embedders)]
+        for name, task in tasks.items()
+    ]
+    rows += [[name, f"not run: {reason}"] for name, reason in not_run.items()]
+    return ["Task", *(embedders or ["Score"])], rows
+
+
+def task_figures(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Scores with their intervals, and how they change with the length of the text around a needle."""
+    needles = {name: task for name, task in tasks.items() if name.startswith("needle ")}
+    others = {name: task for name, task in tasks.items() if name not in needles}
+    embedders = len({name for task in tasks.values() for name in task["scores"]})
+    drawn = [
+        (_draw_tasks, others, "Scores by task, with 95 % intervals.", 0.8 + len(others) * (0.2 + 0.13 * embedders)),
+        (_draw_needles, needles, "Passages found by the length of the text around them, mean over places.", 3.0),
+    ]
+    return [_figure(draw, data, caption, height) for draw, data, caption, height in drawn if data]
+
+
+def space_figures(space: Mapping[str, Any]) -> list[str]:
+    """Cosines of some texts, a map and nearest neighbours under one embedder, as far as `space` holds them."""
+    name = f" under {space['name']}" if space.get("name") else ""
+    caption = f"Cosine of every two of these texts{name}; light is similar. Related texts should be light blocks."
+    texts = "".join(f"<li>{escape(label)}</li>" for label in space["labels"])
+    figures = [_figure(_draw_similarity, space, caption, 3.8), f"<ol>{texts}</ol>"]
+    if "map" in space:
+        caption = f"Held-out docstrings{name}, coloured by package (t-SNE: near is alike, far says little)."
+        figures.append(_figure(_draw_map, space["map"], caption, 4.2))
+    rows = []
+    for item in space.get("neighbours", ()):
+        nearest = "".join(
+            f"<li>{cosine:.2f} <b>{escape(group)}</b> {escape(text)}</li>" for text, group, cosine in item["nearest"]
+        )
+        rows.append(f"<dt>{escape(item['package'])}</dt><dd>{escape(item['text'])}<ul>{nearest}</ul></dd>")
+    if rows:
+        figures.append(f"<div><p>Nearest neighbours{escape(name)}</p><dl>{''.join(rows)}</dl></div>")
+    return figures
+
+
 def denoising_table(denoising: Mapping[str, Mapping[str, float]]) -> Table:
     """Header and rows of the losses by denoiser."""
     names = list(dict.fromkeys(name for losses in denoising.values() for name in losses))
     rows = [
         [name, *(f"{losses[name]:.3f}" if name in losses else "–" for losses in denoising.values())] for name in names
     ]
-    return ["Denoiser", *(label.capitalize() for label in denoising)], rows
+    return ["Denoiser", *denoising], rows
 
 
 def _figure(draw: Callable[[Axes, Any], None], data: Any, caption: str, height: float) -> str:
@@ -186,6 +249,50 @@ def _draw_scores(axes: Axes, retrieval: Mapping[str, Mapping[str, float]]) -> No
     axes.invert_yaxis()
     axes.set_xlim(0, min(1.1, 0.05 + 1.1 * max(row[key] for row in retrieval.values() for key in SCORES)))
     axes.figure.legend(loc="outside upper right", ncols=3)
+
+
+def _draw_tasks(axes: Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    embedders = list(dict.fromkeys(name for task in tasks.values() for name in task["scores"]))
+    height = 0.8 / len(embedders)
+    for j, embedder in enumerate(embedders):
+        rows = [(i, task["scores"][embedder]) for i, task in enumerate(tasks.values()) if embedder in task["scores"]]
+        places = [i + (j - (len(embedders) - 1) / 2) * height for i, _ in rows]
+        scores = [row["score"] for _, row in rows]
+        spread = [[abs(row.get(end, row["score"]) - row["score"]) for _, row in rows] for end in ("low", "high")]
+        mark, color = "os^D"[j // len(COLORS) % 4], COLORS[j % len(COLORS)]
+        axes.errorbar(scores, places, xerr=spread, fmt=mark, color=color, markersize=3.5, label=embedder)
+    axes.set_yticks(range(len(tasks)), list(tasks))
+    axes.set_ylim(len(tasks) - 0.5, -0.5)
+    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+    axes.grid(axis="x", alpha=0.25)
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+
+
+def _draw_needles(axes: Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
+    points: dict[str, dict[int, list[float]]] = {}
+    for name, task in tasks.items():
+        for embedder, row in task["scores"].items():
+            points.setdefault(embedder, {}).setdefault(int(name.split()[1]), []).append(row["score"])
+    for i, (embedder, by_length) in enumerate(points.items()):
+        lengths = sorted(by_length)
+        means = [sum(by_length[n]) / len(by_length[n]) for n in lengths]
+        axes.plot(lengths, means, "os^D"[i // len(COLORS) % 4] + "-", label=embedder, markersize=3)
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(lengths, [str(n) for n in lengths])
+    axes.set_xlabel("words")
+    axes.set_ylim(bottom=0)
+    axes.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+
+
+def _draw_map(axes: Axes, points: Mapping[str, Any]) -> None:
+    groups = list(dict.fromkeys(points["groups"]))
+    for group in groups:
+        chosen = [point for point, own in zip(points["points"], points["groups"], strict=True) if own == group]
+        x, y = zip(*chosen, strict=True)
+        axes.scatter(x, y, s=9, alpha=0.8, label=group)
+    axes.set_axis_off()
+    axes.set_aspect("equal", adjustable="datalim")
+    axes.figure.legend(loc="outside lower center", ncols=3, fontsize=7)
 
 
 def _draw_denoising(axes: Axes, denoising: Mapping[str, Mapping[str, float]]) -> None:

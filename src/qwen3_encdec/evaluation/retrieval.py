@@ -8,19 +8,29 @@ CHUNK = 256
 def retrieval_scores(
     queries: np.ndarray, documents: np.ndarray, relevant: np.ndarray, *, chunk: int = CHUNK
 ) -> dict[str, float]:
-    """Scores of a task where each query has one right document.
+    """Scores of a task where each query has one right document; arguments and errors as in `relevant_ranks`.
 
-    The right document's rank is 1 plus the number of *other* documents whose similarity is at least its own. Counting
-    only the strictly better ones would call a model perfect that gives every text the same embedding.
+    Returns:
+        `mrr` (mean reciprocal rank over all documents), `ndcg@10` and `r@1` (recall at 1), each from 0 to 1.
+    """
+    ranks = relevant_ranks(queries, documents, relevant, chunk=chunk)
+    gain = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
+    return {"mrr": float((1 / ranks).mean()), "ndcg@10": float(gain.mean()), "r@1": float((ranks == 1).mean())}
+
+
+def relevant_ranks(
+    queries: np.ndarray, documents: np.ndarray, relevant: np.ndarray, *, chunk: int = CHUNK
+) -> np.ndarray:
+    """The rank of each query's right document, from 1: [Q] integers.
+
+    It is 1 plus the number of *other* documents whose similarity is at least its own. Counting only the strictly
+    better ones would call a model perfect that gives every text the same embedding.
 
     Args:
         queries: [Q, d] floats; they need not be normalized, and a zero row is similar to nothing (cosine 0).
         documents: [N, d] floats.
         relevant: [Q] integers, index of each query's document.
         chunk: queries whose similarities, [chunk, N] fp32, exist at a time.
-
-    Returns:
-        `mrr` (mean reciprocal rank over all documents), `ndcg@10` and `r@1` (recall at 1), each from 0 to 1.
 
     Raises:
         ValueError: shapes do not fit, an index is out of range, or an embedding is not finite.
@@ -38,8 +48,7 @@ def retrieval_scores(
         similarity = queries[part] @ documents.T  # (chunk, N)
         right = np.take_along_axis(similarity, relevant[part, None], axis=1)
         ranks[part] = (similarity >= right).sum(axis=1)  # the right one counts itself: the 1 of the rank
-    gain = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
-    return {"mrr": float((1 / ranks).mean()), "ndcg@10": float(gain.mean()), "r@1": float((ranks == 1).mean())}
+    return ranks
 
 
 def normalize(embeddings: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""One evaluation for each kind of folder: denoising for an encoder-decoder, retrieval and geometry for an encoder.
+"""One evaluation for each kind of folder: denoising for an encoder-decoder, tasks and geometry for an encoder.
 
-Retrieval asks for the body of a docstring by its summary line, among all bodies of the packages that no training
-sees. Every embedder, baselines first, goes through the same function in the same run.
+Every embedder, baselines first, goes through the same function in the same run. What is not installed is reported as
+not run, with what to install.
 """
 
 import functools
@@ -10,6 +10,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,14 +23,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers.utils import logging
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
-from qwen3_encdec.evaluation.baselines import Embedder
+from qwen3_encdec.evaluation.baselines import Embedder, NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
-from qwen3_encdec.evaluation.geometry import geometry
-from qwen3_encdec.evaluation.report import denoising_table, retrieval_table, write_report
-from qwen3_encdec.evaluation.retrieval import normalize, retrieval_scores
+from qwen3_encdec.evaluation.mteb_tasks import mteb_tasks
+from qwen3_encdec.evaluation.report import denoising_table, retrieval_table, tasks_table, write_report
+from qwen3_encdec.evaluation.retrieval import normalize
+from qwen3_encdec.evaluation.tasks import PACKAGE_DOCS, TASKS, Task, documents_by_package
 from qwen3_encdec.extraction import checkpoints_to_average
 from qwen3_encdec.files import (
     PROVENANCE_FILE,
@@ -57,6 +58,7 @@ SIMILARITY_TEXTS = (
     "Split the data into training and test sets.",
 )
 """Four subjects of three texts each, in that order."""
+MAP_PACKAGES, MAP_TEXTS = 6, 50
 
 
 def evaluate(
@@ -65,20 +67,24 @@ def evaluate(
     *,
     parent: str | Path | None = None,
     initialization: str | Path | None = None,
-    num_queries: int = 1000,
+    tasks: Sequence[str] = tuple(TASKS),
+    mteb: Sequence[str] = (),
+    num_queries: int = 3000,
     num_examples: int = 64,
     data: DataConfig | None = None,
     seed: int = 0,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a folder and write metrics.json, report.md and report.html.
+    """Evaluate a folder and write metrics.json, report.md and report.html, and of an encoder space.json.
 
     Args:
         model_dir: An encoder-decoder (a folder, a checkpoint or a run), or an extracted encoder.
         output_dir: Written beside and renamed into place.
         parent: The causal Qwen3, folder or hub id, that an encoder comes from, for three of the baselines.
         initialization: What an encoder-decoder was trained from; its losses then stand beside.
-        num_queries: Most retrieval queries.
+        tasks: What an encoder is asked, names among `TASKS`.
+        mteb: mteb's tasks and benchmarks for an encoder, by name.
+        num_queries: Most queries or test texts of each task.
         num_examples: Held-out texts under each denoiser.
         data: What the encoder-decoder was trained on; by default package-docs.
         seed: Chooses the queries.
@@ -90,11 +96,13 @@ def evaluate(
     check_output(output_dir, "evaluation")
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
-    similarity = None
+    space = None
     if (model_dir / "modules.json").exists():
         tuned = (model_dir / PROVENANCE_FILE).exists() and "finetuned_from" in read_json(model_dir / PROVENANCE_FILE)
         name = baselines.CONTRASTIVE if tuned else baselines.ENCODER
-        metrics, similarity = evaluate_retrieval({name: model_dir}, parent=parent, num_queries=num_queries, seed=seed)
+        metrics, space = evaluate_retrieval(
+            {name: model_dir}, parent=parent, num_queries=num_queries, seed=seed, tasks=tasks, mteb=mteb
+        )
     else:
         folders = {"initialization": Path(initialization)} if initialization else {}
         folders["trained"] = checkpoints_to_average(model_dir, 1)[0]
@@ -102,7 +110,9 @@ def evaluate(
     metrics["provenance"] = provenance(model=str(model_dir), seed=seed, commit=commit, started=started)
     with new_folder(output_dir, "evaluation", model=str(model_dir)) as folder:
         write_json(folder / "metrics.json", metrics)
-        write_report(folder, metrics, similarity=similarity, title=f"Evaluation of {model_dir.name}")
+        if space:
+            write_json(folder / "space.json", space)
+        write_report(folder, metrics, similarity=space, title=f"Evaluation of {model_dir.name}")
     return metrics
 
 
@@ -110,6 +120,9 @@ def evaluate_denoising(
     folders: Mapping[str, str | Path], *, num_examples: int = 64, data: DataConfig | None = None
 ) -> dict[str, Any]:
     """`denoising` (nats per target token, by label and denoiser) and the `infill` of the last folder.
+
+    `infill` holds what `infill_examples` says of the first denoiser, and `by_denoiser` the share of exactly filled gaps
+    of each that leaves gaps.
 
     Raises:
         InputError: a folder holds no encoder-decoder, or there is too little held-out text.
@@ -127,8 +140,15 @@ def evaluate_denoising(
                 model, examples, denoiser_names=names, pad_token_id=tokenizer.pad_token_id
             )
             progress.advance(task)
-        short = [example for example in examples if example.denoiser == 0]
-        metrics["infill"] = infill_examples(model, tokenizer, short)
+        by_denoiser = {}
+        for index, denoiser in enumerate(data.denoisers):
+            if denoiser.mean_span is not None:
+                own = [example for example in examples if example.denoiser == index]
+                found = infill_examples(model, tokenizer, own)
+                metrics.setdefault("infill", found)
+                by_denoiser[denoiser.name] = found["exact_rate"]
+        if by_denoiser:
+            metrics["infill"] |= {"by_denoiser": by_denoiser}
         progress.advance(task)
     return metrics
 
@@ -139,27 +159,34 @@ def evaluate_retrieval(
     parent: str | Path | None = None,
     num_queries: int = 1000,
     seed: int = 0,
+    tasks: Sequence[str] = (PACKAGE_DOCS,),
+    mteb: Sequence[str] = (),
+    outside: bool = True,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Retrieval and geometry of sentence-transformers folders, by name, after the baselines.
+    """Scores of sentence-transformers folders, by name, after the baselines, on held-out packages and other tasks.
+
+    Args:
+        encoders: Folders by name.
+        parent: The causal Qwen3, folder or hub id, for three of the baselines.
+        num_queries: Most queries or test texts of each task.
+        seed: Chooses them.
+        tasks: Names among `TASKS`.
+        mteb: Names of mteb's tasks and benchmarks, such as "MTEB(eng, v2)".
+        outside: Score TF-IDF, WordLlama and MiniLM as well.
 
     Returns:
-        `retrieval` (scores and geometry by embedder), `num_queries`, `num_documents` and `not_run` (what each baseline
-        that could not run would need); and the cosines of `SIMILARITY_TEXTS` under the last encoder, for the report.
+        `tasks` (by name `metric`, `size` and `scores`: by embedder `score`, `low`, `high`), `tasks_not_run` and
+        `not_run` (what each task, each baseline that could not run would need); if package-docs is among the tasks,
+        `retrieval` (scores and geometry by embedder), `num_queries` and `num_documents`. And the space under the last
+        encoder, for the report: cosines of `SIMILARITY_TEXTS`, a map of held-out documents, neighbours.
 
     Raises:
-        InputError: a folder cannot be loaded, or no installed package is held out.
+        InputError: a folder cannot be loaded, a task's name is unknown, or no installed package is held out.
     """
-    pairs = summary_pairs("heldout")
-    if not pairs:
-        raise InputError("no held-out package has a docstring with a summary and a body; install more packages")
-    documents = [body for _, body in pairs]
-    relevant = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:num_queries])
-    queries = [pairs[i][0] for i in relevant]
-
-    loaders: dict[str, Callable[[], Embedder]] = {
-        baselines.TFIDF: lambda: baselines.tfidf(documents),
-        baselines.MINILM: baselines.minilm,
-    }
+    chosen, tasks_not_run = _tasks(tasks, mteb, num_queries, seed)
+    loaders: dict[str, Callable[[], Embedder]] = {}
+    if outside:
+        loaders |= {baselines.WORDLLAMA: baselines.wordllama, baselines.MINILM: baselines.minilm}
     not_run = {}
     if parent is not None:
         parent = resolve_checkpoint(parent)
@@ -172,25 +199,107 @@ def evaluate_retrieval(
     for name, folder in encoders.items():
         loaders[name] = functools.partial(baselines.encoder, folder)
 
-    results: dict[str, dict[str, float]] = {}
-    similarity: dict[str, Any] = {}
+    found: dict[str, dict[str, dict[str, float]]] = {task.name: {} for task in chosen}
+    space: dict[str, Any] = {}
     with _progress() as progress:
+
+        def measure(name: str, task: Task, embed: Embedder) -> None:
+            bar = progress.add_task(f"{name}: {task.name}", total=None)
+            try:
+                found[task.name][name] = task.measure(
+                    lambda texts: _embed(embed, texts, task.max_tokens, functools.partial(progress.advance, bar))
+                )
+            except NotRun as reason:
+                tasks_not_run[task.name] = str(reason)
+            progress.remove_task(bar)
+
+        for task in chosen:
+            if outside and task.corpus:
+                measure(baselines.TFIDF, task, baselines.tfidf(task.corpus))
         for name, load in loaders.items():
-            task = progress.add_task(name, total=len(queries) + len(documents))
             try:
                 embed = load()
-            except ModuleNotFoundError as error:
-                package = {"sklearn": "scikit-learn"}.get(error.name or "", (error.name or "").replace("_", "-"))
-                not_run[name] = f"pip install {package}"
+            except NotRun as reason:
+                not_run[name] = str(reason)
                 continue
-            advance = functools.partial(progress.advance, task)
-            q, d = _embed(embed, queries, advance), _embed(embed, documents, advance)
-            results[name] = retrieval_scores(q, d, relevant) | geometry(q, d[relevant], seed=seed)
-            if name in encoders:
-                texts = normalize(embed(list(SIMILARITY_TEXTS)))
-                similarity = {"labels": list(SIMILARITY_TEXTS), "matrix": (texts @ texts.T).tolist(), "name": name}
-    metrics = {"retrieval": results, "num_queries": len(queries), "num_documents": len(documents), "not_run": not_run}
-    return metrics, similarity
+            for task in chosen:
+                measure(name, task, embed)
+            if [name] == list(encoders)[-1:]:
+                space = {"name": name, **_space(embed, seed)}
+    keys = ("score", "low", "high")
+    metrics: dict[str, Any] = {
+        "tasks": {
+            task.name: {
+                "metric": task.metric,
+                "size": task.size,
+                "scores": {
+                    name: {key: row[key] for key in keys if key in row} for name, row in found[task.name].items()
+                },
+            }
+            for task in chosen
+            if found[task.name]
+        },
+        "tasks_not_run": tasks_not_run,
+        "not_run": not_run,
+    }
+    if PACKAGE_DOCS in found:
+        metrics["retrieval"] = {
+            name: {key: value for key, value in row.items() if key not in keys}
+            for name, row in found[PACKAGE_DOCS].items()
+        }
+        packages = next(task for task in chosen if task.name == PACKAGE_DOCS)
+        metrics |= {"num_queries": packages.size, "num_documents": len(packages.corpus)}
+    return metrics, space
+
+
+def _tasks(names: Sequence[str], mteb: Sequence[str], most: int, seed: int) -> tuple[list[Task], dict[str, str]]:
+    """The tasks by name, ours before mteb's, and what those that cannot run would need."""
+    found: list[Task] = []
+    not_run: dict[str, str] = {}
+    for name in names:
+        if name not in TASKS:
+            raise InputError(f"task {name!r} is not one of {', '.join(TASKS)}")
+        try:
+            found += TASKS[name](most, seed)
+        except NotRun as reason:
+            not_run[name] = str(reason)
+    for name in mteb:
+        try:
+            found += mteb_tasks(name)
+        except NotRun as reason:
+            not_run[name] = str(reason)
+    return found, not_run
+
+
+def _space(embed: Embedder, seed: int) -> dict[str, Any]:
+    """`labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest held-out packages,
+    in two dimensions that keep neighbours together; `neighbours` of one of each package among them.
+    """
+    from sklearn.manifold import TSNE
+
+    texts = normalize(embed(list(SIMILARITY_TEXTS)))
+    space: dict[str, Any] = {"labels": list(SIMILARITY_TEXTS), "matrix": (texts @ texts.T).tolist()}
+    documents = documents_by_package(MAP_PACKAGES, MAP_TEXTS, seed)
+    if len(documents) <= MAP_PACKAGES:
+        return space
+    embeddings = normalize(embed([document.text for document in documents]))
+    tsne = TSNE(init="pca", perplexity=min(30, len(documents) / 4), random_state=seed)
+    points = np.round(tsne.fit_transform(embeddings), 2)
+    titles = [" ".join(document.text.split())[:100] for document in documents]
+    groups = [document.package for document in documents]
+    similar = embeddings @ embeddings.T
+    np.fill_diagonal(similar, -2)
+    space["map"] = {"points": points.tolist(), "groups": groups}
+    space["neighbours"] = [
+        {
+            "text": titles[i],
+            "package": group,
+            "nearest": [[titles[j], groups[j], round(float(similar[i, j]), 3)] for j in np.argsort(-similar[i])[:3]],
+        }
+        for group in dict.fromkeys(groups)
+        for i in [groups.index(group)]
+    ]
+    return space
 
 
 def summary(metrics: Mapping[str, Any]) -> str:
@@ -200,9 +309,14 @@ def summary(metrics: Mapping[str, Any]) -> str:
         tables.append(denoising_table(metrics["denoising"]))
     if "retrieval" in metrics:
         tables.append(retrieval_table(metrics["retrieval"], metrics["not_run"]))
+    if metrics.get("tasks") or metrics.get("tasks_not_run"):
+        tables.append(tasks_table(metrics["tasks"], metrics["tasks_not_run"]))
     text = []
     for header, rows in tables:
-        lines = [header, *rows]
+        heads = [textwrap.wrap(cell, 13, break_long_words=False) for cell in header]
+        tallest = max(map(len, heads))
+        stacked = [list(line) for line in zip(*([""] * (tallest - len(head)) + head for head in heads), strict=True)]
+        lines = [*stacked, *rows]
         widths = [max(len(line[i]) for line in lines if len(line) == len(header)) for i in range(len(header))]
         widths[0] = max(len(line[0]) for line in lines)
         text += ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
@@ -236,18 +350,20 @@ def _commit() -> str | None:
         return None
 
 
-def _embed(embed: Embedder, texts: Sequence[str], advance: Callable[[int], None], block: int = 256) -> np.ndarray:
+def _embed(
+    embed: Embedder, texts: Sequence[str], max_tokens: int, advance: Callable[[int], None], block: int = 256
+) -> np.ndarray:
     """Embeddings in the order of `texts`, computed in order of length, so that little is padding."""
     order = np.argsort([len(text) for text in texts], kind="stable")
     parts = []
     for start in range(0, len(texts), block):
         rows = order[start : start + block]
-        parts.append(embed([texts[i] for i in rows]))
+        parts.append(embed([texts[i] for i in rows], max_tokens))
         advance(len(rows))
     embeddings = np.concatenate(parts).astype(np.float32, copy=False)
     return embeddings[np.argsort(order)]
 
 
 def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}")
+    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}")
     return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty())

@@ -1,16 +1,30 @@
 """Checkpoints that are both an ordinary model folder and an exact point to resume from, without pickle.
 
-RUN/checkpoints/step-000100/     config.json, model.safetensors (fp32), tokenizer files: ``from_pretrained`` loads it
-    state/optimizer.safetensors  AdamW's state, gathered from all shards, under the parameters' names
-    state/random.safetensors     torch's generator states of each rank
-    state/training.json          step, world size, config, optimizer groups, and each rank's place in the data
-    state/files.json             size of every file, to notice a damaged checkpoint before it is used
+RUN/checkpoints/step-000100/     config.json, safetensors (fp32), tokenizer files: ``from_pretrained`` loads it
+    model-00001-of-00002.safetensors            the tensors that rank 0 keeps; from one rank model.safetensors
+    state/optimizer-00001-of-00002.safetensors  and what the optimizer remembers of them, as PARAMETER.KEY
+    state/rank-00001-of-00002.json              a rank's place in the data and its random generators
+    state/training.json                         step, world size, config, versions, commit, totals and guards
+    state/sha256-00001-of-00002.txt             checksums of the files that rank 0 wrote, as `sha256sum -c` reads them
 RUN/checkpoints/latest           symbolic link to the newest
+
+Tensors are dealt out to the ranks by size; each copies its own to the CPU, whole, and a thread of it writes them
+while training goes on. When all ranks have written, which they tell each other in the step's own reduction, rank 0
+renames the folder from ``.step-000100.partial``. Nothing depends on the number of ranks but the names of files. On
+several machines, the run's folder must be on a file system that they share.
+
+SHA-256 because every system has a tool for it and processors an instruction: it is not slower than a disk.
 """
 
+import copy
+import functools
+import hashlib
 import os
 import random
 import shutil
+import subprocess
+import threading
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -20,110 +34,242 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_optimizer_state_dict,
-)
+from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.files import InputError, new_folder, read_json, write_json
-from qwen3_encdec.training.config import flatten
+from qwen3_encdec.files import PROVENANCE_FILE, InputError, package_versions, read_json, write_json
+from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
+from qwen3_encdec.training.state import TrainingState
 
-# What decides the order and content of the examples; a resumed run must agree on all of it.
-_FIXED = ("data", "batch_size", "seed")
+# What decides the order and content of the examples, and what the optimizer's state means; a resumed run must agree.
+_FIXED = ("data", "batch_size", "seed", "optimizer")
 
 
-def save_checkpoint(
-    checkpoints: Path,
-    *,
-    step: int,
-    accelerator: Accelerator,
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    tokenizer: PreTrainedTokenizerBase,
-    data_state: dict[str, Any],
-    totals: dict[str, int],
-    config: dict[str, Any],
-    keep_last: int,
-) -> Path:
-    """Write ``checkpoints/step-NNNNNN`` from all ranks' state, point ``latest`` at it and delete old ones.
+class Checkpointer:
+    """Writes a run's checkpoints. Every rank has one and calls the same methods in the same order.
 
-    Every rank calls it. Parameters and optimizer states are gathered in fp32 to the memory of rank 0, which
-    writes; the folder appears under its name only when complete.
+    ``last`` is the newest complete checkpoint. Any failure to write, on any rank, raises InputError on all of them
+    at the next step (or at ``finish``); what was incomplete is removed and ``last`` still holds.
     """
-    gather = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(model, options=gather)
-    optimizer_state: dict[str, Any] = get_optimizer_state_dict(model, optimizer, options=gather)
-    ranks = gather_object([{"data": data_state, "random": _random_state(accelerator.device)}])
-    folder = checkpoints / f"step-{step:06d}"
-    if accelerator.is_main_process:
-        with new_folder(folder, "encoder-decoder", step=step, model=config["model"]) as building:
-            unwrapped = accelerator.unwrap_model(model)
-            for name in unwrapped.all_tied_weights_keys:  # gathering made them tensors of their own
-                weights.pop(name, None)
-            unwrapped.save_pretrained(building, state_dict=weights)
-            tokenizer.save_pretrained(building)
-            state = building / "state"
-            state.mkdir()
-            tensors = {
-                f"{name}.{key}": value.contiguous()
-                for name, values in optimizer_state["state"].items()
-                for key, value in values.items()
-            }
-            save_file(tensors, state / "optimizer.safetensors")
-            generators = {
-                f"{rank}.{device}": value
-                for rank, item in enumerate(ranks)
-                for device, value in item["random"].pop("torch").items()
-            }
-            save_file(generators, state / "random.safetensors")
-            training = {
-                "step": step,
-                "world_size": accelerator.num_processes,
-                "config": config,
-                "totals": totals,
-                "param_groups": optimizer_state["param_groups"],
-                "ranks": ranks,
-            }
-            write_json(state / "training.json", training)
-            files = sorted(path for path in building.rglob("*") if path.is_file())
-            write_json(state / "files.json", {str(path.relative_to(building)): path.stat().st_size for path in files})
-        pointer = checkpoints / ".latest"
+
+    def __init__(
+        self,
+        folder: Path,
+        last: Path | None,
+        *,
+        accelerator: Accelerator,
+        state: TrainingState,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TrainingConfig,
+    ) -> None:
+        self.folder, self.last = folder, last
+        self.accelerator, self.state, self.tokenizer, self.config = accelerator, state, tokenizer, config
+        self._step: int | None = None  # of the checkpoint that is being written
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+        self._file = f"{accelerator.process_index + 1:05d}-of-{accelerator.num_processes:05d}"
+
+    def save(self, step: int, place: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Copy the state after ``step`` and begin to write it; ``place`` is of `place_of`.
+
+        Returns when training may go on: with ``async_checkpoints`` after the copy. Done at once if ``step`` is saved.
+        """
+        self.finish()
+        if self.last is not None and self.last.name == _name(step):
+            return
+        weights, owners = self._own(self.state.weights())
+        optimizer, _ = self._own(self.state.optimizer_state())
+        rank = {"data": place["data"], "random": _random_to_json(place["random"])}
+        training = {
+            "step": step,
+            "world_size": self.accelerator.num_processes,
+            "config": config_to_dict(self.config),
+            "versions": package_versions(),
+            "commit": _commit(),
+            **progress,
+        }
+        self._step = step
+        work = functools.partial(self._write, weights, owners, optimizer, copy.deepcopy(rank), copy.deepcopy(training))
+        self._writer = threading.Thread(target=work, daemon=True, name="checkpoint")
+        self._writer.start()
+        if not self.config.async_checkpoints:
+            self.finish()
+
+    def flags(self) -> list[int]:
+        """[this rank has written, this rank has failed], to be summed over the ranks and given to `settle`."""
+        ended = self._writer is not None and not self._writer.is_alive()
+        return [int(ended and self._error is None), int(self._error is not None)]
+
+    def settle(self, written: int, failed: int) -> None:
+        """Finish a checkpoint that all ranks have written. Raises InputError if a rank has failed."""
+        if failed:
+            self._abandon()
+        if self._writer is None or written < self.accelerator.num_processes:
+            return
+        assert self._step is not None
+        folder = self.folder / _name(self._step)
+        if self.accelerator.is_main_process:
+            try:
+                self._publish(folder)
+            except OSError as error:
+                self._error = error  # the next flags tell the others
+        self.last, self._writer = folder, None
+
+    def finish(self) -> None:
+        """Wait for the checkpoint that is being written, if any."""
+        if self._writer is not None:
+            self._writer.join()
+            flags = torch.tensor(self.flags(), device=self.accelerator.device)
+            self.settle(*self.accelerator.reduce(flags, "sum").tolist())
+
+    def fail(self, error: BaseException) -> None:
+        """Let all ranks stop at the next step, for a file that this one could not write."""
+        self._error = error
+
+    def close(self) -> None:
+        """After an exception anywhere: leave nothing half-written."""
+        if self._writer is not None:
+            self._writer.join()
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f".{_name(self._step or 0)}.partial"
+
+    def _abandon(self) -> None:
+        """All ranks stop. Raises InputError, the same on each."""
+        if self._writer is not None:
+            self._writer.join()
+        reasons = gather_object([str(self._error) if self._error else None])
+        if self.accelerator.is_main_process and self._step is not None:
+            shutil.rmtree(self._partial, ignore_errors=True)
+        self._writer = None
+        reason = next(reason for reason in reasons if reason)
+        raise InputError(
+            f"{self.folder.parent} could not be written to: {reason}; training stopped, the last checkpoint is "
+            f"{self.last or 'none'}"
+        ) from self._error
+
+    def _own(self, tensors: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+        """Those of the whole tensors that this rank keeps, copied to the CPU, and every tensor's rank by name."""
+        loads, kept, owners = [0] * self.accelerator.num_processes, {}, {}
+        for name, tensor in tensors:
+            owners[name] = loads.index(min(loads))
+            loads[owners[name]] += tensor.nbytes
+            if owners[name] == self.accelerator.process_index:
+                kept[name] = tensor.to("cpu", copy=True).contiguous()
+        return kept, owners
+
+    def _write(
+        self,
+        weights: dict[str, torch.Tensor],
+        owners: dict[str, int],
+        optimizer: dict[str, torch.Tensor],
+        rank: dict[str, Any],
+        training: dict[str, Any],
+    ) -> None:
+        """This rank's files and their checksums, on a thread of its own."""
+        try:
+            folder, files = self._partial, []
+            (folder / "state").mkdir(parents=True, exist_ok=True)
+
+            def path(name: str) -> Path:
+                files.append(folder / name)
+                return folder / name
+
+            shards = self.accelerator.num_processes
+            weights_name = "model.safetensors" if shards == 1 else f"model-{self._file}.safetensors"
+            save_file(weights, path(weights_name), metadata={"format": "pt"})
+            save_file(optimizer, path(f"state/optimizer-{self._file}.safetensors"))
+            write_json(path(f"state/rank-{self._file}.json"), rank)
+            if self.accelerator.is_main_process:
+                write_json(path("state/training.json"), training)
+                if shards > 1:
+                    index = {n: f"model-{rank + 1:05d}-of-{shards:05d}.safetensors" for n, rank in owners.items()}
+                    write_json(path("model.safetensors.index.json"), {"metadata": {}, "weight_map": index})
+                files += self._write_ordinary(folder, training["step"])
+            sums = [f"{_seal(file)}  {file.relative_to(folder)}\n" for file in files]
+            (folder / f"state/sha256-{self._file}.txt").write_text("".join(sums), encoding="utf-8")
+        except Exception as error:  # of whatever kind, all ranks must hear of it
+            self._error = error
+
+    def _write_ordinary(self, folder: Path, step: int) -> list[Path]:
+        """What makes it a model folder: configuration, generation defaults, tokenizer, the model's own code."""
+        module = self.state.module
+        scratch = folder / "ordinary"  # save_pretrained removes shards that it doesn't know
+        module.save_pretrained(scratch, state_dict={})
+        self.tokenizer.save_pretrained(scratch)
+        provenance = {"kind": "encoder-decoder", "step": step, "model": self.config.model}
+        write_json(scratch / PROVENANCE_FILE, {**provenance, "versions": package_versions()})
+        files = [folder / file.name for file in scratch.iterdir() if file.suffix != ".safetensors"]
+        for file in files:
+            os.replace(scratch / file.name, file)
+        shutil.rmtree(scratch)
+        return files
+
+    def _publish(self, folder: Path) -> None:
+        """Rename a complete checkpoint into place, point ``latest`` at it, delete those that are not kept."""
+        if folder.exists():  # a damaged one, or it would have been resumed from
+            shutil.rmtree(folder)
+        os.rename(self._partial, folder)
+        pointer = self.folder / ".latest"
         pointer.unlink(missing_ok=True)
         pointer.symlink_to(folder.name)
-        os.replace(pointer, checkpoints / "latest")
-        for old in _step_folders(checkpoints)[:-keep_last] if keep_last else ():
-            shutil.rmtree(old)
-    accelerator.wait_for_everyone()
-    return folder
+        os.replace(pointer, self.folder / "latest")
+        keep_last, keep_every = self.config.keep_last, self.config.keep_every
+        for old in _step_folders(self.folder)[:-keep_last] if keep_last else ():
+            if not keep_every or _step(old) % keep_every:
+                shutil.rmtree(old)
 
 
-def find_checkpoint(checkpoints: Path) -> tuple[Path | None, list[str]]:
+def place_of(loader: StatefulDataLoader, device: torch.device) -> dict[str, Any]:
+    """Where this rank is: its place in the data and its random generators."""
+    random_state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": np.random.get_state(),
+        "cpu": torch.get_rng_state(),
+    }
+    if device.type == "cuda":
+        random_state["cuda"] = torch.cuda.get_rng_state(device)
+    return {"data": loader.state_dict(), "random": random_state}
+
+
+def find_checkpoint(checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, dict[Path, str]]:
     """The newest undamaged checkpoint, and a sentence about each newer one that is damaged.
 
-    Raises InputError with those sentences when there are checkpoints and all are damaged.
+    Every rank calls it and checks a share of the files. Raises InputError with those sentences when there are
+    checkpoints and all are damaged.
     """
-    damages: list[str] = []
+    damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
-        damage = _damage(folder)
+        found = gather_object([_damage(folder, accelerator.process_index, accelerator.num_processes)])
+        damage = next((sentence for sentence in found if sentence), None)
         if damage is None:
             return folder, damages
-        damages.append(f"checkpoint {folder} is damaged: {damage}")
+        damages[folder] = f"checkpoint {folder} is damaged: {damage}"
     if damages:
-        raise InputError("; ".join(damages) + "; no older checkpoint is left to resume from")
-    return None, []
+        raise InputError("; ".join(damages.values()) + "; no older checkpoint is left to resume from")
+    return None, {}
+
+
+def set_aside(damages: dict[Path, str]) -> None:
+    """Rename damaged checkpoints, for somebody to look at, so that no later step counts or replaces them."""
+    for folder in damages:
+        aside = folder.with_name(f"damaged-{folder.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
 
 
 def read_training_state(folder: Path, config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], list[str]]:
-    """``state/training.json`` of a checkpoint, and a phrase about each setting that differs but may.
+    """``state/training.json`` of a checkpoint with its ``ranks``, and a phrase about each setting that differs.
 
     Another number of processes is such a setting: what is left of the data is dealt out anew.
 
-    Raises InputError if the run to resume would see other data, unless `data.accept_changes` says that it may.
+    Raises InputError if the run to resume would see other data or has another optimizer; other data may be accepted
+    with `data.accept_changes`.
     """
     state = read_json(folder / "state/training.json")
+    state["ranks"] = [read_json(file) for file in sorted((folder / "state").glob("rank-*.json"))]
     before, notes = flatten(state["config"]), []
     if state["world_size"] != world_size:
         notes.append(f"{state['world_size']} processes -> {world_size}")
@@ -140,62 +286,88 @@ def read_training_state(folder: Path, config: dict[str, Any], world_size: int) -
     return state, notes
 
 
-def load_optimizer_state(
-    folder: Path, state: dict[str, Any], model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> None:
-    """Fill the optimizer, sharded or not, from a checkpoint; only rank 0 reads the tensors."""
-    distributed = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-    full: dict[str, Any] = {}
-    if not distributed or torch.distributed.get_rank() == 0:
-        tensors: dict[str, dict[str, torch.Tensor]] = {}
-        with safe_open(folder / "state/optimizer.safetensors", framework="pt") as file:
-            for key in file.keys():  # noqa: SIM118 - a safe_open handle is not iterable
-                name, _, entry = key.rpartition(".")
-                tensors.setdefault(name, {})[entry] = file.get_tensor(key)
-        full = {"state": tensors, "param_groups": state["param_groups"]}
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=distributed)
-    set_optimizer_state_dict(model, optimizer, full, options=options)
+def load_optimizer_state(folder: Path, state: TrainingState, ema: bool) -> None:
+    """Fill the optimizer, sharded or not, from a checkpoint; ``ema``: with its average of the weights."""
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(path, framework="pt"))
+            for path in sorted((folder / "state").glob("optimizer-*.safetensors"))
+        ]
+        holders = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - a handle is not iterable
+        keys = [key for key in holders if ema or not key.endswith(".ema")]
+        state.load_optimizer_state(keys, lambda key: holders[key].get_tensor(key))
 
 
-def load_random_state(folder: Path, state: dict[str, Any], rank: int) -> None:
+def load_random_state(state: dict[str, Any], rank: int) -> None:
     """Put back this rank's generators: Python's, numpy's and torch's. A rank that is new takes an old one's."""
-    rank = rank % len(state["ranks"])
-    saved = state["ranks"][rank]["random"]
+    saved = state["ranks"][rank % len(state["ranks"])]["random"]
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, *rest = saved["numpy"]
     np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    with safe_open(folder / "state/random.safetensors", framework="pt") as file:
-        torch.set_rng_state(file.get_tensor(f"{rank}.cpu"))
-        if f"{rank}.cuda" in file.keys() and torch.cuda.is_available():  # noqa: SIM118
-            torch.cuda.set_rng_state(file.get_tensor(f"{rank}.cuda"))
+    torch.set_rng_state(_from_hex(saved["cpu"]))
+    if "cuda" in saved and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_from_hex(saved["cuda"]))
 
 
-def _random_state(device: torch.device) -> dict[str, Any]:
-    """This process's generator states: JSON values, and torch's as uint8 tensors by device type."""
-    name, keys, *rest = np.random.get_state()
-    generators = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        generators["cuda"] = torch.cuda.get_rng_state(device)
-    return {"python": random.getstate(), "numpy": [name, np.asarray(keys).tolist(), *rest], "torch": generators}
+def _random_to_json(state: dict[str, Any]) -> dict[str, Any]:
+    name, keys, *rest = state["numpy"]
+    tensors: dict[str, Any] = {
+        device: bytes(state[device].tolist()).hex() for device in ("cpu", "cuda") if device in state
+    }
+    return {"python": state["python"], "numpy": [name, keys.tolist(), *rest], **tensors}
+
+
+def _from_hex(text: str) -> torch.Tensor:
+    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
+
+
+def _name(step: int) -> str:
+    return f"step-{step:06d}"
+
+
+def _step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def _step_folders(checkpoints: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
     found = [path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[5:]))
+    return sorted(found, key=_step)
 
 
-def _damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint's files, or None."""
+def _seal(file: Path) -> str:
+    """A file's checksum, after it has been brought to the disk: a rename must not survive a crash that data don't."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _damage(folder: Path, rank: int, world_size: int) -> str | None:
+    """What is wrong with a checkpoint, or None: all ranks look whether files are there, each at a share's contents."""
     try:
-        files = read_json(folder / "state/files.json")
-    except InputError as error:
+        writers = read_json(folder / "state/training.json")["world_size"]
+        lines = []
+        for number in range(1, writers + 1):
+            sums = f"state/sha256-{number:05d}-of-{writers:05d}.txt"
+            lines += (folder / sums).read_text(encoding="utf-8").splitlines()
+        files = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
+        for name in files:
+            if not (folder / name).is_file():
+                return f"{name} is missing"
+        for name, checksum in list(files.items())[rank::world_size]:
+            if _seal(folder / name) != checksum:
+                return f"{name} has {(folder / name).stat().st_size:,} bytes and not the checksum it was written with"
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
         return str(error)
-    for name, size in files.items():
-        path = folder / name
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != size:
-            return f"{name} has {path.stat().st_size} bytes instead of {size}"
     return None
+
+
+@functools.cache
+def _commit() -> str | None:
+    """The git commit of this package's source, or None where it is installed without one."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

@@ -38,6 +38,8 @@ class TrainingConfig:
     gradient_accumulation_steps: int = 1
     """Micro-batches per optimizer step and per process."""
 
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon takes the projection matrices, at the same lr, and leaves norms and the embedding to AdamW."""
     lr: float = 1e-4
     """Peak learning rate."""
     schedule: Literal["wsd", "cosine", "linear"] = "wsd"
@@ -49,13 +51,15 @@ class TrainingConfig:
     min_lr_ratio: float = 0.1
     """Learning rate at max_steps as a share of the peak."""
     weight_decay: float = 0.1
-    """AdamW weight decay of the projection matrices; norms and the embedding are not decayed."""
+    """Weight decay of the projection matrices; norms and the embedding are not decayed."""
     betas: tuple[float, float] = (0.9, 0.95)
     """AdamW moments' decay rates."""
     eps: float = 1e-8
     """AdamW denominator term."""
     max_grad_norm: float = 1.0
     """Global gradient norm to clip to; 0 measures without clipping."""
+    ema_decay: float = 0.0
+    """Decay by step of a running average of the weights, kept in the checkpoints beside them; 0 keeps none."""
 
     z_loss: float = 0.0
     """Coefficient of the squared log-sum-exp of every target token's logits, 1e-4 where used; 0 is none."""
@@ -70,8 +74,11 @@ class TrainingConfig:
 
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
     """Compute precision over fp32 master weights; auto is bf16 on an accelerator and no on a CPU."""
-    gradient_checkpointing: bool = False
-    """Recompute each layer's activations in the backward pass: less memory, a third more compute."""
+    gradient_checkpointing: bool | Literal["full", "selective"] = False
+    """Recompute each layer in the backward pass, for memory: full (or true) keeps its input only and costs a third
+    more compute, selective keeps what matrix products and attention returned and recomputes the rest."""
+    compile: bool = False
+    """Compile each layer with torch.compile."""
     num_workers: int = 0
     """Data-loading processes per training process."""
     seed: int = 0
@@ -87,6 +94,16 @@ class TrainingConfig:
     """Optimizer steps between checkpoints; the last step is always saved; 0 saves only there."""
     keep_last: int = 2
     """Checkpoints kept; older ones are deleted. 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints of steps divisible by it are never deleted; 0 makes no such exception."""
+    async_checkpoints: bool = True
+    """Go on training while a checkpoint is written."""
+    spike_sigma: float = 6.0
+    """Leave out a step whose loss or gradient norm is so many standard deviations above the mean; 0 never does."""
+    spike_window: int = 128
+    """Applied steps over which spike_sigma is measured; half of them must be there."""
+    stall_seconds: float = 1800.0
+    """End the process when no step has finished for so long; 0 waits for ever."""
     resume: bool | Literal["auto"] = "auto"
     """true: continue the run in output_dir; false: begin anew and refuse a used folder; auto: whichever fits."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
@@ -94,15 +111,15 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         """Refuse values outside their range. Raises InputError naming the field and the value."""
-        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every"):
+        for name in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_every", "spike_window"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "num_workers", "eval_every", "save_every", "keep_last", "seed"):
+        for name in ("warmup_steps", "num_workers", "eval_every", "save_every", "keep_last", "keep_every", "seed"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
-        for name in ("weight_decay", "max_grad_norm", "z_loss", "mntp_weight"):
+        for name in ("weight_decay", "max_grad_norm", "z_loss", "mntp_weight", "spike_sigma", "stall_seconds"):
             _require(self, name, getattr(self, name) >= 0, "0 or more")
         for name in ("lr", "eps"):
             _require(self, name, 0 < getattr(self, name) < float("inf"), "above 0 and finite")
-        for name in ("decay_fraction", "min_lr_ratio", "label_smoothing", "mntp_probability"):
+        for name in ("decay_fraction", "min_lr_ratio", "label_smoothing", "mntp_probability", "ema_decay"):
             _require(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         _require(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in [0, 1)")
         _require(self, "eval_examples_per_denoiser", self.eval_examples_per_denoiser >= 1, "at least 1")
@@ -116,15 +133,20 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Train
 
     ``path`` None starts from the defaults. Raises InputError naming the file or override, the key and the value.
     """
+    return load_dataclass(TrainingConfig, path, overrides)
+
+
+def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
+    """``load_config`` for any strict dataclass."""
     values: dict[str, Any] = {}
     if path is not None:
         try:
             values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
         except OSError as error:
-            raise InputError(f"cannot read the training config {path}: {error.strerror}") from None
+            raise InputError(f"cannot read the config {path}: {error.strerror}") from None
         except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
-    config = read_dataclass(TrainingConfig, values, str(path))  # alone first, so that its errors name the file
+    config = read_dataclass(cls, values, str(path))  # alone first, so that its errors name the file
     values = config_to_dict(config)
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -138,7 +160,7 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Train
             target[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"override {override!r} has a value that is not valid YAML") from None
-    return read_dataclass(TrainingConfig, values, "the command line")
+    return read_dataclass(cls, values, "the command line")
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -5,16 +5,20 @@ an accelerator: each process then believes it is alone, and N independent runs w
 a launch shards over gloo on the CPU, and a launch whose processes have not found each other stops.
 """
 
+import importlib.util
 import os
 import warnings
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from qwen3_encdec.files import InputError
+from qwen3_encdec.training.config import TrainingConfig
+from qwen3_encdec.training.state import DeepSpeedState, TrainingState
 
 
 def allow_distributed_cpu() -> None:
@@ -35,14 +39,14 @@ def allow_distributed_cpu() -> None:
             return chosen, kind
         self.device = torch.device("cpu")
         # FSDP is a refinement of MULTI_GPU in accelerate; plain data parallelism on CPUs has a type of its own.
-        return "gloo", DistributedType.MULTI_GPU if _uses_fsdp() else DistributedType.MULTI_CPU
+        return "gloo", DistributedType.MULTI_GPU if _uses_fsdp() or _uses_deepspeed() else DistributedType.MULTI_CPU
 
     prepare_backend.allows_distributed_cpu = True  # type: ignore[attr-defined]
     PartialState._prepare_backend = prepare_backend
 
 
-def make_accelerator(mixed_precision: str, trackers: list[str], logging_dir: str) -> Accelerator:
-    """The accelerator of this launch. ``mixed_precision``: "auto", "no" or "bf16" over fp32 master weights.
+def make_accelerator(config: TrainingConfig, logging_dir: str) -> Accelerator:
+    """The accelerator of this launch, in ``config.mixed_precision`` over fp32 master weights.
 
     Under FSDP2, gradients are reduced in fp32 and outputs keep their dtype, whatever the accelerate YAML says,
     since accelerate's own choice rounds both to bf16. Raises InputError when the launcher's processes have not
@@ -51,10 +55,9 @@ def make_accelerator(mixed_precision: str, trackers: list[str], logging_dir: str
     warnings.filterwarnings("ignore", message="'set_vital' is deprecated")  # torchdata's, about torch's own call
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # nothing writes into it
     allow_distributed_cpu()
+    mixed_precision: str = config.mixed_precision
     if mixed_precision == "auto":
         mixed_precision = "bf16" if torch.accelerator.is_available() else "no"
-    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        raise InputError("the training loop does not run under DeepSpeed; launch it with configs/accelerate_fsdp2.yaml")
     plugin = None
     if _uses_fsdp():
         compute = torch.bfloat16 if mixed_precision == "bf16" else None
@@ -65,8 +68,9 @@ def make_accelerator(mixed_precision: str, trackers: list[str], logging_dir: str
             raise InputError("the training loop needs FSDP version 2; set fsdp_version: 2 in the accelerate config")
     accelerator = Accelerator(
         mixed_precision=mixed_precision,
+        deepspeed_plugin=_deepspeed(config, mixed_precision) if _uses_deepspeed() else None,
         fsdp_plugin=plugin,
-        log_with=list(trackers) or None,
+        log_with=list(config.trackers) or None,
         project_dir=logging_dir,
     )
     launched = int(os.environ.get("WORLD_SIZE", 1))
@@ -78,6 +82,18 @@ def make_accelerator(mixed_precision: str, trackers: list[str], logging_dir: str
     return accelerator
 
 
+def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> TrainingState:
+    """Shard or replicate a model and its optimizer as this launch wants it."""
+    model, wrapped = accelerator.prepare(model, optimizer)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return DeepSpeedState(model, wrapped.optimizer, accelerator)
+    if accelerator.is_fsdp2:
+        # Without a head module to see, accelerate frees the matrix after each lookup, but the loss multiplies by it.
+        model.get_input_embeddings().set_reshard_after_forward(False)  # type: ignore[operator]
+    # accelerate's wrapper would only hide the real optimizer's state
+    return TrainingState(model, wrapped.optimizer, accelerator)
+
+
 def describe(accelerator: Accelerator) -> str:
     """One phrase for the log, such as ``world size 2, FSDP2, cpu/gloo, compute fp32``."""
     kinds: dict[Any, str] = {
@@ -85,11 +101,48 @@ def describe(accelerator: Accelerator) -> str:
         DistributedType.FSDP: "FSDP2",
         DistributedType.MULTI_GPU: "DDP",
         DistributedType.MULTI_CPU: "DDP",
+        DistributedType.DEEPSPEED: "DeepSpeed ZeRO-" + os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "?"),
     }
     kind = kinds.get(accelerator.distributed_type, str(accelerator.distributed_type))
     backend = f"/{torch.distributed.get_backend()}" if torch.distributed.is_initialized() else ""
     compute = "fp32" if accelerator.mixed_precision == "no" else accelerator.mixed_precision
     return f"world size {accelerator.num_processes}, {kind}, {accelerator.device.type}{backend}, compute {compute}"
+
+
+def _deepspeed(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
+    """ZeRO-2 as the accelerate YAML says, told what the loop does itself.
+
+    ZeRO-3 gathers projection by projection in an order that all ranks must share. Here it depends on the batch: ranks
+    would wait for each other for ever. FSDP2 shards the same and gathers by layer.
+    """
+    if not torch.accelerator.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if importlib.util.find_spec("deepspeed") is None:
+        raise InputError("DeepSpeed is not installed: pip install qwen3-encdec[deepspeed], or launch with FSDP2")
+    plugin = DeepSpeedPlugin()
+    if plugin.zero_stage != 2:
+        raise InputError(
+            f"the training loop runs DeepSpeed's ZeRO stage 2, not {plugin.zero_stage}; configs/accelerate_fsdp2.yaml "
+            "shards what stage 3 does"
+        )
+    for wrong, setting in [
+        (config.optimizer == "muon", "optimizer: muon needs whole matrices, and DeepSpeed gives it flat pieces"),
+        (config.ema_decay > 0, "ema_decay needs named weights, and DeepSpeed's optimizer has flat pieces"),
+        (mixed_precision != "no", "under DeepSpeed the loop trains with mixed_precision: no"),
+    ]:
+        if wrong:
+            raise InputError(f"{setting}; launch it with configs/accelerate_fsdp2.yaml")
+    plugin.deepspeed_config |= {
+        "train_micro_batch_size_per_gpu": config.batch_size,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+    }
+    return plugin
+
+
+def _uses_deepspeed() -> bool:
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def _uses_fsdp() -> bool:

@@ -14,7 +14,6 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,6 @@ import yaml
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
-from torch.nn.parallel import DistributedDataParallel
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 from transformers.utils import logging
@@ -40,31 +38,44 @@ from qwen3_encdec.loading import load_config, load_model, load_tokenizer
 from qwen3_encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from qwen3_encdec.training import budget, checkpoints
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
-from qwen3_encdec.training.launch import describe, make_accelerator
+from qwen3_encdec.training.guards import SpikeGuard, StopRequest, Watchdog, check_finite, ignore_sigterm, stop_requests
+from qwen3_encdec.training.launch import describe, make_accelerator, prepare
+from qwen3_encdec.training.layers import prepare_layers
 from qwen3_encdec.training.metrics import Meter, metrics_logger
 from qwen3_encdec.training.optimization import build_optimizer, learning_rate
+from qwen3_encdec.training.state import STACKS, TrainingState
 
 Batch = dict[str, torch.Tensor]
 
 
-def run_training(config: TrainingConfig, dry_run: bool = False) -> Path:
-    """Train to ``config.max_steps`` and return the last checkpoint's folder.
+def run_training(
+    config: TrainingConfig,
+    dry_run: bool = False,
+    devices: str | None = None,
+    memory_gib: float | None = None,
+    mfu: float = 0.4,
+    find_batch_size: bool = False,
+) -> Path:
+    """Train to ``config.max_steps``, or until asked to stop, and return the last checkpoint's folder.
 
-    ``dry_run`` prints the resolved config and the cost, writes nothing and returns ``output_dir``. Raises
+    SIGTERM, or a file STOP in ``output_dir``, saves and ends; the file is taken away. ``dry_run`` prints the resolved
+    config and the plan, for ``devices`` ("8xH100") of ``memory_gib`` at ``mfu`` of their peak or else for those at
+    hand; ``find_batch_size`` prints the largest that fits. Both write nothing and return ``output_dir``. Raises
     InputError for whatever the caller can mend, including a loss or gradient that is not finite.
     """
     run_dir = Path(config.output_dir)
-    accelerator = make_accelerator(config.mixed_precision, config.trackers, str(run_dir / "trackers"))
+    accelerator = make_accelerator(config, str(run_dir / "trackers"))
     try:
-        config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
-        model_config, tokenizer = _read_model_folder(config)
         if dry_run:
-            sizes = budget.count_parameters(model_config)
-            shards = accelerator.num_processes if accelerator.is_fsdp2 else 1
+            model_config, data = load_config(config.model), config.data
+            check_capacity(data.denoisers, data.source_length, data.target_length, model_config.num_sentinel_tokens)
             accelerator.print(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
-            accelerator.print("\n".join(budget.plan(model_config, sizes, config, accelerator.num_processes, shards)))
+            machines = budget.machines(accelerator, devices, memory_gib, mfu)
+            budget.dry_run(model_config, config, machines, accelerator.print)
             return run_dir
-        return _train(config, accelerator, model_config, tokenizer, run_dir)
+        config = dataclasses.replace(config, mixed_precision=accelerator.mixed_precision)
+        with stop_requests(run_dir) as stop:
+            return _train(config, accelerator, *_read_model_folder(config), run_dir, stop, find_batch_size)
     finally:
         accelerator.end_training()
         # A later run in this process may choose another precision or launcher.
@@ -78,27 +89,30 @@ def _train(
     model_config: Qwen3EncoderDecoderConfig,
     tokenizer: Qwen3EncoderDecoderTokenizer,
     run_dir: Path,
+    stop: StopRequest,
+    find_batch_size: bool,
 ) -> Path:
     """Everything between the checks and the last checkpoint."""
     denoisers = [denoiser.name for denoiser in config.data.denoisers]
     settings = config_to_dict(config)
-    checkpoint, state = _find_start(config, settings, accelerator, run_dir)
-    start = state["step"] if state else 0
+    checkpoint, resumed, damages = _find_start(config, settings, accelerator, run_dir)
+    start = resumed["step"] if resumed else 0
     if checkpoint and start >= config.max_steps:
         accelerator.print(f"{checkpoint} is already at step {start} of {config.max_steps}")
         return checkpoint
 
     set_seed(config.seed)
     logging.disable_progress_bar()  # of loading and saving, which would break into ours
-    model = load_model(checkpoint or config.model)
+    model: torch.nn.Module = load_model(checkpoint or config.model)
     sizes = budget.count_parameters(model_config)
-    if config.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
-    if accelerator.is_fsdp2:
-        # Without a head module to see, accelerate frees the matrix after each lookup, but the loss multiplies by it.
-        model.get_input_embeddings().set_reshard_after_forward(False)
-    optimizer = optimizer.optimizer  # accelerate's wrapper would only hide the real one's state
+    prepare_layers(model, config)
+    state = prepare(model, build_optimizer(model, config), accelerator)
+    model = state.model
+    if find_batch_size:
+        machines = budget.machines(accelerator)
+        size = budget.find_batch_size(config, model_config, machines, model, state.optimizer, accelerator)
+        accelerator.print(f"batch_size={size} fits, by a training step on full rows; nothing was written")
+        return run_dir
 
     stream = build_stream(config.data, tokenizer, rank=accelerator.process_index, world_size=accelerator.num_processes)
     pad_id = tokenizer.pad_token_id
@@ -115,11 +129,15 @@ def _train(
             kept_ids=np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids]),
         )  # fmt: skip
     loader = StatefulDataLoader(
-        stream, batch_size=config.batch_size, collate_fn=make_batch, num_workers=config.num_workers
+        stream,
+        batch_size=config.batch_size,
+        collate_fn=make_batch,
+        num_workers=config.num_workers,
+        worker_init_fn=ignore_sigterm if config.num_workers else None,
     )
-    if checkpoint and state:
-        checkpoints.load_optimizer_state(checkpoint, state, model, optimizer)
-        if note := resume(stream, loader, [rank["data"] for rank in state["ranks"]]):
+    if checkpoint and resumed:
+        checkpoints.load_optimizer_state(checkpoint, state, ema=config.ema_decay > 0)
+        if note := resume(stream, loader, [rank["data"] for rank in resumed["ranks"]]):
             accelerator.print(note)
     batches = iter(loader)
 
@@ -131,21 +149,10 @@ def _train(
         )
         log(step, {f"eval_loss/{name}": loss for name, loss in losses.items()})
 
-    def save(step: int) -> Path:
-        return checkpoints.save_checkpoint(
-            run_dir / "checkpoints",
-            step=step,
-            accelerator=accelerator,
-            model=model,
-            optimizer=optimizer,
-            tokenizer=tokenizer,
-            data_state=loader.state_dict(),
-            totals=meter.totals,
-            config=settings,
-            keep_last=config.keep_last,
-        )
+    def save(step: int) -> None:
+        saver.save(step, place, {"totals": meter.totals, "guard": guard.state})
 
-    _open_run(run_dir, settings, state, accelerator)
+    _open_run(run_dir, settings, resumed, damages, accelerator)
     if config.trackers:
         flat = {k: v if isinstance(v, int | float) else str(v) for k, v in flatten(settings).items()}
         accelerator.init_trackers("qwen3-encdec", config=flat)
@@ -157,87 +164,116 @@ def _train(
     progress = tqdm(
         total=config.max_steps, initial=start, disable=not (accelerator.is_main_process and sys.stderr.isatty())
     )
-    log = metrics_logger(accelerator, run_dir / "metrics.jsonl", progress)
+    saver = checkpoints.Checkpointer(
+        run_dir / "checkpoints", checkpoint, accelerator=accelerator, state=state, tokenizer=tokenizer, config=config
+    )
+    log = metrics_logger(accelerator, run_dir / "metrics.jsonl", progress, saver.fail)
     if config.eval_every and start == 0:
         evaluate(0)
-    if checkpoint and state:  # last, so that nothing above moves the generators
-        checkpoints.load_random_state(checkpoint, state, accelerator.process_index)
+    if resumed:  # last, so that nothing above moves the generators
+        checkpoints.load_random_state(resumed, accelerator.process_index)
 
     model.train()
     flops = functools.partial(budget.flops, model_config, sizes)
     peak = budget.peak_flops(accelerator.device, accelerator.num_processes)
-    meter = Meter(denoisers, state["totals"] if state else {})
-    saved = checkpoint
-    for step in range(start + 1, config.max_steps + 1):
-        began = time.perf_counter()
-        lr = learning_rate(step, config)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
-        counts = _count(micro_batches, accelerator)
-        losses = _backward(micro_batches, int(counts[0]), len(denoisers), model, accelerator, loss_options)
-        # The norm is measured, and everything checked, before the step can spoil the weights.
-        norm = accelerator.clip_grad_norm_(model.parameters(), config.max_grad_norm or math.inf)
-        norm = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
-        loss = float(losses[0].sum() / counts[0])
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise InputError(
-                f"step {step}: loss {loss} and gradient norm {norm} are not both finite; stopped before the update, "
-                f"the last checkpoint is {saved or 'none'}; try a lower lr or a longer warm-up"
-            )
-        optimizer.step()
-        optimizer.zero_grad()
+    meter = Meter(denoisers, resumed["totals"] if resumed else {})
+    guard = SpikeGuard(config.spike_sigma, config.spike_window, resumed["guard"] if resumed else None)
+    watchdog = Watchdog(config.stall_seconds, start)
+    place = checkpoints.place_of(loader, accelerator.device)
+    try:
+        for step in range(start + 1, config.max_steps + 1):
+            began = time.perf_counter()
+            lr = learning_rate(step, config)
+            for group in state.optimizer.param_groups:
+                group["lr"] = lr
+            micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            waited = time.perf_counter() - began
+            *counts, written, failed, stops = _agree(micro_batches, [*saver.flags(), int(bool(stop))], accelerator)
+            saver.settle(written, failed)
+            if stops:
+                save(step - 1)
+                accelerator.print(f"asked to stop: ending after step {step - 1} of {config.max_steps}")
+                break
+            losses, squares = _backward(micro_batches, counts[0], len(denoisers), state, accelerator, loss_options)
+            # The norm is measured, and everything checked, before the step can spoil the weights.
+            norm = math.sqrt(sum(squares))
+            loss = float(losses[0].sum() / counts[0])
+            try:
+                check_finite(step, loss, norm)
+                skipped = guard.skips(step, loss, norm)
+            except InputError as error:
+                if step - 1 > start:
+                    save(step - 1)
+                    saver.finish()
+                raise InputError(f"{error}; the last checkpoint is {saver.last or 'none'}") from None
+            if skipped:
+                state.discard()
+                accelerator.print(f"step {step} is skipped: loss {loss:.4g}, gradient norm {norm:.4g}")
+            else:
+                state.step(norm, config.max_grad_norm)
 
-        meter.add(counts.tolist(), losses.cpu(), time.perf_counter() - began)
-        progress.update()
-        if step % config.log_every == 0 or step == config.max_steps:
-            log(step, {**meter.read(flops, peak), "lr": lr, "grad_norm": norm, "epoch": _epoch(loader.state_dict())})
-        if config.eval_every and (step % config.eval_every == 0 or step == config.max_steps):
-            evaluate(step)
-        if step == config.max_steps or (config.save_every and step % config.save_every == 0):
-            saved = save(step)
-    progress.close()
-    assert saved is not None
-    return saved
+            place = checkpoints.place_of(loader, accelerator.device)
+            meter.add(counts, losses, time.perf_counter() - began, waited, skipped)
+            progress.update()
+            if step % config.log_every == 0 or step == config.max_steps:
+                norms = {f"grad_norm/{stack}": math.sqrt(square) for stack, square in zip(STACKS, squares, strict=True)}
+                epoch = _epoch(place["data"])
+                log(step, {**meter.read(flops, peak), "lr": lr, "grad_norm": norm, **norms, "epoch": epoch})
+            if config.eval_every and (step % config.eval_every == 0 or step == config.max_steps):
+                evaluate(step)
+            if step == config.max_steps or (config.save_every and step % config.save_every == 0):
+                save(step)
+            watchdog.beat(step)
+        saver.finish()
+    finally:
+        watchdog.ended.set()
+        saver.close()
+        progress.close()
+    if accelerator.is_main_process:
+        stop.file.unlink(missing_ok=True)
+    return saver.last or run_dir
+
+
+def _agree(micro_batches: list[Batch], flags: list[int], accelerator: Accelerator) -> list[int]:
+    """Target tokens, source tokens and examples of an optimizer step, and ``flags``: sums over all ranks."""
+    target = source = examples = 0
+    for batch in micro_batches:
+        segments = batch["attention_mask"]
+        target += int((batch["labels"] != -100).sum())
+        source += int((segments > 0).sum())
+        examples += int(segments.amax(dim=1).sum())  # segments of a row are numbered from 1
+    mine = torch.tensor([target, source, examples, *flags], device=accelerator.device)
+    return accelerator.reduce(mine, "sum").tolist()
 
 
 def _backward(
     micro_batches: list[Batch],
     tokens: int,
     num_denoisers: int,
-    model: torch.nn.Module,
+    state: TrainingState,
     accelerator: Accelerator,
     loss_options: dict[str, Any],
-) -> torch.Tensor:
-    """Accumulate the gradient of the step's loss; return (2, num_denoisers) fp64: loss sums and token counts.
+) -> tuple[torch.Tensor, list[float]]:
+    """Accumulate the gradient of the step's loss. Returns what all ranks have, on the CPU:
 
-    ``tokens`` are the step's target tokens on all ranks. DDP and FSDP average gradients over the ranks, so the
-    loss is multiplied by their number. FSDP2 reduces every micro-batch, which keeps the gradients sharded.
+    Loss sums and token counts, (2, num_denoisers) fp64, and the squared gradient norms of `STACKS`. ``tokens`` are
+    the step's target tokens on all ranks; gradients are averaged over the ranks, so the loss is multiplied by their
+    number.
     """
     totals = torch.zeros(2, num_denoisers, dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(micro_batches):
         batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
         denoiser = batch.pop("denoiser")
         last = index == len(micro_batches) - 1
-        with model.no_sync() if isinstance(model, DistributedDataParallel) and not last else nullcontext():
-            outputs = model(**batch, num_items_in_batch=tokens, **loss_options)
-            accelerator.backward(outputs.loss * accelerator.num_processes)
+        with state.accumulating(last):
+            outputs = state.model(**batch, num_items_in_batch=tokens, **loss_options)
+            state.backward(outputs.loss * accelerator.num_processes, last)
         real = denoiser >= 0
         token_losses = outputs.token_losses[real].double()
         totals[0].index_add_(0, denoiser[real], token_losses)
         totals[1].index_add_(0, denoiser[real], torch.ones_like(token_losses))
-    return accelerator.reduce(totals, "sum")
-
-
-def _count(micro_batches: list[Batch], accelerator: Accelerator) -> torch.Tensor:
-    """Target tokens, source tokens and examples of an optimizer step over all ranks, int64 (3,)."""
-    counts = torch.zeros(3, dtype=torch.int64)
-    for batch in micro_batches:
-        segments = batch["attention_mask"]
-        counts[0] += (batch["labels"] != -100).sum()
-        counts[1] += (segments > 0).sum()
-        counts[2] += segments.amax(dim=1).sum()  # segments of a row are numbered from 1
-    return accelerator.reduce(counts.to(accelerator.device), "sum")
+    together = accelerator.reduce(torch.cat([totals.flatten(), state.squared_norms()]), "sum").cpu()
+    return together[:-3].view_as(totals), together[-3:].tolist()
 
 
 def _epoch(data_state: dict[str, Any]) -> int:
@@ -247,30 +283,37 @@ def _epoch(data_state: dict[str, Any]) -> int:
 
 def _find_start(
     config: TrainingConfig, settings: dict[str, Any], accelerator: Accelerator, run_dir: Path
-) -> tuple[Path | None, dict[str, Any] | None]:
-    """The checkpoint to continue from and its training state, or Nones to begin anew. Writes nothing."""
+) -> tuple[Path | None, dict[str, Any] | None, dict[Path, str]]:
+    """The checkpoint to continue from and its training state, or Nones to begin anew; damaged ones. Writes nothing."""
     check_output(run_dir, "training run")
-    folder, damages = checkpoints.find_checkpoint(run_dir / "checkpoints")
+    folder, damages = checkpoints.find_checkpoint(run_dir / "checkpoints", accelerator)
     if folder is None:
         if config.resume is True:
             raise InputError(f"resume is true but {run_dir} holds no checkpoint; use resume=auto to begin a run")
-        return None, None
+        return None, None, {}
     if config.resume is False:
         raise InputError(f"{run_dir} already holds {folder.name}; use resume=true, or another output_dir")
     state, notes = checkpoints.read_training_state(folder, settings, accelerator.num_processes)
-    for sentence in damages:
+    for sentence in damages.values():
         accelerator.print(sentence)
     accelerator.print(f"resuming from {folder}" + "".join(f"; {note}" for note in notes))
-    return folder, state
+    return folder, state, damages
 
 
-def _open_run(run_dir: Path, settings: dict[str, Any], state: dict[str, Any] | None, accelerator: Accelerator) -> None:
+def _open_run(
+    run_dir: Path,
+    settings: dict[str, Any],
+    state: dict[str, Any] | None,
+    damages: dict[Path, str],
+    accelerator: Accelerator,
+) -> None:
     """Make the run folder, or tidy it: lines and half-written checkpoints from after the point of resumption go."""
     accelerator.wait_for_everyone()  # all ranks have looked before rank 0 writes
     if not accelerator.is_main_process:
         return
     for partial in run_dir.glob("checkpoints/.step-*"):
         shutil.rmtree(partial)
+    checkpoints.set_aside(damages)
     run_dir.mkdir(parents=True, exist_ok=True)
     write_json(run_dir / PROVENANCE_FILE, {"kind": "training run", "versions": package_versions()})
     (run_dir / "config.yaml").write_text(yaml.safe_dump(settings, sort_keys=False), encoding="utf-8")

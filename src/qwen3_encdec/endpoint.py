@@ -1,0 +1,185 @@
+"""Does a server embed bidirectionally? Told from its answers.
+
+With the encoder's folder at hand the question is exact: the answers are compared with every way in which a server can
+misread the folder, causal or not, each pooling, with and without the EOS that its tokenizer appends.
+
+Without it there is only the server. Replace one word of a text, near its end or near its beginning, and see how far
+the embedding moves. Where tokens see both ways, both places matter alike. Where they see backwards only, a word near
+the end changes its own state and hardly any other, a word near the beginning changes all that follow. That holds for
+pooling by mean alone: any function of a text at all is the last state of some causal model, so a server that answers
+with the last token's state cannot be told from its answers, and is not.
+"""
+
+import json
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from .embedding import encoder_folder, load_encoder
+from .export import pool, sample_texts
+from .files import InputError, read_json
+
+Embed = Callable[[list[str]], np.ndarray]
+
+_WORDS = (
+    "river", "window", "bread", "teacher", "market", "silver", "garden", "yellow", "engine", "letter", "winter",
+    "bridge", "doctor", "music", "paper", "summer", "stone", "kitchen", "island", "captain", "forest", "mirror",
+    "pocket", "number", "village", "carpet", "hammer", "finger", "dinner", "shadow", "button", "monkey", "castle",
+    "farmer", "ticket", "ladder", "butter", "camera", "planet", "rabbit", "desert", "pencil", "cotton", "valley",
+    "needle", "orange", "copper", "circle",
+)  # fmt: skip
+_TEXTS, _LENGTH, _AT_ONCE = 48, 24, 32
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the answers say.
+
+    `kind` is `"bidirectional"`, `"causal"`, `"misread"` (bidirectional, but not as the folder says) or `"unknown"`.
+    """
+
+    kind: str
+    evidence: str
+
+    def __str__(self) -> str:
+        return f"{'cannot tell' if self.kind == 'unknown' else self.kind}: {self.evidence}"
+
+
+def check_endpoint(url: str, model: str | Path | None = None, name: str | None = None) -> Verdict:
+    """Whether the embedding server at `url` runs its model bidirectionally.
+
+    Args:
+        url: Of an OpenAI-compatible server (its root, `/v1` or `/v1/embeddings`), or of Text Embeddings Inference's
+            `/embed`.
+        model: The encoder folder that it is meant to serve; None judges by its answers alone.
+        name: Of the model in requests; None takes the first that the server lists.
+
+    Raises:
+        InputError: the server does not answer, or not with embeddings; `model` is no encoder folder.
+    """
+    embed = connect(url, name)
+    if model is None:
+        return judge(embed)
+    with encoder_folder(model) as folder:
+        return compare(embed, folder)
+
+
+def connect(url: str, name: str | None = None) -> Embed:
+    """A function of texts to the server's vectors, [N, d] float32. Raises InputError as `check_endpoint`."""
+    url = url.rstrip("/")
+    if not url.startswith(("http://", "https://")):
+        raise InputError(f"{url} is no http address")
+    if not url.endswith(("/embed", "/embeddings")):
+        url += "/embeddings" if url.endswith("/v1") else "/v1/embeddings"
+    if url.endswith("/embeddings") and name is None:
+        try:
+            name = _request(url.removesuffix("embeddings") + "models")["data"][0]["id"]
+        except (InputError, LookupError, TypeError):
+            name = "default"  # many servers hold one model and do not read the name
+
+    def vectors(texts: list[str]) -> list[list[float]]:
+        if url.endswith("/embed"):
+            return _request(url, {"inputs": texts, "truncate": True})
+        answer = _request(url, {"model": name, "input": texts, "encoding_format": "float"})["data"]
+        return [row["embedding"] for row in sorted(answer, key=lambda row: row["index"])]
+
+    def embed(texts: list[str]) -> np.ndarray:
+        rows: list[list[float]] = []
+        try:
+            for start in range(0, len(texts), _AT_ONCE):
+                rows += vectors(texts[start : start + _AT_ONCE])
+            found = np.array(rows, dtype=np.float32)
+        except (LookupError, TypeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{url} does not answer with embeddings") from None
+        if found.ndim != 2 or len(found) != len(texts) or not np.isfinite(found).all() or not found.any(axis=1).all():
+            raise InputError(f"{url} answers {len(texts)} texts with an array of shape {found.shape} or empty vectors")
+        return found
+
+    return embed
+
+
+def _request(url: str, body: dict | None = None) -> Any:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            return json.load(answer)
+    except urllib.error.HTTPError as error:
+        reason = error.read(200).decode(errors="replace").strip()
+        raise InputError(f"{url} answers {error.code}: {reason}") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{url} does not answer: {getattr(error, 'reason', error)}") from None
+
+
+def judge(embed: Embed, seed: int = 0) -> Verdict:
+    """From the answers alone: how far a replaced word moves the embedding, near the end against near the beginning."""
+    rng = np.random.default_rng(seed)
+    late, early = [], []
+    for _ in range(_TEXTS):
+        words = list(rng.choice(_WORDS, _LENGTH + 2, replace=False))
+        for word in words[:2]:
+            # One word stays at either end: the first token of a text is often a special one.
+            late.append(" ".join([*words[2:-1], word, words[-1]]))
+            early.append(" ".join([words[2], word, *words[3:]]))
+    vectors = embed(late + early)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    moved = np.linalg.norm(vectors[0::2] - vectors[1::2], axis=1).reshape(2, _TEXTS)
+    if not moved.all():
+        where = "beginning" if moved[0].all() else "end"
+        return Verdict("unknown" if where == "beginning" else "causal", f"words near the {where} change nothing")
+    logs = np.log(moved[0] / moved[1])
+    ratio, error = float(np.exp(logs.mean())), 2 * float(logs.std() / np.sqrt(_TEXTS))
+    evidence = (
+        f"a word near the end moves the embedding {ratio:.2f} times as far as one near the beginning "
+        f"({np.exp(logs.mean() - error):.2f} to {np.exp(logs.mean() + error):.2f}); by mean pooling"
+    )
+    if logs.mean() + error < np.log(0.6):
+        return Verdict("causal", evidence)
+    if np.log(0.7) < logs.mean() - error and logs.mean() + error < np.log(1.4):
+        return Verdict("bidirectional", evidence)
+    return Verdict("unknown", f"{evidence}; name the encoder's folder with --model")
+
+
+@torch.inference_mode()
+def compare(embed: Embed, folder: Path) -> Verdict:
+    """Against our own encoder with the weights of `folder`, read rightly and in every wrong way that we know."""
+    tokenizer, encoder = AutoTokenizer.from_pretrained(folder), load_encoder(folder)
+    pooling = read_json(folder / "1_Pooling" / "config.json")["pooling_mode"]
+    texts = sample_texts(tokenizer, 12, min(64, tokenizer.model_max_length))
+    found = torch.from_numpy(embed(texts))
+    width = found.shape[1]  # the server may cut the embeddings
+    right = f"bidirectional, {pooling}, with EOS"
+    readings: dict[str, list[torch.Tensor]] = {}
+    for text in texts:
+        whole = tokenizer(text, truncation=True, return_tensors="pt")["input_ids"]
+        for ending, ids in (("with EOS", whole), ("without EOS", whole[:, :-1])):
+            everything = torch.ones(1, 1, ids.shape[1], ids.shape[1], dtype=torch.bool)
+            for attention, seen in (("bidirectional", everything), ("causal", everything.tril())):
+                states = encoder(input_ids=ids, attention_mask=seen).last_hidden_state[..., :width]
+                for mode in ("mean", "lasttoken", "cls"):
+                    row = pool(states, torch.ones_like(ids), mode)
+                    readings.setdefault(f"{attention}, {mode}, {ending}", []).append(row)
+    cosines = {
+        reading: float(torch.cosine_similarity(torch.cat(rows), found).mean()) for reading, rows in readings.items()
+    }
+    best = max(cosines, key=cosines.__getitem__)
+    attention = best.partition(",")[0]
+    other = max(value for reading, value in cosines.items() if not reading.startswith(attention))
+    evidence = (
+        f"{folder} read as {best!r} gives cosine {cosines[best]:.4f} to the answers; the other attention {other:.4f}"
+    )
+    if best != right:
+        evidence += f"; read rightly {cosines[right]:.4f}"
+    # Weights of 8 bits leave .999; what is nearer than this by chance is another model.
+    if cosines[best] < 0.98 or 1 - other < 3 * (1 - cosines[best]):
+        return Verdict("unknown", evidence)
+    return Verdict(attention if attention == "causal" or best == right else "misread", evidence)

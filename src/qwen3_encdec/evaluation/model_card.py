@@ -1,0 +1,91 @@
+"""A model card out of what the folders record: a fact that is not recorded is called that, never guessed."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from qwen3_encdec.evaluation.report import _cell, _code, _markdown_table, denoising_table, tasks_table
+from qwen3_encdec.files import PROVENANCE_FILE, read_json
+
+UNKNOWN = "not recorded"
+_SIZES = (
+    "model_type", "hidden_size", "num_hidden_layers", "num_decoder_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "is_causal",
+)  # fmt: skip
+
+
+def model_card(folders: Sequence[Path]) -> str:
+    """The card of the model behind the folders of its runs and evaluations, as Markdown."""
+    metrics = [read_json(folder / "metrics.json") for folder in folders if (folder / "metrics.json").exists()]
+    evaluated = [Path(m["provenance"]["model"]) for m in metrics if m.get("provenance", {}).get("model")]
+    encoders = [folder for folder in evaluated if (folder / "modules.json").exists()]
+    model = next(iter([*encoders, *evaluated, *folders]))
+    chain = _chain(model)
+    near = [
+        place for folder in chain for place in (folder, *folder.parents[1:2])
+    ]  # a checkpoint lies two below its run
+    runs = [folder for folder in dict.fromkeys([*folders, *near]) if (folder / "config.yaml").exists()]
+    config = read_json(chain[0] / "config.json") if (chain[0] / "config.json").exists() else {}
+
+    kind = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+    head = ["---", *(kind if (model / "modules.json").exists() else []), "tags: [qwen3, ul2]", "---"]
+    blocks = ["\n".join(head), f"# {_cell(model.name)}", "## How it was made"]
+    blocks.append("\n".join(f"1. {_step(folder)}" for folder in reversed(chain)))
+    blocks += ["## Architecture", _facts({key: config[key] for key in _SIZES if key in config}), "## Training"]
+    blocks += [_training(run) for run in runs] or [UNKNOWN]
+    blocks.append("## Evaluation")
+    for found in metrics:
+        if "denoising" in found:
+            blocks.append(_markdown_table(denoising_table(found["denoising"])))
+        if found.get("tasks"):
+            blocks.append("Scores with half the width of their 95 % bootstrap intervals; ties count against the model.")
+            blocks.append(_markdown_table(tasks_table(found["tasks"], found.get("tasks_not_run", {}))))
+        blocks.append(_facts(found.get("provenance", {})))
+    if not metrics:
+        blocks.append("not run")
+    blocks += ["## Licence, intended use, limits", f"{UNKNOWN}: whoever publishes the model writes this."]
+    return "\n\n".join(blocks) + "\n"
+
+
+def _chain(folder: Path) -> list[Path]:
+    """A folder and what it was made from, as far as the folders are still there."""
+    chain = [folder]
+    while len(chain) < 20:
+        record = _record(chain[-1])
+        source = next((record[key] for key in ("finetuned_from", "source", "model") if record.get(key)), None)
+        if source is None or Path(source) in chain:
+            break
+        chain.append(Path(source))
+    return chain
+
+
+def _record(folder: Path) -> dict[str, Any]:
+    record = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).exists() else {}
+    return record | ({"model": _settings(folder).get("model")} if (folder / "config.yaml").exists() else {})
+
+
+def _settings(run: Path) -> dict[str, Any]:
+    return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+
+
+def _step(folder: Path) -> str:
+    record = _record(folder)
+    facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("kind", "versions"))
+    return f"{_code(str(folder))}: {_cell(record.get('kind', UNKNOWN))}" + (f", {_cell(facts)}" if facts else "")
+
+
+def _training(run: Path) -> str:
+    file = run / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    last: dict[str, Any] = next((line for line in reversed(lines) if "target_tokens" in line), {})
+    facts: dict[str, Any] = {
+        key: last[key] for key in ("step", "source_tokens", "target_tokens", "examples", "loss") if key in last
+    }
+    return _facts({"run": str(run), **facts, **_settings(run)})
+
+
+def _facts(facts: dict[str, Any]) -> str:
+    return "\n".join(f"- {_cell(key)}: {_code(str(value))}" for key, value in facts.items()) or UNKNOWN

@@ -1,0 +1,303 @@
+"""Tasks without a hub: texts, what is right about them, and how an embedder is scored, with its 95 % interval.
+
+Every task scores embedders in the same way, so that a trained encoder and TF-IDF stand in one table. The interval is
+a percentile bootstrap over what was sampled: queries, test texts, or the documents of a set of pairs.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+
+from qwen3_encdec.data.package_docs import Docstring, package_docs, summary_pairs
+from qwen3_encdec.evaluation.baselines import MAX_TOKENS, NotRun, package_folder
+from qwen3_encdec.evaluation.geometry import geometry
+from qwen3_encdec.evaluation.retrieval import normalize, relevant_ranks, retrieval_scores
+from qwen3_encdec.evaluation.wordnet import Synset, synsets, wordnet_folder
+from qwen3_encdec.files import InputError
+
+Embed = Callable[[list[str]], np.ndarray]
+"""Texts to [N, d] fp32."""
+PACKAGE_DOCS = "package-docs"
+DRAWS = 1000
+
+
+class Task(Protocol):
+    """What the suite needs of a task."""
+
+    @property
+    def name(self) -> str:
+        """Its row in the table."""
+
+    @property
+    def metric(self) -> str:
+        """What its score is."""
+
+    @property
+    def max_tokens(self) -> int:
+        """Where texts are cut."""
+
+    @property
+    def corpus(self) -> list[str]:
+        """What TF-IDF may be fitted on, never what is asked; empty if there is nothing to fit it on."""
+
+    @property
+    def size(self) -> int:
+        """How many answers the score is made of."""
+
+    def measure(self, embed: Embed) -> dict[str, float]:
+        """`score` in the task's metric, the ends `low` and `high` of its interval, and what else it can say."""
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Find the one right document of each query; ties count against the model."""
+
+    name: str
+    queries: list[str]
+    documents: list[str]
+    relevant: np.ndarray
+    """[Q], index of the document."""
+    max_tokens: int = MAX_TOKENS
+    with_geometry: bool = False
+    """Measure the space as well."""
+    metric: ClassVar[str] = "R@1"
+
+    @property
+    def corpus(self) -> list[str]:
+        """The documents."""
+        return self.documents
+
+    @property
+    def size(self) -> int:
+        """Queries."""
+        return len(self.queries)
+
+    def measure(self, embed: Embed) -> dict[str, float]:
+        """R@1 as `score`, its interval, `mrr`, `ndcg@10`, `r@1`, and the geometry where asked for."""
+        queries, documents = embed(self.queries), embed(self.documents)
+        hits = relevant_ranks(queries, documents, self.relevant) == 1
+        scores = mean_interval(hits) | retrieval_scores(queries, documents, self.relevant)
+        return scores | (geometry(queries, documents[self.relevant]) if self.with_geometry else {})
+
+
+@dataclass(frozen=True)
+class Classification:
+    """A logistic regression on frozen embeddings: what can be read off them along straight lines."""
+
+    name: str
+    train_texts: list[str]
+    train_labels: np.ndarray
+    texts: list[str]
+    labels: np.ndarray
+    max_tokens: int = MAX_TOKENS
+    metric: ClassVar[str] = "accuracy"
+
+    @property
+    def corpus(self) -> list[str]:
+        """The texts of the train split."""
+        return self.train_texts
+
+    @property
+    def size(self) -> int:
+        """Texts of the test split."""
+        return len(self.texts)
+
+    def measure(self, embed: Embed) -> dict[str, float]:
+        """Accuracy on the test split; embeddings are normalized and scaled to unit variance on average."""
+        from sklearn.linear_model import LogisticRegression
+
+        train, test = normalize(embed(self.train_texts)), normalize(embed(self.texts))
+        center, scale = train.mean(axis=0), max(float(train.std(axis=0).mean()), 1e-6)
+        probe = LogisticRegression(C=PROBE_C, max_iter=1000).fit((train - center) / scale, self.train_labels)
+        return mean_interval(probe.predict((test - center) / scale) == self.labels)
+
+
+@dataclass(frozen=True)
+class Similarity:
+    """Agree with people on how alike two documents are."""
+
+    name: str
+    texts: list[str]
+    judgements: np.ndarray
+    """[N, N] symmetric; the diagonal is not read."""
+    max_tokens: int = MAX_TOKENS
+    metric: ClassVar[str] = "Pearson"
+
+    @property
+    def corpus(self) -> list[str]:
+        """The documents."""
+        return self.texts
+
+    @property
+    def size(self) -> int:
+        """Pairs."""
+        return len(self.texts) * (len(self.texts) - 1) // 2
+
+    def measure(self, embed: Embed) -> dict[str, float]:
+        """Correlation of the cosines with the judgements; 0 where either says nothing.
+
+        Documents are drawn for the interval and not pairs, which share their documents and so are not independent.
+        """
+        embeddings = normalize(embed(self.texts))
+        first, second = np.triu_indices(len(self.texts), k=1)
+        found = (embeddings @ embeddings.T)[first, second].astype(np.float64)
+        wanted = self.judgements[first, second]
+
+        def pearson(counts: np.ndarray) -> float:
+            weights = counts[first] * counts[second]
+            x, y = (values - np.average(values, weights=weights) for values in (found, wanted))
+            spread = np.sqrt((weights * x * x).sum() * (weights * y * y).sum())
+            return float((weights * x * y).sum() / spread) if spread > 1e-9 else 0.0
+
+        return interval(pearson, len(self.texts))
+
+
+def interval(statistic: Callable[[np.ndarray], float], units: int, *, seed: int = 0) -> dict[str, float]:
+    """A statistic and its 95 % percentile bootstrap: `score`, `low`, `high`.
+
+    Args:
+        statistic: Of how often each unit was drawn, [units].
+        units: What is drawn, with replacement.
+        seed: Of the draws.
+    """
+    draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=DRAWS)
+    low, high = np.percentile([statistic(counts) for counts in draws], (2.5, 97.5))
+    return {"score": statistic(np.ones(units)), "low": float(low), "high": float(high)}
+
+
+def mean_interval(values: np.ndarray) -> dict[str, float]:
+    """`interval` of a mean over independent values, [N]."""
+    return interval(lambda counts: float(counts @ values / counts.sum()), len(values))
+
+
+# The tasks. Each maker takes (most queries or test texts, seed) and raises NotRun where its data are not installed.
+
+PROBE_C = 0.01
+CLASSES, TEXTS_PER_CLASS = 12, 60
+NEEDLES, NEEDLE_WORDS, NEEDLE_LENGTHS = 100, 60, (128, 512, 1024)
+NEEDLE_PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
+WORDNET_TRAIN = 4000
+
+
+def package_retrieval(most: int, seed: int) -> list[Task]:
+    """Find a docstring's body by its summary line, among those of all held-out packages."""
+    pairs = _heldout_pairs()
+    relevant = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
+    queries, documents = [pairs[i][0] for i in relevant], [body for _, body in pairs]
+    return [Retrieval(PACKAGE_DOCS, queries, documents, relevant, with_geometry=True)]
+
+
+def package_classes(most: int, seed: int) -> list[Task]:
+    """Which package is a docstring from?"""
+    documents = documents_by_package(CLASSES, TEXTS_PER_CLASS, seed)
+    texts = [document.text for document in documents]
+    labels = np.unique([document.package for document in documents], return_inverse=True)[1]
+    train = np.arange(len(texts)) % 2 == 0
+    test = np.flatnonzero(~train)[:most]
+    train_texts = [text for text, kept in zip(texts, train, strict=True) if kept]
+    return [Classification("package", train_texts, labels[train], [texts[i] for i in test], labels[test])]
+
+
+def needles(most: int, seed: int) -> list[Task]:
+    """Find the long text that holds a passage at its start, middle or end, by the summary of the passage.
+
+    Lengths are in words. A model that truncates loses what lies behind; one whose mean dilutes loses by length.
+    """
+    pairs, rng = _heldout_pairs(), np.random.default_rng(seed)
+    order = rng.permutation(len(pairs))
+    asked, rest = order[: min(most, NEEDLES)], order[min(most, NEEDLES) :]
+    hay = " ".join(pairs[i][1] for i in rest).split()
+    if len(hay) < 2 * max(NEEDLE_LENGTHS):
+        raise NotRun("install more packages: there is too little held-out text")
+    tasks: list[Task] = []
+    for length in NEEDLE_LENGTHS:
+        for place, share in NEEDLE_PLACES.items():
+            texts = []
+            for i in asked:
+                needle = pairs[i][1].split()[:NEEDLE_WORDS]
+                start = int(rng.integers(len(hay) - length))
+                filler = hay[start : start + length - len(needle)]
+                cut = round(share * len(filler))
+                texts.append(" ".join([*filler[:cut], *needle, *filler[cut:]]))
+            queries = [pairs[i][0] for i in asked]
+            tasks.append(
+                Retrieval(f"needle {length} {place}", queries, texts, np.arange(len(asked)), max_tokens=4 * length)
+            )
+    return tasks
+
+
+def wordnet_examples(most: int, seed: int) -> list[Task]:
+    """Find a word's definition by a phrase that uses the word."""
+    chosen = _meanings(most, seed)
+    return [_definitions("wordnet example", [meaning.examples[0] for meaning in chosen], chosen)]
+
+
+def wordnet_lemmas(most: int, seed: int) -> list[Task]:
+    """Find a word's definition, among those of the same meanings, by the word."""
+    chosen = _meanings(most, seed)
+    return [_definitions("wordnet lemma", [meaning.lemmas[0] for meaning in chosen], chosen)]
+
+
+def wordnet_classes(most: int, seed: int) -> list[Task]:
+    """Which of the 45 lexicographers' files is a definition from?"""
+    found = synsets(wordnet_folder())
+    order = np.random.default_rng(seed).permutation(len(found))[: WORDNET_TRAIN + most]
+    texts, labels = [found[i].definition for i in order], np.array([found[i].lexicographer for i in order])
+    cut = WORDNET_TRAIN
+    return [Classification("wordnet class", texts[:cut], labels[:cut], texts[cut:], labels[cut:])]
+
+
+def lee(most: int, seed: int) -> list[Task]:
+    """Fifty news items and what people said of the likeness of each two (Lee, Pincombe & Welsh 2005), from gensim."""
+    folder = package_folder("gensim", "gensim") / "test" / "test_data"
+    texts = (folder / "lee.cor").read_text(encoding="latin-1").splitlines()
+    judgements = np.loadtxt(folder / "similarities0-1.txt")
+    return [Similarity("Lee", texts, judgements)]
+
+
+TASKS: dict[str, Callable[[int, int], list[Task]]] = {
+    PACKAGE_DOCS: package_retrieval,
+    "package": package_classes,
+    "wordnet-example": wordnet_examples,
+    "wordnet-lemma": wordnet_lemmas,
+    "wordnet-class": wordnet_classes,
+    "lee": lee,
+    "needle": needles,
+}
+"""What `evaluate --tasks` chooses from."""
+
+
+def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring]:
+    """At most `texts` documents of each of the held-out packages that have most, shuffled."""
+    documents = package_docs("heldout")
+    counts = Counter(document.package for document in documents)
+    largest = {package for package, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:packages]}
+    taken: Counter[str] = Counter()
+    chosen = []
+    for i in np.random.default_rng(seed).permutation(len(documents)):
+        package = documents[i].package
+        if package in largest and taken[package] < texts:
+            taken[package] += 1
+            chosen.append(documents[i])
+    return chosen
+
+
+def _meanings(most: int, seed: int) -> list[Synset]:
+    """`most` meanings with an example; of those with the same definition the first stays."""
+    found = {meaning.definition: meaning for meaning in reversed(synsets(wordnet_folder())) if meaning.examples}
+    usable = list(found.values())
+    return [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))[:most]]
+
+
+def _definitions(name: str, queries: list[str], meanings: list[Synset]) -> Task:
+    return Retrieval(name, queries, [meaning.definition for meaning in meanings], np.arange(len(meanings)))
+
+
+def _heldout_pairs() -> list[tuple[str, str]]:
+    pairs = summary_pairs("heldout")
+    if not pairs:
+        raise InputError("no held-out package has a docstring with a summary and a body; install more packages")
+    return pairs

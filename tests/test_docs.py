@@ -1,0 +1,68 @@
+"""The pages say what is: their commands exist with their options, and their errors are in the code."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import typer.main
+import yaml
+
+from qwen3_encdec.cli import app
+from qwen3_encdec.evaluation.tasks import TASKS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+COMMANDS = typer.main.get_command(app).commands
+
+
+def unknown_words(text):
+    """`COMMAND --option` of `qwen3-encdec` in code that the command line does not know."""
+    unknown = []
+    code = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
+    for line in "\n".join(code).replace("\\\n", " ").splitlines():
+        if match := re.match(r"\s*qwen3-encdec +([a-z][\w-]*)(.*)", line):
+            name, rest = match[1], match[2]
+            if name not in COMMANDS:
+                unknown.append(name)
+                continue
+            known = {
+                option for parameter in COMMANDS[name].params for option in parameter.opts + parameter.secondary_opts
+            }
+            words = shlex.split(rest, comments=True)
+            unknown += [f"{name} {word}" for word in words if word.startswith("--") and word.split("=")[0] not in known]
+    return unknown
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_and_options_exist(page):
+    assert unknown_words(page.read_text(encoding="utf-8")) == []
+
+
+def test_a_wrong_command_would_be_found():
+    assert unknown_words("```\nqwen3-encdec extract --checkpoint a --pool mean\nqwen3-encdec extrakt\n```") == [
+        "extract --pool", "extrakt",
+    ]  # fmt: skip
+
+
+def test_troubleshooting_quotes_the_errors_as_they_are():
+    source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
+    source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that are broken over lines
+    quoted = re.findall(
+        r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert len(quoted) > 10
+    for sentence in quoted:
+        for part in sentence.removeprefix("not run: ").split(" ... "):
+            assert part in source, sentence
+
+
+def test_every_task_is_documented():
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    assert [name for name in TASKS if f"| {name} |" not in text] == []
+
+
+def test_the_site_has_every_page_once():
+    navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
+    pages = [page for section in navigation for group in section.values() for page in group]
+    assert sorted(pages) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))

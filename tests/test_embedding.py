@@ -1,0 +1,337 @@
+"""Our fast path embeds as sentence-transformers does, in any order, width, precision and number of processes."""
+
+import base64
+import gzip
+import io
+import json
+import shutil
+import subprocess
+import sys
+import threading
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.quantization import quantize_embeddings
+
+from qwen3_encdec import cli
+from qwen3_encdec.embedding import TextEncoder, embed_file, encoder_folder, read_texts, token_batches, write_embeddings
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.files import InputError, read_json, write_json
+from qwen3_encdec.server import answer_request, make_server
+
+TEXTS = ["", "One.", "A few more words to read.", "naïve <|im_end|> text", "word " * 700, "short", "x" * 90, "Two."]
+
+
+@pytest.fixture(scope="module", params=["mean", "last", "cls"])
+def encoder(request, init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / request.param
+    extract_encoder(init_folder, folder, pooling=request.param, max_seq_length=200)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def mean_encoder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "mean"
+    extract_encoder(init_folder, folder, max_seq_length=200)
+    settings = read_json(folder / "config_sentence_transformers.json")
+    prompts = {"query": "query: ", "document": ""}
+    write_json(folder / "config_sentence_transformers.json", {**settings, "prompts": prompts})
+    return folder
+
+
+@pytest.fixture
+def fp32(mean_encoder):
+    return TextEncoder(mean_encoder, dtype=torch.float32)
+
+
+def stock(folder, texts, **options):
+    kwargs = {"dtype": torch.float32}
+    return SentenceTransformer(str(folder), device="cpu", model_kwargs=kwargs).encode(texts, **options)
+
+
+def test_embeddings_are_those_of_sentence_transformers(encoder):
+    ours = TextEncoder(encoder, dtype=torch.float32)
+    assert np.allclose(ours.encode(TEXTS), stock(encoder, TEXTS), atol=2e-6)
+    assert ours.num_cut == 1
+    causal = SentenceTransformer(str(encoder), device="cpu", config_kwargs={"is_causal": True}).encode(TEXTS)
+    assert not np.allclose(ours.encode(TEXTS), causal, atol=1e-2)
+
+
+@pytest.mark.parametrize("budget", [1, 7, 64, 10_000])
+def test_no_text_depends_on_its_batch(fp32, budget):
+    alone = np.concatenate([fp32.encode([text]) for text in TEXTS])
+    assert np.allclose(fp32.encode(TEXTS, batch_tokens=budget), alone, atol=2e-6)
+    assert not np.allclose(fp32.encode(TEXTS[::-1], batch_tokens=budget), alone, atol=1e-2)
+
+
+def test_batches_hold_every_text_once_within_the_budget():
+    lengths = np.array([3, 900, 3, 3, 50, 1, 50, 3])
+    batches = list(token_batches(lengths, 100))
+    assert sorted(np.concatenate(batches).tolist()) == list(range(8))
+    assert [int(lengths[batch].sum()) for batch in batches] == [900, 100, 13]
+    assert not list(token_batches(np.array([], dtype=np.int64), 5))
+
+
+def test_processes_compute_the_same(fp32):
+    assert np.allclose(fp32.encode(TEXTS, processes=2, batch_tokens=50), fp32.encode(TEXTS), atol=2e-6)
+
+
+def test_dimensions_are_cut_and_normalized_again(fp32, mean_encoder):
+    cut = fp32.encode(TEXTS, dimensions=10)
+    assert np.allclose(cut, stock(mean_encoder, TEXTS, truncate_dim=10, normalize_embeddings=True), atol=2e-6)
+    assert np.allclose(np.linalg.norm(cut, axis=1), 1, atol=1e-5)
+    with pytest.raises(InputError, match="dimensions 41 must lie in 1 ... 40"):
+        fp32.encode(TEXTS, dimensions=41)
+
+
+def test_bfloat16_is_near(fp32, mean_encoder):
+    near = TextEncoder(mean_encoder, dtype=torch.bfloat16).encode(TEXTS)
+    cosines = (near * fp32.encode(TEXTS)).sum(1)
+    assert 0.99 < cosines.min() < 1 - 1e-6
+
+
+def test_default_dtype_follows_the_processor(mean_encoder, monkeypatch):
+    for capabilities, expected in (({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
+        assert TextEncoder(mean_encoder, device="cpu").dtype == expected
+
+
+def test_prompts(fp32, mean_encoder):
+    expected = stock(mean_encoder, TEXTS[1:3], prompt_name="query")
+    assert np.allclose(fp32.encode(TEXTS[1:3], prompt_name="query"), expected, atol=2e-6)
+    with pytest.raises(InputError, match="prompt 'questions' is none of mean's: query, document"):
+        fp32.encode(TEXTS, prompt_name="questions")
+
+
+def test_very_long_text_and_max_tokens(mean_encoder):
+    text = "many words " * 50_000
+    encoder = TextEncoder(mean_encoder, dtype=torch.float32, max_tokens=300)
+    (ids,) = encoder.tokenize([text])
+    assert len(ids) == 300
+    assert ids[-1] == read_json(mean_encoder / "config.json")["eos_token_id"]
+    assert encoder.num_cut == 1
+    with pytest.raises(InputError, match="max tokens 90000 must lie in 2 ... 32768"):
+        TextEncoder(mean_encoder, max_tokens=90_000)
+
+
+def test_weights_of_mixed_dtypes_are_one(mean_encoder, tmp_path):
+    folder = shutil.copytree(mean_encoder, tmp_path / "mixed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors = {name: tensor.bfloat16() if "mlp" in name else tensor for name, tensor in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    encoder = TextEncoder(folder, dtype=torch.float32)
+    assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
+    assert np.allclose(encoder.encode(TEXTS), stock(folder, TEXTS), atol=2e-6)
+
+
+def test_an_encoder_decoder_is_taken_apart_and_that_is_said(init_folder, mean_encoder, capsys):
+    encoder = TextEncoder(init_folder, dtype=torch.float32, max_tokens=200)
+    assert "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
+    assert np.allclose(encoder.encode(TEXTS), TextEncoder(mean_encoder, dtype=torch.float32).encode(TEXTS), atol=1e-6)
+    with encoder_folder(init_folder) as folder:
+        assert (folder / "modules.json").exists()
+    assert not folder.exists()
+
+
+def damaged(mean_encoder, tmp_path, file, **changes):
+    folder = shutil.copytree(mean_encoder, tmp_path / "damaged")
+    write_json(folder / file, {**read_json(folder / file), **changes})
+    return folder
+
+
+def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
+    for folder in (tmp_path / "nowhere", parent_folder):
+        with pytest.raises(InputError, match="is no encoder folder; make one with: qwen3-encdec extract"):
+            TextEncoder(folder)
+    folder = damaged(mean_encoder, tmp_path, "config.json", is_causal=True)
+    with pytest.raises(InputError, match="is no encoder folder"):
+        TextEncoder(folder)
+    folder = damaged(mean_encoder, tmp_path / "a", "1_Pooling/config.json", pooling_mode_max_tokens=True,
+                     pooling_mode_mean_tokens=False, pooling_mode="max")  # fmt: skip
+    with pytest.raises(InputError, match="pools in another way than mean, last, cls"):
+        TextEncoder(folder)
+    folder = damaged(mean_encoder, tmp_path / "b", "config.json", intermediate_size=64)
+    with pytest.raises(InputError, match=r"tensor layers.0.mlp.down_proj.weight is \(40, 56\), expected \(40, 64\)"):
+        TextEncoder(folder).encode(TEXTS)
+    weights = shutil.copytree(mean_encoder, tmp_path / "cut") / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(InputError, match="model.safetensors is truncated"):
+        TextEncoder(tmp_path / "cut").encode(TEXTS)
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr("sys.argv", ["qwen3-encdec", *map(str, arguments)])
+        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return stop.value.code or 0, captured.out, captured.err
+
+    return call
+
+
+def test_embed_from_stdin_to_npy(command, mean_encoder, tmp_path, fp32):
+    output = tmp_path / "new" / "x.npy"
+    code, out, _ = command("embed", "--model", mean_encoder, "--input", "-", "--output", output, "--dtype", "float32",
+                           stdin="".join(f"{text}\n" for text in TEXTS))  # fmt: skip
+    assert code == 0
+    assert "8 texts in float32, 1 cut at 200 tokens: (8, 40) float32" in out
+    assert np.allclose(np.load(output), fp32.encode(TEXTS), atol=1e-6)
+    assert [file.name for file in output.parent.iterdir()] == ["x.npy"]
+
+
+def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(command, mean_encoder, tmp_path, fp32):
+    source = tmp_path / "texts.jsonl.gz"
+    source.write_bytes(gzip.compress("\n".join(json.dumps({"body": text}) for text in TEXTS).encode()))
+    options = {"input": source, "output": tmp_path / "x.parquet", "text-column": "body", "prompt-name": "query",
+               "dimensions": 8, "dtype": "float32"}  # fmt: skip
+    arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
+    code, _, err = command("embed", "--model", mean_encoder, *arguments)
+    assert code == 0, err
+    table = pq.read_table(tmp_path / "x.parquet")
+    assert table["text"].to_pylist() == TEXTS
+    found = np.array(table["embedding"].to_pylist(), dtype=np.float32)
+    assert np.allclose(found, fp32.encode(TEXTS, prompt_name="query", dimensions=8), atol=1e-6)
+
+
+def test_precisions(mean_encoder, tmp_path, fp32):
+    (tmp_path / "texts.txt").write_text("\n".join(text or " " for text in TEXTS))
+    embeddings = fp32.encode([text or " " for text in TEXTS])
+
+    def embedded(name, **options):
+        embed_file(mean_encoder, str(tmp_path / "texts.txt"), tmp_path / name, dtype=torch.float32, **options)
+        return np.load(tmp_path / name)
+
+    assert np.array_equal(embedded("b.npy", precision="binary"), quantize_embeddings(embeddings, "binary"))
+    first = embedded("i.npy", precision="int8")
+    ranges = np.load(tmp_path / "i.ranges.npy")
+    assert np.array_equal(ranges, np.stack([embeddings.min(0), embeddings.max(0)]))
+    assert np.array_equal(embedded("again.npy", precision="int8", ranges=tmp_path / "i.ranges.npy"), first)
+    assert not (tmp_path / "again.ranges.npy").exists()
+    restored = (first + 128.0) * (ranges[1] - ranges[0]) / 255 + ranges[0]
+    assert np.abs(restored - embeddings).max() <= ((ranges[1] - ranges[0]) / 255).max() + 1e-6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--output", "x.csv"), "must be a file ending in .npy or .parquet"),
+        (("--output", "x.npy", "--precision", "int4"), "precision 'int4' is none of float32, int8, binary"),
+        (("--output", "x.npy", "--input", "nowhere.txt"), "no such file"),
+        (("--output", "x.npy", "--ranges", "texts.txt", "--precision", "int8"), "texts.txt cannot be read"),
+        (("--output", "x.npy", "--model", "nowhere"), "is no encoder folder"),
+    ],
+)
+def test_embed_refuses_and_writes_nothing(command, mean_encoder, tmp_path, monkeypatch, arguments, sentence):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts.txt").write_text("one\ntwo\n")
+    (tmp_path / "empty.txt").write_text("")
+    code, _, err = command("embed", "--model", mean_encoder, "--input", "texts.txt", *arguments)
+    assert code == 2
+    assert sentence in err
+    assert len(err.strip().splitlines()) == 1
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["empty.txt", "texts.txt"]
+
+
+def test_inputs_without_texts(tmp_path):
+    (tmp_path / "empty.txt").write_text("")
+    with pytest.raises(InputError, match="holds no documents|holds no texts|corpus is empty"):
+        read_texts(str(tmp_path / "empty.txt"))
+
+
+def test_a_failed_write_leaves_nothing(tmp_path):
+    with pytest.raises(Exception, match="expected"):
+        write_embeddings(tmp_path / "x.parquet", np.zeros((3, 2), dtype=np.float32), ["one"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_similarity_prints_the_matrix(command, mean_encoder):
+    code, out, _ = command("similarity", "--model", mean_encoder, "One.", "One.", "Another thing\naltogether")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert rows[0] == ["1", "2", "3"]
+    assert rows[1][1:3] == ["1.000", "1.000"]
+    assert rows[2][1:4] == rows[1][1:4]
+    assert float(rows[3][1]) < 0.99
+    assert out.rstrip().endswith("Another thing altogether")
+
+
+@pytest.fixture
+def server(fp32):
+    with make_server(fp32, port=0) as running:
+        threading.Thread(target=running.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+
+
+def post(url, body):
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as answer:
+        return json.load(answer)
+
+
+def test_server_answers_as_openai_does(server, fp32):
+    expected = fp32.encode(TEXTS)
+    answer = post(f"{server}/v1/embeddings", {"model": "any", "input": TEXTS})
+    assert np.allclose([row["embedding"] for row in answer["data"]], expected, atol=1e-6)
+    assert [row["index"] for row in answer["data"]] == list(range(8))
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, fp32.tokenize(TEXTS)))
+    packed = post(f"{server}/v1/embeddings", {"input": "One.", "encoding_format": "base64", "dimensions": 8})
+    vector = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), dtype="<f4")
+    assert np.allclose(vector, fp32.encode(["One."], dimensions=8)[0], atol=1e-6)
+    with urllib.request.urlopen(f"{server}/v1/models") as models:
+        assert json.load(models)["data"][0]["id"] == "mean"
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"{", "not valid JSON"),
+        ({"texts": []}, "has no input"),
+        ([], "has no input"),
+        ({"input": []}, "a text or a list of texts"),
+        ({"input": [[1, 2]]}, "a text or a list of texts"),
+        ({"input": "a", "dimensions": "8"}, "dimensions must be an integer"),
+        ({"input": "a", "dimensions": 999}, "must lie in 1 ... 40"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format must be float or base64"),
+        ({"input": "a", "prompt_name": "no"}, "is none of mean's"),
+    ],
+)
+def test_server_says_what_is_wrong_and_goes_on(server, body, sentence):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        post(f"{server}/v1/embeddings", body)
+    assert refused.value.code == 400
+    assert sentence in json.load(refused.value)["error"]["message"]
+    assert post(f"{server}/v1/embeddings", {"input": "still there"})["data"]
+
+
+def test_server_paths_and_ports(server, fp32):
+    with pytest.raises(urllib.error.HTTPError, match="404"):
+        urllib.request.urlopen(f"{server}/nowhere")
+    with pytest.raises(InputError, match="cannot listen on 127.0.0.1"):
+        make_server(fp32, port=int(server.rpartition(":")[2]))
+    with pytest.raises(InputError, match="has no input"):
+        answer_request(fp32, b"{}")
+
+
+def test_bench_runs_whole_at_toy_size(tmp_path):
+    script = Path(__file__).parent.parent / "bench/embed.py"
+    command = [sys.executable, script, "--quick", "--forms", "", "--output", tmp_path / "figures.json"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    targets = [line for line in done.stdout.splitlines() if line.startswith("target ")]
+    assert len(targets) == 4
+    assert targets[-1].endswith("(wanted >= 0.99999) met")
+    figures = read_json(tmp_path / "figures.json")
+    assert figures["recall@10"]["int8"] > 0.9 > figures["recall@10"]["binary"] > 0.3
+    assert figures["recall@10"]["control, shuffled documents"] < 0.3

@@ -1,0 +1,276 @@
+"""Finetuning: every objective learns, what the config says is what the libraries are told, and errors are sentences."""
+
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from qwen3_encdec import finetuning
+from qwen3_encdec.demo.parent import causal_embedder
+from qwen3_encdec.embedding import TextEncoder
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.files import PROVENANCE_FILE, InputError, read_json
+from qwen3_encdec.finetuning import FinetuneConfig, finetune, read_examples
+from qwen3_encdec.training.config import config_to_dict, load_dataclass
+
+ROOT = Path(__file__).parent.parent
+NOUNS = (
+    "river", "window", "bread", "teacher", "market", "silver", "garden", "engine", "letter", "winter", "bridge",
+    "doctor", "music", "paper", "summer", "stone", "kitchen", "island", "captain", "forest", "mirror", "pocket",
+)  # fmt: skip
+PAIRS = [(f"about the {a} and the {b}", f"Here {b} comes first, then {a}.") for a in NOUNS for b in NOUNS if a < b]
+TRIPLETS = [(a, b, f"Nothing of it, only {i}.") for i, (a, b) in enumerate(PAIRS)]
+QUICK = {"steps": 2, "batch_size": 8, "max_length": 32}
+
+
+@pytest.fixture(scope="module")
+def encoder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "encoder"
+    extract_encoder(init_folder, folder)
+    return folder
+
+
+def weights(folder) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def differ(first, second) -> bool:
+    return any(not torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
+
+
+def hits(folder, dimensions: int | None = None) -> float:
+    """Share of 60 queries whose own document is the nearest."""
+    encoder = TextEncoder(folder, dtype=torch.float32)
+    queries, documents = (encoder.encode(side, dimensions=dimensions) for side in zip(*PAIRS[-60:], strict=True))
+    return float(((queries @ documents.T).argmax(1) == np.arange(60)).mean())
+
+
+@pytest.fixture
+def told(monkeypatch):
+    """Arguments of the trainer and of losses, instead of training."""
+    found = {}
+
+    class Trainer:
+        def __init__(self, **arguments):
+            found.update(arguments)
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning, "SentenceTransformerTrainer", Trainer)
+
+    def call(encoder, output, examples=PAIRS, **changes):
+        with pytest.raises(KeyboardInterrupt):
+            finetune(encoder, output, examples, **{**QUICK, **changes})
+        return found
+
+    return call
+
+
+def test_shipped_config_has_every_field_and_no_other():
+    config = load_dataclass(FinetuneConfig, ROOT / "configs/finetune.yaml")
+    text = (ROOT / "configs/finetune.yaml").read_text()
+    for name in config_to_dict(config):
+        assert f"\n{name}: " in text, name
+    changed = load_dataclass(FinetuneConfig, ROOT / "configs/finetune.yaml", ["lr=1e-5", "directions=[query_to_doc]"])
+    assert changed == replace(config, lr=1e-5, directions=["query_to_doc"])
+    with pytest.raises(InputError, match=r"unknown key batchsize; did you mean batch_size\?"):
+        load_dataclass(FinetuneConfig, None, ["batchsize=3"])
+
+
+def test_matryoshka_training_raises_retrieval_at_full_and_small_width(encoder, tmp_path):
+    options = {"steps": 30, "batch_size": 32, "lr": 3e-3, "max_length": 32, "matryoshka_dims": [10]}
+    result = finetune(encoder, tmp_path / "tuned", PAIRS[:-60], **options)
+    assert result["pairs"] == len(PAIRS) - 60
+    assert hits(tmp_path / "tuned") > hits(encoder) + 0.2
+    assert hits(tmp_path / "tuned", 10) > hits(encoder, 10) + 0.2
+    # shuffled pairs are the control: the same budget on pairs that do not belong together
+    queries, documents = zip(*PAIRS[:-60], strict=True)
+    finetune(encoder, tmp_path / "control", list(zip(queries, documents[7:] + documents[:7], strict=True)), **options)
+    assert hits(tmp_path / "tuned") > hits(tmp_path / "control") + 0.2
+
+
+def test_gradcache_is_the_plain_loss(encoder, tmp_path):
+    for name, size in (("plain", 0), ("cached", 3)):
+        finetune(encoder, tmp_path / name, PAIRS, **QUICK, mini_batch_size=size)
+    finetune(encoder, tmp_path / "other", PAIRS, **{**QUICK, "batch_size": 7})
+    plain, cached, other = (weights(tmp_path / name) for name in ("plain", "cached", "other"))
+    assert all(torch.allclose(plain[name], cached[name], atol=2e-5) for name in plain)
+    assert not all(torch.allclose(plain[name], other[name], atol=2e-5) for name in plain)
+
+
+def test_spread_out_regulariser_lowers_the_cosines_of_strangers(encoder, tmp_path):
+    def mean_square_cosine(folder):
+        embeddings = TextEncoder(folder, dtype=torch.float32).encode([document for _, document in PAIRS[:40]])
+        return float(((embeddings @ embeddings.T) ** 2).mean())
+
+    for name, weight in (("without", 0.0), ("with", 20.0)):
+        finetune(encoder, tmp_path / name, PAIRS, steps=12, batch_size=16, lr=2e-3, max_length=32, mini_batch_size=8,
+                 spread_weight=weight)  # fmt: skip
+    assert mean_square_cosine(tmp_path / "with") < 0.8 * mean_square_cosine(tmp_path / "without")
+
+
+@pytest.mark.parametrize("objective", ["embed_distill", "margin_mse", "distill_kl"])
+def test_distillation_approaches_its_teacher(encoder, tmp_path, objective):
+    """The teacher is the encoder after other training; the student begins where the teacher began."""
+    finetune(encoder, tmp_path / "teacher", PAIRS, steps=10, batch_size=32, lr=3e-3, max_length=32)
+
+    def distance(folder):
+        models = [SentenceTransformer(str(f), device="cpu") for f in (tmp_path / "teacher", folder)]
+        columns = [list(column) for column in zip(*TRIPLETS[:60], strict=True)]
+        said = [[model.encode(column, convert_to_tensor=True) for column in columns] for model in models]
+        if objective == "embed_distill":
+            return float(sum((a - b).square().mean() for a, b in zip(*said, strict=True)))
+        margins = [((q * p).sum(-1) - (q * n).sum(-1)) for q, p, n in said]
+        return float((margins[0] - margins[1]).square().mean())
+
+    options = {"teacher": str(tmp_path / "teacher"), "objective": objective, "columns": ["a", "b", "c"]}
+    finetune(encoder, tmp_path / "student", TRIPLETS, steps=20, batch_size=32, lr=1e-3, max_length=32, **options)
+    assert distance(tmp_path / "student") < 0.7 * distance(encoder)
+
+
+def test_a_wider_teacher_is_met_through_a_projection(encoder):
+    config = FinetuneConfig(objective="embed_distill", teacher="x")
+    model = SentenceTransformer(str(encoder), device="cpu")
+    pair = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
+    labels = finetuning._add_labels(config, pair, model)[0]["label"]
+    assert np.allclose(labels, model.encode(["a", "b"]), atol=1e-6)
+    assert finetuning._loss(config, model, pair.add_column("label", [labels])).projection is None
+    wider = pair.add_column("label", [np.ones((2, 56)).tolist()])
+    assert finetuning._loss(config, model, wider).projection.weight.shape == (56, 40)
+
+
+def test_mined_negatives_are_near_and_never_the_positive(encoder, tmp_path, told):
+    dataset = told(encoder, tmp_path / "x", mine_negatives=2, mining_margin=0.0)["train_dataset"]
+    assert dataset.column_names == ["anchor", "positive", "negative_1", "negative_2"]
+    assert all(row["positive"] not in (row["negative_1"], row["negative_2"]) for row in dataset)
+    own = dict(PAIRS)
+    assert all(own[row["anchor"]] == row["positive"] for row in dataset)
+
+
+def test_prompts_reach_training_and_the_folder(encoder, tmp_path, told):
+    prompts = {"query_prompt": "query: ", "document_prompt": "text: "}
+    arguments = told(encoder, tmp_path / "x", TRIPLETS, columns=["a", "b", "c"], **prompts)["args"]
+    assert arguments.prompts == {"anchor": "query: ", "positive": "text: ", "negative_1": "text: "}
+    assert not told(encoder, tmp_path / "x")["args"].prompts
+
+
+def test_prompts_are_all_that_changes_in_the_small_files(encoder, tmp_path):
+    finetune(encoder, tmp_path / "tuned", PAIRS, **QUICK, query_prompt="query: ")
+    before, after = (
+        read_json(folder / "config_sentence_transformers.json") for folder in (encoder, tmp_path / "tuned")
+    )
+    assert after == {**before, "prompts": {"query": "query: ", "document": ""}}
+    model, ours = (
+        SentenceTransformer(str(tmp_path / "tuned"), device="cpu"),
+        TextEncoder(tmp_path / "tuned", dtype=torch.float32),
+    )
+    prompted = model.encode_query(["a river"])
+    assert np.allclose(prompted, ours.encode(["a river"], prompt_name="query"), atol=1e-5)
+    assert not np.allclose(prompted, ours.encode(["a river"]), atol=1e-3)
+
+
+def test_contrastive_options_reach_the_loss(encoder, tmp_path, told):
+    directions = ["query_to_doc", "query_to_query", "doc_to_query", "doc_to_doc"]
+    options = {"directions": directions, "partition_mode": "joint", "hardness": "hard_negatives",
+               "hardness_strength": 7.0, "temperature": 0.02, "mini_batch_size": 4}  # fmt: skip
+    loss = told(encoder, tmp_path / "x", **options)["loss"]
+    assert (loss.scale, loss.directions, loss.partition_mode) == (50.0, tuple(directions), "joint")
+    assert (loss.hardness_mode, loss.hardness_strength, loss.mini_batch_size) == ("hard_negatives", 7.0, 4)
+    loss = told(encoder, tmp_path / "x", matryoshka_dims=[10, 20])["loss"]
+    assert loss.matryoshka_dims == (40, 20, 10)
+
+
+def test_lora_trains_adapters_and_leaves_an_ordinary_folder(encoder, tmp_path):
+    pytest.importorskip("peft")
+    finetune(encoder, tmp_path / "tuned", PAIRS, **QUICK, lora_rank=3)
+    before, after = weights(encoder), weights(tmp_path / "tuned")
+    assert before.keys() == after.keys()
+    assert torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
+    assert not torch.equal(before["layers.0.self_attn.q_proj.weight"], after["layers.0.self_attn.q_proj.weight"])
+    assert np.isfinite(TextEncoder(tmp_path / "tuned").encode(["a"])).all()
+
+
+def test_provenance_holds_the_config(encoder, tmp_path):
+    finetune(encoder, tmp_path / "tuned", PAIRS, **QUICK, seed=3)
+    record = read_json(tmp_path / "tuned" / PROVENANCE_FILE)
+    assert record["finetuned_from"] == str(encoder)
+    assert FinetuneConfig(**record["config"]) == FinetuneConfig(**QUICK, seed=3)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
+def test_examples_of_files(tmp_path, suffix):
+    rows = [*TRIPLETS[:6], ("no document", " ", "x"), ("none", None, "x")]
+    table = Dataset.from_dict(dict(zip(("q", "d", "n"), map(list, zip(*rows, strict=True)), strict=True)))
+    path = tmp_path / f"pairs{suffix}"
+    (table.to_json if suffix == ".jsonl" else table.to_parquet)(path)
+    dataset = read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", "d", "n"]))
+    assert [tuple(row.values()) for row in dataset] == TRIPLETS[:6]
+    assert dataset.column_names == ["anchor", "positive", "negative_1"]
+    both = read_examples(FinetuneConfig(inputs=[str(path), str(path)], columns=["q", "n"]))
+    assert len(both) == 2 * len(rows)
+
+
+def test_examples_of_package_docs():
+    dataset = read_examples(FinetuneConfig())
+    assert dataset.column_names == ["anchor", "positive"]
+    assert len(dataset) > 1000
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"lr": math.inf}, "lr must be above 0 and finite"),
+        ({"columns": ["text"]}, "columns must name a query and its document"),
+        ({"objective": "distill_kl"}, "objective distill_kl needs a teacher"),
+        ({"teacher": "x"}, "objective contrastive has no teacher"),
+        ({"objective": "margin_mse", "teacher": "x"}, "name more columns, or mine_negatives"),
+        ({"directions": ["doc_to_doc"]}, "must hold query_to_doc"),
+        ({"directions": ["query_to_doc", "doc_to_doc"]}, "need partition_mode joint"),
+        ({"objective": "embed_distill", "teacher": "x", "spread_weight": 1.0}, "with objective contrastive only"),
+        ({"matryoshka_dims": [64]}, "must lie in 1 ... 40"),
+        ({"inputs": ["nowhere.jsonl"]}, "input nowhere.jsonl does not exist"),
+        ({"inputs": ["package-docs"], "columns": ["a", "b", "c"]}, "package-docs has pairs"),
+        ({"miner": "nowhere"}, "nowhere is no sentence-transformers folder"),
+    ],
+)
+def test_bad_settings(encoder, tmp_path, changes, sentence):
+    with pytest.raises(InputError, match=sentence):
+        finetune(encoder, tmp_path / "out", **{**QUICK, **changes})
+    assert not list(tmp_path.iterdir())
+
+
+def test_bad_inputs(tmp_path):
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"q": "a", "n": 3}) + "\n")
+    with pytest.raises(InputError, match="no column 'd'; there is q, n"):
+        read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", "d"]))
+    with pytest.raises(InputError, match="column 'n' is .*, not a text"):
+        read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", "n"]))
+    path.write_text("{broken\n")
+    with pytest.raises(InputError, match="pairs.jsonl cannot be read"):
+        read_examples(FinetuneConfig(inputs=[str(path)]))
+    (tmp_path / "pairs.csv").write_text("a,b")
+    with pytest.raises(InputError, match="pairs.csv is none of .jsonl"):
+        read_examples(FinetuneConfig(inputs=[str(tmp_path / "pairs.csv")]))
+
+
+def test_bench_runs_whole_at_toy_size(encoder, parent_folder, tmp_path):
+    causal_embedder(parent_folder, tmp_path / "parent")
+    settings = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]
+    command = [sys.executable, "bench/finetune.py", "--encoder", encoder, "--parent", tmp_path / "parent", *settings,
+               "--documents", "40", "--queries", "9", "--output", tmp_path / "figures.json"]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    scores = read_json(tmp_path / "figures.json")["ndcg@10"]
+    assert len(scores) == 7
+    assert all(list(row) == ["40", "20", "10", "5"] for row in scores.values())
+    assert "target the same figures again: equal (wanted equal) met" in done.stdout

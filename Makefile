@@ -63,9 +63,9 @@ test-benchmarks: $(VENV)/extras-benchmarks ## mteb, WordNet and Lee: known value
 	PYTHONPATH=$(abspath $(VENV))/extras-benchmarks $(BIN)/python -m pytest tests/test_tasks.py -q
 
 docs: env ## the documentation as a site: runs/site/index.html
-	test -x $(VENV)-docs/bin/mkdocs || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)-docs \
-		&& $(BIN)/uv pip install -q --python $(VENV)-docs/bin/python mkdocs-material==9.8.2)
-	NO_MKDOCS_2_WARNING=1 $(VENV)-docs/bin/mkdocs build --quiet --strict
+	test -x $(VENV)/docs/bin/mkdocs || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)/docs \
+		&& $(BIN)/uv pip install -q --python $(VENV)/docs/bin/python mkdocs-material==9.8.2)
+	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet --strict
 
 bench: env ## can one machine hold the full size? half an hour on 2 cores, wants 20 GB
 	$(BIN)/python bench/full_size.py

@@ -81,12 +81,12 @@ def test_page_holds_every_run(runs, tmp_path):
 
 def test_an_embedder_that_scores_alike_is_one_column_and_else_two(tmp_path):
     other = json.loads(json.dumps(TASKS))
-    other["wordnet lemma"]["scores"][HOSTILE]["score"] = 0.3
+    other["wordnet-lemma"]["scores"][HOSTILE]["score"] = 0.3
     for name, tasks in (("first", TASKS), ("second", other)):
         write_run(tmp_path / name, "evaluation", metrics={"tasks": tasks, "tasks_not_run": {}})
     runs = [comparison._read(tmp_path / name, name) for name in ("first", "second")]
     merged, _ = comparison._merged_tasks(runs)
-    assert set(merged["wordnet lemma"]["scores"]) == {"TF-IDF", f"{HOSTILE} (first)", f"{HOSTILE} (second)"}
+    assert set(merged["wordnet-lemma"]["scores"]) == {"TF-IDF", f"{HOSTILE} (first)", f"{HOSTILE} (second)"}
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")

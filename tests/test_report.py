@@ -33,7 +33,7 @@ SIMILARITY = {
     "neighbours": [{"text": HOSTILE, "package": "a", "nearest": [[HOSTILE, HOSTILE, 0.5]]}],
 }
 TASKS = {
-    "wordnet lemma": {
+    "wordnet-lemma": {
         "metric": "R@1", "size": 3000,
         "scores": {
             "TF-IDF": {"score": 0.05, "low": 0.04, "high": 0.06}, HOSTILE: {"score": 0.2, "low": 0.1, "high": 0.4},

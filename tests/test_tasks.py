@@ -270,7 +270,7 @@ def test_known_values_of_an_outside_model():
     names = ["wordnet-example", "wordnet-lemma", "wordnet-class", "lee"]
     metrics, _ = suite.evaluate_retrieval({}, tasks=names, num_queries=3000)
     found = {name: task["scores"][baselines.MINILM]["score"] for name, task in metrics["tasks"].items()}
-    assert found["wordnet example"] == pytest.approx(0.18, abs=0.01)
-    assert found["wordnet lemma"] == pytest.approx(0.23, abs=0.01)
-    assert found["wordnet class"] == pytest.approx(0.64, abs=0.02)
-    assert found["Lee"] == pytest.approx(0.656, abs=0.01)
+    assert found["wordnet-example"] == pytest.approx(0.18, abs=0.01)
+    assert found["wordnet-lemma"] == pytest.approx(0.23, abs=0.01)
+    assert found["wordnet-class"] == pytest.approx(0.64, abs=0.02)
+    assert found["lee"] == pytest.approx(0.656, abs=0.01)

@@ -8,6 +8,7 @@ pools the last token of the text. An extracted encoder appends EOS because its t
 """
 
 import importlib.util
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, Protocol
@@ -59,9 +60,10 @@ def wordllama() -> Embedder:
 
     Raises NotRun if the PyPI package wordllama is not installed.
     """
-    folder = package_folder("wordllama", "wordllama")
+    folder, level = package_folder("wordllama", "wordllama"), logging.root.level
     from wordllama import WordLlama
 
+    logging.root.setLevel(level)  # the import makes every package's INFO visible
     model = WordLlama.load(cache_dir=folder, disable_download=True)
     return lambda texts, max_tokens=MAX_TOKENS: model.embed(texts)
 

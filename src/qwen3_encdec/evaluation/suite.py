@@ -204,6 +204,8 @@ def evaluate_retrieval(
     with _progress() as progress:
 
         def measure(name: str, task: Task, embed: Embedder) -> None:
+            if task.name in tasks_not_run:
+                return
             bar = progress.add_task(f"{name}: {task.name}", total=None)
             try:
                 found[task.name][name] = task.measure(

@@ -232,13 +232,13 @@ def needles(most: int, seed: int) -> list[Task]:
 def wordnet_examples(most: int, seed: int) -> list[Task]:
     """Find a word's definition by a phrase that uses the word."""
     chosen = _meanings(most, seed)
-    return [_definitions("wordnet example", [meaning.examples[0] for meaning in chosen], chosen)]
+    return [_definitions("wordnet-example", [meaning.examples[0] for meaning in chosen], chosen)]
 
 
 def wordnet_lemmas(most: int, seed: int) -> list[Task]:
     """Find a word's definition, among those of the same meanings, by the word."""
     chosen = _meanings(most, seed)
-    return [_definitions("wordnet lemma", [meaning.lemmas[0] for meaning in chosen], chosen)]
+    return [_definitions("wordnet-lemma", [meaning.lemmas[0] for meaning in chosen], chosen)]
 
 
 def wordnet_classes(most: int, seed: int) -> list[Task]:
@@ -247,7 +247,7 @@ def wordnet_classes(most: int, seed: int) -> list[Task]:
     order = np.random.default_rng(seed).permutation(len(found))[: WORDNET_TRAIN + most]
     texts, labels = [found[i].definition for i in order], np.array([found[i].lexicographer for i in order])
     cut = WORDNET_TRAIN
-    return [Classification("wordnet class", texts[:cut], labels[:cut], texts[cut:], labels[cut:])]
+    return [Classification("wordnet-class", texts[:cut], labels[:cut], texts[cut:], labels[cut:])]
 
 
 def lee(most: int, seed: int) -> list[Task]:
@@ -255,7 +255,7 @@ def lee(most: int, seed: int) -> list[Task]:
     folder = package_folder("gensim", "gensim") / "test" / "test_data"
     texts = (folder / "lee.cor").read_text(encoding="latin-1").splitlines()
     judgements = np.loadtxt(folder / "similarities0-1.txt")
-    return [Similarity("Lee", texts, judgements)]
+    return [Similarity("lee", texts, judgements)]
 
 
 TASKS: dict[str, Callable[[int, int], list[Task]]] = {

@@ -1,7 +1,7 @@
 """One encoder folder in every runtime that runs on this machine: cosine to our own encoder, worst and mean of 32 texts.
 
-`make interop` installs the runtimes beside the environment and calls this. The encoder is a nano one with random weights,
-large enough that attention decides; the texts have 1 to 2,000 tokens and go in padded batches of 8. The control reads
+Wants the runtimes on its path; what is missing is named. The encoder is a nano one with random weights, large enough
+that attention decides; the texts have 1 to 2,000 tokens and go in padded batches of 8. The control reads
 the same folder causally. Exit code 1 if a runtime that ran is not as close as it must be.
 """
 

@@ -44,14 +44,14 @@ def work(name: str, quick: bool) -> None:
 
     from qwen3_encdec.training import budget
     from qwen3_encdec.training.config import load_config
-    from qwen3_encdec.training.launch import make_accelerator
+    from qwen3_encdec.training.launch import make_accelerator, prepare
     from qwen3_encdec.training.layers import prepare_layers
     from qwen3_encdec.training.optimization import build_optimizer
 
     size, overrides, _ = CASES[name]
     lengths = ["data.source_length=64", "data.target_length=32", "batch_size=2"] if quick else []
     config = load_config(None, [*overrides, *lengths])
-    accelerator = make_accelerator("no", [], "")
+    accelerator = make_accelerator(config, "")
 
     def steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, number: int) -> None:
         batch = budget.full_rows(model.config, config, config.batch_size)
@@ -67,9 +67,7 @@ def work(name: str, quick: bool) -> None:
     start = reset_peak()
     model = our_model(TOY if quick else size, "float32").train()
     prepare_layers(model, config)
-    model, optimizer = accelerator.prepare(model, build_optimizer(model, config))
-    if accelerator.is_fsdp2:
-        model.get_input_embeddings().set_reshard_after_forward(False)
+    state = prepare(model, build_optimizer(model, config), accelerator)
     machines, sent = budget.machines(accelerator), []
 
     def counting(collective, *args, **kwargs):
@@ -80,7 +78,7 @@ def work(name: str, quick: bool) -> None:
     for name in ("all_gather_single", "reduce_scatter_single"):
         setattr(torch.distributed, name, functools.partial(counting, getattr(torch.distributed, name)))
     reset_peak()  # making and dealing out the weights does not count
-    steps(model, optimizer.optimizer, 3)
+    steps(state.model, state.optimizer, 3)
     measured = torch.tensor([peak() - start])
     measured = int(accelerator.gather(measured).max())
     config = load_config(None, [*overrides, *lengths, "mixed_precision=no"])

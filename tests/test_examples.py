@@ -5,6 +5,10 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_encdec.data import package_docs
+from qwen3_encdec.data.package_docs import Docstring
+from qwen3_encdec.extraction import extract_encoder
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "own_denoiser": ["[R-words]", "[X-halves]", "[S-late]", "<extra_id_0>"],
@@ -23,6 +27,29 @@ def test_example_runs(name, capsys, monkeypatch, tmp_path):
     for expected in SAYS[name]:
         assert expected in said
     assert list(tmp_path.iterdir()) == []
+
+
+def test_semantic_search(init_folder, capsys, monkeypatch, tmp_path):
+    pytest.importorskip("faiss", reason="needs the extra search: make test-extras")
+    extract_encoder(init_folder, tmp_path / "encoder")
+    documents = [
+        Docstring("p", f"p.f{i}", f"Words {i} of document {i * i}, which is about {'x' * i}.") for i in range(9)
+    ]
+    monkeypatch.setattr(package_docs, "package_docs", lambda split: documents)
+    example = EXAMPLES / "semantic_search.py"
+
+    def answers(query):
+        monkeypatch.setattr("sys.argv", ["search", "--model", str(tmp_path / "encoder"), "--number", "2", query])
+        runpy.run_path(str(example), run_name="__main__")
+        return [line.split()[1].rstrip(":") for line in capsys.readouterr().out.splitlines()[1:]]
+
+    assert all(answers(document.text)[0] == document.name for document in documents[:4])
+    assert (tmp_path / "encoder" / "documentation.faiss").exists()
+    documents.reverse()  # control: an index of other documents answers wrongly
+    assert answers(documents[0].text)[0] != documents[0].name
+    documents.pop()
+    with pytest.raises(SystemExit, match="index of other packages"):
+        answers("anything")
 
 
 def test_every_example_is_run_somewhere():

@@ -42,22 +42,20 @@ def main() -> None:
     nested = replace(config, matryoshka_dims=[width // share for share in SHARES[1:]])
     plain = replace(config, matryoshka_dims=[])
     rows: dict[str, dict[str, float]] = {}
+    print(f"{'nDCG@10 at dimensions':32}" + "".join(f"{width // share:>8}" for share in SHARES), flush=True)
+
+    def add(label: str, folder: Path) -> None:
+        rows[label] = measure(folder, width, arguments.queries, arguments.documents)
+        print(f"{label:32}" + "".join(f"{score:8.3f}" for score in rows[label].values()), flush=True)
+
     with tempfile.TemporaryDirectory() as name:
-        scratch = Path(name)
-        folders = {"encoder": arguments.encoder, "causal parent": arguments.parent}
-        for base, settings, label in (
-            ("encoder", plain, "finetuned"),
-            ("encoder", nested, "Matryoshka"),
-            ("encoder", nested, "Matryoshka, again"),
-            ("causal parent", plain, "finetuned"),
-            ("causal parent", nested, "Matryoshka"),
-        ):
-            folders[f"{base}, {label}"] = scratch / f"{base}-{label}"
-            finetune(folders[base], folders[f"{base}, {label}"], config=settings)
-        for label, folder in folders.items():
-            rows[label] = measure(folder, width, arguments.queries, arguments.documents)
-            print(f"{label:32}" + "".join(f"{score:8.3f}" for score in rows[label].values()), flush=True)
-    print(f"{'nDCG@10 at dimensions':32}" + "".join(f"{width // share:>8}" for share in SHARES))
+        for base, folder in (("encoder", arguments.encoder), ("causal parent", arguments.parent)):
+            add(base, folder)
+            for label, settings in (("finetuned", plain), ("Matryoshka", nested)):
+                finetune(folder, tuned_folder := Path(name) / f"{base} {label}", config=settings)
+                add(f"{base}, {label}", tuned_folder)
+        finetune(arguments.encoder, Path(name) / "again", config=plain)
+        add("encoder, finetuned, again", Path(name) / "again")
 
     full, least = str(width), str(width // SHARES[-1])
     encoder, tuned, nest = rows["encoder"], rows["encoder, finetuned"], rows["encoder, Matryoshka"]
@@ -67,7 +65,7 @@ def main() -> None:
     print(f"the encoder over its causal parent, both finetuned: {tuned[full] - parent[full]:+.3f}")
     kept = nest[least] - tuned[least]
     target(f"Matryoshka over plain at {least} dimensions", f"{kept:+.3f}", "> 0", kept > 0)
-    same = rows["encoder, Matryoshka, again"] == nest
+    same = rows["encoder, finetuned, again"] == tuned
     target("the same figures again", "equal" if same else "different", "equal", same)
     if arguments.output:
         facts = provenance(started=started, encoder=str(arguments.encoder), config=json.loads(json.dumps(vars(config))))

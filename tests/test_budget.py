@@ -250,8 +250,36 @@ def test_the_table_of_the_documentation_is_what_the_estimate_says():
 
 
 def test_the_bench_measures_beside_the_estimate():
-    command = [sys.executable, str(ROOT / "bench/memory.py"), "--quick", "--only", "packed", "selective"]
+    command = [sys.executable, str(ROOT / "bench/memory.py"), "--quick", "--only", "packed"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     targets = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("target ")]
-    assert targets == ["memory-packed:", "memory-selective:"]
+    assert targets == ["memory-packed:"]
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    script = [sys.executable, str(ROOT / "scripts/train.py")]
+    return subprocess.run([*script, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_a_folder_with_nothing_but_its_configuration_can_be_planned(tmp_path):
+    Qwen3EncoderDecoderConfig().save_pretrained(tmp_path / "model")
+    recipe = ["--config", str(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml"), f"model={tmp_path / 'model'}"]
+    done = train(*recipe, f"output_dir={tmp_path / 'run'}", "--dry-run", "--devices", "8xH100", "--mfu", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "parameters        1,036,619,776" in done.stdout
+    assert re.search(r"^time +\d+\.\d hours, .* at 50% of the peak$", done.stdout, re.MULTILINE)
+    refused = train(*recipe, "--dry-run", "--devices", "8xH100", "--memory-gib", "20")
+    assert refused.returncode == 2
+    assert re.fullmatch(r"error: batch_size=16 needs .* and there are 20\.0; batch_size=\d would fit\n", refused.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_train_command_finds_a_batch_size(init_folder, tmp_path, monkeypatch, capsys):
+    from qwen3_encdec.training.loop import run_training
+
+    monkeypatch.setattr(budget, "rows_that_fit", lambda *_: 5)
+    config = small(model=init_folder, output_dir=tmp_path / "run", mixed_precision="auto", trackers="[]")
+    assert run_training(config, find_batch_size=True) == tmp_path / "run"
+    assert "batch_size=5 fits" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()

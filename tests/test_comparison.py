@@ -87,6 +87,14 @@ def test_an_embedder_that_scores_alike_is_one_column_and_else_two(tmp_path):
     runs = [comparison._read(tmp_path / name, name) for name in ("first", "second")]
     merged, _ = comparison._merged_tasks(runs)
     assert set(merged["wordnet-lemma"]["scores"]) == {"TF-IDF", f"{HOSTILE} (first)", f"{HOSTILE} (second)"}
+    other["wordnet-lemma"]["size"] = 50
+    (tmp_path / "second" / "metrics.json").write_text(json.dumps({"tasks": other}))
+    merged, _ = comparison._merged_tasks([runs[0], comparison._read(tmp_path / "second", "second")])
+    assert {"wordnet-lemma, 3,000", "wordnet-lemma, 50"} < set(merged)
+    assert set(merged["wordnet-lemma, 50"]["scores"]) == {
+        "TF-IDF",
+        HOSTILE,
+    }  # what another size scores is no other score
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
@@ -143,6 +151,17 @@ def test_the_card_says_what_is_recorded(runs, tmp_path):
     assert made.index("init") < made.index("training run") < made.index("pooling mean")  # oldest first
     assert "head_dim" not in card  # not recorded
     assert "Licence, intended use, limits\n\nnot recorded" in card
+
+
+def test_the_card_finds_folders_that_were_moved_together(runs, tmp_path):
+    tuned = write_run(
+        tmp_path / "tuned", "encoder", finetuned_from="/long/gone/encoder", config={"temperature": 0.0625},
+        metrics={"provenance": {}},
+    )  # fmt: skip
+    comparison.compare([tuned], tmp_path / "out")
+    card = (tmp_path / "out" / "model_card.md").read_text()
+    assert "Qwen/Qwen3-0.6B" in card
+    assert "temperature: ` 0.0625 `" in card
 
 
 def test_the_card_of_a_folder_that_records_little(tmp_path):

@@ -18,8 +18,10 @@ from qwen3_encdec.extraction import extract_encoder
 from qwen3_encdec.files import InputError
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.layers import prepare_layers
+from qwen3_encdec.training.loop import run_training
 from qwen3_encdec.training.optimization import Chained, build_optimizer
 from tests.conftest import use_backend
+from tests.test_training import small_run, write_corpus
 
 MUON = TrainingConfig(optimizer="muon", lr=1e-2)
 
@@ -210,7 +212,7 @@ def test_shards_take_the_step_of_the_whole(tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*launcher, str(script)], env=environment, capture_output=True, text=True, timeout=110, check=False
+        [*launcher, str(script)], env=environment, capture_output=True, text=True, timeout=400, check=False
     )
     assert done.returncode == 0, done.stderr
     muon, muon_of_torch, *layers = map(float, done.stdout.split("FOUND ")[1].splitlines()[0].split())
@@ -270,3 +272,25 @@ def test_chained_is_one_optimizer_to_a_loop():
     assert vector.eq(1).all()
     optimizer.zero_grad()
     assert matrix.grad is vector.grad is None
+
+
+def test_a_run_with_all_of_it_goes_on_from_its_checkpoint(init_folder, tmp_path):
+    corpus = write_corpus(tmp_path / "corpus.jsonl")
+    changes = {"optimizer": "muon", "ema_decay": 0.5, "gradient_checkpointing": "selective", "eval_every": 0}
+    straight, cut = tmp_path / "straight", tmp_path / "cut"
+    run_training(small_run(init_folder, corpus, output_dir=straight, **changes))
+    shutil.copytree(straight, cut, symlinks=True)
+    shutil.rmtree(cut / "checkpoints/step-000004")
+    run_training(small_run(init_folder, corpus, output_dir=cut, **changes))
+    states = [
+        load_file(run / "checkpoints/step-000004/state/optimizer-00001-of-00001.safetensors") for run in (straight, cut)
+    ]
+    assert states[0].keys() == states[1].keys()
+    assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
+    kinds = {name.rpartition(".")[2] for name in states[0]}
+    assert kinds == {"momentum_buffer", "exp_avg", "exp_avg_sq", "step", "ema"}
+    assert extract_encoder(cut, tmp_path / "encoder", ema=True).averaged == ["step-000004 (ema)"]
+    with pytest.raises(InputError, match="optimizer"):
+        run_training(
+            small_run(init_folder, corpus, output_dir=cut, **{**changes, "optimizer": "adamw", "max_steps": 6})
+        )

@@ -246,12 +246,20 @@ def test_mteb_accepts_our_wrapper():
     assert not broken.all_passed
 
 
-def test_a_hub_task_without_its_data_is_not_run(monkeypatch):
-    pytest.importorskip("mteb", reason="needs the extra benchmarks: make test-benchmarks")
-    monkeypatch.setattr(baselines, "wordllama", lambda: lambda texts, max_tokens=0: bags(texts))
-    monkeypatch.setattr(baselines, "minilm", lambda: lambda texts, max_tokens=0: bags(texts))
+def test_a_hub_task_without_its_data_is_tried_once_and_not_run(monkeypatch):
+    mteb = pytest.importorskip("mteb", reason="needs the extra benchmarks: make test-benchmarks")
+    tried = []
+
+    def fail(self, **_):
+        tried.append(self)
+        raise OSError("no network\nand a long story")
+
+    monkeypatch.setattr(type(mteb.get_task("STSBenchmark")), "load_data", fail)
+    for baseline in ("wordllama", "minilm"):
+        monkeypatch.setattr(baselines, baseline, lambda: lambda texts, max_tokens=0: bags(texts))
     metrics, _ = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
-    assert "cannot be loaded" in metrics["tasks_not_run"]["STSBenchmark"]
+    assert metrics["tasks_not_run"] == {"STSBenchmark": "its data cannot be loaded: no network"}
+    assert len(tried) == 1
     with pytest.raises(InputError, match="neither a benchmark nor a task 'STSBenchmrk'"):
         suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmrk"])
 

@@ -63,7 +63,7 @@ def make_encoder(folder: Path) -> Path:
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id, "bos_token_id": None}
     rows = -(-len(tokenizer) // 128) * 128
     config = Qwen3Config(
-        vocab_size=rows, **sizes, **heads, **ids, tie_word_embeddings=True, initializer_range=0.2,
+        vocab_size=rows, **sizes, **heads, **ids, tie_word_embeddings=True, initializer_range=0.1,
         rope_parameters={"rope_type": "default", "rope_theta": 1e6},
     )  # fmt: skip
     for saved in (Qwen3ForCausalLM(config), tokenizer):

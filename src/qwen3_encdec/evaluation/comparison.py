@@ -172,22 +172,26 @@ def _draw_curves(axes: Axes, lines: Mapping[str, Sequence[tuple[int, float]]]) -
 
 
 def _merged_tasks(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tasks of all runs; an embedder that scores differently in two of them is named with its run."""
-    seen: dict[tuple[str, str], set[str]] = {}
-    for run in runs:
-        for name, task in run.metrics.get("tasks", {}).items():
-            for embedder, score in task["scores"].items():
-                seen.setdefault((embedder, name), set()).add(json.dumps([score, task["size"]]))
-    differ = {embedder for (embedder, _), scores in seen.items() if len(scores) > 1}
+    """The tasks of all runs, one of two sizes in two rows; an embedder whose scores differ is named with its run."""
+    found = [
+        (name, embedder, run, task, score)
+        for run in runs
+        for name, task in run.metrics.get("tasks", {}).items()
+        for embedder, score in task["scores"].items()
+    ]
+    sizes: dict[str, set[int]] = {}
+    seen: dict[tuple[str, str, int], set[str]] = {}
+    for name, embedder, _, task, score in found:
+        sizes.setdefault(name, set()).add(task["size"])
+        seen.setdefault((embedder, name, task["size"]), set()).add(json.dumps(score))
+    differ = {embedder for (embedder, *_), scores in seen.items() if len(scores) > 1}
     tasks: dict[str, Any] = {}
-    not_run: dict[str, str] = {}
-    for run in runs:
-        not_run |= run.metrics.get("tasks_not_run", {})
-        for name, task in run.metrics.get("tasks", {}).items():
-            merged = tasks.setdefault(name, task | {"scores": {}})
-            for embedder, score in task["scores"].items():
-                merged["scores"][f"{embedder} ({run.name})" if embedder in differ else embedder] = score
-    return tasks, {name: reason for name, reason in not_run.items() if name not in tasks}
+    for name, embedder, run, task, score in found:
+        row = name if len(sizes[name]) == 1 else f"{name}, {task['size']:,}"
+        merged = tasks.setdefault(row, task | {"scores": {}})
+        merged["scores"][f"{embedder} ({run.name})" if embedder in differ else embedder] = score
+    not_run = {name: why for run in runs for name, why in run.metrics.get("tasks_not_run", {}).items()}
+    return tasks, {name: reason for name, reason in not_run.items() if name not in sizes}
 
 
 def _infilled(runs: Sequence[Run]) -> list[str]:

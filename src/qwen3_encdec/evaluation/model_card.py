@@ -35,7 +35,9 @@ def model_card(folders: Sequence[Path]) -> str:
     blocks = ["\n".join(head), f"# {_cell(model.name)}", "## How it was made"]
     blocks.append("\n".join(f"1. {_step(folder)}" for folder in reversed(chain)))
     blocks += ["## Architecture", _facts({key: config[key] for key in _SIZES if key in config}), "## Training"]
-    blocks += [_training(run) for run in runs] or [UNKNOWN]
+    trained = [_training(run) for run in runs]
+    trained += [_facts({"finetuned": str(folder), **_record(folder)["config"]}) for folder in chain if _tuned(folder)]
+    blocks += trained or [UNKNOWN]
     blocks.append("## Evaluation")
     for found in metrics:
         if "denoising" in found:
@@ -56,9 +58,13 @@ def _chain(folder: Path) -> list[Path]:
     while len(chain) < 20:
         record = _record(chain[-1])
         source = next((record[key] for key in ("finetuned_from", "source", "model") if record.get(key)), None)
-        if source is None or Path(source) in chain:
+        if source is None:
             break
-        chain.append(Path(source))
+        beside = chain[-1].parent / Path(source).name  # folders that were moved together
+        found = beside if beside.exists() and not Path(source).exists() else Path(source)
+        if found in chain:
+            break
+        chain.append(found)
     return chain
 
 
@@ -67,13 +73,17 @@ def _record(folder: Path) -> dict[str, Any]:
     return record | ({"model": _settings(folder).get("model")} if (folder / "config.yaml").exists() else {})
 
 
+def _tuned(folder: Path) -> bool:
+    return isinstance(_record(folder).get("config"), dict)
+
+
 def _settings(run: Path) -> dict[str, Any]:
     return yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
 
 
 def _step(folder: Path) -> str:
     record = _record(folder)
-    facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("kind", "versions"))
+    facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("kind", "versions", "config"))
     return f"{_code(str(folder))}: {_cell(record.get('kind', UNKNOWN))}" + (f", {_cell(facts)}" if facts else "")
 
 

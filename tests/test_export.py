@@ -1,0 +1,167 @@
+"""An exported file is what its own runtime makes of it: forms whose runtime is missing are skipped here, not in CI."""
+
+import importlib.util
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers import AutoTokenizer
+
+from qwen3_encdec import cli, export
+from qwen3_encdec.embedding import TextEncoder
+from qwen3_encdec.export import FORMS, causal_embeddings, export_encoder, pool, sample_texts
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.files import InputError
+
+FILES = {
+    "safetensors": "model.safetensors",
+    "onnx": "onnx/model.onnx",
+    "onnx-int8": "onnx/model_quantized.onnx",
+    "openvino": "openvino/openvino_model.xml",
+    "gguf": "model-f32.gguf",
+    "gguf-f16": "model-f16.gguf",
+    "gguf-q8_0": "model-q8_0.gguf",
+}
+
+
+@pytest.fixture(scope="module")
+def encoder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "out"
+    extract_encoder(init_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def texts(encoder) -> list[str]:
+    return sample_texts(AutoTokenizer.from_pretrained(encoder), 9, 100, seed=1)
+
+
+def runtime(form: str) -> None:
+    for package in FORMS[form].packages:
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_form_embeds_as_our_encoder_does(encoder, texts, tmp_path, form):
+    runtime(form)
+    # weights this wide put the bytes' error beyond the limit: what is tested is that nothing else is wrong
+    limit = 0.98 if FORMS[form].cosine < 0.9999 else FORMS[form].cosine
+    report = export_encoder_with(limit, encoder, form, tmp_path / "out")
+    assert report.cosine >= limit > report.causal
+    assert (tmp_path / "out" / FILES[form]).is_file()
+    assert (tmp_path / "out" / "tokenizer.json").is_file() is FORMS[form].small_files
+    expected = TextEncoder(encoder, dtype=torch.float32, device="cpu").encode(texts)
+    found = FORMS[form].read(tmp_path / "out")(texts)
+    assert (found * expected).sum(-1).min() >= limit
+    assert (causal_embeddings(encoder, texts) * expected).sum(-1).min() < 0.9
+    # eight bits are eight bits: not another copy in 32
+    if form in ("onnx-int8", "gguf-q8_0"):
+        assert not np.allclose(found, expected, atol=1e-4)
+
+
+def export_encoder_with(limit, encoder, form, output):
+    whole = FORMS[form]
+    try:
+        FORMS[form] = replace(whole, cosine=limit)
+        return export_encoder(encoder, form, output)
+    finally:
+        FORMS[form] = whole
+
+
+@pytest.mark.parametrize("pooling", ["last", "cls"])
+@pytest.mark.parametrize("form", ["onnx", "gguf"])
+def test_the_folders_own_pooling_goes_with_it(init_folder, tmp_path, form, pooling):
+    runtime(form)
+    extract_encoder(init_folder, tmp_path / "encoder", pooling=pooling)
+    assert export_encoder(tmp_path / "encoder", form, tmp_path / "out").cosine >= FORMS[form].cosine
+
+
+def test_what_a_runtime_reads_wrongly_is_not_written(encoder, tmp_path, monkeypatch):
+    """The controls: a reader that is causal, one that is a little off, and texts that could not tell."""
+    right = FORMS["safetensors"]
+
+    def causal(folder):
+        return lambda texts: causal_embeddings(folder, texts)
+
+    def noisy(folder):
+        embed = right.read(folder)
+        return lambda texts: embed(texts) + 0.01 * np.random.default_rng(0).standard_normal((len(texts), 40))
+
+    for reader in (causal, noisy):
+        monkeypatch.setitem(FORMS, "safetensors", replace(right, read=reader))
+        with pytest.raises(InputError, match="as safetensors does not embed as our encoder does"):
+            export_encoder(encoder, "safetensors", tmp_path / "out")
+    monkeypatch.setitem(FORMS, "safetensors", right)
+    monkeypatch.setattr(export, "sample_texts", lambda *_: ["One."] * 3)
+    monkeypatch.setattr(export, "causal_embeddings", lambda folder, texts: right.read(folder)(texts))
+    with pytest.raises(InputError, match="does not embed"):
+        export_encoder(encoder, "safetensors", tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_safetensors_is_a_folder_that_stock_tools_load(encoder, texts, tmp_path):
+    export_encoder(encoder, "safetensors", tmp_path / "out")
+    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    expected = SentenceTransformer(str(encoder), device="cpu").encode(texts)
+    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-6)
+    assert json.loads((tmp_path / "out" / "qwen3_encdec.json").read_text())["form"] == "safetensors"
+
+
+def test_sample_texts_reach_from_one_token_to_the_longest(encoder):
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    texts = sample_texts(tokenizer, 32, 400)
+    lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
+    assert min(lengths) <= 4
+    assert 300 <= max(lengths) <= 400
+    assert texts == sample_texts(tokenizer, 32, 400) != sample_texts(tokenizer, 32, 400, seed=1)
+    assert lengths != sorted(lengths)  # so that batches are padded
+
+
+def test_pooling_by_hand():
+    states = torch.arange(12, dtype=torch.float32).reshape(2, 3, 2)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    by_hand = {"mean": [[2, 3], [7, 8]], "lasttoken": [[4, 5], [8, 9]], "cls": [[0, 1], [6, 7]]}
+    for pooling, expected in by_hand.items():
+        expected = torch.nn.functional.normalize(torch.tensor(expected, dtype=torch.float32), dim=-1)
+        torch.testing.assert_close(pool(states, mask, pooling), expected)
+
+
+def test_an_encoder_decoder_gives_its_encoder(init_folder, tmp_path, capsys):
+    export_encoder(init_folder, "safetensors", tmp_path / "out")
+    assert "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["is_causal"] is False
+
+
+def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsys):
+    out = tmp_path / "out"
+    with pytest.raises(InputError, match="form 'tflite' is not one of safetensors, onnx, onnx-int8, openvino, gguf"):
+        export_encoder(encoder, "tflite", out)
+    with pytest.raises(InputError, match="is no encoder folder; make one with: qwen3-encdec extract"):
+        export_encoder(parent_folder, "safetensors", out)
+    with pytest.raises(InputError, match="is no encoder folder"):
+        export_encoder(tmp_path / "nowhere", "safetensors", out)
+    damaged = shutil.copytree(encoder, tmp_path / "damaged")
+    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-50])
+    with pytest.raises(InputError, match=r"damaged/model.safetensors is truncated"):
+        export_encoder(damaged, "safetensors", out)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "file").touch()
+    with pytest.raises(InputError, match="theirs"):
+        export_encoder(encoder, "safetensors", tmp_path / "theirs")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    for form, package, extra in (("onnx", "onnx", "onnx"), ("openvino", "onnx", "openvino"), ("gguf", "gguf", "gguf")):
+        message = rf"{form} needs the package {package}: pip install 'qwen3-encdec\[{extra}\]'"
+        with pytest.raises(InputError, match=message):
+            export_encoder(encoder, form, out)
+    command = ["qwen3-encdec", "export", "--model", str(encoder), "--to", "gguf", "--output", str(out)]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "error: gguf needs the package gguf: pip install 'qwen3-encdec[gguf]'\n"
+    assert not out.exists()

@@ -23,7 +23,8 @@ import torch
 from transformers import AutoTokenizer
 
 from .embedding import encoder_folder, load_encoder
-from .export import pool, sample_texts
+from .export import sample_texts
+from .extraction import pool
 from .files import InputError, read_json
 
 Embed = Callable[[list[str]], np.ndarray]

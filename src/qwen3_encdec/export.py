@@ -30,7 +30,8 @@ import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config
 
 from .embedding import TextEncoder, encoder_folder, load_encoder
-from .files import PROVENANCE_FILE, InputError, check_output, new_folder, read_json, write_json
+from .extraction import pool
+from .files import InputError, check_output, copy_without_weights, new_folder, read_json, write_json
 from .loading import read_tensors
 
 Embed = Callable[[list[str]], np.ndarray]
@@ -38,7 +39,6 @@ Embed = Callable[[list[str]], np.ndarray]
 
 # One protobuf message ends at 2 GiB: weights of larger models go to a file beside it.
 _LARGEST_ONNX = 1_900_000_000
-_WEIGHTS = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", PROVENANCE_FILE)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
         new_folder(output_dir, "exported encoder", form=form, source=str(model)) as to,
     ):
         if kind.small_files:
-            shutil.copytree(encoder, to, ignore=_WEIGHTS, dirs_exist_ok=True)
+            copy_without_weights(encoder, to)
         kind.write(encoder, to)
         tokenizer = AutoTokenizer.from_pretrained(encoder)
         texts = sample_texts(tokenizer, 16, min(256, tokenizer.model_max_length))
@@ -157,19 +157,6 @@ def sample_texts(tokenizer: PreTrainedTokenizerBase, number: int, longest: int, 
     # EOS is one token; a word without its space before it, as the first one stands, may take more.
     lengths = np.geomspace(1, longest - 8, number).round().astype(int)
     return [" ".join(rng.choice(words, length)) for length in rng.permutation(lengths)]
-
-
-def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """[B, S, E] states under a [B, S] mask, padded on the right -> [B, E], normalized.
-
-    `pooling` is `"mean"`, `"lasttoken"` or `"cls"`, as sentence-transformers spells it.
-    """
-    if pooling == "mean":
-        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-    else:
-        last = mask.sum(1) - 1 if pooling == "lasttoken" else torch.zeros(len(mask), dtype=torch.long)
-        pooled = states[torch.arange(len(mask)), last]
-    return torch.nn.functional.normalize(pooled, dim=-1)
 
 
 @torch.inference_mode()

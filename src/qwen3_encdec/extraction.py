@@ -269,10 +269,18 @@ def _verify(
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
     pooled = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
     pooling = read_json(folder / "1_Pooling" / "config.json")["pooling_mode"]
-    if pooling == "mean":
-        expected = (reference * kept[..., None]).sum(1) / kept.sum(1, keepdim=True)
-    else:
-        last = kept.sum(1) - 1 if pooling == "lasttoken" else torch.zeros(len(texts), dtype=torch.long)
-        expected = reference[torch.arange(len(texts)), last]
-    expected = torch.nn.functional.normalize(expected, dim=-1)
+    expected = pool(reference, batch["attention_mask"], pooling)
     return transformers, float((pooled - expected).abs().max()), causal
+
+
+def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
+    """[B, S, E] states under a [B, S] mask, padded on the right -> [B, E], normalized.
+
+    `pooling` is `"mean"`, `"lasttoken"` or `"cls"`, as sentence-transformers spells it.
+    """
+    if pooling == "mean":
+        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+    else:
+        last = mask.sum(1) - 1 if pooling == "lasttoken" else torch.zeros(len(mask), dtype=torch.long)
+        pooled = states[torch.arange(len(mask)), last]
+    return torch.nn.functional.normalize(pooled, dim=-1)

@@ -8,6 +8,7 @@ is somebody else's and is never replaced.
 import json
 import os
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,6 +32,18 @@ def package_versions() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     return versions
+
+
+def describe_source(*options: str) -> str | None:
+    """The commit of this package's checkout as `git describe` words it, with -dirty where files differ.
+
+    None where it is installed without a checkout.
+    """
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", *options]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
 
 
 def read_json(path: str | Path) -> Any:
@@ -95,3 +108,9 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def copy_without_weights(source: Path, folder: Path) -> None:
+    """Every file of a model folder but its weights and its provenance, into a folder that exists."""
+    weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", PROVENANCE_FILE)
+    shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
 from qwen3_encdec.data.package_docs import summary_pairs
-from qwen3_encdec.files import PROVENANCE_FILE, InputError, check_output, new_folder, read_json, write_json
+from qwen3_encdec.files import InputError, check_output, copy_without_weights, new_folder, read_json, write_json
 
 Direction = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -198,12 +198,6 @@ def finetune(
                 prompts = {"query": config.query_prompt, "document": config.document_prompt}
                 write_json(folder / "config_sentence_transformers.json", {**settings, "prompts": prompts})
     return {"loss": losses[-1], "pairs": len(dataset)}
-
-
-def copy_without_weights(source: Path, folder: Path) -> None:
-    """Every file of a model folder but its weights and its provenance, into a folder that exists."""
-    weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", PROVENANCE_FILE)
-    shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 
 
 def read_examples(config: FinetuneConfig) -> Dataset:

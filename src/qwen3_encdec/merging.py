@@ -4,18 +4,18 @@ sentence-transformers' own `merge` goes through mergekit and takes equal models 
 with the causal Qwen3 it came from, whose tensors have other names, and whose vocabulary lacks the sentinels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import Qwen3Config
 
-from .files import PROVENANCE_FILE, InputError, check_output, new_folder, read_json
-from .finetuning import copy_without_weights
+from .files import PROVENANCE_FILE, InputError, check_output, copy_without_weights, new_folder, read_json
 from .loading import read_tensors, resolve_checkpoint, tensor_shapes
 
+T = TypeVar("T")
 METHODS = ("linear", "slerp")
 _ARCHITECTURE = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
@@ -57,12 +57,12 @@ def soup(
         raise InputError(f"{folders[0]} is no encoder folder; the first model must be one")
     for folder in folders[1:]:
         _check_same(folders[0], folder)
-    merged = dict(_tensors(folders[0]))
+    merged = dict(_of_encoder(read_tensors(folders[0])))
     dtypes = {name: tensor.dtype for name, tensor in merged.items()}
     total = shares[0]
     for folder, share in zip(folders[1:], shares[1:], strict=True):
         total += share
-        for name, tensor in _tensors(folder) if share else ():
+        for name, tensor in _of_encoder(read_tensors(folder)) if share else ():
             rows, ours = len(tensor), merged[name].float()
             meet = slerp if method == "slerp" else torch.lerp
             # A mean of means: weighted by its share of the models so far.
@@ -90,11 +90,11 @@ def compare(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> 
     return f"{summary(metrics)}\n{merged} is {verdict} its best input {best}: {soup_score:.3f}, {scores[best]:.3f}"
 
 
-def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors under an encoder's names; the head of a causal model is left out."""
-    for name, tensor in read_tensors(folder):
+def _of_encoder(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
+    """What belongs to tensors, under an encoder's names; the head of a causal model is left out."""
+    for name, value in named:
         if name != "lm_head.weight":
-            yield name.removeprefix("model."), tensor
+            yield name.removeprefix("model."), value
 
 
 def _check_same(first: Path, other: Path) -> None:
@@ -107,14 +107,7 @@ def _check_same(first: Path, other: Path) -> None:
         ours, theirs = (getattr(config, name) for config in configs)
         if ours != theirs:
             raise InputError(f"{other} is of another architecture than {first}: {name} is {theirs}, not {ours}")
-    shapes = [
-        {
-            name.removeprefix("model."): shape
-            for name, shape in tensor_shapes(folder).items()
-            if name != "lm_head.weight"
-        }
-        for folder in (first, other)
-    ]
+    shapes = [dict(_of_encoder(tensor_shapes(folder).items())) for folder in (first, other)]
     causal = read_json(other / "config.json").get("is_causal") is not False
     rows = shapes[0].get("embed_tokens.weight", (0,))[0]
     if causal and shapes[1].get("embed_tokens.weight", (rows + 1,))[0] <= rows:

@@ -13,7 +13,11 @@ def retrieval_scores(
     Returns:
         `mrr` (mean reciprocal rank over all documents), `ndcg@10` and `r@1` (recall at 1), each from 0 to 1.
     """
-    ranks = relevant_ranks(queries, documents, relevant, chunk=chunk)
+    return rank_scores(relevant_ranks(queries, documents, relevant, chunk=chunk))
+
+
+def rank_scores(ranks: np.ndarray) -> dict[str, float]:
+    """The same from the ranks, [Q] integers from 1."""
     gain = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
     return {"mrr": float((1 / ranks).mean()), "ndcg@10": float(gain.mean()), "r@1": float((ranks == 1).mean())}
 

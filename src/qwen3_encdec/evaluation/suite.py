@@ -8,7 +8,6 @@ import functools
 import os
 import platform
 import shlex
-import subprocess
 import sys
 import textwrap
 import time
@@ -36,6 +35,7 @@ from qwen3_encdec.files import (
     PROVENANCE_FILE,
     InputError,
     check_output,
+    describe_source,
     new_folder,
     package_versions,
     read_json,
@@ -334,22 +334,13 @@ def provenance(*, started: float | None = None, commit: str | None = None, **fac
         cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **({"commit": commit} if (commit := commit or _commit()) else {}),
+        **({"commit": commit} if (commit := commit or describe_source("--exclude", "*")) else {}),
         **facts,
         "hardware": f"{cpu or platform.machine()}, {os.cpu_count()} cores"
         + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
         **({"seconds": round(time.monotonic() - started, 1)} if started is not None else {}),
         "versions": {"python": platform.python_version(), **package_versions()},
     }
-
-
-def _commit() -> str | None:
-    """The checkout's commit as git describes it, with -dirty where files differ; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--exclude", "*"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
 
 
 def _embed(

@@ -14,7 +14,7 @@ import numpy as np
 from qwen3_encdec.data.package_docs import Docstring, package_docs, summary_pairs
 from qwen3_encdec.evaluation.baselines import MAX_TOKENS, NotRun, package_folder
 from qwen3_encdec.evaluation.geometry import geometry
-from qwen3_encdec.evaluation.retrieval import normalize, relevant_ranks, retrieval_scores
+from qwen3_encdec.evaluation.retrieval import normalize, rank_scores, relevant_ranks
 from qwen3_encdec.evaluation.wordnet import Synset, synsets, wordnet_folder
 from qwen3_encdec.files import InputError
 
@@ -78,8 +78,8 @@ class Retrieval:
     def measure(self, embed: Embed) -> dict[str, float]:
         """R@1 as `score`, its interval, `mrr`, `ndcg@10`, `r@1`, and the geometry where asked for."""
         queries, documents = embed(self.queries), embed(self.documents)
-        hits = relevant_ranks(queries, documents, self.relevant) == 1
-        scores = mean_interval(hits) | retrieval_scores(queries, documents, self.relevant)
+        ranks = relevant_ranks(queries, documents, self.relevant)
+        scores = mean_interval(ranks == 1) | rank_scores(ranks)
         return scores | (geometry(queries, documents[self.relevant]) if self.with_geometry else {})
 
 

@@ -22,7 +22,6 @@ import hashlib
 import os
 import random
 import shutil
-import subprocess
 import threading
 from contextlib import ExitStack
 from pathlib import Path
@@ -37,7 +36,7 @@ from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.files import PROVENANCE_FILE, InputError, package_versions, read_json, write_json
+from qwen3_encdec.files import PROVENANCE_FILE, InputError, describe_source, package_versions, read_json, write_json
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 from qwen3_encdec.training.state import TrainingState
 
@@ -365,9 +364,4 @@ def _damage(folder: Path, rank: int, world_size: int) -> str | None:
 
 @functools.cache
 def _commit() -> str | None:
-    """The git commit of this package's source, or None where it is installed without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return describe_source("--abbrev=40")

@@ -66,3 +66,17 @@ def test_the_site_has_every_page_once():
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     pages = [page for section in navigation for group in section.values() for page in group]
     assert sorted(pages) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+
+
+def included(text):
+    """Files whose text the site puts into a page; a formatter that takes the line for Python spoils it."""
+    assert "8 < --" not in text
+    return re.findall(r'^--8<-- "(.+)"$', text, re.MULTILINE)
+
+
+def test_examples_are_shown_on_the_pages():
+    files = [file for page in PAGES for file in included(page.read_text(encoding="utf-8"))]
+    assert len(files) == 4
+    assert all((ROOT / file).is_file() for file in files)
+    with pytest.raises(AssertionError):
+        included('--8 < --"examples/own_denoiser.py"')

@@ -80,7 +80,7 @@ class Scale:
 FULL = Scale(
     config={},
     size={"hidden_size": 1024, "layers": 28, "vocab_size": 152_036, "heads": 16, "kv_heads": 8, "head_dim": 128},
-    lengths=(2048, 1024, 4),
+    lengths=(2048, 1024, 8),
     loss_shape=(2048, 1024, 152_036),
     decode=(8, 2048, 64),
     sources=(512, 4096),

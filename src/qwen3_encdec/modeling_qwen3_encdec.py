@@ -34,7 +34,6 @@ from .modeling_qwen3_encoder import (
 )
 
 IGNORED = -100
-LOSS_CHUNK = 512
 
 
 @dataclass
@@ -432,7 +431,7 @@ def chunked_cross_entropy(
     num_items: torch.Tensor | int | None = None,
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
-    chunk: int = LOSS_CHUNK,
+    chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of `hidden @ weight.T` without ever holding all the logits.
 
@@ -446,7 +445,7 @@ def chunked_cross_entropy(
         num_items: divisor of the sum; None takes the number of labels that are not ignored.
         z_loss: adds this times the squared log-sum-exp of every token.
         label_smoothing: share of the target that is spread evenly over the vocabulary.
-        chunk: tokens whose logits exist at a time.
+        chunk: tokens whose logits exist at a time; by default what suits the device.
 
     Returns:
         Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every token in the shape
@@ -455,6 +454,7 @@ def chunked_cross_entropy(
     flat = labels.flatten()
     kept = (flat != IGNORED).nonzero().squeeze(1)
     states = hidden.flatten(0, -2)[kept]
+    chunk = chunk or loss_chunk(hidden.device.type)
     total, losses = _ChunkedCrossEntropy.apply(states, weight, flat[kept], chunk, z_loss, label_smoothing)
     if num_items is None:
         num_items = max(kept.numel(), 1)
@@ -462,6 +462,11 @@ def chunked_cross_entropy(
         num_items = num_items.to(total.device)
     token_losses = losses.new_zeros(flat.shape).index_copy(0, kept, losses).view(labels.shape)
     return total / num_items, token_losses
+
+
+def loss_chunk(device_type: str) -> int:
+    """Tokens whose logits exist at a time. A chunk reads and writes the whole matrix' gradient, which a GPU notices."""
+    return 2048 if device_type == "cuda" else 512
 
 
 def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:

@@ -13,6 +13,7 @@ Shapes: B batch, S source length, N real tokens of a ragged batch, H query heads
 dimension, E hidden size.
 """
 
+import inspect
 import warnings
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
 from transformers import PreTrainedModel
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
@@ -47,6 +49,8 @@ from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 # transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs; both names are understood here.
 _OUTPUT_FIELDS = BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__
 CACHE_FIELD = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
+# torch 2.11 takes fewer key heads than query heads without being told.
+_VARLEN_OPTIONS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 _PASSED_BY_TRANSFORMERS = {
     "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "use_cache",
 }  # fmt: skip
@@ -260,9 +264,7 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _ragged_sdpa(query, key, value, layout: RaggedLayout, scaling: float, dropout: float) -> torch.Tensor:
     """[1, H, N, D] -> [1, N, H, D]."""
-    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout:
-        from torch.nn.attention.varlen import varlen_attn
-
+    if _has_varlen(query, dropout):
         queries, keys = layout.cumulative
         output = varlen_attn(
             query[0].transpose(0, 1),  # (N, H, D)
@@ -274,11 +276,15 @@ def _ragged_sdpa(query, key, value, layout: RaggedLayout, scaling: float, dropou
             layout.longest_key,
             scale=scaling,
             window_size=(-1, 0) if layout.causal else (-1, -1),
-            enable_gqa=True,
+            **_VARLEN_OPTIONS,
         )
         assert isinstance(output, torch.Tensor)
         return output[None]
     return _by_document(query, key, value, layout, scaling, dropout)
+
+
+def _has_varlen(query: torch.Tensor, dropout: float) -> bool:
+    return query.is_cuda and query.dtype in (torch.float16, torch.bfloat16) and not dropout
 
 
 @torch.compiler.disable  # a graph of its own for every division of the row

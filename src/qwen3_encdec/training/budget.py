@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.files import InputError
 from qwen3_encdec.modeling_qwen3_decoder import MergedSegments
-from qwen3_encdec.modeling_qwen3_encdec import LOSS_CHUNK, Qwen3ForSeq2SeqLM
+from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM, loss_chunk
 from qwen3_encdec.modeling_qwen3_encoder import Segments
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.layers import prepare_layers
@@ -146,6 +146,7 @@ def memory(
     embedding, layers = 4 * sizes.embedding, sizes.encoder + sizes.decoder
     layer = sizes.decoder / c.num_decoder_layers
     targets = config.batch_size * config.data.target_length
+    chunk = loss_chunk("cuda" if machines.accelerator else "cpu")
     rows = config.batch_size * config.data.source_length / _COUNTED
     kept, whole = saved
     encoder, decoder = rows * kept[0] * c.num_hidden_layers, rows * kept[1] * c.num_decoder_layers
@@ -159,7 +160,7 @@ def memory(
         "gathered or cast weights": width * (2 * layer + sizes.embedding) if sharded else 2 * layers if cast else 0.0,
         "activations": encoder + decoder,
         # of the last chunk while the next one is made; the gradients of the matrix and of the states
-        "logits": min(LOSS_CHUNK, targets) * c.vocab_size * (_CHUNKS if targets > LOSS_CHUNK else _CHUNK)
+        "logits": min(chunk, targets) * c.vocab_size * (_CHUNKS if targets > chunk else _CHUNK)
         + embedding
         + (2 * sizes.embedding if bf16 else 0)
         + 2 * targets * c.hidden_size * width,

@@ -83,8 +83,9 @@ def main() -> None:
         packing = side("packing")
         print(
             f"packing package-docs at 1024/512, {packing['rows']:,} rows of {packing['examples']:,} examples: "
-            f"{packing['source']:.2%} of the source and {packing['target']:.2%} of the target budget filled; "
-            f"the fuller budget of a row is filled {packing['fuller']:.2%} on average; "
+            f"{packing['source']:.2%} of the source, {packing['target']:.2%} of the target and "
+            f"{(2 * packing['source'] + packing['target']) / 3:.2%} of both budgets filled, as the mixture fixes their "
+            f"ratio; the fuller budget of a row is filled {packing['fuller']:.2%} on average; "
             f"no packing could do with fewer than {packing['bound']:.2%} of these rows"
         )
 
@@ -101,7 +102,8 @@ def main() -> None:
         target("corruption of R1 over t5 at 2048", f"{over:.0f} x", "> 1 x", over > 1)
     target("resume at 10^9 tokens", f"{resume['seconds']:.3f} s", "<= 1 s", resume["seconds"] <= 1)
     target("memory from 10^5 tokens on", f"{grown:.2f} x", "<= 1.1 x", grown <= 1.1)
-    target("packing", f"{packing['bound']:.2%} of the rows are unavoidable", ">= 98 %", packing["bound"] >= 0.98)
+    target("packing, the fuller budget of a row", f"{packing['fuller']:.2%}", ">= 98 %", packing["fuller"] >= 0.98)
+    target("packing, unavoidable rows", f"{packing['bound']:.2%}", ">= 98 %", packing["bound"] >= 0.98)
 
 
 def target(name: str, figure: str, wanted: str, met: bool) -> None:

@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import time
 from collections import Counter
 from itertools import islice
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -24,6 +26,7 @@ from qwen3_encdec.data.page import write_page
 from qwen3_encdec.data.preparation import Preparation, prepare
 from qwen3_encdec.data.sources import open_corpus
 from qwen3_encdec.data.stream import UL2Stream
+from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.files import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
@@ -62,6 +65,13 @@ def test_a_hub_dataset_is_read_by_shards(tmp_path):
     assert len({document.id for document in documents}) == 12
     with pytest.raises(InputError, match="no text in column 'body'; there is text"):
         list(sources._hub_shards(0, str(tmp_path), "body", "train")[0].blocks())
+    before = sources.corpus_fingerprint(shards)
+    assert sources.corpus_fingerprint(sources._hub_shards(7 << 40, str(tmp_path), "text", "train")) == before
+    pq.write_table(pa.table({"text": ["1.0", "1.1", "1.2", "changed"]}), tmp_path / "train-1.parquet")
+    assert sources.corpus_fingerprint(sources._hub_shards(7 << 40, str(tmp_path), "text", "train")) != before
+    (tmp_path / "train-2.parquet").unlink()
+    with pytest.raises(InputError, match=r"file 2 row 1: .*train-2.parquet"):
+        list(shards[2].blocks())
 
 
 def write_bad(folder, kind: str) -> str:
@@ -88,6 +98,10 @@ def write_bad(folder, kind: str) -> str:
         pq.write_table(pa.table({"body": ["x"], "id": [1]}), path)
     elif kind == "parquet-number":
         pq.write_table(pa.table({"text": [1]}), path)
+    elif kind == "parquet-bytes":
+        offsets = pa.py_buffer(np.array([0, 4, 8, 12], np.int32).tobytes())
+        words = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"fineca\xe9sfine")])
+        pq.write_table(pa.table({"text": pa.chunked_array([["fine"] * 5, words])}), path, row_group_size=4)
     elif kind == "txt-empty":
         path.write_text("")
     elif kind == "csv-unknown":
@@ -109,6 +123,7 @@ def write_bad(folder, kind: str) -> str:
         ("parquet-plain", r"bad.parquet is not a parquet file"),
         ("parquet-column", r"no column 'text'; there is body, id"),
         ("parquet-number", r"column 'text' is int64, not a text"),
+        ("parquet-bytes", r"bad.parquet row group 1 row 3: not valid UTF-8"),
         ("txt-empty", r"the corpus is empty"),
         ("csv-unknown", r"bad.csv is none of .jsonl"),
     ],
@@ -229,6 +244,33 @@ def test_a_shard_that_vanishes_is_named(tmp_path, tokenizer, monkeypatch, name):
         list(islice(stream, 10_000))
 
 
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl.gz", "a.parquet"])
+def test_a_file_that_shrinks_or_loses_its_column_is_named(tmp_path, monkeypatch, name):
+    monkeypatch.setattr(sources, "SHARD_BYTES", 4096)
+    file = tmp_path / name
+    words = [f"document {i} tells of many things" for i in range(3000)]
+
+    def write(texts: list[str], column: str = "text") -> None:
+        if name.endswith("parquet"):
+            pq.write_table(pa.table({column: texts}), file, row_group_size=100)
+        elif name.endswith("gz"):
+            file.write_bytes(gzip.compress("".join(json.dumps({column: text}) + "\n" for text in texts).encode()))
+        else:
+            file.write_text("".join(text + "\n" for text in texts))
+
+    write(words)
+    shards = open_corpus([str(file)])
+    assert sum(len(block) for shard in shards for block in shard.blocks()) == 3000
+    if name != "a.jsonl.gz":  # of one that is read in one go nobody knows how long it was
+        write(words[:1500])  # ends with a line
+        with pytest.raises(InputError, match=rf"{name} (line 1501: the file has become shorter|row group 15: )"):
+            [block for shard in shards for block in shard.blocks()]
+    if name != "a.txt":
+        write(words, "body")
+        with pytest.raises(InputError, match=rf"{name} .*(no column 'text'|Field \"text\" does not exist)"):
+            [block for shard in shards for block in shard.blocks()]
+
+
 @pytest.fixture
 def corpus(tmp_path, monkeypatch):
     """Lines and a parquet file with copies, near copies and short documents, in many shards."""
@@ -276,6 +318,7 @@ def test_copies_and_lengths_are_filtered_and_counted(corpus, tokenizer, tmp_path
     plain = prepare(Preparation([str(corpus)], max_tokens=300), tokenizer, tmp_path / "plain", 1)
     assert plain["long"] > 10
     assert plain["duplicate"] == 0
+    prepare(Preparation([str(corpus)]), tokenizer, tmp_path / "whole", 1)
     exact = prepare(Preparation([str(corpus)], deduplicate="exact"), tokenizer, tmp_path / "exact", 1)
     assert exact["duplicate"] == 10 + 1  # "a" twice
     pytest.importorskip("rensa")
@@ -283,8 +326,13 @@ def test_copies_and_lengths_are_filtered_and_counted(corpus, tokenizer, tmp_path
     assert 14 <= alike["duplicate"] <= 16  # of five near copies the shortest may be too different
     for counts in (plain, exact, alike):
         assert counts["documents"] == counts["used"] + counts["short"] + counts["long"] + counts["duplicate"]
-    first = UL2Stream(DataConfig(inputs=[str(tmp_path / "exact")]), tokenizer, epochs=1)
-    assert rows_of(first) <= rows_of(UL2Stream(DataConfig(inputs=[str(corpus)]), tokenizer, epochs=1))
+
+    def chunks(folder) -> Counter:
+        stream = UL2Stream(DataConfig(inputs=[str(folder)], heldout_inputs=["elsewhere"]), tokenizer, epochs=1)
+        ids = {"sentinel_ids": stream.sentinel_ids, "eos_id": stream.eos_id}
+        return Counter((e.denoiser, uncorrupt(e.source, e.target, **ids).tobytes()) for row in stream for e in row)
+
+    assert chunks(tmp_path / "exact") < chunks(corpus) == chunks(tmp_path / "whole")
 
 
 def test_a_killed_preparation_goes_on_without_doing_finished_parts_again(corpus, tokenizer, tmp_path):
@@ -351,6 +399,10 @@ def test_the_command_prepares_and_draws(corpus, tokenizer, tmp_path, monkeypatch
     assert "11 duplicate" in out
     out = command(*shared[:2], "--input", tmp_path / "tokens", "--analyze-only", "--output", tmp_path / "page")
     assert "packing efficiency" in out
+    numbers = re.search(r"documents +([\d,]+) = ([\d,]+) used \+ ([\d,]+) refused \+ ([\d,]+) held out", out)
+    documents, *parts = (int(number.replace(",", "")) for number in numbers.groups())
+    assert documents == sum(parts) > 500
+    assert all(parts[:1] + parts[2:])
     assert "<svg" in (tmp_path / "page/report.html").read_text()
     assert "holds a data report" in command(*shared, "--output", tmp_path / "page")
     assert "holds a prepared corpus" in command(*shared, "--analyze-only", "--output", tmp_path / "tokens")

@@ -18,13 +18,12 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from qwen3_encdec.data import sources
 from qwen3_encdec.data.collator import collate
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.packing import fewest_rows, pack, packing_efficiency
+from qwen3_encdec.data.packing import fewest_rows, pack
 from qwen3_encdec.data.sources import open_corpus
 from qwen3_encdec.data.stream import (
     UL2Stream,
     build_stream,
     heldout_examples,
-    is_heldout,
     redeal,
     resume,
 )
@@ -158,6 +157,49 @@ def test_a_corpus_of_fewer_shards_than_readers(corpus, tokenizer, name):
     shares = [list(UL2Stream(config, tokenizer, rank=rank, world_size=7, epochs=3)) for rank in range(7)]
     assert Counter(keys(flat(shares))) == Counter(keys(whole))
     assert all(shares)
+
+
+def test_a_reader_opens_only_the_compressed_files_that_are_its_own(corpus, tokenizer, monkeypatch):
+    folder = corpus.with_name("many")
+    folder.mkdir()
+    for number in range(16):
+        with gzip.open(folder / f"{number}.txt.gz", "wt") as file:
+            file.write("\n".join(texts(20, number)))
+    opened: list[str] = []
+    open_file = sources.Lines._open
+    monkeypatch.setattr(sources.Lines, "_open", lambda self: opened.append(self.path) or open_file(self))
+    config = data_config(folder)
+    source = UL2Stream(config, tokenizer, epochs=1)
+    everything = Counter(keys(source))
+    opened.clear()
+    readers = [reader(source, rank, 4) for rank in range(4)]
+    given = flat(take(readers, [None] * 4))
+    assert len(opened) == len(set(opened)) == 16
+    assert Counter(given) == everything
+
+    readers = [reader(source, rank, 4) for rank in range(4)]
+    given = flat(take(readers, [None, 2, 0, 9]))
+    merged = redeal([other.state_dict() for other in readers])
+    opened.clear()
+    given += flat(take([reader(source, rank, 2, merged) for rank in range(2)], [None, None]))
+    assert len(opened) == len(set(opened)) < 13  # what the first reader has read through stays closed
+    assert Counter(given) == everything
+
+
+def test_a_long_context_from_tokenizer_to_rows(tmp_path):
+    many = build_tokenizer(num_ranks=512, num_sentinel_tokens=1262)
+    words = random.Random(0).choices(WORDS, k=60_000)
+    (tmp_path / "a.txt").write_text(" ".join(words))
+    config = DataConfig([str(tmp_path)], source_length=16_384, target_length=16_384, heldout_inputs=["elsewhere"])
+    source = UL2Stream(config, many, epochs=6)
+    rows = list(source)
+    assert {e.denoiser for row in rows for e in row} == set(range(5))
+    assert max(len(e.source) for row in rows for e in row) > 16_000
+    assert all(sum(len(e.source) for e in row) <= 16_384 and sum(len(e.target) for e in row) <= 16_384 for row in rows)
+    whole = sum(len(uncorrupt(e.source, e.target, **ids_of(source))) for row in rows for e in row)
+    assert whole == source.counts["tokens"]
+    with pytest.raises(InputError, match="R2 needs up to 1262 sentinels .*--num-sentinel-tokens 1262"):
+        UL2Stream(config, build_tokenizer(num_ranks=512, num_sentinel_tokens=1261))
 
 
 def test_epochs_differ_in_order_and_corruption_but_not_in_text(corpus, tokenizer):
@@ -315,6 +357,32 @@ def test_a_state_of_another_stream_is_refused_unless_asked_for(corpus, tokenizer
     )
 
 
+def fingerprint(corpus, tokenizer, **changes) -> str:
+    return UL2Stream(data_config(corpus, **changes), tokenizer).fingerprint
+
+
+def test_what_makes_a_stream_another_one(corpus, tokenizer, monkeypatch):
+    before = fingerprint(corpus, tokenizer)
+    assert fingerprint(corpus.rename(corpus.with_name("moved")), tokenizer) == before
+    corpus = corpus.with_name("moved")
+    parts = [{"inputs": [str(corpus / "a.jsonl")]}, {"inputs": [str(corpus / "c.txt")]}]
+    others = {
+        fingerprint(corpus, tokenizer, mixture=parts),
+        fingerprint(corpus, tokenizer, mixture=[{**parts[0], "weight": 3}, parts[1]]),
+        fingerprint(corpus, tokenizer, mixture=parts[::-1]),
+        fingerprint(corpus, tokenizer, mixture=parts, heldout_inputs=["elsewhere"]),
+    }
+    assert len(others | {before}) == 5
+    text = (corpus / "a.jsonl").read_text()
+    middle = len(text) // 2
+    (corpus / "a.jsonl").write_text(text[:middle] + ("b" if text[middle] == "a" else "a") + text[middle + 1 :])
+    assert fingerprint(corpus, tokenizer) != before
+    monkeypatch.setattr(sources, "_LOOKED_AT", 0)  # control: a corpus too large to be read whole
+    unseen = fingerprint(corpus, tokenizer)
+    (corpus / "a.jsonl").write_text(text)
+    assert fingerprint(corpus, tokenizer) == unseen
+
+
 def test_mixtures_keep_to_their_weights_and_to_one_pass_an_epoch(corpus, tokenizer):
     numbers = random.Random(7)
     lines = (" ".join(str(numbers.randrange(1000)) for _ in range(numbers.randrange(90))) for _ in range(40))
@@ -416,7 +484,7 @@ def test_heldout_texts_are_fixed_shared_by_denoisers_and_never_trained_on(corpus
     assert keys([again]) == keys([held])
 
     documents = [document for shard in source.sources[0] for document in flat(shard.blocks())]
-    unseen = {document.text for document in documents if is_heldout(document.text, config)}
+    unseen = {document.text for document in documents if document.checksum % 5 == 0}
     trained = b"".join(
         tokens.astype(np.int32).tobytes()
         for row in source
@@ -427,7 +495,7 @@ def test_heldout_texts_are_fixed_shared_by_denoisers_and_never_trained_on(corpus
     long = [text for text in unseen if len(encode(text)) > 45]
     assert long
     assert not any(encode(text)[:40].tobytes() in trained for text in long)
-    control = next(d.text for d in documents if not is_heldout(d.text, config) and len(d.text) > 300)
+    control = next(d.text for d in documents if d.checksum % 5 and len(d.text) > 300)
     assert encode(control)[:40].tobytes() in trained
 
 
@@ -446,8 +514,8 @@ def test_packing_is_deterministic_complete_and_close_to_the_bound(one_epoch):
     rows = pack(examples, 96, 64)
     assert keys(rows) == keys(pack(examples, 96, 64))
     assert examples_of(rows) == examples_of([examples])
-    loose = packing_efficiency([[e] for e in examples], 96, 64)[2]  # control: one example a row
-    assert loose < 0.85 < 0.97 < packing_efficiency(rows, 96, 64)[2]
+    fewest = fewest_rows(examples, 96, 64)
+    assert fewest / len(examples) < 0.85 < 0.97 < fewest / len(rows)  # control: one example a row
     with pytest.raises(ValueError, match="exceeds"):
         pack(examples, 10, 64)
 
@@ -475,11 +543,11 @@ def test_no_packing_needs_fewer_rows_than_the_bound():
     assert too_high > 60
 
 
-def test_buckets_hold_the_same_examples_and_need_less_padding(corpus, tokenizer, one_epoch, monkeypatch):
+def test_buckets_hold_the_same_examples_and_need_less_padding(corpus, tokenizer, monkeypatch):
     monkeypatch.setattr(sources, "SHARD_BYTES", 10**6)
     rows = list(UL2Stream(data_config(corpus, packing="buckets"), tokenizer, epochs=1))
     assert all(len(row) == 1 for row in rows)
-    assert examples_of(rows) == examples_of(one_epoch)
+    assert examples_of(rows) == examples_of(UL2Stream(data_config(corpus), tokenizer, epochs=1))
 
     def padded(rows: list) -> int:
         batches = [collate(rows[start : start + 4], pad_id=0) for start in range(0, len(rows), 4)]
@@ -515,6 +583,29 @@ def test_a_corpus_without_one_usable_document_is_an_error(tmp_path, tokenizer):
     (tmp_path / "short.txt").write_text("a\nb\n\n")
     with pytest.raises(InputError, match="no example"):
         next(iter(UL2Stream(data_config(tmp_path), tokenizer)))
+
+
+def test_a_line_longer_than_many_shards_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SHARD_BYTES", 2**14)
+    long = "word " * 200_000
+    (tmp_path / "a.txt").write_text(f"first\n{long}\nlast\n")
+    read = []
+    open_file = sources.Lines._open
+
+    def counting(self):
+        file = open_file(self)
+        raw = file.readline
+        return type("Counting", (), {
+            "__enter__": lambda self: self, "__exit__": lambda *_: file.close(), "seek": lambda _, at: file.seek(at),
+            "readline": lambda _, *size: read.append(raw(*size)) or read[-1],
+        })()  # fmt: skip
+
+    monkeypatch.setattr(sources.Lines, "_open", counting)
+    shards = open_corpus([str(tmp_path)])
+    documents = [document.text for shard in shards for document in flat(shard.blocks())]
+    assert len(shards) > 60
+    assert documents == ["first", long, "last"]
+    assert sum(map(len, read)) < 2.1 * len(long)
 
 
 def test_shards_partition_a_file_at_any_size(corpus, monkeypatch):

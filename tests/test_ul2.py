@@ -105,19 +105,50 @@ def test_corruption_is_inverted_exactly_within_its_bounds(seed, modes):
             assert not (is_mark[1:] & is_mark[:-1]).any()  # neighbouring spans would be one span
 
 
-def test_a_text_is_corrupted_alone_as_among_others():
+def test_texts_that_follow_change_nothing_and_those_before_only_the_rounding():
     rng = np.random.default_rng(0)
     lengths, denoisers = rng.integers(2, 300, 200), rng.integers(len(DENOISERS), size=200)
     together = make(lengths, denoisers, DENOISERS)
-    for i in range(200):
-        key = example_keys(7, 0, [i], 0)
-        one = corrupt_batch(np.arange(lengths[i]), lengths[i : i + 1], denoisers[i : i + 1], DENOISERS, key, **IDS)
-        np.testing.assert_array_equal(one.sources, together[i].source)
-        np.testing.assert_array_equal(one.targets, together[i].target)
+    for one, other in zip(make(lengths[:90], denoisers[:90], DENOISERS), together[:90], strict=True):
+        np.testing.assert_array_equal(one.source, other.source)
+    even = Denoiser("even", 4, 0.5)  # 8 noise tokens of 16 in 2 spans: nothing to round
+    together = make([16] * 50, 0, (even,))
+    for i in range(50):
+        alone = corrupt_batch(np.arange(16), np.array([16]), np.array([0]), (even,), example_keys(7, 0, [i], 0), **IDS)
+        np.testing.assert_array_equal(alone.sources, together[i].source)
+        np.testing.assert_array_equal(alone.targets, together[i].target)
     source, target = corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(5), **IDS)
     again, _ = corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(5), **IDS)
     np.testing.assert_array_equal(source, again)
     np.testing.assert_array_equal(uncorrupt(source, target, **IDS), np.arange(99))
+
+
+def batch_errors(seed: int) -> np.ndarray:
+    """Noise tokens and spans beyond `corruption * tokens` and that over the mean span, of each denoiser's texts."""
+    preset = PRESETS["t5gemma2"] + PRESETS["ul2"]
+    rng = np.random.default_rng(seed)
+    lengths, denoisers = rng.integers(60, 900, 700), rng.integers(len(preset), size=700)
+    noise, spans = ul2._sizes(lengths, denoisers, preset, example_keys(seed, 0, np.arange(700), 0))
+    errors = []
+    for index, denoiser in enumerate(preset):
+        mine = denoisers == index
+        errors.append(noise[mine].sum() - denoiser.corruption * lengths[mine].sum())
+        if denoiser.mean_span in (3, 8):  # of longer ones there is at least one in texts where less is due
+            errors.append(spans[mine].sum() - noise[mine].sum() / denoiser.mean_span)
+    return np.array(errors)
+
+
+def test_the_rates_of_a_batch_are_exact_to_a_token(monkeypatch):
+    errors = np.stack([batch_errors(seed) for seed in range(200)])
+    assert abs(errors).max() < 1
+    assert abs(errors.mean()) < 4 * errors.std() / np.sqrt(errors.size)  # and rounded to both sides
+
+    def alone(of, ratio, key, number, nearest):  # control: each text rounded by itself
+        draws = np.random.default_rng(int(key[0] % 2**32)).random(len(of)) if len(of) else 0
+        return np.floor(of * float(ratio) + draws).astype(np.int64)
+
+    monkeypatch.setattr(ul2, "_share", alone)
+    assert np.median(abs(np.stack([batch_errors(seed) for seed in range(20)]))) > 1
 
 
 def test_uncorrupt_refuses_what_corrupt_cannot_make():

@@ -11,7 +11,7 @@ from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.packing import Row, packing_efficiency
+from qwen3_encdec.data.packing import Row, fewest_rows
 from qwen3_encdec.data.stream import UL2Stream
 from qwen3_encdec.data.ul2 import Example, Preset, render
 from qwen3_encdec.files import InputError
@@ -43,8 +43,6 @@ class Analysis:
     """Documents read, used, refused and held out, and their tokens (see `UL2Stream.counts`)."""
     rows: int
     examples: int
-    source_fill: float
-    target_fill: float
     packing_efficiency: float
     """Rows that could not be avoided, over the rows there are."""
     tokens_per_second: float
@@ -62,29 +60,56 @@ class Analysis:
     progress: np.ndarray
     """Seconds since the start and tokens made so far, after every 64 rows."""
 
-    def print(self, console: Console | None = None) -> None:
-        """Tables for a human."""
-        console = console or Console(width=None if sys.stdout.isatty() else 110)  # 80 would cut the table in a pipe
-        table = Table(title=f"{self.examples:,} examples in {self.rows:,} rows (nominal values in brackets)")
-        for heading in ("denoiser", "examples", "targets", "corruption", "source", "target", "sentinels"):
-            table.add_column(heading, justify="left" if heading == "denoiser" else "right")
-        for d in self.denoisers:
-            table.add_row(
+    @property
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, one a denoiser; nominal values in brackets, lengths as mean and most."""
+        header = ["Denoiser", "Examples", "Targets", "Corruption", "Source", "Target", "Sentinels"]
+        return header, [
+            [
                 d.name,
                 f"{d.example_share:.1%} ({d.nominal_share:.1%})",
                 f"{d.target_share:.1%}",
                 f"{d.corruption:.3f} ({d.nominal_corruption:.2f})",
                 *(f"{mean:.0f} ≤ {most}" for mean, most in (d.source_length, d.target_length)),
                 str(d.most_sentinels),
-            )
+            ]
+            for d in self.denoisers
+        ]
+
+    @property
+    def totals(self) -> list[tuple[str, str]]:
+        """Names and figures of the whole sample."""
+        number = {
+            name: f"{self.counts.get(name, 0):,}" for name in ("documents", "used", "refused", "heldout", "tokens")
+        }
+        source, target, fuller = [*self.fills.mean(axis=0).tolist(), self.fills.max(axis=1).mean()]
+        return [
+            ("documents", "{documents} = {used} used + {refused} refused + {heldout} held out".format(**number)),
+            ("tokens", f"{number['tokens']} of text"),
+            ("rows", f"{self.rows:,} with {self.examples:,} examples"),
+            (
+                "filled",
+                f"{source:.1%} of the source and {target:.1%} of the target budget; the fuller one {fuller:.1%}",
+            ),
+            (
+                "packing efficiency",
+                f"{self.packing_efficiency:.1%}: the fewest rows that any packing needs, over these",
+            ),
+            ("speed", f"{self.tokens_per_second:,.0f} tokens/s in one process, encoding with {self.encoder}"),
+        ]
+
+    def print(self, console: Console | None = None) -> None:
+        """Tables for a human."""
+        console = console or Console(width=None if sys.stdout.isatty() else 110)  # 80 would cut the table in a pipe
+        table = Table(title="nominal values in brackets; lengths are mean ≤ most")
+        header, rows = self.table
+        for heading in header:
+            table.add_column(heading, justify="left" if heading == "Denoiser" else "right")
+        for row in rows:
+            table.add_row(*row)
         console.print(table)
-        console.print(
-            f"documents   {', '.join(f'{number:,} {name}' for name, number in self.counts.items())}\n"
-            f"rows        {self.source_fill:.1%} of the source and {self.target_fill:.1%} of the target budget filled; "
-            f"packing efficiency {self.packing_efficiency:.1%} (fewest rows that any packing needs, over rows)\n"
-            f"speed       {self.tokens_per_second:,.0f} tokens/s in one process, encoding with {self.encoder}",
-            highlight=False,
-        )
+        for name, figure in self.totals:
+            console.print(f"{name:18}  {figure}", highlight=False)
         for text in self.shown:
             console.print(Text(text))
 
@@ -120,7 +145,6 @@ def analyze(
     noise = np.zeros((len(config.denoisers), 2, _POSITIONS))
     for example in examples:
         noise[example.denoiser] += _noise_by_position(example, stream)
-    source_fill, target_fill, efficiency = packing_efficiency(rows, config.source_length, config.target_length)
     of_each = [[e for e in examples if e.denoiser == i][:show] for i in range(len(config.denoisers))]
     reason = stream.encode.fallback_reason
     return Analysis(
@@ -131,9 +155,7 @@ def analyze(
         counts=dict(stream.counts),
         rows=len(rows),
         examples=len(examples),
-        source_fill=source_fill,
-        target_fill=target_fill,
-        packing_efficiency=efficiency,
+        packing_efficiency=fewest_rows(examples, config.source_length, config.target_length) / len(rows),
         tokens_per_second=tokens / seconds,
         encoder=stream.encode.name if reason is None else f"tokenizers ({reason})",
         shown=[render(example, tokenizer, config.denoisers) for some in of_each for example in some],

@@ -50,7 +50,10 @@ def bucket(examples: Sequence[Example], rng: np.random.Generator) -> list[Row]:
 
 
 def fewest_rows(examples: Sequence[Example], source_length: int, target_length: int) -> float:
-    """No packing can do with fewer rows than this.
+    """No packing can do with fewer rows than this; over the rows there are it says how good a packing is.
+
+    How full rows are says less: the mixture fixes the ratio of source to target tokens, so that only one budget can be
+    filled; and where a chunk fills the other one by itself, not even that.
 
     Either all tokens of one side fill rows to the brim; or, better, examples that take more than half of one side
     have a row each, which the most favourable of the other examples then fill up on the other side.
@@ -63,17 +66,6 @@ def fewest_rows(examples: Sequence[Example], source_length: int, target_length: 
         filled = np.minimum(1, other[large] + slope * (1 - one[large]))
         bounds += [other.sum(), large.sum() + other.sum() - filled.sum()]
     return float(max(bounds))
-
-
-def packing_efficiency(rows: Sequence[Row], source_length: int, target_length: int) -> tuple[float, float, float]:
-    """How full rows are: of the source budget, of the target budget, and of what no packing could beat.
-
-    The mixture fixes the ratio of source to target tokens, so that only one budget can be filled; and where a chunk
-    fills the other one by itself, not even that. The third number is `fewest_rows` over the rows there are.
-    """
-    examples = [example for row in rows for example in row]
-    source, target = _sizes(examples).sum(axis=1) / (len(rows) * np.array([source_length, target_length]))
-    return float(source), float(target), fewest_rows(examples, source_length, target_length) / len(rows)
 
 
 def _sizes(examples: Sequence[Example]) -> np.ndarray:

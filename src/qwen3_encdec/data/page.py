@@ -21,29 +21,13 @@ def write_page(analysis: Analysis, file: Path, settings: dict[str, Any]) -> None
         (_draw_fills, "Filled share of the rows' source and target budgets.", 2.6),
         (_draw_speed, "Source and target tokens made in one process; a block is made at once.", 2.6),
     ]
-    header = ["Denoiser", "Examples", "Targets", "Corruption", "Source", "Target", "Sentinels"]
-    rows = [
-        [
-            d.name, f"{d.example_share:.1%} ({d.nominal_share:.1%})", f"{d.target_share:.1%}",
-            f"{d.corruption:.3f} ({d.nominal_corruption:.2f})", f"{d.source_length[0]:.0f} ≤ {d.source_length[1]}",
-            f"{d.target_length[0]:.0f} ≤ {d.target_length[1]}", str(d.most_sentinels),
-        ]
-        for d in analysis.denoisers
-    ]  # fmt: skip
-    totals = [
-        ("documents", ", ".join(f"{number:,} {name}" for name, number in analysis.counts.items())),
-        ("rows", f"{analysis.rows:,} with {analysis.examples:,} examples"),
-        ("filled", f"{analysis.source_fill:.1%} of the source and {analysis.target_fill:.1%} of the target budget"),
-        ("packing", f"{analysis.packing_efficiency:.1%}: the fewest rows that any packing needs, over these rows"),
-        ("speed", f"{analysis.tokens_per_second:,.0f} tokens/s in one process, encoding with {analysis.encoder}"),
-    ]
     examples = "".join(
         f'<div class="example"><dl><dt></dt><dd>{escape(text)}</dd></dl></div>' for text in analysis.shown
     )
     drawn = "".join(_figure(draw, analysis, caption, height) for draw, caption, height in figures)
     body = (
-        f"<h1>What UL2 makes of the corpus</h1>{_html_list(totals)}"
-        f"<h2>Denoisers</h2><p>Nominal values in brackets; lengths are mean and most.</p>{_html_table((header, rows))}"
+        f"<h1>What UL2 makes of the corpus</h1>{_html_list(analysis.totals)}"
+        f"<h2>Denoisers</h2><p>Nominal values in brackets; lengths are mean and most.</p>{_html_table(analysis.table)}"
         f'<div class="figures">{drawn}</div><h2>Examples</h2>{examples}'
         f"<footer>{_html_list([(name, str(value)) for name, value in settings.items()])}</footer>"
     )
@@ -84,7 +68,7 @@ def _draw_positions(axes: Axes, analysis: Analysis) -> None:
     at = (np.arange(analysis.noise_by_position.shape[1]) + 0.5) / analysis.noise_by_position.shape[1]
     for denoiser, noise in zip(analysis.denoisers, analysis.noise_by_position, strict=True):
         axes.plot(at, noise, label=denoiser.name)
-    axes.set(xlabel="position in the text", ylabel="share of noise", ylim=(0, 1))
+    axes.set(xlabel="position in the text", ylabel="share of noise", ylim=(0, 1.2))
     axes.legend(ncols=len(analysis.denoisers))
 
 

@@ -30,11 +30,12 @@ from transformers import PreTrainedTokenizerBase
 from qwen3_encdec.data.sources import (
     TOKENIZED_SCHEMA,
     TOKENIZER_KEY,
-    Document,
+    Block,
     Shard,
     Tokenized,
     corpus_fingerprint,
     open_corpus,
+    tokenized,
 )
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.files import PROVENANCE_FILE, InputError, check_output, package_versions, read_json, write_json
@@ -185,21 +186,17 @@ class _PartWriter:
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _tokenize(self, block: list[Document] | Tokenized, shards: list[Shard], counts: Counter[str]) -> Tokenized:
+    def _tokenize(self, block: Block, shards: list[Shard], counts: Counter[str]) -> Tokenized:
         if isinstance(block, Tokenized):
             raise InputError(f"{shards[0].path} is tokenized already")
-        ids = np.array([document.id for document in block], dtype=np.int64)
-        twice = np.isin(ids, self.duplicates)
-        checksums = np.array([document.checksum for document in block], dtype=np.int64)
-        kept = [document.text for document, out in zip(block, twice.tolist(), strict=True) if not out]
-        tokenized = Tokenized(ids[~twice], checksums[~twice], *self.encode.batch(kept))
-        short = tokenized.lengths < self.preparation.min_tokens
-        long = tokenized.lengths > (self.preparation.max_tokens or np.inf)
-        tokenized = tokenized.without(short | long)
+        documents, twice = tokenized(block, self.encode.batch, lambda ids, _: np.isin(ids, self.duplicates))
+        short = documents.lengths < self.preparation.min_tokens
+        long = documents.lengths > (self.preparation.max_tokens or np.inf)
+        documents = documents.without(short | long)
         found = {"short": short, "long": long, "duplicate": twice}
         counts.update({name: int(those.sum()) for name, those in found.items()})
-        counts.update(documents=len(ids), used=len(tokenized.ids), tokens=len(tokenized.tokens))
-        return tokenized
+        counts.update(documents=len(block), used=len(documents.ids), tokens=len(documents.tokens))
+        return documents
 
 
 _writer: _PartWriter

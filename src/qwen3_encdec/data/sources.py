@@ -15,7 +15,7 @@ import json
 import re
 import sys
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +33,7 @@ _LINE_SUFFIXES = (".jsonl", ".json", ".txt")
 _SUFFIXES = (*(kind + packing for kind in _LINE_SUFFIXES for packing in ("", ".gz", ".zst")), ".parquet")
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _ID_BITS = 40
+_LOOKED_AT = 2**26
 TOKENIZER_KEY = b"qwen3_encdec.tokenizer"
 TOKENIZED_SCHEMA = pa.schema({"id": pa.int64(), "checksum": pa.int64(), "tokens": pa.list_(pa.int32())})
 
@@ -69,6 +70,30 @@ class Tokenized(NamedTuple):
         return Tokenized(self.ids[~out], self.checksums[~out], tokens, self.lengths[~out])
 
 
+Block = list[Document] | Tokenized
+
+
+def tokenized(
+    block: Block,
+    encode: Callable[[list[str]], tuple[np.ndarray, np.ndarray]],
+    leave_out: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> tuple[Tokenized, np.ndarray]:
+    """A block as token ids, and which of its documents (bool) were left out.
+
+    Args:
+        block: As a shard gives it.
+        encode: `Encoder.batch`.
+        leave_out: From ids and checksums to what is to be left out, bool.
+    """
+    if isinstance(block, Tokenized):
+        out = leave_out(block.ids, block.checksums)
+        return block.without(out), out
+    ids, checksums = np.array([(document.id, document.checksum) for document in block], np.int64).reshape(-1, 2).T
+    out = leave_out(ids, checksums)
+    texts = [document.text for document, left in zip(block, out.tolist(), strict=True) if not left]
+    return Tokenized(ids[~out], checksums[~out], *encode(texts)), out
+
+
 class Shard(Protocol):
     """A part of a corpus that can be read on its own."""
 
@@ -80,7 +105,7 @@ class Shard(Protocol):
     def num_blocks(self) -> int | None:
         """How many blocks it has; None if only reading can tell."""
 
-    def blocks(self) -> Iterator[list[Document] | Tokenized]:
+    def blocks(self) -> Iterator[Block]:
         """All documents in order, empty ones too. Raises InputError naming file and line."""
 
 
@@ -117,9 +142,11 @@ def open_corpus(
 def corpus_fingerprint(shards: Sequence[Shard]) -> int:
     """Changes when files are added, taken away, resized, or edited where it looks.
 
-    Looks at the name and size of every file and at both ends of 64 of them; the folder does not count.
+    Looks at the name and size of every file, at all of a corpus up to 64 MiB and at both ends of 64 files of a larger
+    one, and at the revision of a hub dataset; the folder does not count.
     """
     paths = list(dict.fromkeys(shard.path for shard in shards))
+    window = max(_LOOKED_AT // max(len(paths), 1) // 2, 4096)
     seen = zlib.crc32(repr(len(shards)).encode())
     for number, path in enumerate(paths):
         file = Path(path)
@@ -127,12 +154,14 @@ def corpus_fingerprint(shards: Sequence[Shard]) -> int:
         seen = zlib.crc32(f"{file.name} {size}".encode(), seen)
         if size and number % -(-len(paths) // 64) == 0:
             with file.open("rb") as data:
-                seen = zlib.crc32(data.read(4096), seen)
-                data.seek(max(size - 4096, 0))
+                seen = zlib.crc32(data.read(window), seen)
+                data.seek(max(size - window, 0))
                 seen = zlib.crc32(data.read(), seen)
     for shard in shards:
         if isinstance(shard, Texts):
             seen = zlib.crc32("".join(document.text for document in shard.documents).encode("utf-8", "replace"), seen)
+        elif isinstance(shard, HubFile):
+            seen = zlib.crc32(shard.revision.encode(), seen)
     return seen
 
 
@@ -229,12 +258,14 @@ class Lines:
             with self._open() as file:
                 if offset:  # a line that runs over the start belongs to the range before
                     file.seek(offset - 1)
-                    offset += len(file.readline()) - 1
+                    offset += len(file.readline(self.end - offset + 1)) - 1
                 begin = offset
                 plain = self.path.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
                 while offset < self.end and (line := file.readline()):
                     yield Document(self.first + offset, _parse(line, None if plain else self.column, offset))
                     offset, lines = offset + len(line), lines + 1
+                if offset < self.end < sys.maxsize:
+                    raise ValueError("the file has become shorter since it was opened")
         except (ValueError, OSError, EOFError) as error:
             with suppress(OSError):
                 lines += _count_lines(self.path, begin) if self.start else 0
@@ -296,8 +327,20 @@ class RowGroup:
         texts = _read_group(self.path, self.group, [self.column]).column(0)
         size = -(-len(texts) // (self.num_blocks or 1))
         for start in range(0, len(texts), size):
-            rows = enumerate(texts.slice(start, size).to_pylist(), self.first + start)
-            yield [Document(row, text or "") for row, text in rows]
+            try:
+                found = texts.slice(start, size).to_pylist()
+            except UnicodeDecodeError as error:
+                bad = next(row for row in range(start, start + size) if not _is_utf8(texts[row]))
+                where = f"{self.path} row group {self.group} row {bad + 1}"
+                raise InputError(f"{where}: not valid UTF-8 ({error.reason})") from None
+            yield [Document(row, text or "") for row, text in enumerate(found, self.first + start)]
+
+
+def _is_utf8(value: pa.Scalar) -> bool:
+    try:
+        return value.as_py() is not value
+    except UnicodeDecodeError:
+        return False
 
 
 @dataclass(frozen=True)
@@ -321,8 +364,8 @@ class TokenizedGroup:
 def _read_group(path: str, group: int, columns: list[str]) -> pa.Table:
     try:
         with pq.ParquetFile(path) as file:
-            return file.read_row_group(group, columns=columns)
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+            return file.read_row_group(group, columns=columns).select(columns)
+    except (pa.ArrowException, OSError, UnicodeDecodeError, KeyError) as error:
         raise InputError(f"{path} row group {group}: {error}") from None
 
 
@@ -359,6 +402,8 @@ class HubFile:
     column: str
     number: int
     dataset: Any
+    revision: str
+    """Changes with the dataset's files."""
     num_blocks: int | None = None
 
     def blocks(self) -> Iterator[list[Document]]:
@@ -366,20 +411,31 @@ class HubFile:
         return _split_blocks(self._documents())
 
     def _documents(self) -> Iterator[Document]:
-        for row, record in enumerate(self.dataset.shard(self.dataset.num_shards, self.number)):
-            text = record.get(self.column, 0)
-            if not isinstance(text, str | None):
-                raise InputError(f"{self.path}: no text in column {self.column!r}; there is {', '.join(record)}")
-            yield Document(self.first + (self.number << 28) + row, text or "")
+        row = 0
+        try:
+            for record in self.dataset.shard(self.dataset.num_shards, self.number):
+                text = record.get(self.column, 0)
+                if not isinstance(text, str | None):
+                    raise ValueError(f"no text in column {self.column!r}; there is {', '.join(record)}")
+                yield Document(self.first + (self.number << 28) + row, text or "")
+                row += 1
+        except Exception as error:  # every way in which a hub can fail
+            raise InputError(f"{self.path} file {self.number} row {row + 1}: {_first_line(error)}") from None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def _hub_shards(first: int, item: str, column: str, split: str) -> list[Shard]:
-    from datasets import load_dataset
+    from datasets import load_dataset_builder
 
     name, _, config = item.partition(":")
     try:
-        dataset = load_dataset(name, config or None, split=split, streaming=True)
-    except Exception as error:  # every way in which a hub can fail
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        builder = load_dataset_builder(name, config or None)
+        dataset = builder.as_streaming_dataset(split=split)
+    except Exception as error:  # as above
+        reason = _first_line(error)
         raise InputError(f"input {item!r}: no such file, and no hub dataset could be opened ({reason})") from None
-    return [HubFile(first, item, column, number, dataset) for number in range(dataset.num_shards)]
+    revision = Path(builder.cache_dir).name + str(builder.config_id)
+    return [HubFile(first, item, column, number, dataset, revision) for number in range(dataset.num_shards)]

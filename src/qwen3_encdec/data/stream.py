@@ -15,7 +15,7 @@ import copy
 import dataclasses
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -24,15 +24,17 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.config import MODES, DataConfig
+from qwen3_encdec.data.package_docs import Split
 from qwen3_encdec.data.packing import Row, bucket, pack
 from qwen3_encdec.data.sources import (
-    Document,
+    Block,
     Shard,
     Texts,
     Tokenized,
     TokenizedGroup,
     corpus_fingerprint,
     open_corpus,
+    tokenized,
 )  # fmt: skip
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, Examples, check_capacity, corrupt_batch, draw_denoisers, example_keys
@@ -73,7 +75,12 @@ class UL2Stream(IterableDataset):
                 raise InputError(f"{shard.path} was prepared with another tokenizer; prepare the corpus again")
         fingerprint = hashlib.sha256()
         corpora = [corpus_fingerprint(shards) for shards in self.sources]
-        for part in (dataclasses.replace(config, accept_changes=False), self.encode.fingerprint, corpora):
+        # Where the corpus lies does not count.
+        settings = dataclasses.replace(
+            config, accept_changes=False, inputs=["."], mixture=[], heldout_inputs=config.heldout_inputs and ["."]
+        )
+        shares = [(source.weight, source.text_column) for source in config.sources]
+        for part in (settings, shares, self.encode.fingerprint, corpora):
             fingerprint.update(repr(part).encode())
         self.fingerprint = fingerprint.hexdigest()[:16]
         self._state, self._loaded = self.state_at_epoch(0), False
@@ -153,7 +160,8 @@ class UL2Stream(IterableDataset):
                 def rows_given(block: int, place: tuple[int, int] = (epoch, position)) -> int | None:
                     return _rows_given(state, len(shards), [*place, block], reader, readers)
 
-                for block, documents in _blocks_left(shards[shard], rows_given):
+                whole = _dealt_whole(len(shards), max(readers, *map(len, state["deals"]), 0))
+                for block, documents in _blocks_left(shards[shard], rows_given, whole):
                     skipped = rows_given(block) or 0
                     rows = self._rows(number, documents, epoch, shard, block)
                     fruitless = 0 if rows else fruitless + 1
@@ -170,14 +178,12 @@ class UL2Stream(IterableDataset):
                 state["deals"] = [places for places in state["deals"] if max(places) > state["place"]]
             state["place"] = [epoch + 1, 0, 0, 0]
 
-    def _rows(
-        self, number: int, documents: list[Document] | Tokenized, epoch: int, shard: int, block: int
-    ) -> list[Row]:
+    def _rows(self, number: int, documents: Block, epoch: int, shard: int, block: int) -> list[Row]:
         """The rows of a block."""
-        tokenized = self._usable(number, documents, isinstance(self.sources[number][shard], Texts))
-        if not len(tokenized.ids):
+        usable = self._usable(number, documents, self.sources[number][shard])
+        if not len(usable.ids):
             return []
-        examples = self.examples(tokenized.ids, tokenized.tokens, tokenized.lengths, epoch, number).split()
+        examples = self.examples(usable.ids, usable.tokens, usable.lengths, epoch, number).split()
         rng = np.random.default_rng([self.config.seed, epoch, number, shard, block])
         if self.config.packing == "buckets":
             return bucket(examples, rng)
@@ -185,20 +191,12 @@ class UL2Stream(IterableDataset):
         rows = pack(examples, *budgets) if self.config.packing else [[example] for example in examples]
         return [rows[i] for i in rng.permutation(len(rows))]
 
-    def _usable(self, number: int, documents: list[Document] | Tokenized, split_already: bool) -> Tokenized:
+    def _usable(self, number: int, block: Block, shard: Shard) -> Tokenized:
         """Tokenize; take out and count what is held out or too short."""
         counts = self._making[number]
-        counts["documents"] += len(documents.ids if isinstance(documents, Tokenized) else documents)
-        if not isinstance(documents, Tokenized):
-            ids = np.array([document.id for document in documents], dtype=np.int64)
-            checksums = np.array([document.checksum for document in documents], dtype=np.int64)
-            held = self._held_out(checksums, split_already)
-            kept = [d.text for d, out in zip(documents, held.tolist(), strict=True) if not out]
-            documents = Tokenized(ids[~held], checksums[~held], *self.encode.batch(kept))
-        else:
-            held = self._held_out(documents.checksums, split_already)
-            documents = documents.without(held)
+        documents, held = tokenized(block, self.encode.batch, _other_split(self.config, shard, "train"))
         short = documents.lengths < self.config.min_tokens
+        counts["documents"] += len(held)
         counts["heldout"] += int(held.sum())
         counts["refused"] += int(short.sum())
         counts["refused_tokens"] += int(documents.lengths[short].sum())
@@ -206,10 +204,6 @@ class UL2Stream(IterableDataset):
         counts["used"] += len(documents.ids)
         counts["tokens"] += len(documents.tokens)
         return documents
-
-    def _held_out(self, checksums: np.ndarray, split_already: bool) -> np.ndarray:
-        keep_all = bool(self.config.heldout_inputs) or split_already
-        return np.zeros(len(checksums), bool) if keep_all else checksums % self.config.heldout_every == 0
 
     def examples(
         self, ids: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, epoch: int, source: int = 0
@@ -304,6 +298,10 @@ def redeal(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return {"stream": states[0]["stream"], "reader": None, "sources": sources}
 
 
+def _dealt_whole(shards: int, readers: int) -> bool:
+    return shards >= _SHARDS_PER_READER * readers
+
+
 def _rows_given(state: dict[str, Any], shards: int, block: list[int], reader: int, readers: int) -> int | None:
     """How many of a block's rows have been given; None if all, or if the block is another reader's.
 
@@ -317,7 +315,7 @@ def _rows_given(state: dict[str, Any], shards: int, block: list[int], reader: in
 
     def owner(readers: int) -> int:
         # Shards are dealt out, so that no two readers open the same; blocks, where shards are too few for that.
-        within = block[2] if shards < _SHARDS_PER_READER * readers else 0
+        within = 0 if _dealt_whole(shards, readers) else block[2]
         return (block[0] * shards + block[1] + within) % readers
 
     if owner(readers) != reader:
@@ -332,14 +330,18 @@ def _rows_given(state: dict[str, Any], shards: int, block: list[int], reader: in
 
 
 def _blocks_left(
-    shard: Shard, rows_given: Callable[[int], int | None]
-) -> Iterator[tuple[int, list[Document] | Tokenized]]:
-    """The blocks of a shard that `rows_given` has not all given; a shard without any is not opened if that is known."""
-    if shard.num_blocks is not None and all(rows_given(block) is None for block in range(shard.num_blocks)):
+    shard: Shard, rows_given: Callable[[int], int | None], dealt_whole: bool
+) -> Iterator[tuple[int, Block]]:
+    """The blocks of a shard that `rows_given` has not all given; a shard without any is not opened if that is known.
+
+    `dealt_whole` says that all blocks of a shard are one reader's, so that a block beyond the last speaks for all.
+    """
+    blocks = range(shard.num_blocks) if shard.num_blocks is not None else [2**62] if dealt_whole else None
+    if blocks is not None and all(rows_given(block) is None for block in blocks):
         return
-    for block, documents in enumerate(shard.blocks()):
-        if rows_given(block) is not None:
-            yield block, documents
+    for number, block in enumerate(shard.blocks()):
+        if rows_given(number) is not None:
+            yield number, block
 
 
 def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_per_denoiser: int) -> list[Example]:
@@ -365,20 +367,11 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num
 
     def texts() -> Iterator[tuple[int, np.ndarray]]:
         for shard in (shards[i] for i in np.random.default_rng(0).permutation(len(shards))):
-            all_heldout = bool(config.heldout_inputs) or isinstance(shard, Texts)
             for block in shard.blocks():
-                if isinstance(block, Tokenized):
-                    tokens = np.split(block.tokens, np.cumsum(block.lengths)[:-1])
-                    found: Iterable[tuple[int, int, Any]] = zip(
-                        block.ids.tolist(), block.checksums.tolist(), tokens, strict=True
-                    )
-                else:
-                    found = ((document.id, document.checksum, document.text) for document in block)
-                for number, checksum, document in found:
-                    if all_heldout or checksum % config.heldout_every == 0:
-                        ids = encode(document) if isinstance(document, str) else document
-                        if len(ids) >= config.min_tokens:
-                            yield number, ids[:longest]
+                found, _ = tokenized(block, encode.batch, _other_split(config, shard, "heldout"))
+                found = found.without(found.lengths < config.min_tokens)
+                parts = np.split(found.tokens, np.cumsum(found.lengths)[:-1])
+                yield from zip(found.ids.tolist(), (tokens[:longest] for tokens in parts), strict=False)
 
     chosen = list(islice(texts(), num_per_denoiser))
     if len(chosen) < num_per_denoiser:
@@ -402,9 +395,14 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num
     ).split()
 
 
-def is_heldout(text: str, config: DataConfig) -> bool:
-    """Whether 1-in-`heldout_every` holds a text out. Copies of a text share its fate, so that none leaks."""
-    return Document(0, text).checksum % config.heldout_every == 0
+def _other_split(config: DataConfig, shard: Shard, split: Split) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """Which documents of a shard are not of this split, from their ids and checksums.
+
+    Copies of a text share its fate, so that none leaks.
+    """
+    apart = bool(config.heldout_inputs) or isinstance(shard, Texts)  # the whole shard is of one split
+    heldout = split == "heldout"
+    return lambda _, sums: np.zeros(len(sums), bool) if apart else (sums % config.heldout_every == 0) != heldout
 
 
 def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int, list[int]]:

@@ -16,7 +16,8 @@ sentinel) more. `placement="t5"` is T5's own rule, rounding included.
 
 Texts are corrupted many at a time, laid out one after another, so that NumPy's cost per call is shared by a block of
 documents. Every text has a key of its own, made of (seed, epoch, document, chunk), and all its random numbers are
-SplitMix64 of that key: a text's corruption does not depend on its neighbours.
+SplitMix64 of that key. Only rounding looks at the texts before it, so that over a block corruption rates are exact
+to a token.
 
 Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (UL2), Raffel et al. 2020 (T5); the
 mixture of `t5gemma2` is Zhang et al. 2025 (T5Gemma 2).
@@ -180,8 +181,9 @@ def corrupt_batch(
 ) -> Examples:
     """Corrupt texts of at least two tokens each.
 
-    The number of noise tokens of a text is `corruption * length` rounded up or down at random such that its mean is
-    exact, but at least one and at most all but one; so is the number of spans.
+    The number of noise tokens of a text is `corruption * length` rounded up or down, at random but such that a
+    denoiser's total over all texts is rounded up or down just once. So is the number of spans. In texts so short that
+    this leaves no noise token, or nothing but noise, there is one.
 
     Args:
         tokens: Token ids of all texts one after another, none of them a sentinel.
@@ -346,22 +348,28 @@ def _uniform(keys: np.ndarray, number: int | np.ndarray) -> np.ndarray:
 def _sizes(
     lengths: np.ndarray, denoisers: np.ndarray, preset: Preset, keys: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Noise tokens and noise spans of each text: whole numbers whose means are exact, or T5's nearest ones."""
+    """Noise tokens and noise spans of each text."""
+    noise, spans = np.ones((2, len(lengths)), dtype=np.int64)
+    for index, denoiser in enumerate(preset):
+        mine = np.flatnonzero(denoisers == index)
+        nearest = denoiser.placement == "t5"
+        length, first = lengths[mine], keys[mine[:1]]
+        noise[mine] = _share(length, _ratio(denoiser.corruption), first, _NOISE, nearest).clip(1, length - 1)
+        if denoiser.mean_span is not None:
+            most = np.minimum(noise, lengths - noise)[mine]
+            spans[mine] = _share(noise[mine], 1 / _ratio(denoiser.mean_span), first, _SPANS, nearest).clip(1, most)
+    return noise, spans
 
-    def share(of: np.ndarray, ratios: list[Fraction], most: np.ndarray, number: int) -> np.ndarray:
-        above, below = (
-            np.array([getattr(r, part) for r in ratios])[denoisers] for part in ("numerator", "denominator")
-        )
-        drawn = (of * above + (_uniform(keys, number) * below).astype(np.int64)) // below
-        return np.clip(np.where(nearest, np.rint(of * above / below).astype(np.int64), drawn), 1, most)
 
-    nearest = np.array([denoiser.placement == "t5" for denoiser in preset])[denoisers]
-    noise = share(lengths, [_ratio(denoiser.corruption) for denoiser in preset], lengths - 1, _NOISE)
-    spans = share(
-        noise, [1 / _ratio(d.mean_span or np.inf) for d in preset], np.minimum(noise, lengths - noise), _SPANS
-    )
-    prefixed = np.array([denoiser.mean_span is None for denoiser in preset])[denoisers]
-    return noise, np.where(prefixed, 1, spans)
+def _share(of: np.ndarray, ratio: Fraction, key: np.ndarray, number: int, nearest: bool) -> np.ndarray:
+    """Whole numbers that are `ratio * of` rounded: to the nearest, or such that their sum is rounded once.
+
+    What rounding leaves of one is carried to the next, from a remainder on that is drawn by `key`.
+    """
+    if nearest:
+        return np.rint(of * ratio.numerator / ratio.denominator).astype(np.int64)
+    remainder = (_uniform(key, number) * ratio.denominator).astype(np.int64)
+    return np.diff((np.cumsum(of * ratio.numerator) + remainder) // ratio.denominator, prepend=0)
 
 
 def _ratio(value: float) -> Fraction:

@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env demo docs test test-benchmarks wordnet test-distributed chaos test-extras check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune gpu-report format clean
+.PHONY: help env demo docs test test-benchmarks wordnet test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -84,16 +84,45 @@ bench-memory: env ## the memory estimate of a dry run beside the measured peak; 
 bench-training: env ## what the training loop and its checkpoints cost; minutes
 	$(BIN)/python bench/training.py
 
-$(VENV)/extras-runtimes: $(VENV)/.installed
+$(VENV)/extras-runtimes: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps onnxruntime==1.32.0 onnxscript==0.7.2 \
-		onnx==1.23.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 flatbuffers==25.12.19 openvino==2026.4.1 openvino-telemetry==2025.2.0
+		onnx==1.23.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 flatbuffers==25.12.19 openvino==2026.4.1 openvino-telemetry==2025.2.0 \
+		xllamacpp==2026.10.11549 gguf==0.19.0
 	touch $@
+
+# What cannot stand beside the environment: another sentence-transformers, an older transformers, and node's packages.
+INTEROP := $(VENV)/interop
+$(INTEROP)/.installed: $(VENV)/.installed Makefile
+	$(BIN)/uv venv -q --clear --python $(BIN)/python $(INTEROP)/sentence-transformers-5
+	$(BIN)/uv pip install -q --python $(INTEROP)/sentence-transformers-5/bin/python torch==2.13.0 \
+		sentence-transformers==5.7.0 transformers==5.24.0
+	$(BIN)/uv venv -q --clear --python $(BIN)/python $(INTEROP)/transformers-5.1
+	$(BIN)/uv pip install -q --python $(INTEROP)/transformers-5.1/bin/python torch==2.13.0 \
+		sentence-transformers==6.2.0 transformers==5.1.0
+	npm install --prefix $(INTEROP)/npm --silent --no-package-lock --ignore-scripts @huggingface/transformers@4.3.2
+	touch $@
+
+interop: $(VENV)/extras-runtimes $(INTEROP)/.installed ## one encoder in every runtime, cosine to ours; wants node 20; 4 minutes
+	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python tests/interop/interop.py --runtimes $(INTEROP)
+	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python -m pytest tests/test_export.py -q
 
 bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and OpenVINO; 8 minutes on 2 cores
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python bench/embed.py
 
 bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 10 minutes
 	$(BIN)/python bench/finetune.py
+
+objective: env wordnet ## the experiment of docs/results.md, restartable; half a day on 2 cores
+	$(BIN)/python experiments/objective/run.py --jobs 2 $(OBJECTIVE)
+	$(BIN)/python experiments/objective/report.py
+
+evidence: env ## the experiment on a twentieth of its tokens, one size and seed, and its committed tables redrawn
+	-$(MAKE) wordnet
+	rm -rf runs/evidence && mkdir -p runs/evidence/docs && cp docs/results.md runs/evidence/docs
+	$(BIN)/python experiments/objective/run.py --scale 0.05 --size small --seed 0 --no-ablations --jobs 2 \
+		--results runs/evidence/results --runs runs/evidence/weights
+	$(BIN)/python experiments/objective/report.py --results runs/evidence/results --docs runs/evidence/docs
+	$(BIN)/python experiments/objective/report.py --check
 
 gpu-report: env ## correctness, speed and memory of the 0.6B pair on one CUDA GPU
 	$(BIN)/python bench/gpu_report.py

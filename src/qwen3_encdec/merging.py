@@ -82,7 +82,7 @@ def compare(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> 
 
     causal = [model for model in models if not (Path(model) / "modules.json").is_file()]
     encoders = {str(model): model for model in models if model not in causal} | {str(merged): merged}
-    metrics, _ = evaluate_retrieval(encoders, parent=causal[0] if causal else None, seed=seed)
+    metrics = evaluate_retrieval(encoders, parent=causal[0] if causal else None, seed=seed)
     scores = {name: metrics["retrieval"][name]["ndcg@10"] for name in encoders}
     soup_score = scores.pop(str(merged))
     best = max(scores, key=lambda name: scores[name])

@@ -9,7 +9,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Normalize, Pooling, Transformer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
+from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 from transformers import set_seed as seed_everything
 
 from qwen3_encdec.files import InputError, new_folder
@@ -67,8 +67,7 @@ def train_causal_parent(
     """Pre-train a nano Qwen3 on next tokens and save it as an ordinary Qwen3 folder with its tokenizer.
 
     Documents are joined by `<|endoftext|>`, cut into blocks of `block_size` tokens and read once in an order that
-    depends on `seed` alone. AdamW, linear warm-up, cosine to a tenth. fp32: at this size casting costs a CPU more than
-    bf16 products save.
+    depends on `seed` alone. fp32: at this size casting costs a CPU more than bf16 products save.
 
     Returns:
         `loss` (mean nats per token of the last tenth of the steps), `tokens` read and number of `parameters`.
@@ -78,23 +77,8 @@ def train_causal_parent(
     """
     seed_everything(seed)
     model = Qwen3ForCausalLM(nano_config(tokenizer, hidden_size, num_hidden_layers))
-    blocks = _blocks(texts, tokenizer, steps * batch_size, block_size, seed)
-    schedule = TrainingConfig(lr=lr, max_steps=steps, warmup_steps=steps // 20, schedule="cosine")
-    optimizer = optimization.build_optimizer(model, schedule)
-    losses = []
-    model.train()
-    for step in tqdm(range(steps), desc="causal parent", disable=None):
-        rows = np.arange(step * batch_size, (step + 1) * batch_size) % len(blocks)
-        input_ids = torch.from_numpy(blocks[rows]).long()  # (B, block_size)
-        states = model.model(input_ids=input_ids, use_cache=False).last_hidden_state
-        loss, _ = chunked_cross_entropy(states[:, :-1], model.lm_head.weight, input_ids[:, 1:])
-        loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = optimization.learning_rate(step + 1, schedule)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
+    blocks = token_blocks(texts, tokenizer, steps * batch_size, block_size, seed)
+    losses = fit(model.model, blocks, steps=steps, batch_size=batch_size, lr=lr)
     result = {
         "loss": float(np.mean(losses[-max(1, steps // 10) :])),
         "tokens": steps * batch_size * block_size,
@@ -106,7 +90,48 @@ def train_causal_parent(
     return result
 
 
-def _blocks(
+def fit(
+    body: Qwen3Model,
+    blocks: np.ndarray,
+    *,
+    steps: int,
+    batch_size: int,
+    lr: float,
+    mask_id: int | None = None,
+    mask_share: float = 0.2,
+) -> list[float]:
+    """Train a Qwen3 body, whose head is its embedding, on token blocks (N, block_size) in their order.
+
+    Without `mask_id` the loss is that of each next token; with it masked next-token prediction (arXiv 2404.05961): a
+    share of the tokens is masked, and the state before each of them predicts it. AdamW, linear warm-up, cosine to a
+    tenth. Returns the loss of each step, in nats per predicted token; the body is on the CPU again.
+    """
+    schedule = TrainingConfig(lr=lr, max_steps=steps, warmup_steps=steps // 20, schedule="cosine")
+    body.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    optimizer = optimization.build_optimizer(body, schedule)
+    losses = []
+    for step in tqdm(range(steps), desc="causal" if mask_id is None else "masked", disable=None):
+        rows = np.arange(step * batch_size, (step + 1) * batch_size) % len(blocks)
+        input_ids = torch.from_numpy(blocks[rows]).long().to(body.device)  # (B, block_size)
+        asked = torch.ones_like(input_ids, dtype=torch.bool)
+        if mask_id is not None:
+            asked = torch.from_numpy(np.random.default_rng(step).random(input_ids.shape) < mask_share).to(body.device)
+        seen = input_ids if mask_id is None else input_ids.masked_fill(asked, mask_id)
+        states = body(input_ids=seen, use_cache=False).last_hidden_state
+        asked = asked[:, 1:]
+        loss, _ = chunked_cross_entropy(states[:, :-1][asked], body.embed_tokens.weight, input_ids[:, 1:][asked])
+        loss.backward()
+        for group in optimizer.param_groups:
+            group["lr"] = optimization.learning_rate(step + 1, schedule)
+        torch.nn.utils.clip_grad_norm_(body.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    body.to("cpu")
+    return losses
+
+
+def token_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, num_blocks: int, block_size: int, seed: int
 ) -> np.ndarray:
     """Token blocks (at most num_blocks, block_size) int32; no more text is tokenised than they need."""

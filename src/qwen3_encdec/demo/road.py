@@ -15,7 +15,7 @@ from qwen3_encdec.data.package_docs import package_docs, summary_pairs
 from qwen3_encdec.demo.parent import causal_embedder, parent_tokenizer, train_causal_parent
 from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
 from qwen3_encdec.evaluation.report import write_report
-from qwen3_encdec.evaluation.suite import evaluate_denoising, evaluate_retrieval, provenance
+from qwen3_encdec.evaluation.suite import embedding_space, evaluate_denoising, evaluate_retrieval, provenance
 from qwen3_encdec.extraction import extract_encoder
 from qwen3_encdec.files import check_output, new_folder, write_json
 from qwen3_encdec.finetuning import finetune
@@ -185,10 +185,10 @@ def _walk(
             {"initialization": root / "init", "trained": checkpoint}, num_examples=budget.heldout_texts, data=data
         )
         encoders = {name: root / f"{folder}-contrastive" for name, folder in tuned.items()}
-        retrieval, similarity = evaluate_retrieval(
+        metrics |= evaluate_retrieval(
             {ENCODER: root / "encoder", **encoders}, parent=parent, num_queries=budget.num_queries, seed=seed
         )
-        metrics |= retrieval
+        similarity = embedding_space(encoders[CONTRASTIVE], CONTRASTIVE, seed)
         say(f"{metrics['num_queries']:,} queries among {metrics['num_documents']:,} documents of held-out packages")
     metrics |= {"stages": stages, "seconds": {name: round(value, 1) for name, value in seconds.items()}}
     return metrics, curves, similarity

@@ -100,9 +100,10 @@ def evaluate(
     if (model_dir / "modules.json").exists():
         tuned = (model_dir / PROVENANCE_FILE).exists() and "finetuned_from" in read_json(model_dir / PROVENANCE_FILE)
         name = baselines.CONTRASTIVE if tuned else baselines.ENCODER
-        metrics, space = evaluate_retrieval(
+        metrics = evaluate_retrieval(
             {name: model_dir}, parent=parent, num_queries=num_queries, seed=seed, tasks=tasks, mteb=mteb
         )
+        space = embedding_space(model_dir, name, seed)
     else:
         folders = {"initialization": Path(initialization)} if initialization else {}
         folders["trained"] = checkpoints_to_average(model_dir, 1)[0]
@@ -162,7 +163,7 @@ def evaluate_retrieval(
     tasks: Sequence[str] = (PACKAGE_DOCS,),
     mteb: Sequence[str] = (),
     outside: bool = True,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+) -> dict[str, Any]:
     """Scores of sentence-transformers folders, by name, after the baselines, on held-out packages and other tasks.
 
     Args:
@@ -177,8 +178,7 @@ def evaluate_retrieval(
     Returns:
         `tasks` (by name `metric`, `size` and `scores`: by embedder `score`, `low`, `high`), `tasks_not_run` and
         `not_run` (what each task, each baseline that could not run would need); if package-docs is among the tasks,
-        `retrieval` (scores and geometry by embedder), `num_queries` and `num_documents`. And the space under the last
-        encoder, for the report: cosines of `SIMILARITY_TEXTS`, a map of held-out documents, neighbours.
+        `retrieval` (scores and geometry by embedder), `num_queries` and `num_documents`.
 
     Raises:
         InputError: a folder cannot be loaded, a task's name is unknown, or no installed package is held out.
@@ -200,7 +200,6 @@ def evaluate_retrieval(
         loaders[name] = functools.partial(baselines.encoder, folder)
 
     found: dict[str, dict[str, dict[str, float]]] = {task.name: {} for task in chosen}
-    space: dict[str, Any] = {}
     with _progress() as progress:
 
         def measure(name: str, task: Task, embed: Embedder) -> None:
@@ -226,8 +225,6 @@ def evaluate_retrieval(
                 continue
             for task in chosen:
                 measure(name, task, embed)
-            if [name] == list(encoders)[-1:]:
-                space = {"name": name, **_space(embed, seed)}
     keys = ("score", "low", "high")
     metrics: dict[str, Any] = {
         "tasks": {
@@ -251,7 +248,7 @@ def evaluate_retrieval(
         }
         packages = next(task for task in chosen if task.name == PACKAGE_DOCS)
         metrics |= {"num_queries": packages.size, "num_documents": len(packages.corpus)}
-    return metrics, space
+    return metrics
 
 
 def _tasks(names: Sequence[str], mteb: Sequence[str], most: int, seed: int) -> tuple[list[Task], dict[str, str]]:
@@ -273,14 +270,17 @@ def _tasks(names: Sequence[str], mteb: Sequence[str], most: int, seed: int) -> t
     return found, not_run
 
 
-def _space(embed: Embedder, seed: int) -> dict[str, Any]:
-    """`labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest held-out packages,
-    in two dimensions that keep neighbours together; `neighbours` of one of each package among them.
+def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, Any]:
+    """What the report shows of an encoder under its `name`.
+
+    `labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest held-out packages, in
+    two dimensions that keep neighbours together; `neighbours` of one of each package among them.
     """
     from sklearn.manifold import TSNE
 
+    embed = baselines.encoder(folder)
     texts = normalize(embed(list(SIMILARITY_TEXTS)))
-    space: dict[str, Any] = {"labels": list(SIMILARITY_TEXTS), "matrix": (texts @ texts.T).tolist()}
+    space: dict[str, Any] = {"name": name, "labels": list(SIMILARITY_TEXTS), "matrix": (texts @ texts.T).tolist()}
     documents = documents_by_package(MAP_PACKAGES, MAP_TEXTS, seed)
     if len(documents) <= MAP_PACKAGES:
         return space

@@ -1,0 +1,308 @@
+"""Tables and plots of the experiment, out of its JSON files alone.
+
+python experiments/objective/report.py           # into docs/results.md and docs/objective-*.svg
+python experiments/objective/report.py --check   # fails if they are not, to the byte, what the files say
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import yaml
+from matplotlib.figure import Figure
+from scipy.stats import t as student
+
+HERE = Path(__file__).parent
+DOCS = HERE.parent.parent / "docs"
+BEGIN, END = "<!-- experiments/objective/report.py writes from here -->", "<!-- to here -->"
+NOT_RUN = "not run"
+RETRIEVAL = {"MRR": "mrr", "nDCG@10": "ndcg@10"}
+CONTESTS = [("ul2", "causal"), ("ul2", "unmasked"), ("ul2", "mntp"), ("ul2+mntp", "mntp"), ("ul2+mntp", "ul2")]
+COLORS = ("#4078c0", "#d9822b", "#2f9e79", "#b5539c", "#8f7a3a")
+STYLE: dict[str, Any] = {
+    "svg.fonttype": "path", "svg.hashsalt": "objective", "font.family": "DejaVu Sans", "font.size": 9,
+    "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
+}  # fmt: skip
+
+Score = Callable[[dict[str, Any]], float | None]
+
+
+def main() -> None:
+    """Write, or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of results.md and the plots")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
+    arguments = parser.parse_args()
+    page = arguments.docs / "results.md"
+    text = page.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        print(f"{page} does not hold the two marks {BEGIN} and {END}", file=sys.stderr)
+        raise SystemExit(2)
+    before, rest = text.split(BEGIN)
+    plan = yaml.safe_load(arguments.plan.read_text(encoding="utf-8"))
+    found = read(arguments.results)
+    files: dict[str, str] = plots(plan, found)
+    files["results.md"] = f"{before}{BEGIN}\n\n{tables(plan, found)}\n\n{END}{rest.split(END)[1]}"
+    stale = []
+    for name, content in files.items():
+        file = arguments.docs / name
+        if not file.exists() or file.read_text(encoding="utf-8") != content:
+            stale.append(name)
+            if not arguments.check:
+                file.write_text(content, encoding="utf-8")
+    if arguments.check and stale:
+        print(f"not what the JSON files say: {', '.join(stale)}", file=sys.stderr)
+        raise SystemExit(1)
+    print(f"{len(found)} pieces: {len(files) - len(stale)} of {len(files)} files are what they were")
+
+
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """The pieces, by their path without its ending."""
+    files = sorted(results.rglob("*.json"))
+    return {f.relative_to(results).with_suffix("").as_posix(): json.loads(f.read_text(encoding="utf-8")) for f in files}
+
+
+def tables(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
+    """Everything between the marks."""
+    columns = scores(plan)
+    parts = []
+    for size, widths in plan["sizes"].items():
+        shape = f"{widths['hidden_size']} wide, {widths['num_hidden_layers']} layers"
+        parts.append(f"### {size.capitalize()}: {shape}")
+        parts.append(f"**Answer.** {answer(plan, found, size)}")
+        header = ["after the contrastive stage", *columns]
+        rows = [[name, *(over(plan, found, size, f"score-{name}", "after", score) for score in columns.values())]
+                for name in plan["contestants"]]  # fmt: skip
+        parts.append(table(header, rows))
+        rows = [[f"{a} - {b}", *(spread(difference(plan, found, size, a, b, score)) for score in columns.values())]
+                for a, b in CONTESTS]  # fmt: skip
+        parts.append(table(["difference, paired by seed", *columns], rows))
+        rows = [[name, *(over(plan, found, size, f"score-{name}", "before", score) for score in columns.values())]
+                for name in plan["contestants"]]  # fmt: skip
+        for embedder in ("Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)"):
+            own = scores(plan, embedder)
+            rows.append([embedder, *(over(plan, found, size, "score-parent", "before", s) for s in own.values())])
+        parts.append(table(["before it", *columns], rows))
+        rows = []
+        for name in ("parent", *trained(plan)):
+            key = "parent" if name == "parent" else f"train-{name}"
+            tokens = "tokens" if name == "parent" else "text tokens"
+            cells = [(tokens, ",.0f"), ("steps", ",.0f"), ("flops", ".2e"), ("loss", ".3f"), ("cpu seconds", ",.0f")]
+            rows.append([name, *(mean(plan, found, size, key, field, form) for field, form in cells)])
+        parts.append(table(["training", "text tokens", "steps", "FLOPs", "last loss", "processor s"], rows))
+        parts.append(table(["held-out nats a token", *DENOISERS], denoising(plan, found, size)))
+    parts.append("### Baselines")
+    names = ("TF-IDF", "WordLlama", "MiniLM-L6")
+    rows = [[name, *(one(found, "baselines", "before", s) for s in scores(plan, name).values())] for name in names]
+    parts.append(table(["without our training", *columns], rows))
+    parts.append("### Ablations, one seed")
+    unit = "{size}-{seed}".format(**plan["ablate"])
+    header = ["after the contrastive stage", *columns, "held-out nats, mean"]
+    rows = [[name, *(one(found, f"{unit}/score-{slug(name)}", "after", s) for s in columns.values()),
+             held_out(found, f"{unit}/train-{slug(name)}")] for name in ("ul2", *plan["ablations"])]  # fmt: skip
+    parts.append(table(header, rows))
+    parts.append(provenance(found))
+    return "\n\n".join(parts)
+
+
+DENOISERS = ("R1", "R2", "X1", "X2", "S")
+
+
+def slug(name: str) -> str:
+    """As run.py names the files of a contestant."""
+    return name.replace(" ", "-")
+
+
+def trained(plan: dict[str, Any]) -> list[str]:
+    """Contestants that have a training of their own."""
+    reading = ("causal", "pooling")
+    seen: dict[str, str] = {}
+    for name, values in plan["contestants"].items():
+        seen.setdefault(json.dumps({k: v for k, v in values.items() if k not in reading}, sort_keys=True), name)
+    return list(seen.values())
+
+
+def scores(plan: dict[str, Any], embedder: str | None = None) -> dict[str, Score]:
+    """Columns: how each score is found in what the suite returned, of an embedder or of the only one."""
+
+    def pick(of: dict[str, Any]) -> dict[str, Any]:
+        return of.get(embedder, {}) if embedder else next(iter(of.values()), {})
+
+    columns: dict[str, Score] = {}
+    for label, key in RETRIEVAL.items():
+        columns[f"package-docs {label}"] = lambda found, key=key: pick(found.get("retrieval", {})).get(key)
+    for task in plan["evaluation"]["tasks"]:
+        columns[f"{task}{' R@1' if task == 'package-docs' else ''}"] = lambda found, task=task: pick(
+            found["tasks"].get(task, {}).get("scores", {})
+        ).get("score")
+    return columns
+
+
+def seeds(
+    plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, piece: str, stage: str, score: Score
+) -> dict[int, float]:
+    """A score by seed, of the seeds that have it."""
+    pieces = {seed: found.get(f"{size}-{seed}/{slug(piece)}") for seed in plan["seeds"]}
+    values = {seed: score(piece[stage]) for seed, piece in pieces.items() if piece}
+    return {seed: value for seed, value in values.items() if value is not None}
+
+
+def difference(
+    plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, first: str, second: str, score: Score
+) -> list[float]:
+    """A score of one contestant over another's, by seed."""
+    a, b = (seeds(plan, found, size, f"score-{name}", "after", score) for name in (first, second))
+    return [a[seed] - b[seed] for seed in a if seed in b]
+
+
+def interval(values: Sequence[float]) -> float | None:
+    """Half the 95 % interval of a mean over seeds, by Student's t; None of a single one."""
+    if len(values) < 2:
+        return None
+    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and interval of differences, in a cell."""
+    if not values:
+        return NOT_RUN
+    half = interval(values)
+    return f"{statistics.fmean(values):+.3f}" + (f" ± {half:.3f}" if half is not None else " (1 seed)")
+
+
+def over(
+    plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, piece: str, stage: str, score: Score
+) -> str:
+    """Mean and interval of a score over seeds, in a cell."""
+    values = seeds(plan, found, size, piece, stage, score)
+    return spread(list(values.values())).replace("+", "").replace("-", "−") if values else NOT_RUN
+
+
+def one(found: dict[str, dict[str, Any]], piece: str, stage: str, score: Score) -> str:
+    """A score of a single piece, in a cell."""
+    value = score(found[piece][stage]) if piece in found else None
+    return NOT_RUN if value is None else f"{value:.3f}"
+
+
+def mean(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, piece: str, field: str, form: str) -> str:
+    """Mean over seeds of what a training says of itself."""
+    pieces = [found.get(f"{size}-{seed}/{slug(piece)}", {}) for seed in plan["seeds"]]
+    values = [piece[field] for piece in pieces if field in piece]
+    if not values:
+        return "–" if any(pieces) else NOT_RUN
+    return format(statistics.fmean(values), form)
+
+
+def denoising(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str) -> list[list[str]]:
+    """Losses by denoiser of the encoder-decoders, before and after their training."""
+    rows = []
+    for name, label in (("ul2", "initialization"), ("ul2", "trained"), ("ul2+mntp", "trained")):
+        pieces = [found.get(f"{size}-{seed}/train-{name}") for seed in plan["seeds"]]
+        losses = [piece["denoising"][label] for piece in pieces if piece]
+        cells = [f"{statistics.fmean(loss[d] for loss in losses):.3f}" if losses else NOT_RUN for d in DENOISERS]
+        rows.append([label if label == "initialization" else name, *cells])
+    return rows
+
+
+def held_out(found: dict[str, dict[str, Any]], piece: str) -> str:
+    """Mean held-out loss over the denoisers; a contestant without a training of its own has ul2's."""
+    if piece not in found:
+        return "as ul2" if piece.endswith("last-pooling") else NOT_RUN
+    return f"{statistics.fmean(found[piece]['denoising']['trained'].values()):.3f}"
+
+
+def answer(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str) -> str:
+    """One sentence by contest, on package-docs nDCG@10."""
+    score = scores(plan)["package-docs nDCG@10"]
+    sentences = []
+    for first, second in CONTESTS[:3]:
+        values = difference(plan, found, size, first, second, score)
+        half = interval(values)
+        if not values:
+            verdict = NOT_RUN
+        elif half is None:
+            verdict = f"{spread(values)}, no interval"
+        else:
+            middle = statistics.fmean(values)
+            told = "better" if middle > half else "worse" if middle < -half else "not told apart"
+            verdict = f"{told} ({spread(values)}, {len(values)} seeds)"
+        sentences.append(f"{first} against {second}: {verdict}")
+    return "package-docs nDCG@10 after the contrastive stage: " + "; ".join(sentences) + "."
+
+
+def provenance(found: dict[str, dict[str, Any]]) -> str:
+    """Which commit, machine and command the figures are from."""
+    facts = [piece["provenance"] for piece in found.values()]
+    if not facts:
+        return f"Command, commit and hardware of these figures: {NOT_RUN}."
+    lines = [f"{len(facts)} pieces, {sum(fact['seconds'] for fact in facts) / 3600:.1f} hours one after another."]
+    for field in ("command", "commit", "hardware"):
+        counts: dict[str, int] = {}
+        for fact in facts:
+            counts[str(fact.get(field, "not recorded"))] = counts.get(str(fact.get(field, "not recorded")), 0) + 1
+        lines.append(f"{field.capitalize()}: " + "; ".join(f"`{value}` ({n})" for value, n in counts.items()) + ".")
+    return "\n".join(lines)
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Markdown."""
+    lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def plots(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, str]:
+    """Scores by contestant with every seed as a point, and differences with their intervals: SVG by file name."""
+    columns = {name: score for name, score in scores(plan).items() if name != "package-docs R@1"}
+    sizes = list(plan["sizes"])
+    scored: dict[str, str] = {}
+    with matplotlib.rc_context(STYLE):
+        for kind, height in (("scores", 2.6), ("differences", 2.9)):
+            figure = Figure(figsize=(10, height * len(sizes)), layout="constrained")
+            grid = figure.subplots(len(sizes), len(columns), squeeze=False)
+            for i, size in enumerate(sizes):
+                for j, (label, score) in enumerate(columns.items()):
+                    axes = grid[i][j]
+                    axes.set_title(label.replace("package-docs ", "package-docs\n"), fontsize=8)
+                    names = list(plan["contestants"]) if kind == "scores" else [f"{a} -\n{b}" for a, b in CONTESTS]
+                    for k in range(len(names)):
+                        if kind == "scores":
+                            piece = f"score-{list(plan['contestants'])[k]}"
+                            values = list(seeds(plan, found, size, piece, "after", score).values())
+                        else:
+                            values = difference(plan, found, size, *CONTESTS[k], score)
+                        if values:
+                            color = COLORS[k % len(COLORS)]
+                            axes.errorbar(
+                                statistics.fmean(values), k, xerr=interval(values) or 0, fmt="o", color=color, ms=4
+                            )
+                            axes.plot(values, [k + 0.25] * len(values), ".", color=color, alpha=0.5, ms=4)
+                    axes.set_yticks(range(len(names)), names if j == 0 else [""] * len(names), fontsize=7)
+                    axes.set_ylim(len(names) - 0.5, -0.5)
+                    axes.tick_params(axis="x", labelsize=6)
+                    if kind == "differences":
+                        axes.axvline(0, color="#888888", linewidth=0.7)
+                    if j == 0:
+                        axes.set_ylabel(size)
+            name = f"objective-{kind}.svg"
+            scored[name] = svg(figure)
+    return scored
+
+
+def svg(figure: Figure) -> str:
+    """The figure as text that does not depend on the time or on matplotlib's version string."""
+    import io
+
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,485 @@
+"""Does a UL2-trained encoder beat its causal parent, the unmasked parent and MNTP at equal tokens? See docs/results.md.
+
+    python experiments/objective/run.py --jobs 2
+
+Each piece (a parent, a training, a score) writes one JSON file under results/ when it is finished and is not done
+again while that file holds the plan's settings; weights lie in runs/. So the command can be stopped at any time and
+given again, and a stop costs at most one piece of each job.
+"""
+
+import argparse
+import gzip
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import numpy as np  # noqa: E402
+import yaml  # noqa: E402
+
+from qwen3_encdec.files import InputError, read_json, write_json  # noqa: E402
+
+BLOCK = 256
+FAMILY = 200  # most man pages whose names begin alike: thousands of one tool are one text
+MASKED = 0.2  # share of the tokens, in MNTP alone and beside UL2
+
+
+@dataclass(frozen=True)
+class Contestant:
+    """A branch of the parent's training, and how its encoder is read."""
+
+    branch: Literal["causal", "mntp", "ul2"]
+    causal: bool = False
+    """Keep the mask in the contrastive stage and after it."""
+    pooling: Literal["mean", "last"] = "mean"
+    mntp_weight: float = 0.0
+    s_weight: float = 4.0
+    rope_on_encoder_keys: bool = False
+    decoder_share: float = 1.0
+    random_sentinels: bool = False
+
+
+class Unit:
+    """One size and seed: its parent, its trainings and its scores."""
+
+    def __init__(self, plan: dict[str, Any], size: str, seed: int, results: Path, runs: Path) -> None:
+        self.plan, self.seed, self.name = plan, seed, f"{size}-{seed}"
+        self.sizes = plan["sizes"][size]
+        self.results, self.runs = results / self.name, runs / self.name
+        self.contestants = {name: Contestant(**values) for name, values in plan["contestants"].items()}
+        ablations = {name: Contestant(**values) for name, values in plan["ablations"].items()}
+        self.all = self.contestants | ablations
+
+    @cached_property
+    def texts(self) -> tuple[list[str], list[str]]:
+        """The corpus in this seed's order, one half for the parent and one for its branches."""
+        documents = corpus(**self.plan["corpus"])
+        order = np.random.default_rng(self.seed).permutation(len(documents))
+        half = len(documents) // 2
+        return [documents[i] for i in order[:half]], [documents[i] for i in order[half:]]
+
+    def parent(self) -> Path:
+        """The causal parent, and beside it branch.jsonl: the documents that every branch reads, once."""
+        from qwen3_encdec.demo.parent import parent_tokenizer, train_causal_parent
+
+        folder, sizes, branch = self.runs / "parent", self.plan["parent"], self.plan["branch"]
+        with self._piece("parent", self.runs / "branch.jsonl", parent=sizes, tokens=branch["tokens"]) as record:
+            if record is None:
+                return folder
+            tokenizer = parent_tokenizer(self.plan["corpus"]["num_ranks"])
+            record |= train_causal_parent(
+                folder, tokenizer=tokenizer, texts=self.texts[0], **self.sizes, seed=self.seed,
+                steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"], block_size=BLOCK,
+            )  # fmt: skip
+            taken, count = [], 0
+            for text in self.texts[1]:
+                taken.append(text)
+                count += len(tokenizer.encode(text, split_special_tokens=True)) + 1
+                if count >= branch["tokens"] + BLOCK:
+                    break
+            lines = "".join(json.dumps({"text": text}) + "\n" for text in taken)
+            (self.runs / "branch.jsonl").write_text(lines, encoding="utf-8")
+            record["corpus"] = {"documents": len(self.texts[0]) + len(self.texts[1]), "branch documents": len(taken)}
+        return folder
+
+    def train(self, name: str) -> Path:
+        """The branch of a contestant: a causal Qwen3, an encoder (MNTP) or a run (UL2)."""
+        contestant = replace(self.all[name], causal=False, pooling="mean")
+        name = next(n for n, c in self.all.items() if replace(c, causal=False, pooling="mean") == contestant)
+        parent, folder = self.parent(), self.runs / f"train-{name.replace(' ', '-')}"
+        keys = ("branch", "ul2", "parent") if contestant.branch == "ul2" else ("branch", "parent")
+        settings = {key: self.plan[key] for key in keys}
+        with self._piece(f"train {name}", folder / "done", contestant=asdict(contestant), **settings) as record:
+            if record is not None:
+                kinds = {"causal": self._causal, "mntp": self._mntp, "ul2": self._ul2}
+                began = time.monotonic()
+                record |= kinds[contestant.branch](contestant, parent, folder)
+                record["training seconds"] = round(time.monotonic() - began, 1)
+                (folder / "done").touch()
+        return folder / "checkpoint" if contestant.branch == "ul2" else folder
+
+    def score(self, name: str) -> None:
+        """The suite over a contestant's encoder, as it is and after the contrastive stage."""
+        from qwen3_encdec.data.package_docs import summary_pairs
+        from qwen3_encdec.finetuning import finetune
+
+        keys = ("parent", "branch", "ul2", "contrastive", "evaluation")
+        settings = {key: self.plan[key] for key in keys} | {"contestant": asdict(self.all[name])}
+        with self._piece(f"score {name}", **settings) as record:
+            if record is None:
+                return
+            encoder = self.runs / "encoders" / name.replace(" ", "-")
+            self._encoder(name, encoder)
+            record["before"] = self._evaluate({name: encoder})
+            tuned = encoder.with_name(f"{encoder.name}-contrastive")
+            settings = {**self.plan["contrastive"], "mixed_precision": "no", "seed": self.seed}
+            began = time.monotonic()
+            record["contrastive"] = finetune(encoder, tuned, summary_pairs("train"), **settings)
+            record["contrastive"]["seconds"] = round(time.monotonic() - began, 1)
+            record["after"] = self._evaluate({name: tuned})
+
+    def score_parent(self) -> None:
+        """The suite over the parent as it is: mean and last token, and without its mask."""
+        settings = {key: self.plan[key] for key in ("parent", "evaluation")}
+        with self._piece("score parent", **settings) as record:
+            if record is not None:
+                record["before"] = self._evaluate({}, parent=self.parent())
+
+    def _evaluate(self, encoders: dict[str, Path], **options: Any) -> dict[str, Any]:
+        from qwen3_encdec.evaluation.suite import evaluate_retrieval
+
+        asked = self.plan["evaluation"]
+        return evaluate_retrieval(
+            encoders, tasks=asked["tasks"], num_queries=asked["num_queries"], outside=False, **options
+        )
+
+    def _encoder(self, name: str, folder: Path) -> None:
+        """What a contestant's training left, as a sentence-transformers folder."""
+        from qwen3_encdec.demo.parent import causal_embedder
+        from qwen3_encdec.extraction import extract_encoder
+        from qwen3_encdec.files import copy_without_weights, new_folder
+        from qwen3_encdec.initialization import initialize
+
+        contestant, trained = self.all[name], self.train(name)
+        if contestant.causal:
+            causal_embedder(trained, folder)
+        elif contestant.branch == "mntp":
+            with new_folder(folder, "encoder", source=str(trained)) as building:
+                copy_without_weights(trained, building)
+                (building / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
+        else:
+            if contestant.branch == "causal":
+                initialize(trained, self.runs / "unmasked-init", seed=self.seed)
+                trained = self.runs / "unmasked-init"
+            extract_encoder(trained, folder, pooling=contestant.pooling)
+
+    def _blocks(self, tokenizer: Any) -> np.ndarray:
+        from qwen3_encdec.demo.parent import token_blocks
+
+        lines = (self.runs / "branch.jsonl").read_text(encoding="utf-8").splitlines()
+        sizes = self.plan["branch"]
+        return token_blocks(
+            [json.loads(line)["text"] for line in lines],
+            tokenizer,
+            steps(sizes) * sizes["batch_size"],
+            BLOCK,
+            self.seed,
+        )
+
+    def _causal(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
+        from transformers import AutoTokenizer, Qwen3ForCausalLM
+
+        from qwen3_encdec.demo.parent import fit
+        from qwen3_encdec.files import new_folder
+
+        model, tokenizer = Qwen3ForCausalLM.from_pretrained(parent), AutoTokenizer.from_pretrained(parent)
+        blocks, sizes = self._blocks(tokenizer), self.plan["branch"]
+        losses = fit(model.model, blocks, steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"])
+        with new_folder(folder, "causal branch", source=str(parent)) as building:
+            model.save_pretrained(building)
+            tokenizer.save_pretrained(building)
+        return self._read(model.model, blocks, losses, asked=1.0, seen=0.5)
+
+    def _mntp(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
+        from safetensors.torch import save_file
+        from transformers import AutoTokenizer, Qwen3Model
+
+        from qwen3_encdec.data.masking import mask_token_id
+        from qwen3_encdec.demo.parent import fit
+        from qwen3_encdec.extraction import extract_encoder
+        from qwen3_encdec.files import copy_without_weights, new_folder
+        from qwen3_encdec.initialization import initialize
+
+        initialize(parent, self.runs / "mntp-init", seed=self.seed)
+        extract_encoder(self.runs / "mntp-init", self.runs / "mntp-start")
+        body = Qwen3Model.from_pretrained(self.runs / "mntp-start")
+        mask_id = mask_token_id(AutoTokenizer.from_pretrained(self.runs / "mntp-start"))
+        blocks, sizes = self._blocks(AutoTokenizer.from_pretrained(parent)), self.plan["branch"]
+        losses = fit(body, blocks, steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"], mask_id=mask_id)
+        with new_folder(folder, "encoder", source=str(self.runs / "mntp-start")) as building:
+            copy_without_weights(self.runs / "mntp-start", building)
+            save_file({k: v.contiguous() for k, v in body.state_dict().items()}, building / "model.safetensors",
+                      metadata={"format": "pt"})  # fmt: skip
+        return self._read(body, blocks, losses, asked=MASKED, seen=1.0)
+
+    def _read(self, body: Any, blocks: np.ndarray, losses: list[float], asked: float, seen: float) -> dict[str, Any]:
+        """What a training on blocks read and cost; `asked` of the tokens are predicted, each from `seen` of a block."""
+        rows = len(losses) * self.plan["branch"]["batch_size"]
+        text = int((np.resize(blocks, (rows, BLOCK)) < self.plan["corpus"]["num_ranks"]).sum())
+        head = body.embed_tokens.weight.numel()
+        layers = body.num_parameters() - head
+        c = body.config
+        attention = 12 * c.num_attention_heads * c.head_dim * c.num_hidden_layers * BLOCK * seen
+        tail = max(1, len(losses) // 10)
+        flops = rows * BLOCK * (6 * (layers + asked * head) + attention)
+        return {"text tokens": text, "steps": len(losses), "flops": flops, "loss": float(np.mean(losses[-tail:]))}
+
+    def _ul2(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
+        from qwen3_encdec.data.config import DataConfig
+        from qwen3_encdec.data.stream import build_stream
+        from qwen3_encdec.data.ul2 import PRESETS
+        from qwen3_encdec.evaluation.suite import evaluate_denoising
+        from qwen3_encdec.initialization import initialize
+        from qwen3_encdec.loading import load_config, load_tokenizer
+        from qwen3_encdec.training import budget
+        from qwen3_encdec.training.config import TrainingConfig
+        from qwen3_encdec.training.loop import run_training
+
+        sizes, ul2, init = self.plan["branch"], self.plan["ul2"], folder / "init"
+        layers = round(contestant.decoder_share * self.sizes["num_hidden_layers"])
+        initialize(parent, init, num_decoder_layers=layers, seed=self.seed)
+        if contestant.rope_on_encoder_keys:
+            write_json(init / "config.json", read_json(init / "config.json") | {"rope_on_encoder_keys": True})
+        if contestant.random_sentinels:
+            redraw_sentinels(init, self.seed)
+        preset = [asdict(denoiser) for denoiser in PRESETS["t5gemma2"]]
+        preset = [d | ({"weight": contestant.s_weight} if d["name"] == "S" else {}) for d in preset]
+        lengths = {"source_length": ul2["source_length"], "target_length": ul2["target_length"]}
+        data = DataConfig(
+            inputs=[str(self.runs / "branch.jsonl")], heldout_every=10**9, preset=preset, seed=self.seed, **lengths
+        )
+        tokenizer, rows, text = load_tokenizer(init), 0, 0
+        blocks = self._blocks(tokenizer)
+        wanted = int((blocks < self.plan["corpus"]["num_ranks"]).sum())
+        for row in build_stream(data, tokenizer):
+            text += sum(
+                int((ids < self.plan["corpus"]["num_ranks"]).sum()) for e in row for ids in (e.source, e.target)
+            )
+            rows += 1
+            if text >= wanted and rows % ul2["batch_size"] == 0:
+                break
+        number = rows // ul2["batch_size"]
+        config = TrainingConfig(
+            model=str(init), output_dir=str(folder / "run"), data=data, max_steps=number, batch_size=ul2["batch_size"],
+            lr=sizes["lr"], schedule="cosine", warmup_steps=number // 20, mntp_weight=contestant.mntp_weight,
+            mntp_probability=MASKED, mixed_precision="no", spike_sigma=0.0, eval_every=0, save_every=500, keep_last=1,
+            trackers=[], seed=self.seed,
+        )  # fmt: skip
+        checkpoint = run_training(config)
+        if (folder / "checkpoint").is_symlink():
+            (folder / "checkpoint").unlink()
+        (folder / "checkpoint").symlink_to(checkpoint.resolve())
+        last = json.loads((folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        read, examples, model_config = (
+            [last["source_tokens"], last["target_tokens"]],
+            last["examples"],
+            load_config(init),
+        )
+        counts = budget.count_parameters(model_config)
+        flops = budget.flops(model_config, counts, read[0] / examples, read[1] / examples, examples)
+        masked = MASKED * read[0] if contestant.mntp_weight else 0
+        examined, heldout = self.plan["evaluation"]["num_examples"], DataConfig(**lengths)
+        found = evaluate_denoising({"initialization": init, "trained": checkpoint}, num_examples=examined, data=heldout)
+        return {
+            "text tokens": text, "steps": config.max_steps, "flops": flops + 6 * masked * counts.embedding,
+            "source tokens": read[0], "target tokens": read[1], "loss": last["loss"],
+            "denoising": found["denoising"], "exact gaps": found["infill"]["by_denoiser"],
+        }  # fmt: skip
+
+    @contextmanager
+    def _piece(self, name: str, needed: Path | None = None, **settings: Any) -> Iterator[dict[str, Any] | None]:
+        """A record to fill, written when the block ends; None if it is there already, and `needed` with it."""
+        settings = {"size": self.sizes, "seed": self.seed, "corpus": self.plan["corpus"], **settings}
+        with piece(self.results / f"{name.replace(' ', '-')}.json", needed, self.name, settings) as record:
+            yield record
+
+
+@contextmanager
+def piece(file: Path, needed: Path | None, unit: str, settings: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+    """See `Unit._piece`."""
+    from qwen3_encdec.evaluation.suite import provenance
+
+    done = file.exists() and read_json(file)["settings"] == settings
+    if done and (needed is None or needed.exists()):
+        yield None
+        return
+    started, cpu = time.monotonic(), time.process_time()
+    record: dict[str, Any] = {}
+    log = file.with_suffix(".log").name
+    (ROOT / "runs").mkdir(exist_ok=True)
+    with (ROOT / "runs" / f"objective-{unit}-{log}").open("w", encoding="utf-8") as out, redirect_stdout(out):
+        yield record
+    facts = provenance(started=started)
+    facts["command"] = re.sub(r" --unit \S+", "", facts["command"])
+    record = {"settings": settings, **record, "cpu seconds": round(time.process_time() - cpu, 1), "provenance": facts}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, record)
+    print(f"{unit:9} {file.stem:32} {facts['seconds']:8.1f} s", flush=True)
+
+
+def steps(sizes: dict[str, Any]) -> int:
+    """Optimizer steps that read so many tokens."""
+    return max(1, sizes["tokens"] // (BLOCK * sizes["batch_size"]))
+
+
+def corpus(num_ranks: int, man_pages: int, man_characters: int) -> list[str]:
+    """Docstrings of the training packages, and man pages where there are some, evenly over all of them."""
+    from qwen3_encdec.data.package_docs import package_docs
+
+    documents = [document.text for document in package_docs("train")]
+    families: dict[str, list[Path]] = {}
+    for file in sorted(Path("/usr/share/man").glob("man[1-8]/*.gz")):
+        families.setdefault(re.split(r"[-_.:]", file.name)[0], []).append(file)
+    files = [file for family in families.values() for file in family[:FAMILY]]
+    for file in files[:: max(1, len(files) // man_pages)][:man_pages] if man_pages else []:
+        try:
+            text = plain(gzip.decompress(file.read_bytes()).decode("utf-8", errors="ignore"))[:man_characters]
+        except OSError:
+            continue
+        if len(text) > 200:
+            documents.append(text)
+    return documents
+
+
+def plain(roff: str) -> str:
+    """The words of a man page: requests go, but for those whose arguments are text; so do escapes."""
+    lines, skipping = [], False
+    for line in roff.splitlines():
+        if re.match(r"['.]\s*(de|ie|if|el|ig)\b", line):
+            skipping = r"\{" in line or line.lstrip("'. ").startswith(("de", "ig"))
+        elif skipping:
+            skipping = not re.match(r"['.](\.|br\\}|\\})", line)
+        elif not line.startswith((".", "'")):
+            lines.append(line)
+        elif words := re.match(r"\.(SH|SS|B|I|BR|IR|RB|RI|BI|IB|Nm|Fl|Ar|Sh|Ss)\s+(.+)", line):
+            lines.append(words[2].replace('"', ""))
+    text = re.sub(r"\\f.|\\[&|^/,]|\\s[-+]?\d", "", "\n".join(lines))
+    text = text.replace(r"\-", "-").replace("\\ ", " ").replace(r"\e", "\\")
+    text = re.sub(r"\\\*?\((.)(.)|\\\*?\[[^]]*\]", "", text)
+    return re.sub(r"\n{3,}", "\n\n", text).strip()
+
+
+def redraw_sentinels(folder: Path, seed: int) -> None:
+    """The ablation of sentinel initialisation: rows drawn as the rest of a fresh model is, not the mean of the rows."""
+    import torch
+
+    from qwen3_encdec.loading import load_model
+
+    model = load_model(folder)
+    rows = model.model.shared.weight.data[-model.config.num_sentinel_tokens :]
+    rows.normal_(0.0, model.config.initializer_range, generator=torch.Generator().manual_seed(seed))
+    model.save_pretrained(folder)
+
+
+def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> dict[str, Any]:
+    """The plan with `scale` times the tokens and contrastive steps, for the named sizes and seeds or all."""
+    plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+    for name in sizes:
+        if name not in plan["sizes"]:
+            raise InputError(f"size {name!r} is not one of {', '.join(plan['sizes'])}")
+    plan["sizes"] = {name: plan["sizes"][name] for name in sizes or plan["sizes"]}
+    plan["seeds"] = seeds or plan["seeds"]
+    for part in ("parent", "branch"):
+        plan[part]["tokens"] = int(scale * plan[part]["tokens"])
+    plan["contrastive"]["steps"] = max(1, int(scale * plan["contrastive"]["steps"]))
+    return plan
+
+
+def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
+    """One job: "baselines", "SIZE-SEED", or an ablation as "SIZE-SEED:NAME"."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    if job == "baselines":
+        from qwen3_encdec.evaluation.suite import evaluate_retrieval
+
+        asked = plan["evaluation"]
+        with piece(results / "baselines.json", None, job, asked) as record:
+            if record is not None:
+                record["before"] = evaluate_retrieval({}, tasks=asked["tasks"], num_queries=asked["num_queries"])
+        return
+    name, _, ablation = job.partition(":")
+    size, seed = name.rsplit("-", 1)
+    unit = Unit(plan, size, int(seed), results, runs)
+    if ablation:
+        unit.score(ablation)
+        return
+    for contestant in unit.contestants:
+        unit.train(contestant)
+    unit.score_parent()
+    for contestant in unit.contestants:
+        unit.score(contestant)
+
+
+def main() -> None:
+    """Walk the plan, several jobs at a time, and stop them all when one fails or this is stopped."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="JSON, committed")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "objective", help="weights, not committed")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the plan's tokens and contrastive steps")
+    parser.add_argument("--size", action="append", default=[], help="only this size; may be repeated")
+    parser.add_argument("--seed", action="append", default=[], type=int, help="only this seed; may be repeated")
+    parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
+    parser.add_argument("--jobs", type=int, default=1, help="units at a time, each with its share of the cores")
+    parser.add_argument("--unit", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    try:
+        plan = read_plan(arguments.plan, arguments.scale, arguments.size, arguments.seed)
+        if arguments.unit:
+            walk(plan, arguments.unit, arguments.results, arguments.runs)
+            return
+        launch(plan, arguments)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
+    """All jobs, the ablations after the units whose parent they share."""
+    environment = dict(os.environ)
+    if arguments.device == "cpu":
+        environment["CUDA_VISIBLE_DEVICES"] = ""
+    elif arguments.device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise InputError("device cuda: this machine has none")
+    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+    units = [f"{size}-{seed}" for size in plan["sizes"] for seed in plan["seeds"]]
+    ablated = "{size}-{seed}".format(**plan["ablate"])
+    wanted = (
+        [] if arguments.no_ablations or ablated not in units else [f"{ablated}:{name}" for name in plan["ablations"]]
+    )
+    running: list[subprocess.Popen] = []
+
+    def stop(*_: Any) -> None:
+        raise SystemExit(143)
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        for wave in ([*units, "baselines"], wanted):
+            waiting = list(wave)
+            while waiting or running:
+                while waiting and len(running) < arguments.jobs:
+                    command = [sys.executable, *sys.argv, "--unit", waiting.pop(0)]
+                    running.append(subprocess.Popen(command, env=environment))
+                time.sleep(0.2)
+                for process in [process for process in running if process.poll() is not None]:
+                    running.remove(process)
+                    if process.returncode:
+                        raise SystemExit(process.returncode)
+    finally:
+        for process in running:
+            process.terminate()
+            process.wait()
+
+
+if __name__ == "__main__":
+    main()

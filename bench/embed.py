@@ -25,7 +25,7 @@ FULL = {"layers": 6, "texts": 96, "longest": 500, "rounds": 3, "documents": 3000
 QUICK = {"layers": 1, "texts": 12, "longest": 60, "rounds": 1, "documents": 60, "queries": 12, "ranks": 512,
          "sizes": {"vocab_size": 740, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
                    "num_key_value_heads": 1, "head_dim": 32}}  # fmt: skip
-FORMS = {"onnx": "onnxruntime", "onnx-int8": "onnxruntime", "openvino": "openvino", "gguf-q8_0": "llama_cpp"}
+FORMS = {"onnx": "onnxruntime", "onnx-int8": "onnxruntime", "openvino": "openvino", "gguf-q8_0": "xllamacpp"}
 
 
 def main() -> None:

@@ -363,11 +363,10 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
         writer.close()
 
 
-def _read_gguf(folder: Path) -> Embed:
-    """llama.cpp's own server, in this process: it tokenizes, pools and normalizes itself."""
+def llama_cpp_params(file: Path) -> Any:
+    """Settings of llama.cpp's server for embeddings; a free port is taken."""
     import xllamacpp
 
-    (file,) = folder.glob("*.gguf")
     params = xllamacpp.CommonParams()
     params.model.path = str(file)
     params.embedding = True
@@ -376,7 +375,15 @@ def _read_gguf(folder: Path) -> Embed:
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.port = params.verbosity = 0
-    server = xllamacpp.Server(params)
+    return params
+
+
+def _read_gguf(folder: Path) -> Embed:
+    """llama.cpp's own server, in this process: it tokenizes, pools and normalizes itself."""
+    import xllamacpp
+
+    (file,) = folder.glob("*.gguf")
+    server = xllamacpp.Server(llama_cpp_params(file))
 
     def embed(texts: list[str]) -> np.ndarray:
         answer = server.handle_embeddings({"input": texts})

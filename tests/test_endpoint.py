@@ -1,0 +1,152 @@
+"""`check-endpoint` asks real HTTP servers: ours and sentence-transformers', of one encoder read rightly and wrongly."""
+
+import json
+import threading
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import numpy as np
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from qwen3_encdec import cli
+from qwen3_encdec.embedding import TextEncoder
+from qwen3_encdec.endpoint import check_endpoint
+from qwen3_encdec.evaluation import baselines
+from qwen3_encdec.export import export_encoder, llama_cpp_params
+from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.files import InputError
+from qwen3_encdec.server import make_server
+
+
+@pytest.fixture(scope="module")
+def encoder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "out"
+    extract_encoder(init_folder, folder)
+    return folder
+
+
+@contextmanager
+def running(server):
+    with server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+
+
+def serve(answer):
+    """A server whose POST answers are `answer(path, request)`; it has no list of models."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            body = json.dumps(answer(self.path, request)).encode()
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_):
+            pass
+
+    return running(ThreadingHTTPServer(("127.0.0.1", 0), Handler))
+
+
+def stock(folder, **options):
+    """Text Embeddings Inference's route and OpenAI's, around sentence-transformers."""
+    model = SentenceTransformer(str(folder), device="cpu", **options)
+
+    def answer(path, request):
+        if path == "/embed":
+            return model.encode(request["inputs"]).tolist()
+        rows = enumerate(model.encode(request["input"]).tolist())
+        return {"data": [{"index": index, "embedding": row} for index, row in rows][::-1]}
+
+    return serve(answer)
+
+
+CAUSAL = {"config_kwargs": {"is_causal": True}}
+
+
+def test_our_server_is_bidirectional(encoder):
+    with running(make_server(TextEncoder(encoder), port=0)) as url:
+        for model in (encoder, None):
+            assert check_endpoint(url, model).kind == "bidirectional"
+
+
+@pytest.mark.parametrize("path", ["", "/v1", "/v1/embeddings", "/embed"])
+def test_a_causal_server_is_told_from_a_bidirectional_one(encoder, path):
+    for options, kind in (({}, "bidirectional"), (CAUSAL, "causal")):
+        with stock(encoder, **options) as url:
+            assert check_endpoint(url + path, encoder).kind == kind
+            assert check_endpoint(url + path).kind == kind
+
+
+@pytest.mark.parametrize("pooling", ["last", "cls"])
+def test_other_poolings_are_told_with_the_folder_and_not_guessed_without(init_folder, tmp_path, pooling):
+    extract_encoder(init_folder, tmp_path / "encoder", pooling=pooling)
+    for options, kind in (({}, "bidirectional"), (CAUSAL, "causal")):
+        with stock(tmp_path / "encoder", **options) as url:
+            # the first token of a causal model sees itself alone: that is seen in the answers too
+            assert check_endpoint(url, tmp_path / "encoder").kind == kind
+            assert check_endpoint(url).kind in ("unknown", kind)
+
+
+def test_a_wrong_pooling_and_another_model_are_not_called_right(encoder, tmp_path, init_folder):
+    extract_encoder(init_folder, tmp_path / "last", pooling="last")
+    with stock(tmp_path / "last") as url:
+        verdict = check_endpoint(url, encoder)
+    assert verdict.kind == "misread"
+    assert "read as 'bidirectional, lasttoken, with EOS'" in verdict.evidence
+    generator = np.random.default_rng(0)
+    with serve(lambda path, request: {"data": [
+        {"index": i, "embedding": generator.standard_normal(40).tolist()} for i in range(len(request["input"]))
+    ]}) as url:  # fmt: skip
+        assert check_endpoint(url, encoder).kind == "unknown"
+        assert check_endpoint(url).kind in ("unknown", "bidirectional")
+
+
+def test_a_real_bidirectional_model_is_not_called_causal():
+    """all-MiniLM-L6, a trained BERT from PyPI: its positions differ in weight, and that is not taken for causality."""
+    embed = baselines.minilm()
+    with serve(lambda path, request: np.asarray(embed(request["inputs"])).tolist()) as url:
+        assert check_endpoint(f"{url}/embed").kind in ("unknown", "bidirectional")
+
+
+def test_what_does_not_answer_with_embeddings_is_named(encoder):
+    for url in ("127.0.0.1:1", "ftp://127.0.0.1"):
+        with pytest.raises(InputError, match="is no http address"):
+            check_endpoint(url)
+    with pytest.raises(InputError, match="does not answer: "):
+        check_endpoint("http://127.0.0.1:9")
+    for answer in ({"data": []}, {"error": "no"}, [], {"data": [{"index": 0, "embedding": "text"}]}):
+        with (
+            serve(lambda path, request, answer=answer: answer) as url,
+            pytest.raises(InputError, match="embeddings|array"),
+        ):
+            check_endpoint(url)
+
+
+@pytest.mark.parametrize(("options", "code", "word"), [({}, 0, "bidirectional: "), (CAUSAL, 1, "causal: ")])
+def test_the_command_answers_by_its_exit_code(encoder, monkeypatch, capsys, options, code, word):
+    with stock(encoder, **options) as url:
+        monkeypatch.setattr("sys.argv", ["qwen3-encdec", "check-endpoint", url, "--model", str(encoder)])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+    assert stop.value.code == code
+    assert capsys.readouterr().out.startswith(word)
+
+
+def test_llama_cpps_own_server(encoder, tmp_path):
+    """The exported file as it is, and without the key of its header that says it is not causal."""
+    xllamacpp = pytest.importorskip("xllamacpp")
+    export_encoder(encoder, "gguf", tmp_path / "out")
+    file = tmp_path / "out" / "model-f32.gguf"
+    whole = file.read_bytes()
+    key = b"qwen3.attention.causal"
+    assert whole.count(key) == 1
+    for content, kind in ((whole, "bidirectional"), (whole.replace(key, b"qwen3.attention.casual"), "causal")):
+        file.write_bytes(content)
+        server = xllamacpp.Server(llama_cpp_params(file))
+        assert check_endpoint(server.listening_address, encoder).kind == kind

@@ -92,6 +92,9 @@ def write_bad(folder, kind: str) -> str:
         path.write_bytes(gzip.compress(good.encode() + b"{"))
     elif kind == "jsonl.gz-cut":
         path.write_bytes(gzip.compress(good.encode() * 9)[:-300])
+    elif kind == "jsonl.gz-checksum":
+        packed = gzip.compress(good.encode())
+        path.write_bytes(packed[:-8] + bytes(4) + packed[-4:])
     elif kind == "jsonl.zst-plain" or kind == "parquet-plain":
         path.write_text(good)
     elif kind == "parquet-column":
@@ -118,7 +121,8 @@ def write_bad(folder, kind: str) -> str:
         ("jsonl-list", r"line 2001: no column 'text'; there is no columns but a list"),
         ("txt-bytes", r"bad.txt line 4: not valid UTF-8"),
         ("jsonl.gz-broken", r"bad.jsonl.gz line 2001: not valid JSON"),
-        ("jsonl.gz-cut", r"bad.jsonl.gz line \d{4,}: .*end-of-stream"),
+        ("jsonl.gz-cut", r"bad.jsonl.gz line \d+: Truncated compressed stream"),
+        ("jsonl.gz-checksum", r"bad.jsonl.gz line \d+: .*incorrect data check"),
         ("jsonl.zst-plain", r"bad.jsonl.zst line 1: "),
         ("parquet-plain", r"bad.parquet is not a parquet file"),
         ("parquet-column", r"no column 'text'; there is body, id"),

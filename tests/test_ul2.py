@@ -18,7 +18,6 @@ from qwen3_encdec.data.ul2 import (
     corrupt_batch,
     draw_denoisers,
     example_keys,
-    mask_spans,
     raw_length,
     render,
     required_sentinels,
@@ -149,6 +148,15 @@ def test_the_rates_of_a_batch_are_exact_to_a_token(monkeypatch):
 
     monkeypatch.setattr(ul2, "_share", alone)
     assert np.median(abs(np.stack([batch_errors(seed) for seed in range(20)]))) > 1
+
+
+def mask_spans(tokens, mask, **ids) -> tuple[np.ndarray, np.ndarray]:
+    """Source and target of one text for a given noise mask."""
+    edges = np.diff(np.pad(mask, 1).astype(np.int8))
+    one, ends, spans = np.array([0]), np.array([len(tokens)]), np.array([(edges > 0).sum()])
+    ids = {**ids, "prefix_ids": ()}
+    examples = ul2._write(tokens, edges, ends, spans, spanned=one == 0, denoisers=one, lead=0, **ids)
+    return examples.sources, examples.targets
 
 
 def test_uncorrupt_refuses_what_corrupt_cannot_make():

@@ -82,7 +82,7 @@ class Analysis:
         number = {
             name: f"{self.counts.get(name, 0):,}" for name in ("documents", "used", "refused", "heldout", "tokens")
         }
-        source, target, fuller = [*self.fills.mean(axis=0).tolist(), self.fills.max(axis=1).mean()]
+        (source, target), fuller = self.fills.mean(axis=0), self.fills.max(axis=1).mean()
         return [
             ("documents", "{documents} = {used} used + {refused} refused + {heldout} held out".format(**number)),
             ("tokens", f"{number['tokens']} of text"),

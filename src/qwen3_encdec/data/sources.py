@@ -9,7 +9,6 @@ A shard is read in blocks of about a megabyte of text. How many it has is known 
 """
 
 import glob
-import gzip
 import io
 import json
 import re
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -266,17 +265,13 @@ class Lines:
                     offset, lines = offset + len(line), lines + 1
                 if offset < self.end < sys.maxsize:
                     raise ValueError("the file has become shorter since it was opened")
-        except (ValueError, OSError, EOFError) as error:
+        except (ValueError, OSError) as error:
             with suppress(OSError):
                 lines += _count_lines(self.path, begin) if self.start else 0
             raise InputError(f"{self.path} line {lines + 1}: {error}") from None
 
-    def _open(self) -> IO[bytes]:
-        if self.path.endswith(".gz"):
-            return cast(IO[bytes], gzip.open(self.path, "rb"))
-        if self.path.endswith(".zst"):
-            return io.BufferedReader(pa.input_stream(self.path, compression="zstd"))
-        return open(self.path, "rb")
+    def _open(self) -> io.BufferedReader:
+        return io.BufferedReader(pa.input_stream(self.path, compression="detect"), 2**17)
 
 
 def _count_lines(path: str, end: int) -> int:

@@ -235,17 +235,6 @@ def corrupt_batch(
     return _write(tokens, edges, ends, spans, spanned, denoisers, lead, sentinel_ids, eos_id, prefix_ids)
 
 
-def mask_spans(
-    tokens: np.ndarray, mask: np.ndarray, *, sentinel_ids: Ids, eos_id: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Source and target (int32) of one text for a given noise mask (bool, as long as the tokens)."""
-    edges = np.diff(np.pad(mask, 1).astype(np.int8))
-    spans, one = np.array([(edges > 0).sum()]), np.array([0])
-    ends = np.array([len(tokens)])
-    examples = _write(np.asarray(tokens), edges, ends, spans, one == 0, one, 0, sentinel_ids, eos_id, ())
-    return examples.sources, examples.targets
-
-
 def uncorrupt(
     source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_id: int, mode_ids: Ids = ()
 ) -> np.ndarray:

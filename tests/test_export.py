@@ -1,9 +1,12 @@
-"""An exported file is what its own runtime makes of it: forms whose runtime is missing are skipped here, not in CI."""
+"""An exported file is what its own runtime makes of it; without the runtime a form is skipped: `make interop` has all."""
 
 import importlib.util
 import json
+import re
 import shutil
+import tomllib
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -135,6 +138,15 @@ def test_an_encoder_decoder_gives_its_encoder(init_folder, tmp_path, capsys):
     export_encoder(init_folder, "safetensors", tmp_path / "out")
     assert "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
     assert json.loads((tmp_path / "out" / "config.json").read_text())["is_causal"] is False
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_the_extra_that_is_named_installs_what_is_missing(form):
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    extra = {
+        re.split("[>=]", entry)[0].replace("-", "_") for entry in project["optional-dependencies"][FORMS[form].extra]
+    }
+    assert set(FORMS[form].packages) <= extra
 
 
 def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,4 @@
-"""An exported file is what its own runtime makes of it; without the runtime a form is skipped: `make interop` has all."""
+"""An exported file is what its own runtime makes of it; without it a form is skipped: `make interop` has them all."""
 
 import importlib.util
 import json

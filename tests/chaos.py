@@ -26,6 +26,7 @@ DDP: dict[str, str] = {}
 ZERO2 = {
     "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu",
 }  # fmt: skip
+ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 
 
 def rank_process(rank: int, world: int, port: int, overrides: list[str], faults: dict[str, Any]) -> None:
@@ -84,7 +85,7 @@ def rank_process(rank: int, world: int, port: int, overrides: list[str], faults:
         backward(self, loss * 100 if now["step"] == faults.get("spike") else loss, last)
 
     loop.learning_rate, loop._agree, checkpoints.save_file = at_step, recorded, slowly
-    kind = state.DeepSpeedState if faults.get("launch") == ZERO2 else state.TrainingState
+    kind = state.DeepSpeedState if faults.get("launch") in (ZERO2, ZERO3) else state.TrainingState
     backward = kind.backward
     kind.backward = faulty
     if faults.get("means"):

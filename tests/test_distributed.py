@@ -159,7 +159,7 @@ def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("stage", "changes", "sentence"),
     [
-        ("3", {}, "ZeRO stage 2, not 3.*accelerate_fsdp2"),
+        ("1", {}, "ZeRO stages 2 and 3, not 1"),
         ("2", {"optimizer": "muon"}, "muon needs whole matrices"),
         ("2", {"ema_decay": 0.9}, "ema_decay needs named weights"),
         ("2", {"mixed_precision": "bf16"}, "mixed_precision: no"),
@@ -181,11 +181,12 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch, tmp_path):
 
 
 @pytest.mark.skipif(not DEEPSPEED, reason="deepspeed is not installed: make test-distributed")
-def test_the_deepspeed_file_launches(init_folder, corpus, tmp_path):
+@pytest.mark.parametrize("stage", [2, 3])
+def test_the_deepspeed_files_launch(init_folder, corpus, tmp_path, stage):
     script = ROOT / "scripts/train.py"
-    where = ["--config_file", str(ROOT / "configs/accelerate_deepspeed_zero2.yaml")]
+    where = ["--config_file", str(ROOT / f"configs/accelerate_deepspeed_zero{stage}.yaml")]
     printed = launch(script, *overrides(init_folder, corpus, output_dir=tmp_path / "run"), where=where)
-    assert "world size 2, DeepSpeed ZeRO-2, cpu/gloo, compute fp32" in printed
+    assert f"world size 2, DeepSpeed ZeRO-{stage}, cpu/gloo, compute fp32" in printed
     config = small_run(init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=2)
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
     torch.testing.assert_close(trace, list(plain_trace(config, 2)), rtol=1e-5, atol=1e-5)

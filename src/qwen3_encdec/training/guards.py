@@ -4,7 +4,6 @@ import faulthandler
 import math
 import os
 import signal
-import statistics
 import sys
 import threading
 import time
@@ -12,6 +11,8 @@ from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import numpy as np
 
 from qwen3_encdec.files import InputError
 
@@ -37,11 +38,10 @@ class SpikeGuard:
 
     def skips(self, step: int, loss: float, norm: float) -> bool:
         """Whether to leave a step out. Raises InputError when that has become a habit."""
-        maxlen = self.applied.maxlen or 0
-        spikes = bool(self.sigma) and len(self.applied) * 2 >= maxlen and any(
-            value > statistics.fmean(past) + self.sigma * statistics.pstdev(past)
-            for value, past in zip((loss, norm), zip(*self.applied, strict=True), strict=True)
-        )  # fmt: skip
+        spikes = False
+        if self.sigma and len(self.applied) * 2 >= (self.applied.maxlen or 0):
+            past = np.array(self.applied)  # (steps, 2)
+            spikes = bool((np.array([loss, norm]) > past.mean(0) + self.sigma * past.std(0)).any())
         if not spikes:
             self.applied.append((loss, norm))
             self.skipped_in_a_row = 0

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
-from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen3_encdec.files import InputError
 from qwen3_encdec.training.config import TrainingConfig
@@ -82,14 +82,20 @@ def make_accelerator(config: TrainingConfig, logging_dir: str) -> Accelerator:
     return accelerator
 
 
-def prepare(model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> TrainingState:
+def prepare(model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> TrainingState:
     """Shard or replicate a model and its optimizer as this launch wants it."""
+    if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
+        import deepspeed
+
+        # By layer, since the order of projections within one depends on a rank's batch, and all must gather alike.
+        deepspeed.utils.set_z3_leaf_modules(model, [GradientCheckpointingLayer])
+        deepspeed.zero.register_external_parameter(model, model.get_input_embeddings().weight)  # the head
     model, wrapped = accelerator.prepare(model, optimizer)
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         return DeepSpeedState(model, wrapped.optimizer, accelerator)
     if accelerator.is_fsdp2:
         # Without a head module to see, accelerate frees the matrix after each lookup, but the loss multiplies by it.
-        model.get_input_embeddings().set_reshard_after_forward(False)  # type: ignore[operator]
+        model.get_input_embeddings().set_reshard_after_forward(False)
     # accelerate's wrapper would only hide the real optimizer's state
     return TrainingState(model, wrapped.optimizer, accelerator)
 
@@ -110,21 +116,14 @@ def describe(accelerator: Accelerator) -> str:
 
 
 def _deepspeed(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
-    """ZeRO-2 as the accelerate YAML says, told what the loop does itself.
-
-    ZeRO-3 gathers projection by projection in an order that all ranks must share. Here it depends on the batch: ranks
-    would wait for each other for ever. FSDP2 shards the same and gathers by layer.
-    """
+    """ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if importlib.util.find_spec("deepspeed") is None:
         raise InputError("DeepSpeed is not installed: pip install qwen3-encdec[deepspeed], or launch with FSDP2")
     plugin = DeepSpeedPlugin()
-    if plugin.zero_stage != 2:
-        raise InputError(
-            f"the training loop runs DeepSpeed's ZeRO stage 2, not {plugin.zero_stage}; configs/accelerate_fsdp2.yaml "
-            "shards what stage 3 does"
-        )
+    if plugin.zero_stage not in (2, 3):
+        raise InputError(f"the training loop runs DeepSpeed's ZeRO stages 2 and 3, not {plugin.zero_stage}")
     for wrong, setting in [
         (config.optimizer == "muon", "optimizer: muon needs whole matrices, and DeepSpeed gives it flat pieces"),
         (config.ema_decay > 0, "ema_decay needs named weights, and DeepSpeed's optimizer has flat pieces"),
@@ -138,6 +137,13 @@ def _deepspeed(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
         "gradient_clipping": 0.0,
         "zero_allow_untested_optimizer": True,
     }
+    if plugin.zero_stage == 3:
+        # What a rank gathers ahead or keeps depends on the batches it has seen, but all ranks must gather alike.
+        plugin.deepspeed_config["zero_optimization"] |= {
+            "stage3_prefetch_bucket_size": 0,
+            "stage3_max_reuse_distance": 0,
+            "stage3_param_persistence_threshold": 0,
+        }
     return plugin
 
 

@@ -131,7 +131,7 @@ def _train(
     loader = StatefulDataLoader(
         stream,
         batch_size=config.batch_size,
-        collate_fn=make_batch,
+        collate_fn=functools.partial(_arrays, make_batch),
         num_workers=config.num_workers,
         worker_init_fn=ignore_sigterm if config.num_workers else None,
     )
@@ -186,7 +186,7 @@ def _train(
             lr = learning_rate(step, config)
             for group in state.optimizer.param_groups:
                 group["lr"] = lr
-            micro_batches = [next(batches) for _ in range(config.gradient_accumulation_steps)]
+            micro_batches = [_tensors(next(batches)) for _ in range(config.gradient_accumulation_steps)]
             waited = time.perf_counter() - began
             *counts, written, failed, stops = _agree(micro_batches, [*saver.flags(), int(bool(stop))], accelerator)
             saver.settle(written, failed)
@@ -234,6 +234,15 @@ def _train(
     return saver.last or run_dir
 
 
+def _arrays(make_batch: Callable, rows: list[Any]) -> dict[str, np.ndarray]:
+    """A batch on its way out of a worker. Tensors would go by shared memory, which costs a millisecond or two each."""
+    return {name: tensor.numpy() for name, tensor in make_batch(rows).items()}
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> Batch:
+    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
 def _agree(micro_batches: list[Batch], flags: list[int], accelerator: Accelerator) -> list[int]:
     """Target tokens, source tokens and examples of an optimizer step, and ``flags``: sums over all ranks."""
     target = source = examples = 0
@@ -260,18 +269,21 @@ def _backward(
     the step's target tokens on all ranks; gradients are averaged over the ranks, so the loss is multiplied by their
     number.
     """
-    totals = torch.zeros(2, num_denoisers, dtype=torch.float64, device=accelerator.device)
+    totals = torch.zeros(2, 1 + num_denoisers, dtype=torch.float64, device=accelerator.device)  # padding first
     for index, batch in enumerate(micro_batches):
-        batch = {name: tensor.to(accelerator.device, non_blocking=True) for name, tensor in batch.items()}
-        denoiser = batch.pop("denoiser")
+        batch = {  # masks stay, so that nobody waits for the device to say how rows are divided
+            name: tensor if "mask" in name else tensor.to(accelerator.device, non_blocking=True)
+            for name, tensor in batch.items()
+        }
+        denoiser = batch.pop("denoiser").flatten() + 1
         last = index == len(micro_batches) - 1
         with state.accumulating(last):
             outputs = state.model(**batch, num_items_in_batch=tokens, **loss_options)
             state.backward(outputs.loss * accelerator.num_processes, last)
-        real = denoiser >= 0
-        token_losses = outputs.token_losses[real].double()
-        totals[0].index_add_(0, denoiser[real], token_losses)
-        totals[1].index_add_(0, denoiser[real], torch.ones_like(token_losses))
+        token_losses = outputs.token_losses.flatten().double()
+        totals[0].index_add_(0, denoiser, token_losses)
+        totals[1].index_add_(0, denoiser, torch.ones_like(token_losses))
+    totals = totals[:, 1:]
     together = accelerator.reduce(torch.cat([totals.flatten(), state.squared_norms()]), "sum").cpu()
     return together[:-3].view_as(totals), together[-3:].tolist()
 

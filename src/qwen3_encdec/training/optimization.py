@@ -25,7 +25,8 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            small = parameter.ndim < 2 or id(parameter) in embeddings
+            shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a parameter is empty
+            small = len(shape) < 2 or id(parameter) in embeddings
             (others if small else matrices).append(parameter)
     decayed = {"params": matrices, "weight_decay": config.weight_decay}
     undecayed = {"params": others, "weight_decay": 0.0}

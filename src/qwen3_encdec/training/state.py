@@ -107,17 +107,24 @@ class TrainingState:
 
 
 class DeepSpeedState(TrainingState):
-    """The same under ZeRO-2, whose optimizer holds flat pieces of parameters and gradients."""
+    """The same under ZeRO-2 and ZeRO-3, whose optimizers hold flat pieces of parameters and gradients."""
 
     def __init__(self, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> None:
         super().__init__(model, optimizer, accelerator)
-        self._inner = optimizer.optimizer  # torch's
-        self._pieces = optimizer.single_partition_of_fp32_groups
-        # DeepSpeed notes where parameters' moments are when it has stepped the first group, and misses the others.
+        self._inner, self._rank = optimizer.optimizer, accelerator.process_index  # torch's own optimizer
+        self._zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
+        self._pieces = (
+            optimizer.fp32_partitioned_groups_flat if self._zero3 else optimizer.single_partition_of_fp32_groups
+        )
         for piece in self._pieces:
             zeros = {key: torch.zeros_like(piece) for key in ("exp_avg", "exp_avg_sq")}
             self._inner.state[piece] = {"step": torch.zeros((), device=piece.device), **zeros}
-        optimizer._lazy_init_hp_params_optimizer_state()
+        if self._zero3:
+            # Batches without padding call this module, ragged ones its parts; with hooks, ranks' orders would differ.
+            for hooks in (self.module.model._forward_hooks, self.module.model._forward_pre_hooks):
+                hooks.clear()
+        else:  # it notes where moments are when it has stepped the first group, and misses the others
+            optimizer._lazy_init_hp_params_optimizer_state()
 
     def accumulating(self, last: bool) -> Any:
         """Tell the engine when to reduce."""
@@ -157,18 +164,27 @@ class DeepSpeedState(TrainingState):
 
     def load_optimizer_state(self, keys: list[str], read: Callable[[str], torch.Tensor]) -> None:
         """As there."""
-        from deepspeed.utils import safe_set_full_optimizer_state
+        from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state
 
         for full_key in keys:
             name, _, key = full_key.rpartition(".")
             parameter = self.parameters[name]
-            if key != "step":
-                safe_set_full_optimizer_state(parameter, read(full_key).to(parameter.device), key)
+            if key == "step":
+                continue
+            whole = read(full_key).to(parameter.device)
+            if self._zero3:  # DeepSpeed's own setter fails where the last rank's piece is shorter
+                piece = safe_get_local_optimizer_state(parameter, key)
+                mine = whole.flatten()[self._rank * piece.numel() :][: piece.numel()]
+                piece[: mine.numel()] = mine
+            else:
+                safe_set_full_optimizer_state(parameter, whole, key)
         step = read(next(key for key in keys if key.endswith(".step")))
         for piece in self._pieces:
             self._inner.state[piece]["step"].copy_(step)
 
     def _gradient(self, parameter: nn.Parameter) -> torch.Tensor | None:
+        if self._zero3:
+            return self.optimizer.get_local_fp32_grad_for_param(parameter)
         piece = parameter._hp_mapping  # type: ignore[attr-defined]
         return None if piece is None else piece.get_lp_grad_fragment(parameter._index_in_param_group)  # type: ignore[attr-defined]
 

@@ -119,7 +119,7 @@ objective: env wordnet ## the experiment of docs/results.md, restartable; half a
 evidence: env ## the experiment on a twentieth of its tokens, one size and seed, and its committed tables redrawn
 	-$(MAKE) wordnet
 	rm -rf runs/evidence && mkdir -p runs/evidence/docs && cp docs/results.md runs/evidence/docs
-	$(BIN)/python experiments/objective/run.py --scale 0.05 --size small --seed 0 --no-ablations --jobs 2 \
+	$(BIN)/python experiments/objective/run.py --scale 0.05 --size small --seed 0 --no-ablations \
 		--results runs/evidence/results --runs runs/evidence/weights
 	$(BIN)/python experiments/objective/report.py --results runs/evidence/results --docs runs/evidence/docs
 	$(BIN)/python experiments/objective/report.py --check

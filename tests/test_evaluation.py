@@ -292,7 +292,7 @@ def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
     assert len(metrics["infill"]["examples"]) == 3
     assert list(metrics["infill"]["by_denoiser"]) == ["R1", "R2", "X1", "X2"]  # S leaves no gap
     assert metrics["infill"]["by_denoiser"]["R1"] == metrics["infill"]["exact_rate"]
-    assert (tmp_path / "out" / "report.md").exists()
+    assert (tmp_path / "out" / "report.html").exists()
     header, first = suite.summary(metrics).splitlines()[:2]
     assert header.split() == ["Denoiser", "initialization", "trained"]
     assert float(first.split()[1]) == pytest.approx(metrics["denoising"]["initialization"]["R1"], abs=1e-3)

@@ -203,7 +203,7 @@ app.command()(train)
 @app.command()
 def evaluate(
     model: Annotated[Path, typer.Option(help="Encoder-decoder, checkpoint or run folder; or an extracted encoder.")],
-    output: Annotated[Path, typer.Option(help="Folder to write: metrics.json, report.md, report.html.")],
+    output: Annotated[Path, typer.Option(help="Folder to write: metrics.json, report.html.")],
     parent: Annotated[str | None, typer.Option(help="Causal Qwen3 an encoder comes from, for the baselines.")] = None,
     initialization: Annotated[Path | None, typer.Option(help="What an encoder-decoder was trained from.")] = None,
     tasks: Annotated[

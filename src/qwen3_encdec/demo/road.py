@@ -14,7 +14,7 @@ from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.package_docs import package_docs, summary_pairs
 from qwen3_encdec.demo.parent import causal_embedder, parent_tokenizer, train_causal_parent
 from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
-from qwen3_encdec.evaluation.report import write_report
+from qwen3_encdec.evaluation.comparison import Run, write_page
 from qwen3_encdec.evaluation.suite import embedding_space, evaluate_denoising, evaluate_retrieval, provenance
 from qwen3_encdec.extraction import extract_encoder
 from qwen3_encdec.files import check_output, new_folder, write_json
@@ -82,7 +82,7 @@ def run_demo(
     commit: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Walk the whole road and leave every box of it, metrics.json, report.md and report.html in `output_dir`.
+    """Walk the whole road and leave every box of it, metrics.json and report.html in `output_dir`.
 
     Args:
         output_dir: A former demo there is replaced when this one is complete.
@@ -109,7 +109,8 @@ def run_demo(
             started=started, commit=commit, seed=seed, qwen3_model=str(qwen3_model or "nano"), budget=asdict(budget)
         )
         write_json(root / "metrics.json", metrics)
-        write_report(root, metrics, curves=curves, similarity=similarity, title="Qwen3 to text encoder: the demo")
+        run = Run("Qwen3 to text encoder: the demo", output_dir, "demo", metrics, curves, similarity)
+        write_page(root, [run], run.name)
     print(f"{summary(metrics)}\n\nreport: {output_dir / 'report.html'}", flush=True)
     return metrics
 

@@ -22,15 +22,21 @@ from qwen3_encdec.evaluation.report import (
     _html_table,
     denoising_table,
     html_page,
+    retrieval_table,
     space_figures,
     task_figures,
     tasks_table,
 )
 from qwen3_encdec.files import PROVENANCE_FILE, InputError, check_output, new_folder, read_json
 
+RETRIEVAL_NOTE = (
+    "{num_queries:,} summary lines of docstrings, each looking for its body among {num_documents:,} of held-out "
+    "packages. Ties count against the model. Lower is better for alignment, uniformity and mean cosine; higher for the "
+    "rest."
+)
 CURVES = {
     "loss": "Training loss, nats per target token.",
-    "eval_loss": "Held-out loss, mean over denoisers, nats per target token.",
+    "eval_loss": "Held-out loss, nats per target token.",
     "grad_norm": "Norm of the gradient.",
     "lr": "Learning rate.",
     "tokens_per_second": "Throughput, source and target tokens per second.",
@@ -65,11 +71,15 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path) -> list[Run]:
         raise InputError("name at least one folder of a run, an evaluation or a demo")
     names = _short_names([Path(folder) for folder in folders])
     runs = [_read(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
-    title = names[0] if len(names) == 1 else f"{len(names)} runs"
     with new_folder(output_dir, "report", runs=[str(folder) for folder in folders]) as folder:
-        (folder / "report.html").write_text(html_page(title, _body(title, runs)), encoding="utf-8")
+        write_page(folder, runs, names[0] if len(names) == 1 else f"{len(names)} runs")
         (folder / "model_card.md").write_text(model_card([run.folder for run in runs]), encoding="utf-8")
     return runs
+
+
+def write_page(folder: Path, runs: Sequence[Run], title: str) -> None:
+    """Write report.html about the runs into an existing folder; a part without data is left out."""
+    (folder / "report.html").write_text(html_page(title, _body(title, runs)), encoding="utf-8")
 
 
 def _read(folder: Path, name: str) -> Run:
@@ -113,8 +123,14 @@ def _body(title: str, runs: Sequence[Run]) -> list[str]:
     if denoising:
         note = "<p>Mean loss on held-out text, in nats per target token; lower is better.</p>"
         html += ["<section><h2>Denoising</h2>", note, _html_table(denoising_table(denoising)), "</section>"]
+    for run in runs:
+        if retrieval := run.metrics.get("retrieval"):
+            name = f": {escape(run.name)}" if len(runs) > 1 else ""
+            note = RETRIEVAL_NOTE.format(**run.metrics)
+            table = _html_table(retrieval_table(retrieval, run.metrics.get("not_run", {})))
+            html += [f"<section><h2>Retrieval and geometry{name}</h2>", f"<p>{note}</p>", table, "</section>"]
     tasks, not_run = _merged_tasks(runs)
-    if tasks:
+    if tasks or not_run:
         html += ["<section><h2>Tasks</h2>", f"<p>{TASKS_NOTE}</p>", _html_table(tasks_table(tasks, not_run))]
         html += ['<div class="figures">', *task_figures(tasks), "</div></section>"]
     if infilled := _infilled(runs):
@@ -143,10 +159,14 @@ def _overview(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def _curves(runs: Sequence[Run]) -> list[str]:
-    """A figure for each quantity, a line for each run that has it."""
+    """A figure for each quantity, a line for each run that has it, or of a single run for each denoiser."""
     figures = []
     for key, caption in CURVES.items():
-        lines = {run.name: points for run in runs if (points := _points(run.curves, key))}
+        sources = {run.name: (run.curves, key) for run in runs}
+        if len(runs) == 1:  # room for a line by denoiser
+            names = dict.fromkeys(name for line in runs[0].curves for name in line if name.startswith(f"{key}/"))
+            sources = {name.partition("/")[2]: (runs[0].curves, name) for name in names} or sources
+        lines = {name: points for name, source in sources.items() if (points := _points(*source))}
         if lines:
             figures.append(_figure(_draw_curves, lines, caption, 2.7))
     return figures

@@ -1,4 +1,4 @@
-"""Metrics to a report that opens anywhere: one HTML file with its figures inside and no script, and Markdown.
+"""Parts of a page that opens anywhere, without a script: tables, in HTML and Markdown, and figures.
 
 Figures are inline SVG whose lines and text take the page's colour, so that they follow light and dark themes.
 """
@@ -8,7 +8,6 @@ import re
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -54,93 +53,13 @@ svg text { font-family: system-ui, sans-serif !important }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .2rem 1rem; margin: 0 0 .8rem; font-size: .85rem }
 dt { color: var(--muted) } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap }
 .example { border-left: 3px solid var(--line); padding: .1rem 0 .1rem .8rem; margin: 1rem 0 }
-.example dd { font-family: ui-monospace, monospace; font-size: .78rem; max-height: 9rem; overflow-y: auto }
+.example dd { font-family: ui-monospace, monospace; font-size: .78rem; max-height: 9rem; overflow-y: auto;
+  margin-bottom: .4rem }
 footer { margin-top: 3rem; border-top: 1px solid var(--line); padding-top: .8rem }
 @media (max-width: 30rem) { dl { grid-template-columns: 1fr; gap: 0 } dd { margin-bottom: .4rem } }
 """
 
 Table = tuple[list[str], list[list[str]]]
-
-
-def write_report(
-    output_dir: Path,
-    metrics: Mapping[str, Any],
-    *,
-    curves: Sequence[Mapping[str, Any]] | None = None,
-    similarity: Mapping[str, Any] | None = None,
-    examples: Sequence[Mapping[str, Any]] | None = None,
-    title: str = "Evaluation",
-) -> None:
-    """Write report.html and report.md into an existing folder; a part without data is left out.
-
-    Args:
-        output_dir: Both files are replaced.
-        metrics: What `evaluate` returns: `denoising`, `retrieval`, `num_queries`, `num_documents`, `not_run`, `tasks`,
-            `tasks_not_run`, `infill`, `provenance`, any of them absent.
-        curves: The lines of a run's metrics.jsonl.
-        similarity: `labels` and the square `matrix` of their cosines; optionally the embedder's `name`, a `map` of
-            `points` and `groups`, and `neighbours`.
-        examples: Infilled examples; by default those of `metrics`.
-        title: Of the page.
-    """
-    sections: list[tuple[str, str, Table | None, list[str]]] = []  # heading, explanation, table, figures
-    if retrieval := metrics.get("retrieval"):
-        note = (
-            f"{metrics['num_queries']:,} summary lines of docstrings, each looking for its body among "
-            f"{metrics['num_documents']:,} of held-out packages. Ties count against the model. Lower is better for "
-            "alignment, uniformity and mean cosine; higher for the rest."
-        )
-        charts = [_figure(_draw_scores, retrieval, "Retrieval scores by embedder; longer bars are better.", 4.6)]
-        sections.append(
-            ("Retrieval and geometry", note, retrieval_table(retrieval, metrics.get("not_run", {})), charts)
-        )
-    if (tasks := metrics.get("tasks", {})) or metrics.get("tasks_not_run"):
-        sections.append(
-            ("Tasks", TASKS_NOTE, tasks_table(tasks, metrics.get("tasks_not_run", {})), task_figures(tasks))
-        )
-    if similarity:
-        sections.append(("Similarity", "", None, space_figures(similarity)))
-    denoising = metrics.get("denoising")
-    charts = _curve_figures(curves) if curves else []
-    if denoising:
-        charts = [
-            _figure(_draw_denoising, denoising, "Held-out loss by denoiser; shorter bars are better.", 2.7),
-            *charts,
-        ]
-    if charts:
-        note = "Mean loss on held-out text, in nats per target token; lower is better." if denoising else ""
-        sections.append(("Denoising", note, denoising_table(denoising) if denoising else None, charts))
-    infill = metrics.get("infill", {})
-    shown = list(infill.get("examples", []) if examples is None else examples)[:SHOWN_EXAMPLES]
-    rate = infill.get("exact_rate")
-    infilled = (
-        "" if rate is None else f"{rate:.1%} of the gaps are filled with exactly the tokens of the text, greedily."
-    )
-    if by_denoiser := infill.get("by_denoiser"):
-        infilled += " By denoiser: " + ", ".join(f"{name} {share:.1%}" for name, share in by_denoiser.items()) + "."
-    provenance = _flatten(metrics.get("provenance", {}))
-
-    html = [f"<h1>{escape(title)}</h1>"]
-    markdown = [f"# {_cell(title)}"]
-    for heading, note, table, figures in sections:
-        html += [f"<section><h2>{heading}</h2>", f"<p>{escape(note)}</p>" if note else ""]
-        if table:
-            html.append(_html_table(table))
-            markdown += [f"## {heading}", note, _markdown_table(table)]
-        html += ['<div class="figures">', *figures, "</div></section>"]
-    if shown or infilled:
-        html += ["<section><h2>Infilling</h2>", f"<p>{infilled}</p>"]
-        markdown += ["## Infilling", infilled]
-        for example in shown:
-            fields = [(key, str(example[key])) for key in ("source", "expected", "generated") if key in example]
-            html.append('<div class="example">' + _html_list(fields) + "</div>")
-            markdown.append("\n".join(f"- {key}: {_code(value)}" for key, value in fields))
-        html.append("</section>")
-    if provenance:
-        html.append("<footer>" + _html_list(provenance) + "</footer>")
-        markdown += ["## Provenance", "\n".join(f"- {_cell(key)}: {_code(value)}" for key, value in provenance)]
-    (output_dir / "report.html").write_text(html_page(title, html), encoding="utf-8")
-    (output_dir / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
 
 
 def html_page(title: str, body: Sequence[str]) -> str:
@@ -238,19 +157,6 @@ def _figure(draw: Callable[[Axes, Any], None], data: Any, caption: str, height: 
     return f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
 
 
-def _draw_scores(axes: Axes, retrieval: Mapping[str, Mapping[str, float]]) -> None:
-    for offset, (key, label) in enumerate(SCORES.items()):
-        values = [row[key] for row in retrieval.values()]
-        places = [i + (offset - 1) * 0.26 for i in range(len(values))]
-        axes.barh(places, values, height=0.24, label=label, color=COLORS[offset])
-        for place, value in zip(places, values, strict=True):
-            axes.text(value, place, f" {value:.2f}", va="center", fontsize=7)
-    axes.set_yticks(range(len(retrieval)), list(retrieval))
-    axes.invert_yaxis()
-    axes.set_xlim(0, min(1.1, 0.05 + 1.1 * max(row[key] for row in retrieval.values() for key in SCORES)))
-    axes.figure.legend(loc="outside upper right", ncols=3)
-
-
 def _draw_tasks(axes: Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     embedders = list(dict.fromkeys(name for task in tasks.values() for name in task["scores"]))
     height = 0.8 / len(embedders)
@@ -295,21 +201,6 @@ def _draw_map(axes: Axes, points: Mapping[str, Any]) -> None:
     axes.figure.legend(loc="outside lower center", ncols=3, fontsize=7)
 
 
-def _draw_denoising(axes: Axes, denoising: Mapping[str, Mapping[str, float]]) -> None:
-    names = list(dict.fromkeys(name for losses in denoising.values() for name in losses))
-    width = 0.8 / len(denoising)
-    for i, (label, losses) in enumerate(denoising.items()):
-        color = COLORS[0] if label == "trained" else COLORS[5 - i]
-        places = [k + (i - (len(denoising) - 1) / 2) * width for k in range(len(names))]
-        values = [losses.get(name, 0.0) for name in names]
-        axes.bar(places, values, width=0.93 * width, label=label, color=color)
-        for place, value in zip(places, values, strict=True):
-            axes.text(place, value, f"{value:.2f}", ha="center", va="bottom", fontsize=7)
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("nats per token")
-    axes.figure.legend(loc="outside upper right", ncols=len(denoising))
-
-
 def _draw_similarity(axes: Axes, similarity: Mapping[str, Any]) -> None:
     labels, matrix = similarity["labels"], similarity["matrix"]
     others = [value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j]
@@ -324,30 +215,6 @@ def _draw_similarity(axes: Axes, similarity: Mapping[str, Any]) -> None:
     colorbar: Any = axes.figure.colorbar(image, ax=axes, shrink=0.8, aspect=20)
     colorbar.solids.set(rasterized=False, edgecolor="face")
     colorbar.outline.set_visible(False)
-
-
-def _curve_figures(curves: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Loss, held-out loss, learning rate and throughput over steps, where the lines have them."""
-    denoisers = list(dict.fromkeys(key[5:] for line in curves for key in line if key.startswith("loss/")))
-
-    def draw(axes: Axes, keys: Mapping[str, str]) -> None:
-        for key, label in keys.items():
-            points = [(line["step"], line[key]) for line in curves if key in line]
-            axes.plot(*zip(*points, strict=True), label=label, marker="o" if len(points) < 12 else "", markersize=3)
-        axes.set_xlabel("optimizer step")
-        axes.set_ylim(bottom=0 if "loss" not in next(iter(keys)) else None)
-        if len(keys) > 1:
-            axes.figure.legend(loc="outside upper right", ncols=len(keys), columnspacing=1, handlelength=1.2)
-
-    wanted = [
-        ({f"loss/{name}": name for name in denoisers} or {"loss": "loss"}, "Training loss, nats per target token."),
-        ({f"eval_loss/{name}": name for name in denoisers}, "Held-out loss, nats per target token."),
-        ({"lr": "learning rate"}, "Learning rate."),
-        ({"tokens_per_second": "tokens/s"}, "Throughput, source and target tokens per second."),
-    ]
-    present = {key for line in curves for key in line}
-    drawn = [({key: label for key, label in keys.items() if key in present}, caption) for keys, caption in wanted]
-    return [_figure(draw, keys, caption, 2.7) for keys, caption in drawn if keys]
 
 
 def _html_table(table: Table) -> str:
@@ -368,13 +235,6 @@ def _markdown_table(table: Table) -> str:
 
 def _html_list(fields: Sequence[tuple[str, str]]) -> str:
     return "<dl>" + "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in fields) + "</dl>"
-
-
-def _flatten(value: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [
-        (key, ", ".join(f"{k} {v}" for k, v in item.items()) if isinstance(item, Mapping) else str(item))
-        for key, item in value.items()
-    ]
 
 
 def _cell(text: str) -> str:

@@ -25,9 +25,10 @@ from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.baselines import Embedder, NotRun
+from qwen3_encdec.evaluation.comparison import Run, write_page
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
 from qwen3_encdec.evaluation.mteb_tasks import mteb_tasks
-from qwen3_encdec.evaluation.report import denoising_table, retrieval_table, tasks_table, write_report
+from qwen3_encdec.evaluation.report import denoising_table, retrieval_table, tasks_table
 from qwen3_encdec.evaluation.retrieval import normalize
 from qwen3_encdec.evaluation.tasks import PACKAGE_DOCS, TASKS, Task, documents_by_package
 from qwen3_encdec.extraction import checkpoints_to_average
@@ -75,7 +76,7 @@ def evaluate(
     seed: int = 0,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a folder and write metrics.json, report.md and report.html, and of an encoder space.json.
+    """Evaluate a folder and write metrics.json and report.html, and of an encoder space.json.
 
     Args:
         model_dir: An encoder-decoder (a folder, a checkpoint or a run), or an extracted encoder.
@@ -96,7 +97,7 @@ def evaluate(
     check_output(output_dir, "evaluation")
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
-    space = None
+    space: dict[str, Any] = {}
     if (model_dir / "modules.json").exists():
         tuned = (model_dir / PROVENANCE_FILE).exists() and "finetuned_from" in read_json(model_dir / PROVENANCE_FILE)
         name = baselines.CONTRASTIVE if tuned else baselines.ENCODER
@@ -113,7 +114,8 @@ def evaluate(
         write_json(folder / "metrics.json", metrics)
         if space:
             write_json(folder / "space.json", space)
-        write_report(folder, metrics, similarity=space, title=f"Evaluation of {model_dir.name}")
+        name = f"Evaluation of {model_dir.name}"
+        write_page(folder, [Run(name, model_dir, "evaluation", metrics, space=space)], name)
     return metrics
 
 

@@ -1,7 +1,10 @@
 """The pages say what is: their commands exist with their options, and their errors are in the code."""
 
+import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -80,3 +83,10 @@ def test_examples_are_shown_on_the_pages():
     assert all((ROOT / file).is_file() for file in files)
     with pytest.raises(AssertionError):
         included('--8 < --"examples/own_denoiser.py"')
+
+
+def test_the_shell_completes_commands():
+    words = {"COMP_WORDS": "qwen3-encdec ev", "COMP_CWORD": "1", "_QWEN3_ENCDEC_COMPLETE": "complete_bash"}
+    command = Path(sys.executable).with_name("qwen3-encdec")
+    done = subprocess.run([command], env=os.environ | words, capture_output=True, text=True)
+    assert done.stdout.split() == ["evaluate"]

@@ -27,7 +27,7 @@ demo: env ## the whole road on real text, about 8 minutes on 2 cores: runs/demo/
 	$(BIN)/qwen3-encdec demo $(DEMO)
 
 test: env ## every test that needs neither network nor GPU
-	$(BIN)/python -m pytest tests/ -v
+	$(BIN)/python -m pytest tests/ -v $(PYTEST)
 
 check: env ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .
@@ -132,9 +132,9 @@ $(VENV)/extras-deepspeed: $(VENV)/.installed
 		--no-build-isolation deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 	touch $@
 
-test-distributed: $(VENV)/extras-deepspeed ## FSDP2, HSDP, DDP, ZeRO-2: real processes over gloo give one process' trace
+test-distributed: $(VENV)/extras-deepspeed ## FSDP2, HSDP, DDP, ZeRO-2 and -3: real processes over gloo give one process' trace
 	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_distributed.py
-	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_chaos.py -k "ranks or deepspeed"
+	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_chaos.py -k "micro_batches or deepspeed"
 
 KILLS ?= 50
 chaos: env ## kill a training KILLS times (50), resume it each time; and NaNs, spikes, lost ranks

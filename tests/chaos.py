@@ -8,6 +8,7 @@ import json
 import multiprocessing
 import os
 import random
+import resource
 import signal
 import socket
 import time
@@ -32,7 +33,7 @@ ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_Z
 def rank_process(rank: int, world: int, port: int, overrides: list[str], faults: dict[str, Any]) -> None:
     """One rank. ``faults``: step at which a kind of fault happens, and
 
-    slow: seconds that writing a file takes; full: the disk takes no file; launch: environment that distributes;
+    slow: seconds that writing a file takes; full: no file can grow beyond 100 kB; launch: environment that distributes;
     dealt: deal one process' rows out in turn, so that a step has the same ones whatever the number of ranks;
     means: weigh every micro-batch the same, which is the common mistake.
     """
@@ -49,6 +50,8 @@ def rank_process(rank: int, world: int, port: int, overrides: list[str], faults:
     from qwen3_encdec.training import checkpoints, loop, state
     from qwen3_encdec.training.config import load_config
 
+    if faults.get("full"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     config, now = load_config(None, overrides), {"step": 0, "weights": iter(())}
     whole_backward = loop._backward
@@ -67,8 +70,6 @@ def rank_process(rank: int, world: int, port: int, overrides: list[str], faults:
         return agree(micro_batches, *arguments)
 
     def slowly(*arguments, **options):
-        if faults.get("full"):
-            raise OSError(28, "No space left on device")
         time.sleep(faults.get("slow", 0))
         save_file(*arguments, **options)
         time.sleep(faults.get("slow", 0))

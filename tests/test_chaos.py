@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -197,7 +198,11 @@ def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(init_folder, c
     assert Life(settings(init_folder, corpus, run, max_steps=2)).end() == [0, 0]
     assert Life(settings(init_folder, corpus, run, max_steps=40), full=True).end() == [2, 2]
     for rank in range(2):
-        assert "No space left on device; training stopped, the last checkpoint is" in log(run, rank)
+        found = re.search(
+            "could not be written to: (.*); training stopped, the last checkpoint is (.*)", log(run, rank)
+        )
+        assert "File too large" in found[1]
+        assert found[2] == str(run / "checkpoints/step-000002")
     assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["latest", "step-000002"]
     assert Life(settings(init_folder, corpus, run, max_steps=4)).end() == [0, 0]
 

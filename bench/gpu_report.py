@@ -25,11 +25,11 @@ A part that cannot run (a package is absent, memory is out, time is up) says so 
 import argparse
 import atexit
 import gc
-import itertools
 import math
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -40,6 +40,7 @@ from typing import Any
 import model as bench
 import numpy as np
 import torch
+from torch.nn import attention
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.collator import collate
@@ -56,6 +57,7 @@ CHECKED: dict[str, Any] = {
 }  # fmt: skip
 BACKENDS = ("eager", "sdpa", "flash_attention_2", "flash_attention_3", "flex_attention")
 LOSSES = ("chunked", "liger", "cce")
+FLASH = ("FA3", "FA4")  # what torch's flash attention can be done by; its own is FlashAttention-2
 FP32_TOLERANCE, BF16_FACTOR = 1e-5, 2.0
 BF16_NOISE = 1e-4  # an error below is luck, and no measure for others
 TIME_LIMIT = 7.0  # minutes after which no part begins
@@ -144,16 +146,16 @@ def make_rows(source_length: int, target_length: int, rows: int, vocab_size: int
 
 
 def make_batch(rows: list[list[Example]], pad_id: int, device: torch.device) -> Batch:
-    """The collated rows on a device."""
+    """The collated rows on a device, masks on the CPU, where the model reads how rows are divided."""
     batch = collate(rows, pad_id=pad_id)
-    return {name: value.to(device) for name, value in batch.items() if name != "denoiser"}
+    return {name: value if "mask" in name else value.to(device) for name, value in batch.items() if name != "denoiser"}
 
 
 def compile_layers(model: Qwen3ForSeq2SeqLM) -> None:
     """Compile every layer by itself. On a CPU the graphs are captured only, which needs no C++ compiler."""
     backend = "inductor" if model.device.type == "cuda" else "eager"
     for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
-        layer.compile(dynamic=True, backend=backend)
+        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)  # hooks of FSDP2 stay outside
 
 
 def make_checked(backend: str, dtype: torch.dtype, device: torch.device) -> Qwen3ForSeq2SeqLM:
@@ -276,6 +278,14 @@ def check(report: Report, device: torch.device) -> list[tuple[str, float, float,
         controls[label] = largest(control, scale)
     compiled = report.part("correct bf16 sdpa compiled", correctness.errors, "sdpa", torch.bfloat16, True)
     errors["bf16"].append(largest(compiled, eager))
+
+    def by_package(implementation: str) -> dict[str, Any]:
+        with torch_flash(implementation):
+            return correctness.errors("sdpa", torch.bfloat16)
+
+    for implementation in FLASH:
+        found = report.part(f"correct bf16 sdpa {implementation}", by_package, implementation)
+        errors["bf16"].append(largest(found, eager))
     plain = report.part("correct bf16 loss plain", loss_errors, "plain", device)
     losses = [report.part(f"correct bf16 loss {name}", loss_errors, name, device) for name in LOSSES]
     return [
@@ -392,13 +402,33 @@ def shard(model: Qwen3ForSeq2SeqLM) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
+@contextmanager
+def torch_flash(implementation: str) -> Iterator[None]:
+    """Have torch's own flash attention, varlen too, done by "FA3" or "FA4", if that package is installed."""
+    attention.activate_flash_attention_impl(implementation)
+    try:
+        yield
+    finally:
+        attention.restore_flash_attention_impl()
+
+
 def train(report: Report, scale: Scale, device: torch.device) -> None:
-    """Training in both precisions, compiled or not, with each loss."""
-    for precision, compiled in itertools.product(("autocast", "fsdp2"), (True, False)):
+    """Training with torch's flash attention by other packages; then in both precisions, compiled or not, each loss."""
+    training = Training(scale, device, "autocast", True)
+    report.part("train autocast compiled chunked", training.measure, "chunked")
+
+    def by_package(implementation: str) -> dict[str, float]:
+        with torch_flash(implementation):
+            return Training(scale, device, "autocast", True).measure("chunked")
+
+    for implementation in FLASH:
+        report.part(f"train autocast compiled {implementation}", by_package, implementation)
+    for implementation in LOSSES[1:]:
+        report.part(f"train autocast compiled {implementation}", training.measure, implementation)
+    for precision, compiled in (("fsdp2", True), ("autocast", False), ("fsdp2", False)):
         training = Training(scale, device, precision, compiled)
-        for implementation in LOSSES:
-            name = f"train {precision} {'compiled' if compiled else 'eager'} {implementation}"
-            report.part(name, training.measure, implementation)
+        name = f"train {precision} {'compiled' if compiled else 'eager'}"
+        report.part(f"{name} chunked", training.measure, "chunked")
 
 
 def train_variants(report: Report, scale: Scale, device: torch.device) -> None:

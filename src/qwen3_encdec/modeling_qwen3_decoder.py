@@ -50,6 +50,7 @@ from .modeling_qwen3_encoder import (
     attend,
     is_packed,
     is_ragged,
+    move,
     one_cache,
     project_heads,
     project_keys,
@@ -81,8 +82,10 @@ class MergedSegments:
             )
         self.source, self.target = source, target
         order = both.masked_fill(~wanted, both.max() + 1).argsort(stable=True)
-        self.key_order = order[: int(wanted.sum())]
-        self.layout = RaggedLayout(target.documents, both[self.key_order], causal=True)
+        order = order[: int(wanted.sum())]
+        device = target.index.device
+        self.key_order = move(order, device)
+        self.layout = RaggedLayout(target.documents, both[order], causal=True, device=device)
 
 
 class MergedLayer(DynamicLayer):

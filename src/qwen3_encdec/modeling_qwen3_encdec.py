@@ -12,6 +12,7 @@ Shapes: B batch, S source length, T target length, N real target tokens, V vocab
 
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any, Unpack
 
 import torch
@@ -30,6 +31,7 @@ from .modeling_qwen3_encoder import (
     Qwen3EncoderDecoderPreTrainedModel,
     Segments,
     is_ragged,
+    move,
     one_cache,
 )
 
@@ -195,6 +197,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         Args:
             input_ids: [B, S] int64 source.
             attention_mask: [B, S]; 0 padding, 1 real. In packed rows, with labels, k is the k-th document of the row.
+                Masks may stay on the CPU: then, in training, no step waits for the GPU to say how rows are divided.
             labels: [B, T] int64 target, not shifted; -100 is ignored.
             decoder_attention_mask: [B, T] like `attention_mask`; without it, a row's target ends with its last label.
             num_items_in_batch: label tokens of the whole optimizer step, over micro-batches and ranks: the loss is
@@ -217,6 +220,11 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             ValueError: no decoder input, or rows with different numbers of source and target documents.
         """
         cache = one_cache(cache, past_key_values)
+        given = attention_mask, decoder_attention_mask
+        if device := next((part.device for part in (labels, decoder_input_ids, input_ids) if part is not None), None):
+            attention_mask, decoder_attention_mask = (
+                move(mask, device) if isinstance(mask, torch.Tensor) else mask for mask in given
+            )
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self._shift_right(labels, decoder_attention_mask)
         if decoder_input_ids is None and decoder_inputs_embeds is None:
@@ -224,11 +232,15 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         source = target = None
         plain = cache is None and position_ids is None and decoder_position_ids is None and not kwargs
         if labels is not None and input_ids is not None and decoder_input_ids is not None and plain:
-            target_mask = _target_mask(labels) if decoder_attention_mask is None else decoder_attention_mask
-            if is_ragged(attention_mask) or is_ragged(target_mask):
-                source = Segments.from_mask(torch.ones_like(input_ids) if attention_mask is None else attention_mask)
-                target = Segments.from_mask(target_mask)
-                labels = labels.masked_fill(target_mask == 0, IGNORED)
+            source_mask, target_mask = given
+            if target_mask is None:
+                target_mask = decoder_attention_mask = _target_mask(labels)
+            if is_ragged(source_mask) or is_ragged(target_mask):
+                if source_mask is None:
+                    source_mask = torch.ones_like(input_ids, device=target_mask.device)
+                source = Segments.from_mask(source_mask, device)
+                target = Segments.from_mask(target_mask, device)
+                labels = labels.masked_fill(decoder_attention_mask == 0, IGNORED)
                 states, encoded = self.model.forward_ragged(input_ids, source, decoder_input_ids, target)
                 outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
         if target is None:
@@ -271,8 +283,14 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             wanted = encoder_labels if source is None else source.gather(encoder_labels)
             places = torch.arange(wanted.shape[1], device=wanted.device) if source is None else source.position_ids
             wanted = wanted.masked_fill(places == 0, IGNORED).roll(-1, dims=-1)
+            kept = wanted != IGNORED  # few of them
             encoder_loss, _ = linear_cross_entropy(
-                loss_implementation, encoded, self.model.shared.weight, wanted, num_items_in_batch, **options
+                loss_implementation,
+                encoded[kept],
+                self.model.shared.weight,
+                wanted[kept],
+                num_items_in_batch,
+                **options,
             )
             loss = loss + encoder_loss_weight * encoder_loss
         return Qwen3Seq2SeqLMOutput(
@@ -451,15 +469,17 @@ def chunked_cross_entropy(
         Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every token in the shape
         of `labels`, without z-loss and smoothing, 0 where ignored.
     """
-    flat = labels.flatten()
-    kept = (flat != IGNORED).nonzero().squeeze(1)
-    states = hidden.flatten(0, -2)[kept]
-    chunk = chunk or loss_chunk(hidden.device.type)
-    total, losses = _ChunkedCrossEntropy.apply(states, weight, flat[kept], chunk, z_loss, label_smoothing)
+    states, flat = hidden.flatten(0, -2), labels.flatten()
     if num_items is None:
-        num_items = max(kept.numel(), 1)
+        num_items = (flat != IGNORED).sum().clamp(min=1)
     elif isinstance(num_items, torch.Tensor):
-        num_items = num_items.to(total.device)
+        num_items = num_items.to(hidden.device)
+    chunk = chunk or loss_chunk(hidden.device.type)
+    if hidden.is_cuda:  # to know which are ignored, the CPU would have to wait
+        total, losses = _ChunkedCrossEntropy.apply(states, weight, flat, chunk, z_loss, label_smoothing)
+        return total / num_items, losses.view(labels.shape)
+    kept = (flat != IGNORED).nonzero().squeeze(1)
+    total, losses = _ChunkedCrossEntropy.apply(states[kept], weight, flat[kept], chunk, z_loss, label_smoothing)
     token_losses = losses.new_zeros(flat.shape).index_copy(0, kept, losses).view(labels.shape)
     return total / num_items, token_losses
 
@@ -474,49 +494,80 @@ def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
 
 
+def _form_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, z_loss: float, smoothing: float, gradients: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of a chunk, [C] fp32 and 0 where ignored, and the sum of z-loss and smoothing.
+
+    The [C, V] logits become the gradient of all of these:
+    softmax (1 + 2 z log_sum) - (1 - smoothing) one-hot - smoothing / V.
+    """
+    kept = labels != IGNORED
+    target = labels.masked_fill(~kept, 0)[:, None]
+    log_probs = nn.functional.log_softmax(logits, -1, dtype=torch.float32)
+    of_target = log_probs.gather(1, target)
+    losses = (-of_target.squeeze(1)).masked_fill(~kept, 0.0)
+    extra = losses.new_zeros(())
+    log_sum = logits.gather(1, target).float() - of_target
+    if z_loss:
+        extra = extra + z_loss * log_sum.square().masked_fill(~kept[:, None], 0.0).sum()
+    if smoothing:
+        extra = extra + smoothing * (of_target.squeeze(1) - log_probs.mean(1)).masked_fill(~kept, 0.0).sum()
+    if not gradients:
+        return losses, extra
+    if torch.compiler.is_compiling():  # one pass over the logits, another to write the gradient
+        gradient = log_probs.exp() * (1 + 2 * z_loss * log_sum) - smoothing / logits.shape[1]
+        chosen = torch.arange(logits.shape[1], device=logits.device) == target
+        gradient = torch.where(chosen, gradient - (1 - smoothing), gradient)
+        logits.copy_(torch.where(kept[:, None], gradient, 0.0))
+        return losses, extra
+    gradient = log_probs.exp_()
+    if z_loss:
+        gradient *= 1 + 2 * z_loss * log_sum
+    if smoothing:
+        gradient -= smoothing / gradient.shape[1]
+    gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
+    gradient[~kept] = 0.0
+    logits.copy_(gradient)
+    return losses, extra
+
+
+_compiled_form_gradient = torch.compile(_form_gradient, dynamic=True)
+
+
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, chunk, z_loss, smoothing):
-        kind = hidden.device.type
+        kind, classes = hidden.device.type, len(weight)
         dtype = _compute_dtype(hidden)
+        gradients = any(ctx.needs_input_grad[:2])
         with torch.autocast(kind, enabled=False):
-            matrix = weight.to(dtype)
+            if hidden.is_cuda:  # tensor cores want a multiple of 8 classes; more are never chosen, nor have a gradient
+                matrix = weight.new_zeros(classes + -classes % 64, weight.shape[1], dtype=dtype)
+                matrix[:classes] = weight
+            else:
+                matrix = weight.to(dtype)
             losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
             extra = torch.zeros((), dtype=torch.float32, device=hidden.device)  # of z-loss and smoothing
             hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            weight_grad = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            weight_grad = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            # On a CPU in slices that stay in cache while they are added; on a GPU at once.
+            rows = 4096 if kind == "cpu" else len(matrix)
+            form_gradient = _compiled_form_gradient if hidden.is_cuda and find_spec("triton") else _form_gradient
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
-                states, target = hidden[part].to(dtype), labels[part, None]
+                states = hidden[part].to(dtype)
                 logits = states @ matrix.T  # (chunk, V)
-                log_probs = nn.functional.log_softmax(logits, -1, dtype=torch.float32)
-                of_target = log_probs.gather(1, target)
-                losses[part] = -of_target.squeeze(1)
-                if z_loss:
-                    log_sum = logits.gather(1, target).float() - of_target
-                    extra += z_loss * log_sum.square().sum()
-                if smoothing:
-                    extra += smoothing * (of_target.sum() - log_probs.mean(1).sum())
-                del logits
-                if hidden_grad is None and weight_grad is None:
-                    continue
-                # d loss / d logits = softmax (1 + 2 z log_sum) - (1 - smoothing) one-hot - smoothing / V
-                gradient = log_probs.exp_()
-                if z_loss:
-                    gradient *= 1 + 2 * z_loss * log_sum
-                if smoothing:
-                    gradient -= smoothing / gradient.shape[1]
-                gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
-                gradient = gradient.to(dtype)
+                losses[part], more = form_gradient(logits[:, :classes], labels[part], z_loss, smoothing, gradients)
+                extra += more
                 if hidden_grad is not None:
-                    hidden_grad[part] = gradient @ matrix
+                    hidden_grad[part] = logits @ matrix
                 if weight_grad is not None and dtype == torch.float32:
-                    torch.addmm(weight_grad, gradient.T, states, out=weight_grad)
+                    torch.addmm(weight_grad, logits.T, states, out=weight_grad)
                 elif weight_grad is not None:
-                    # In slices: a half-precision product of all V rows would be a second matrix, and slow to add.
-                    for rows, columns in zip(weight_grad.split(4096), gradient.split(4096, dim=1), strict=True):
-                        rows += columns.T @ states
-        ctx.save_for_backward(hidden_grad, weight_grad)
+                    for total, columns in zip(weight_grad.split(rows), logits.split(rows, dim=1), strict=True):
+                        total += columns.T @ states
+        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad[:classes])
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() + extra, losses

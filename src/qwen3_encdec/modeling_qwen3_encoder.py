@@ -69,7 +69,8 @@ class Segments:
 
     Attributes:
         index: [N] int64, place of each real token in the flattened [B * L] batch.
-        documents: [N] int64, ascending; the same number for the same (row, segment) on both sides of a batch.
+        documents: [N] int64, ascending; the same number for the same (row, segment) on both sides of a batch. Where
+            the mask is: on a CPU, nobody waits for a GPU to read from it.
         position_ids: [1, N] int64.
         shape: (B, L) of the batch.
     """
@@ -80,8 +81,11 @@ class Segments:
     shape: tuple[int, int]
 
     @classmethod
-    def from_mask(cls, mask: torch.Tensor) -> "Segments":
-        """The segments of a [B, L] integer or bool mask. A document's tokens must be contiguous up to padding."""
+    def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Segments":
+        """The segments of a [B, L] integer or bool mask, for tensors on `device` (the mask's own by default).
+
+        A document's tokens must be contiguous up to padding.
+        """
         mask = mask.long()
         batch, length = mask.shape
         rows, columns = mask.nonzero(as_tuple=True)  # (N,)
@@ -89,12 +93,14 @@ class Segments:
         _, inverse, counts = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
         first = counts.cumsum(0) - counts  # place in the row of N where each document begins
         positions = columns - columns[first][inverse]
-        return cls(rows * length + columns, documents, positions[None], (batch, length))
+        device = mask.device if device is None else device
+        index, positions = move(rows * length + columns, device), move(positions[None], device)
+        return cls(index, documents, positions, (batch, length))
 
     @cached_property
     def layout(self) -> "RaggedLayout":
         """For attention of every document to all of itself."""
-        return RaggedLayout(self.documents, self.documents, causal=False)
+        return RaggedLayout(self.documents, self.documents, causal=False, device=self.index.device)
 
     def gather(self, batch: torch.Tensor) -> torch.Tensor:
         """[B, L, ...] -> [1, N, ...]: the real tokens as one row."""
@@ -114,20 +120,31 @@ class RaggedLayout:
         key_documents: [M] int64, the same for the keys; every document of the queries is there.
         causal: aligned to the bottom right: the last query of a document sees all of its keys, the one before it all
             but the last, and so on. False lets every query see all keys of its document.
+        device: where attention is computed; by default where the documents are.
     """
 
-    def __init__(self, query_documents: torch.Tensor, key_documents: torch.Tensor, causal: bool):
+    def __init__(
+        self,
+        query_documents: torch.Tensor,
+        key_documents: torch.Tensor,
+        causal: bool,
+        device: torch.device | None = None,
+    ):
         self.causal = causal
+        device = query_documents.device if device is None else device
         documents, lengths = torch.unique_consecutive(query_documents, return_counts=True)
         starts = torch.searchsorted(key_documents, documents)
         ends = torch.searchsorted(key_documents, documents, right=True)
-        self._starts, self._ends, self._lengths = starts, ends, lengths
+        self._starts, self._ends, self._lengths = (move(bounds, device) for bounds in (starts, ends, lengths))
         # A compiled layer reads what is here already, so that nothing in it depends on how the row is divided.
         self.query_lengths: list[int] = lengths.tolist()
         self.key_lengths: list[int] = (ends - starts).tolist()
         self.longest_query, self.longest_key = max(self.query_lengths), max(self.key_lengths)
         queries, keys = (F.pad(part.cumsum(0), (1, 0)).to(torch.int32) for part in (lengths, ends - starts))
-        self.cumulative = queries, keys  # where documents begin and end, each [documents + 1]
+        self.cumulative = (
+            move(queries, device),
+            move(keys, device),
+        )  # where documents begin and end, each [documents + 1]
         self.mask: Any = None
 
     def prepare(self, backend: str) -> Any:
@@ -154,6 +171,13 @@ class RaggedLayout:
             query_end = self._lengths.cumsum(0).repeat_interleave(self._lengths)
             last = last - (query_end - 1 - torch.arange(len(query_end), device=last.device))
         return first, last
+
+
+def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A copy on `device`, if it is not there already, that does not wait for what the device is doing."""
+    if tensor.device.type == "cpu" and device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def is_ragged(mask: torch.Tensor | None) -> bool:

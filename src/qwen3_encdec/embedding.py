@@ -24,7 +24,7 @@ from transformers import Qwen3Config
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .extraction import POOLING, extract_encoder
 from .files import InputError, read_json
-from .loading import tensor_shapes
+from .loading import load_whole
 from .modeling_qwen3_encoder import Qwen3Encoder, Segments
 
 SUFFIXES = (".npy", ".parquet")
@@ -85,11 +85,9 @@ class TextEncoder:
             )
         self.normalize = kinds[-1] == "Normalize"
         pooling = read_json(self.folder / "1_Pooling" / "config.json")
-        modes = [name for name, mode in POOLING.items() if pooling.get(mode)]
-        modes = modes or [{"lasttoken": "last"}.get(mode, mode) for mode in [pooling.get("pooling_mode")] if mode]
-        if len(modes) != 1 or modes[0] not in POOLING or not pooling.get("include_prompt", True):
+        self.pooling = pooling.get("pooling_mode")
+        if self.pooling not in POOLING.values() or not pooling.get("include_prompt", True):
             raise InputError(f"{self.folder / '1_Pooling'} pools in another way than {', '.join(POOLING)}")
-        self.pooling = modes[0]
         self.prompts: dict[str, str] = read_json(self.folder / "config_sentence_transformers.json").get("prompts") or {}
 
     @cached_property
@@ -197,7 +195,7 @@ class TextEncoder:
             pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths)
         else:
             ends = lengths.cumsum(0)
-            pooled = states[ends - 1 if self.pooling == "last" else ends - lengths].float()
+            pooled = states[ends - 1 if self.pooling == "lasttoken" else ends - lengths].float()
         return (F.normalize(pooled, dim=-1) if self.normalize else pooled).cpu().numpy()
 
 
@@ -222,20 +220,11 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
 
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encoder:
-    """Our own encoder with the weights of an encoder folder, all of `dtype`.
-
-    Raises:
-        InputError: a tensor is missing, too many or of another shape, or a file is damaged.
-    """
+    """Our own encoder with the weights of an encoder folder. Raises InputError as `load_whole`."""
     source = Qwen3Config.from_pretrained(folder)
     ids = {"vocab_size": source.vocab_size, "num_sentinel_tokens": 0, "pad_token_id": source.pad_token_id}
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(source, **ids)
-    with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in Qwen3Encoder(config).named_parameters()}
-    found = tensor_shapes(folder)
-    for name in sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
-        raise InputError(f"{folder}: tensor {name} is {found.get(name)}, expected {expected.get(name)}")
-    return Qwen3Encoder.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True).eval()
+    return load_whole(Qwen3Encoder, folder, config, dtype).eval()
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:

@@ -26,11 +26,10 @@ from .files import InputError, check_output, new_folder, read_json, write_json
 from .loading import TRAIN_COMMAND, load_config, load_tokenizer, read_averages, read_tensors
 from .modeling_qwen3_encoder import Qwen3Encoder
 
-POOLING = {"mean": "pooling_mode_mean_tokens", "last": "pooling_mode_lasttoken", "cls": "pooling_mode_cls_token"}
-_POOLING_MODES = (
-    "pooling_mode_cls_token", "pooling_mode_mean_tokens", "pooling_mode_max_tokens",
-    "pooling_mode_mean_sqrt_len_tokens", "pooling_mode_weightedmean_tokens", "pooling_mode_lasttoken",
-)  # fmt: skip
+# As sentence-transformers calls them, and the flags by which its older versions and other readers know them.
+POOLING = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
+_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
+          "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
     "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
@@ -232,8 +231,8 @@ def _write_sentence_transformers_layout(
         folder / "1_Pooling" / "config.json",
         {
             "word_embedding_dimension": config.hidden_size,
-            "pooling_mode": {"mean": "mean", "last": "lasttoken", "cls": "cls"}[pooling],
-            **{mode: mode == POOLING[pooling] for mode in _POOLING_MODES},
+            "pooling_mode": POOLING[pooling],
+            **{f"pooling_mode_{flag}": mode == POOLING[pooling] for mode, flag in _FLAGS.items()},
             "include_prompt": True,
         },
     )

@@ -3,15 +3,18 @@
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedModel
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .files import InputError, read_json
 from .modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from .tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 
+M = TypeVar("M", bound=PreTrainedModel)
 TRAIN_COMMAND = (
     "accelerate launch --config_file configs/accelerate_fsdp2.yaml "
     "scripts/train.py --config configs/training_config.yaml"
@@ -152,14 +155,19 @@ def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Qwen3F
     Raises:
         InputError: as `load_config`, or the tensors are damaged, missing, too many or of other shapes.
     """
-    folder = Path(folder)
-    config = load_config(folder)
+    return load_whole(Qwen3ForSeq2SeqLM, Path(folder), load_config(folder), dtype)
+
+
+def load_whole(kind: type[M], folder: Path, config: Qwen3EncoderDecoderConfig, dtype: torch.dtype) -> M:
+    """A model of a folder, all of `dtype`: transformers itself would fill what is missing at random.
+
+    Raises:
+        InputError: a tensor is missing, too many or of another shape, or a file is damaged.
+    """
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in Qwen3ForSeq2SeqLM(config).named_parameters()}
+        expected = {name: tuple(p.shape) for name, p in kind(config).named_parameters()}
     found = tensor_shapes(folder)
-    for name in sorted(expected.keys() ^ found.keys()):
-        raise InputError(f"{folder}: tensor {name} is {'missing' if name in expected else 'not one of this model'}")
-    for name, shape in expected.items():
-        if found[name] != shape:
-            raise InputError(f"{folder}: tensor {name} has shape {found[name]}, the configuration says {shape}")
-    return Qwen3ForSeq2SeqLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    for name in sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        state = "is missing" if name not in found else f"is {found[name]}, expected {expected.get(name, 'none')}"
+        raise InputError(f"{folder}: tensor {name} {state}")
+    return kind.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)

@@ -65,7 +65,9 @@ def main() -> None:
     """Measure, print, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=60, help="of each run with the real model")
-    steps = parser.parse_args().steps
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each way to write checkpoints")
+    args = parser.parse_args()
+    steps = args.steps
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         forward, Qwen3ForSeq2SeqLM.forward = Qwen3ForSeq2SeqLM.forward, no_op
@@ -79,17 +81,20 @@ def main() -> None:
 
         model = model_folder(folder / "model", 256, 4)
         every = steps // 3
-        seconds = {}
+        seconds: dict[str, list[float]] = {}
         modes: dict[str, dict[str, Any]] = {
             "none": {},
             "asynchronous": {"save_every": every},
             "synchronous": {"save_every": every, "async_checkpoints": False},
         }
-        for mode, changes in modes.items():
-            taken = step_seconds(model, folder / mode, steps, **changes)
-            seconds[mode] = statistics.fmean(taken[5:-1])
-            print(f"checkpoints {mode}: {1000 * seconds[mode]:.1f} ms a step, one each {every} steps")
-        cost = seconds["asynchronous"] / seconds["none"] - 1
+        for number in range(args.rounds):  # in turn, so that a machine that grows slower slows all of them
+            for mode, changes in modes.items():
+                taken = step_seconds(model, folder / f"{mode}-{number}", steps, **changes)
+                seconds.setdefault(mode, []).append(statistics.fmean(taken[5:-1]))
+        for mode, means in seconds.items():
+            shown = ", ".join(f"{1000 * mean:.1f}" for mean in means)
+            print(f"checkpoints {mode}: {shown} ms a step in each round, one each {every} steps")
+        cost = statistics.median(seconds["asynchronous"]) / statistics.median(seconds["none"]) - 1
         print(f"target loop-overhead: {overhead:.2f} ms (wanted < 3 ms) {'met' if overhead < 3 else 'missed'}")
         print(
             f"target async-checkpoint-cost: {cost:.1%} of step time (wanted < 5 %) {'met' if cost < 0.05 else 'missed'}"

@@ -83,8 +83,6 @@ class Checkpointer:
             "step": step,
             "world_size": self.accelerator.num_processes,
             "config": config_to_dict(self.config),
-            "versions": package_versions(),
-            "commit": _commit(),
             **progress,
         }
         self._step = step
@@ -182,7 +180,8 @@ class Checkpointer:
             save_file(optimizer, path(f"state/optimizer-{self._file}.safetensors"))
             write_json(path(f"state/rank-{self._file}.json"), rank)
             if self.accelerator.is_main_process:
-                write_json(path("state/training.json"), training)
+                made_by = {"versions": package_versions(), "commit": _commit()}
+                write_json(path("state/training.json"), training | made_by)
                 if shards > 1:
                     index = {n: f"model-{rank + 1:05d}-of-{shards:05d}.safetensors" for n, rank in owners.items()}
                     write_json(path("model.safetensors.index.json"), {"metadata": {}, "weight_map": index})

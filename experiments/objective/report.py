@@ -24,7 +24,7 @@ NOT_RUN = "not run"
 RETRIEVAL = {"MRR": "mrr", "nDCG@10": "ndcg@10"}
 CONTESTS = [("ul2", "causal"), ("ul2", "unmasked"), ("ul2", "mntp"), ("ul2+mntp", "mntp"), ("ul2+mntp", "ul2")]
 COLORS = ("#4078c0", "#d9822b", "#2f9e79", "#b5539c", "#8f7a3a")
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "path", "svg.hashsalt": "objective", "font.family": "DejaVu Sans", "font.size": 9,
     "axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False,
 }  # fmt: skip

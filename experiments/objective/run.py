@@ -295,12 +295,12 @@ class Unit:
     def _piece(self, name: str, needed: Path | None = None, **settings: Any) -> Iterator[dict[str, Any] | None]:
         """A record to fill, written when the block ends; None if it is there already, and `needed` with it."""
         settings = {"size": self.sizes, "seed": self.seed, "corpus": self.plan["corpus"], **settings}
-        with piece(self.results / f"{name.replace(' ', '-')}.json", needed, self.name, settings) as record:
+        with piece(self.results / f"{name.replace(' ', '-')}.json", needed, self.runs, settings) as record:
             yield record
 
 
 @contextmanager
-def piece(file: Path, needed: Path | None, unit: str, settings: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+def piece(file: Path, needed: Path | None, runs: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
     """See `Unit._piece`."""
     from qwen3_encdec.evaluation.suite import provenance
 
@@ -310,16 +310,15 @@ def piece(file: Path, needed: Path | None, unit: str, settings: dict[str, Any]) 
         return
     started, cpu = time.monotonic(), time.process_time()
     record: dict[str, Any] = {}
-    log = file.with_suffix(".log").name
-    (ROOT / "runs").mkdir(exist_ok=True)
-    with (ROOT / "runs" / f"objective-{unit}-{log}").open("w", encoding="utf-8") as out, redirect_stdout(out):
+    runs.mkdir(parents=True, exist_ok=True)
+    with (runs / f"{file.stem}.log").open("w", encoding="utf-8") as out, redirect_stdout(out):
         yield record
     facts = provenance(started=started)
     facts["command"] = re.sub(r" --unit \S+", "", facts["command"])
     record = {"settings": settings, **record, "cpu seconds": round(time.process_time() - cpu, 1), "provenance": facts}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
-    print(f"{unit:9} {file.stem:32} {facts['seconds']:8.1f} s", flush=True)
+    print(f"{runs.name:9} {file.stem:32} {facts['seconds']:8.1f} s", flush=True)
 
 
 def steps(sizes: dict[str, Any]) -> int:
@@ -377,7 +376,7 @@ def redraw_sentinels(folder: Path, seed: int) -> None:
 
 
 def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> dict[str, Any]:
-    """The plan with `scale` times the tokens and contrastive steps, for the named sizes and seeds or all."""
+    """The plan with `scale` times the tokens, contrastive steps and queries, for the named sizes and seeds or all."""
     plan = yaml.safe_load(file.read_text(encoding="utf-8"))
     for name in sizes:
         if name not in plan["sizes"]:
@@ -387,6 +386,8 @@ def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> d
     for part in ("parent", "branch"):
         plan[part]["tokens"] = int(scale * plan[part]["tokens"])
     plan["contrastive"]["steps"] = max(1, int(scale * plan["contrastive"]["steps"]))
+    asked = plan["evaluation"]
+    asked["num_queries"] = min(asked["num_queries"], max(100, int(scale * asked["num_queries"])))
     return plan
 
 
@@ -399,7 +400,7 @@ def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
         from qwen3_encdec.evaluation.suite import evaluate_retrieval
 
         asked = plan["evaluation"]
-        with piece(results / "baselines.json", None, job, asked) as record:
+        with piece(results / "baselines.json", None, runs, asked) as record:
             if record is not None:
                 record["before"] = evaluate_retrieval({}, tasks=asked["tasks"], num_queries=asked["num_queries"])
         return
@@ -422,7 +423,7 @@ def main() -> None:
     parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="JSON, committed")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "objective", help="weights, not committed")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of the plan's tokens and contrastive steps")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of its tokens, steps and queries")
     parser.add_argument("--size", action="append", default=[], help="only this size; may be repeated")
     parser.add_argument("--seed", action="append", default=[], type=int, help="only this seed; may be repeated")
     parser.add_argument("--no-ablations", action="store_true")

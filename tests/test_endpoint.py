@@ -13,7 +13,7 @@ from qwen3_encdec import cli
 from qwen3_encdec.embedding import TextEncoder
 from qwen3_encdec.endpoint import check_endpoint
 from qwen3_encdec.evaluation import baselines
-from qwen3_encdec.export import export_encoder, llama_cpp_params
+from qwen3_encdec.export import export_encoder, llama_cpp_server
 from qwen3_encdec.extraction import extract_encoder
 from qwen3_encdec.files import InputError
 from qwen3_encdec.server import make_server
@@ -140,7 +140,7 @@ def test_the_command_answers_by_its_exit_code(encoder, monkeypatch, capsys, opti
 
 def test_llama_cpps_own_server(encoder, tmp_path):
     """The exported file as it is, and without the key of its header that says it is not causal."""
-    xllamacpp = pytest.importorskip("xllamacpp")
+    pytest.importorskip("xllamacpp")
     export_encoder(encoder, "gguf", tmp_path / "out")
     file = tmp_path / "out" / "model-f32.gguf"
     whole = file.read_bytes()
@@ -148,5 +148,5 @@ def test_llama_cpps_own_server(encoder, tmp_path):
     assert whole.count(key) == 1
     for content, kind in ((whole, "bidirectional"), (whole.replace(key, b"qwen3.attention.casual"), "causal")):
         file.write_bytes(content)
-        server = xllamacpp.Server(llama_cpp_params(file))
+        server = llama_cpp_server(file.parent)
         assert check_endpoint(server.listening_address, encoder).kind == kind

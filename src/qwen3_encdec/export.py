@@ -363,27 +363,23 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
         writer.close()
 
 
-def llama_cpp_params(file: Path) -> Any:
-    """Settings of llama.cpp's server for embeddings; a free port is taken."""
+def llama_cpp_server(folder: Path) -> Any:
+    """llama.cpp's own server, in this process and on a free port: it tokenizes, pools and normalizes itself."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
-    params.model.path = str(file)
+    params.model.path = str(next(folder.glob("*.gguf")))
     params.embedding = True
     params.n_parallel = 1
     params.n_ctx = params.n_batch = params.n_ubatch = 4096  # attention that is not causal wants a text in one batch
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     params.port = params.verbosity = 0
-    return params
+    return xllamacpp.Server(params)
 
 
 def _read_gguf(folder: Path) -> Embed:
-    """llama.cpp's own server, in this process: it tokenizes, pools and normalizes itself."""
-    import xllamacpp
-
-    (file,) = folder.glob("*.gguf")
-    server = xllamacpp.Server(llama_cpp_params(file))
+    server = llama_cpp_server(folder)
 
     def embed(texts: list[str]) -> np.ndarray:
         answer = server.handle_embeddings({"input": texts})

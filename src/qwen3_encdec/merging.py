@@ -17,10 +17,8 @@ from .loading import read_tensors, resolve_checkpoint, tensor_shapes
 
 T = TypeVar("T")
 METHODS = ("linear", "slerp")
-_ARCHITECTURE = (
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
-    "hidden_act", "rms_norm_eps", "rope_parameters", "attention_bias",
-)  # fmt: skip
+# What the shapes of the tensors do not say.
+_ARCHITECTURE = ("num_attention_heads", "hidden_act", "rms_norm_eps", "rope_parameters")
 
 
 def soup(

@@ -9,6 +9,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,13 +136,15 @@ def scores(plan: dict[str, Any], embedder: str | None = None) -> dict[str, Score
     def pick(of: dict[str, Any]) -> dict[str, Any]:
         return of.get(embedder, {}) if embedder else next(iter(of.values()), {})
 
-    columns: dict[str, Score] = {}
-    for label, key in RETRIEVAL.items():
-        columns[f"package-docs {label}"] = lambda found, key=key: pick(found.get("retrieval", {})).get(key)
+    def retrieval(key: str, found: dict[str, Any]) -> float | None:
+        return pick(found.get("retrieval", {})).get(key)
+
+    def main_score(task: str, found: dict[str, Any]) -> float | None:
+        return pick(found["tasks"].get(task, {}).get("scores", {})).get("score")
+
+    columns: dict[str, Score] = {f"package-docs {label}": partial(retrieval, key) for label, key in RETRIEVAL.items()}
     for task in plan["evaluation"]["tasks"]:
-        columns[f"{task}{' R@1' if task == 'package-docs' else ''}"] = lambda found, task=task: pick(
-            found["tasks"].get(task, {}).get("scores", {})
-        ).get("score")
+        columns[f"{task}{' R@1' if task == 'package-docs' else ''}"] = partial(main_score, task)
     return columns
 
 

@@ -155,7 +155,7 @@ def compile_layers(model: Qwen3ForSeq2SeqLM) -> None:
     """Compile every layer by itself. On a CPU the graphs are captured only, which needs no C++ compiler."""
     backend = "inductor" if model.device.type == "cuda" else "eager"
     for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
-        layer.forward = torch.compile(layer.forward, dynamic=True, backend=backend)  # hooks of FSDP2 stay outside
+        layer.compile(dynamic=True, backend=backend)
 
 
 def make_checked(backend: str, dtype: torch.dtype, device: torch.device) -> Qwen3ForSeq2SeqLM:
@@ -413,7 +413,7 @@ def torch_flash(implementation: str) -> Iterator[None]:
 
 
 def train(report: Report, scale: Scale, device: torch.device) -> None:
-    """Training with torch's flash attention by other packages; then in both precisions, compiled or not, each loss."""
+    """Compiled training: with torch's own flash attention or another package's, and with each loss."""
     training = Training(scale, device, "autocast", True)
     report.part("train autocast compiled chunked", training.measure, "chunked")
 
@@ -425,14 +425,13 @@ def train(report: Report, scale: Scale, device: torch.device) -> None:
         report.part(f"train autocast compiled {implementation}", by_package, implementation)
     for implementation in LOSSES[1:]:
         report.part(f"train autocast compiled {implementation}", training.measure, implementation)
-    for precision, compiled in (("fsdp2", True), ("autocast", False), ("fsdp2", False)):
-        training = Training(scale, device, precision, compiled)
-        name = f"train {precision} {'compiled' if compiled else 'eager'}"
-        report.part(f"{name} chunked", training.measure, "chunked")
 
 
 def train_variants(report: Report, scale: Scale, device: torch.device) -> None:
-    """The uncompiled model on other backends, and with layers computed again in the backward pass."""
+    """What is not compiled or is sharded, other backends, and layers computed again in the backward pass."""
+    for precision, compiled in (("autocast", False), ("fsdp2", True), ("fsdp2", False)):
+        name = f"train {precision} {'compiled' if compiled else 'eager'} chunked"
+        report.part(name, Training(scale, device, precision, compiled).measure, "chunked")
 
     def checkpointed() -> dict[str, float]:
         training = Training(scale, device, "autocast")
@@ -513,14 +512,14 @@ def main() -> None:
     described = environment(device)
     targets = check(report, device)
     train(report, scale, device)
-    speeds = {name: part for name, part in report.parts.items() if "tokens/s" in part}
-    fastest = max(speeds, key=lambda name: speeds[name]["tokens/s"], default=None)
     report.part("decode, growing cache", decode, scale, device, False)
     turns = compare(report, scale, device, args.tiny)
     for implementation in ("plain", *LOSSES):
         report.part(f"loss alone, {implementation}", loss_alone, implementation, scale, device)
     train_variants(report, scale, device)
     report.part("decode, static cache compiled", decode, scale, device, True)
+    speeds = {name: part for name, part in report.parts.items() if "MFU" in part or "step seconds" in part}
+    fastest = max(speeds, key=lambda name: speeds[name]["tokens/s"], default=None)
 
     if args.device == "cuda":
         best = speeds.get(fastest or "", {})

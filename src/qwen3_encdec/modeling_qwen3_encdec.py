@@ -234,13 +234,13 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if labels is not None and input_ids is not None and decoder_input_ids is not None and plain:
             source_mask, target_mask = given
             if target_mask is None:
-                target_mask = decoder_attention_mask = _target_mask(labels)
+                target_mask = _target_mask(labels)
             if is_ragged(source_mask) or is_ragged(target_mask):
                 if source_mask is None:
                     source_mask = torch.ones_like(input_ids, device=target_mask.device)
                 source = Segments.from_mask(source_mask, device)
                 target = Segments.from_mask(target_mask, device)
-                labels = labels.masked_fill(decoder_attention_mask == 0, IGNORED)
+                labels = labels.masked_fill(move(target_mask == 0, labels.device), IGNORED)
                 states, encoded = self.model.forward_ragged(input_ids, source, decoder_input_ids, target)
                 outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
         if target is None:

@@ -29,7 +29,7 @@ def prepare_layers(model: nn.Module, config: TrainingConfig) -> None:
             layer.gradient_checkpointing, layer._gradient_checkpointing_func = True, recompute
     if config.compile:
         for layer in layers:
-            layer.forward = torch.compile(layer.forward, dynamic=True)  # FSDP2's hooks stay outside
+            layer.compile(dynamic=True)
 
 
 def _policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -113,6 +113,15 @@ def trace(run: Path) -> list[tuple[float, ...]]:
     return [tuple(line[name] for name in names) for line in lines]
 
 
+def consumed(run: Path) -> dict[str, list[str]]:
+    """Rows of each step, whichever ranks had them."""
+    rows: dict[str, list[str]] = {}
+    for place, seen in outcome(run)["consumed"].items():
+        step = place.partition("/")[0]
+        rows[step] = sorted(rows.get(step, []) + seen)
+    return rows
+
+
 def gradients(run: Path) -> dict[str, torch.Tensor]:
     """Of the first step, by parameter: a first moment is (1 - beta1) of it."""
     tensors: dict[str, torch.Tensor] = {}
@@ -159,6 +168,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(init_folder, corpu
         go_on(changed, world, until)
     assert len(trace(changed)) == 9
     torch.testing.assert_close(trace(changed), trace(straight), rtol=1e-5, atol=1e-5)
+    assert consumed(changed) == consumed(straight)
+    assert len(consumed(straight)) == 9
     assert len(list((changed / "checkpoints/latest").glob("model-*-of-00003.safetensors"))) == 3
 
 

@@ -50,7 +50,8 @@ def test_model_bench_runs_whole_at_toy_size(tmp_path):
     stages = {entry["stage"] for entry in results["measurements"]}
     assert stages == {"train", "decode", "loss", "share", "growth", "packed"}
     for entry in results["measurements"]:
-        assert all(value > 0 for values in entry["values"].values() for value in values), entry
+        if not entry["figure"].startswith("outside"):  # a difference of two timings, of nothing much at this size
+            assert all(value > 0 for values in entry["values"].values() for value in values), entry
     assert targets(done.stdout) == {
         target["name"]: "met" if target["met"] else "missed" for target in results["targets"]
     }
@@ -164,7 +165,7 @@ def test_gpu_report_runs_whole_at_toy_size(tmp_path):
     parts = json.loads(written.read_text())["parts"]
     assert not {name: part for name, part in parts.items() if "failed" in part}
     absent = {name.split()[-1] for name, part in parts.items() if "absent" in part}
-    assert absent <= {"flash_attention_2", "flash_attention_3", "flex_attention", "liger", "cce"}
+    assert absent <= {"flash_attention_2", "flash_attention_3", "flex_attention", "FA3", "FA4", "liger", "cce"}
     for name in ("train autocast compiled chunked", "train fsdp2 eager chunked", "decode, growing cache"):
         assert all(value >= 0 for value in parts[name].values())
 

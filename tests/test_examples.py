@@ -14,7 +14,7 @@ SAYS = {
     "own_denoiser": ["[R-words]", "[X-halves]", "[S-late]", "<extra_id_0>"],
     "own_dataset": ["examples in 200 rows", "texts that training never sees"],
     "own_backend": ["padded: ", "packed: "],
-    "whole_road": ["stock transformers differs by", "tensor([[1.0000"],
+    "whole_road": ["stock transformers differs by", "1.0000, "],
 }
 
 

@@ -155,7 +155,7 @@ def test_command_evaluates_every_input_and_the_result(encoders, parent_folder, t
     def scores(folders, parent, seed):
         seen.update(folders=folders, parent=parent)
         ndcg = {str(encoders[0]): 0.3, str(tmp_path / "soup"): 0.4}
-        return {"retrieval": {name: {"ndcg@10": ndcg[name]} for name in folders}}, {}
+        return {"retrieval": {name: {"ndcg@10": ndcg[name]} for name in folders}}
 
     monkeypatch.setattr(suite, "evaluate_retrieval", scores)
     monkeypatch.setattr(suite, "summary", lambda metrics: "a table")
@@ -168,5 +168,5 @@ def test_command_evaluates_every_input_and_the_result(encoders, parent_folder, t
     assert f"{tmp_path / 'soup'} is better than its best input {encoders[0]}: 0.400, 0.300" in out
     assert seen["parent"] == parent_folder
     monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, seed: (
-        {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}, {}))  # fmt: skip
+        {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}))  # fmt: skip
     assert "not better than" in merging.compare(encoders[:2], tmp_path / "soup")

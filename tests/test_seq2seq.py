@@ -8,6 +8,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 from qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
 from qwen3_encdec.modeling_qwen3_encdec import (
+    _form_gradient,
     chunked_cross_entropy,
     dense_cross_entropy,
     linear_cross_entropy,
@@ -446,3 +447,23 @@ def test_logits_of_few_rows_are_the_ordinary_product(classes, dtype):
         if batch * length > 1:
             with pytest.raises(AssertionError):
                 torch.testing.assert_close(logits.float(), expected.roll(1, dims=-1), **tolerance)
+
+
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-3, 0.1)])
+def test_the_loss_formed_in_one_pass_for_a_gpu_is_that_of_a_cpu(z_loss, smoothing):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(37, 1088), torch.randint(0, 1003, (37,))
+    logits[:, 1003:] = 0.0  # classes that fill up the matrix
+    labels[::5] = -100
+    compiled = torch.compile(_form_gradient, dynamic=True, backend="aot_eager")
+
+    def formed(function, labels):
+        gradient = logits.clone()
+        return *function(gradient[:, :1003], labels, z_loss, smoothing, True), gradient
+
+    expected, found = formed(_form_gradient, labels), formed(compiled, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert found[0][::5].eq(0).all()
+    assert found[2][::5].eq(0).all()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(formed(compiled, labels.roll(1)), expected, rtol=1e-5, atol=1e-7)

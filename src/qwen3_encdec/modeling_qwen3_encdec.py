@@ -11,6 +11,7 @@ Shapes: B batch, S source length, T target length, N real target tokens, V vocab
 """
 
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any, Unpack
@@ -234,7 +235,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if labels is not None and input_ids is not None and decoder_input_ids is not None and plain:
             source_mask, target_mask = given
             if target_mask is None:
-                target_mask = _target_mask(labels)
+                source_mask, target_mask = attention_mask, _target_mask(labels)
             if is_ragged(source_mask) or is_ragged(target_mask):
                 if source_mask is None:
                     source_mask = torch.ones_like(input_ids, device=target_mask.device)
@@ -532,7 +533,9 @@ def _form_gradient(
     return losses, extra
 
 
-_compiled_form_gradient = torch.compile(_form_gradient, dynamic=True)
+@cache
+def _compiled_form_gradient() -> Any:
+    return torch.compile(_form_gradient, dynamic=True)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -553,7 +556,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             weight_grad = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
             # On a CPU in slices that stay in cache while they are added; on a GPU at once.
             rows = 4096 if kind == "cpu" else len(matrix)
-            form_gradient = _compiled_form_gradient if hidden.is_cuda and find_spec("triton") else _form_gradient
+            form_gradient = _compiled_form_gradient() if hidden.is_cuda and find_spec("triton") else _form_gradient
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
                 states = hidden[part].to(dtype)

@@ -141,10 +141,8 @@ class RaggedLayout:
         self.key_lengths: list[int] = (ends - starts).tolist()
         self.longest_query, self.longest_key = max(self.query_lengths), max(self.key_lengths)
         queries, keys = (F.pad(part.cumsum(0), (1, 0)).to(torch.int32) for part in (lengths, ends - starts))
-        self.cumulative = (
-            move(queries, device),
-            move(keys, device),
-        )  # where documents begin and end, each [documents + 1]
+        # Where documents begin and end, each [documents + 1].
+        self.cumulative = move(queries, device), move(keys, device)
         self.mask: Any = None
 
     def prepare(self, backend: str) -> Any:

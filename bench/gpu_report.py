@@ -28,8 +28,7 @@ import gc
 import math
 import platform
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import PackageNotFoundError, version
@@ -278,13 +277,10 @@ def check(report: Report, device: torch.device) -> list[tuple[str, float, float,
         controls[label] = largest(control, scale)
     compiled = report.part("correct bf16 sdpa compiled", correctness.errors, "sdpa", torch.bfloat16, True)
     errors["bf16"].append(largest(compiled, eager))
-
-    def by_package(implementation: str) -> dict[str, Any]:
-        with torch_flash(implementation):
-            return correctness.errors("sdpa", torch.bfloat16)
-
-    for implementation in FLASH:
-        found = report.part(f"correct bf16 sdpa {implementation}", by_package, implementation)
+    for package in FLASH:
+        found = report.part(
+            f"correct bf16 sdpa {package}", by_flash, package, correctness.errors, "sdpa", torch.bfloat16
+        )
         errors["bf16"].append(largest(found, eager))
     plain = report.part("correct bf16 loss plain", loss_errors, "plain", device)
     losses = [report.part(f"correct bf16 loss {name}", loss_errors, name, device) for name in LOSSES]
@@ -402,12 +398,11 @@ def shard(model: Qwen3ForSeq2SeqLM) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-@contextmanager
-def torch_flash(implementation: str) -> Iterator[None]:
-    """Have torch's own flash attention, varlen too, done by "FA3" or "FA4", if that package is installed."""
-    attention.activate_flash_attention_impl(implementation)
+def by_flash(package: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    """Measure while torch's own flash attention, varlen too, is done by "FA3" or "FA4", if that is installed."""
+    attention.activate_flash_attention_impl(package)
     try:
-        yield
+        return measure(*arguments)
     finally:
         attention.restore_flash_attention_impl()
 
@@ -416,13 +411,9 @@ def train(report: Report, scale: Scale, device: torch.device) -> None:
     """Compiled training: with torch's own flash attention or another package's, and with each loss."""
     training = Training(scale, device, "autocast", True)
     report.part("train autocast compiled chunked", training.measure, "chunked")
-
-    def by_package(implementation: str) -> dict[str, float]:
-        with torch_flash(implementation):
-            return Training(scale, device, "autocast", True).measure("chunked")
-
-    for implementation in FLASH:
-        report.part(f"train autocast compiled {implementation}", by_package, implementation)
+    for package in FLASH:
+        measure = Training(scale, device, "autocast", True).measure
+        report.part(f"train autocast compiled {package}", by_flash, package, measure, "chunked")
     for implementation in LOSSES[1:]:
         report.part(f"train autocast compiled {implementation}", training.measure, implementation)
 
@@ -518,7 +509,7 @@ def main() -> None:
         report.part(f"loss alone, {implementation}", loss_alone, implementation, scale, device)
     train_variants(report, scale, device)
     report.part("decode, static cache compiled", decode, scale, device, True)
-    speeds = {name: part for name, part in report.parts.items() if "MFU" in part or "step seconds" in part}
+    speeds = {name: part for name, part in report.parts.items() if "step seconds" in part}
     fastest = max(speeds, key=lambda name: speeds[name]["tokens/s"], default=None)
 
     if args.device == "cuda":

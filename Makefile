@@ -48,6 +48,7 @@ test-extras: $(VENV)/extras ## what needs peft, torchao, gigatoken, rensa or fai
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
 
+BENCHMARKS := PYTHONPATH=$(abspath $(VENV))/extras-benchmarks
 $(VENV)/extras-benchmarks: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps mteb==2.26.24 pytrec-eval-terrier==0.5.11 \
 		polars==2.1.0 polars-runtime-32==2.1.0 wordllama==0.4.0.post1 toml==0.10.2 gensim==4.4.0
@@ -60,7 +61,7 @@ wordnet: ## Debian's WordNet to where the evaluation looks for it, without root
 
 test-benchmarks: $(VENV)/extras-benchmarks ## mteb, WordNet and Lee: known values of MiniLM, and mteb's own check of our wrapper
 	-$(MAKE) wordnet
-	PYTHONPATH=$(abspath $(VENV))/extras-benchmarks $(BIN)/python -m pytest tests/test_tasks.py -q
+	$(BENCHMARKS) $(BIN)/python -m pytest tests/test_tasks.py -q
 
 docs: env ## the documentation as a site: runs/site/index.html
 	test -x $(VENV)/docs/bin/mkdocs || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)/docs \
@@ -112,14 +113,14 @@ bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, 
 bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 10 minutes
 	$(BIN)/python bench/finetune.py
 
-objective: env wordnet ## the experiment of docs/results.md, restartable; half a day on 2 cores
-	$(BIN)/python experiments/objective/run.py --jobs 2 $(OBJECTIVE)
+objective: $(VENV)/extras-benchmarks wordnet ## the experiment of docs/results.md, restartable; half a day on 2 cores
+	$(BENCHMARKS) $(BIN)/python experiments/objective/run.py --jobs 2 $(OBJECTIVE)
 	$(BIN)/python experiments/objective/report.py
 
-evidence: env ## the experiment on a twentieth of its tokens, one size and seed, and its committed tables redrawn
+evidence: $(VENV)/extras-benchmarks ## the experiment on a twentieth of its tokens, one size and seed, and its committed tables redrawn
 	-$(MAKE) wordnet
 	rm -rf runs/evidence && mkdir -p runs/evidence/docs && cp docs/results.md runs/evidence/docs
-	$(BIN)/python experiments/objective/run.py --scale 0.05 --size small --seed 0 --no-ablations \
+	$(BENCHMARKS) $(BIN)/python experiments/objective/run.py --scale 0.05 --size small --seed 0 --no-ablations \
 		--results runs/evidence/results --runs runs/evidence/weights
 	$(BIN)/python experiments/objective/report.py --results runs/evidence/results --docs runs/evidence/docs
 	$(BIN)/python experiments/objective/report.py --check

@@ -576,6 +576,7 @@ def test_collate_by_hand():
         "denoiser": [[2, 2, 0, 0, 0], [0, 0, 0, -1, -1]],
     }
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
+    assert len({tensor.untyped_storage().data_ptr() for tensor in batch.values()}) == 1  # one piece between processes
     assert collate([[a]], pad_id=0, source_length=8, target_length=6)["labels"].shape == (1, 6)
 
 

@@ -24,28 +24,30 @@ def collate(
     """
     examples = [example for row in rows for example in row]
     counts = np.array([len(row) for row in rows])
-    segments = np.arange(len(examples)) - np.repeat(np.cumsum(counts) - counts, counts) + 1
+    first = np.cumsum(counts) - counts
+    segments = np.arange(len(examples)) - np.repeat(first, counts) + 1
     denoisers = np.array([example.denoiser for example in examples])
 
-    def pad(parts: list[np.ndarray], length: int | None, fill: int, *labels: tuple[np.ndarray, int]) -> list:
+    sides = []
+    for parts, length in (([e.source for e in examples], source_length), ([e.target for e in examples], target_length)):
         sizes = np.array([len(part) for part in parts])
-        of_rows = np.add.reduceat(sizes, np.cumsum(counts) - counts)
-        real = np.arange(length or of_rows.max()) < of_rows[:, None]
-        ragged = [(np.concatenate(parts), fill), *((np.repeat(values, sizes), value) for values, value in labels)]
-        padded = []
-        for values, value in ragged:
-            padded.append(np.full(real.shape, value, dtype=np.int64))
-            padded[-1][real] = values
-        return [torch.from_numpy(array) for array in padded]
-
-    input_ids, attention_mask = pad([e.source for e in examples], source_length, pad_id, (segments, 0))
-    labels, decoder_attention_mask, denoiser = pad(
-        [e.target for e in examples], target_length, IGNORED, (segments, 0), (denoisers, -1)
-    )
-    return {
-        "input_ids": input_ids,
-        "attention_mask": attention_mask,
-        "labels": labels,
-        "decoder_attention_mask": decoder_attention_mask,
-        "denoiser": denoiser,
+        of_rows = np.add.reduceat(sizes, first)
+        sides.append((np.concatenate(parts), sizes, np.arange(length or of_rows.max()) < of_rows[:, None]))
+    (source, source_sizes, in_source), (target, target_sizes, in_target) = sides
+    columns = {
+        "input_ids": (source, in_source, pad_id),
+        "attention_mask": (np.repeat(segments, source_sizes), in_source, 0),
+        "labels": (target, in_target, IGNORED),
+        "decoder_attention_mask": (np.repeat(segments, target_sizes), in_target, 0),
+        "denoiser": (np.repeat(denoisers, target_sizes), in_target, -1),
     }
+    # One storage for all: a worker hands it over in one piece.
+    storage = torch.empty(2 * in_source.size + 3 * in_target.size, dtype=torch.int64)
+    pieces = storage.split([real.size for _, real, _ in columns.values()])
+    batch = {}
+    for (name, (values, real, fill)), piece in zip(columns.items(), pieces, strict=True):
+        batch[name] = piece.view(real.shape)
+        padded = batch[name].numpy()
+        padded.fill(fill)
+        padded[real] = values
+    return batch

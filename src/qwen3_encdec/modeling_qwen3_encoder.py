@@ -247,8 +247,8 @@ def attend(
             return _ragged_sdpa(query, key, value, layout, module.scaling, dropout), None
         if mask is None and causal and query.shape[2] > 1:
             mask = bottom_right_causal_bias(query.shape[2], key.shape[2], query)
-        if query.shape[2] == 1 and query.dtype == torch.float32:
-            # Heads that share a key as queries of one head: each key is then read once.
+        if query.shape[2] == 1:
+            # Heads that share a key as queries of one head: each key is then read once, and by a matrix kernel.
             output = F.scaled_dot_product_attention(query.view(*key.shape[:2], -1, query.shape[-1]), key, value, mask,
                                                     dropout, scale=module.scaling)  # fmt: skip
             return output.reshape(query.shape).transpose(1, 2), None

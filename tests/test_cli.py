@@ -85,6 +85,20 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
     assert code == 0
     for expected in ("R1", "X2", "S", "tokens/s", "packing efficiency", "<extra_id_0>", "things"):
         assert expected in " ".join(out.split())
+    own = tmp_path / "own.yaml"
+    own.write_text(
+        "- {name: far apart, mean_span: 2, corruption: 0.1}\n- {name: tail, mean_span: null, corruption: 0.5}"
+    )
+    code, out, _ = command("prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own, "--show", 1)
+    assert code == 0
+    assert "far apart" in out
+    assert "R1" not in out
+    for text, expected in (("R1", "is not a list"), ("- {name: [", "own.yaml"), ("- {name: a, span: 3}", "span")):
+        own.write_text(text)
+        code, _, error = command("prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own)
+        assert code == 2
+        assert expected in error
+        assert "Traceback" not in error
 
 
 def test_initialize_then_extract(command, parent_folder, tmp_path):

@@ -146,7 +146,9 @@ def prepare_data(
         Deduplicate, typer.Option(help="Leave out copies from the tokenized corpus: exact, or alike by minhash too.")
     ] = Deduplicate.no,
     processes: Annotated[int | None, typer.Option(min=1, help="Processes that tokenize; default: all.")] = None,
-    preset: Annotated[str, typer.Option(help="Mixture of denoisers: t5gemma2, ul2 or t5.")] = "t5gemma2",
+    preset: Annotated[
+        str, typer.Option(help="Mixture of denoisers: t5gemma2, ul2, t5, or a .yaml file that lists your own.")
+    ] = "t5gemma2",
     source_length: Annotated[int, typer.Option(help="Most source tokens in a row.")] = 512,
     target_length: Annotated[int, typer.Option(help="Most target tokens in a row.")] = 256,
     packing: Annotated[bool, typer.Option(help="Several examples in a row.")] = True,
@@ -159,7 +161,7 @@ def prepare_data(
     ] = False,
 ) -> None:
     """Tokenize a corpus once and for all (--output), or show what UL2 makes of it: shares, lengths, rates, speed."""
-    from .data.config import DataConfig
+    from .data.config import DataConfig, read_preset
     from .loading import load_tokenizer
 
     if input and dataset:
@@ -182,7 +184,7 @@ def prepare_data(
     config = DataConfig(
         inputs=inputs,
         text_column=text_column,
-        preset=preset,
+        preset=read_preset(preset),
         source_length=source_length,
         target_length=target_length,
         min_tokens=min_tokens,

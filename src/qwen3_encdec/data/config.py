@@ -1,7 +1,10 @@
 """What to train on: the `data:` section of a training YAML."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
+
+import yaml
 
 from qwen3_encdec.data.ul2 import Preset, raw_length, resolve_preset
 from qwen3_encdec.files import InputError
@@ -105,3 +108,19 @@ class DataConfig:
             if not isinstance(source.inputs, list) or not isinstance(source.weight, int | float):
                 raise InputError(f"data.mixture: {source} needs a list of inputs and a number as its weight")
         return sources
+
+
+def read_preset(preset: str) -> str | list[dict]:
+    """A preset as a command names it, for `DataConfig.preset`: its name, or a YAML file with a list of denoisers.
+
+    Raises InputError if the file is not there or holds anything else.
+    """
+    if not preset.endswith((".yaml", ".yml")):
+        return preset
+    try:
+        found = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"preset {preset}: {' '.join(str(error).split())}") from None
+    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
+        raise InputError(f"preset {preset} is not a list of {{name, mean_span, corruption, weight, placement}}")
+    return found

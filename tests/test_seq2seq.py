@@ -433,7 +433,9 @@ def test_bf16_autocast_keeps_the_loss_in_fp32(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("classes", [40, 64, 331])
-def test_logits_of_few_rows_are_the_ordinary_product(classes, dtype):
+@pytest.mark.parametrize("amx", [True, False])
+def test_logits_of_few_rows_are_the_ordinary_product(classes, dtype, amx, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(classes, 40, dtype=dtype))
     tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}

@@ -360,7 +360,7 @@ def vocabulary_logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     """[B, T, E] states and the [V, E] embedding -> [B, T, V] logits.
 
     A decoding step has a few rows for a matrix of a gigabyte, so reading it is what it costs. On a CPU the ordinary
-    product reads it about twice; these two forms, the same products otherwise, do so once.
+    product reads it about twice, in fp32 and with AMX; these two forms, the same products otherwise, do so once.
     """
     rows = states.flatten(0, -2)  # (R, E)
     plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
@@ -370,6 +370,7 @@ def vocabulary_logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
         or len(weight) < 64
         or weight.device.type != "cpu"
         or type(weight) is not nn.Parameter
+        or (weight.dtype != torch.float32 and not torch.cpu.get_capabilities().get("amx_bf16"))
     ):
         return nn.functional.linear(states, weight)
     if weight.dtype != torch.float32:

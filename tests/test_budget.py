@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import ParallelismConfig
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.ul2 import check_capacity
@@ -109,9 +110,13 @@ def test_bytes_sent():
     assert hybrid == 4 * 1500 / 4  # half of the shard's gradients, twice
 
 
-def accelerator(processes: int = 1, sharded: bool = False) -> SimpleNamespace:
+def accelerator(processes: int = 1, sharded: bool = False, replicas: int = 0) -> SimpleNamespace:
     return SimpleNamespace(
-        num_processes=processes, device=torch.device("cpu"), is_fsdp2=sharded, backward=torch.Tensor.backward
+        num_processes=processes,
+        device=torch.device("cpu"),
+        is_fsdp2=sharded,
+        parallelism_config=ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=2) if replicas else None,
+        backward=torch.Tensor.backward,
     )
 
 
@@ -122,6 +127,8 @@ def test_machines():
     here = budget.machines(accelerator(4, sharded=True))
     assert (here.processes, here.shards, here.peak, here.accelerator) == (4, 4, None, False)
     assert here.memory > 2**28
+    hybrid = budget.machines(accelerator(6, sharded=True, replicas=3))
+    assert (hybrid.processes, hybrid.shards) == (6, 2)
     for wrong in ("8xB3", "H100", "0xH100", "8x", "axH100"):
         with pytest.raises(InputError, match=r"is not COUNTxNAME such as 8xH100; known: H100, H200, A100"):
             budget.machines(accelerator(), wrong)

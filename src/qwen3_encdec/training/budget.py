@@ -124,7 +124,9 @@ def machines(
     elif memory is None and kind == "cpu":
         local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local
-    shards = processes if accelerator.is_fsdp2 else 1
+    parallelism = accelerator.parallelism_config
+    replicas = parallelism.dp_replicate_size if parallelism else 1
+    shards = processes // replicas if accelerator.is_fsdp2 else 1
     return Machines(processes, shards, memory, peak_flops(accelerator.device, 1), mfu, kind != "cpu")
 
 

@@ -77,6 +77,9 @@ def tables(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     for size, widths in plan["sizes"].items():
         shape = f"{widths['hidden_size']} wide, {widths['num_hidden_layers']} layers"
         parts.append(f"### {size.capitalize()}: {shape}")
+        if not begun(found, size):
+            parts.append("Not run.")
+            continue
         parts.append(f"**Answer.** {answer(plan, found, size)}")
         header = ["after the contrastive stage", *columns]
         rows = [[name, *(over(plan, found, size, f"score-{name}", "after", score) for score in columns.values())]
@@ -111,6 +114,11 @@ def tables(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
     parts.append(table(header, rows))
     parts.append(provenance(found))
     return "\n\n".join(parts)
+
+
+def begun(found: dict[str, dict[str, Any]], size: str) -> bool:
+    """Whether anything of a size has been run."""
+    return any(name.startswith(f"{size}-") for name in found)
 
 
 DENOISERS = ("R1", "R2", "X1", "X2", "S")
@@ -263,7 +271,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def plots(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, str]:
     """Scores by contestant with every seed as a point, and differences with their intervals: SVG by file name."""
     columns = {name: score for name, score in scores(plan).items() if name != "package-docs R@1"}
-    sizes = list(plan["sizes"])
+    sizes = [size for size in plan["sizes"] if begun(found, size)] or list(plan["sizes"])
     scored: dict[str, str] = {}
     with matplotlib.rc_context(STYLE):
         for kind, height in (("scores", 2.6), ("differences", 2.9)):

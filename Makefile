@@ -107,7 +107,7 @@ interop: $(VENV)/extras-runtimes $(INTEROP)/.installed ## one encoder in every r
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python tests/interop/interop.py --runtimes $(INTEROP)
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python -m pytest tests/test_export.py tests/test_endpoint.py -q
 
-bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and OpenVINO; 8 minutes on 2 cores
+bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and OpenVINO; 8 to 17 minutes on 2 cores
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python bench/embed.py
 
 bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 10 minutes

@@ -1,6 +1,6 @@
 """Sentences per second of `qwen3-encdec embed` beside sentence-transformers and exported forms: same weights and texts.
 
-    python bench/embed.py            # under 8 minutes on 2 cores with nothing beside it
+    python bench/embed.py            # 8 to 17 minutes on 2 cores with nothing beside it
     python bench/embed.py --quick    # toy size: tests this script, measures nothing
 
 The encoder has Qwen3-0.6B's dimensions (hidden 1024, 16 heads of 128, MLP 3072, whole vocabulary), 6 of its 28 layers

@@ -16,6 +16,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 PROVENANCE_FILE = "qwen3_encdec.json"
 
 
@@ -54,6 +56,16 @@ def read_json(path: str | Path) -> Any:
         raise InputError(f"{path} does not exist") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not valid JSON: {error}") from None
+
+
+def read_yaml(path: str | Path, what: str) -> Any:
+    """What a YAML file holds. Raises InputError, naming it as the `what` that it is, if it cannot be read."""
+    try:
+        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the {what} {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:

@@ -1,13 +1,10 @@
 """What to train on: the `data:` section of a training YAML."""
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
-import yaml
-
 from qwen3_encdec.data.ul2 import Preset, raw_length, resolve_preset
-from qwen3_encdec.files import InputError
+from qwen3_encdec.files import InputError, read_yaml
 
 MODES = ("R", "X", "S")
 
@@ -117,10 +114,7 @@ def read_preset(preset: str) -> str | list[dict]:
     """
     if not preset.endswith((".yaml", ".yml")):
         return preset
-    try:
-        found = yaml.safe_load(Path(preset).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"preset {preset}: {' '.join(str(error).split())}") from None
+    found = read_yaml(preset, "preset")
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise InputError(f"preset {preset} is not a list of {{name, mean_span, corruption, weight, placement}}")
     return found

@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.files import InputError
+from qwen3_encdec.files import InputError, read_yaml
 
 T = TypeVar("T")
 
@@ -140,12 +140,7 @@ def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[st
     """``load_config`` for any strict dataclass."""
     values: dict[str, Any] = {}
     if path is not None:
-        try:
-            values = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except OSError as error:
-            raise InputError(f"cannot read the config {path}: {error.strerror}") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        values = read_yaml(path, "config") or {}
     config = read_dataclass(cls, values, str(path))  # alone first, so that its errors name the file
     values = config_to_dict(config)
     for override in overrides:

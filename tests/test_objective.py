@@ -1,5 +1,6 @@
 """The experiment, end to end on a toy plan: equal tokens, nothing done twice, tables that are what the JSON says."""
 
+import itertools
 import json
 import shutil
 import sys
@@ -46,8 +47,10 @@ def walked(tmp_path_factory):
         patch.setattr(run, "corpus", lambda **_: [f"{text} Number {i}." for i in range(8) for text in TEXTS])
 
         def walk():
-            for job in ("toy-0", "toy-0:last pooling", "toy-0:everything else"):
-                run.walk(plan, job, root / "results", root / "runs")
+            folders = root / "results", root / "runs"
+            for job in itertools.chain(*run.waves(plan, True, *folders)):
+                if job != "baselines":
+                    run.walk(plan, job, *folders)
 
         walk()
         yield root, walk
@@ -85,6 +88,12 @@ def test_an_interrupted_experiment_does_what_is_missing(walked):
     record = json.loads(changed.read_text())
     record["settings"]["contrastive"]["steps"] = 3
     changed.write_text(json.dumps(record))
+    plan = run.read_plan(root / "plan.yaml", 1.0, [], [])
+    assert run.waves(plan, True, root / "results", root / "runs") == [
+        ["toy-0 parent all"],
+        ["toy-0 train mntp", "toy-0 train ul2"],
+        ["baselines", "toy-0 score mntp", "toy-0 score ul2"],
+    ]
     walk()
     again = {file for file in files if file.stat().st_mtime_ns != written[file]}
     assert again == {lost, changed}

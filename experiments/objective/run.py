@@ -9,6 +9,7 @@ given again, and a stop costs at most one piece of each job.
 
 import argparse
 import gzip
+import itertools
 import json
 import os
 import re
@@ -97,10 +98,15 @@ class Unit:
             record["corpus"] = {"documents": len(self.texts[0]) + len(self.texts[1]), "branch documents": len(taken)}
         return folder
 
+    def training(self, name: str) -> str:
+        """The first of the contestants that share this one's training: they differ in how they are read."""
+        alike = [replace(contestant, causal=False, pooling="mean") for contestant in self.all.values()]
+        return list(self.all)[alike.index(alike[list(self.all).index(name)])]
+
     def train(self, name: str) -> Path:
         """The branch of a contestant: a causal Qwen3, an encoder (MNTP) or a run (UL2)."""
+        name = self.training(name)
         contestant = replace(self.all[name], causal=False, pooling="mean")
-        name = next(n for n, c in self.all.items() if replace(c, causal=False, pooling="mean") == contestant)
         parent, folder = self.parent(), self.runs / f"train-{name.replace(' ', '-')}"
         keys = ("branch", "ul2", "parent") if contestant.branch == "ul2" else ("branch", "parent")
         settings = {key: self.plan[key] for key in keys}
@@ -114,14 +120,18 @@ class Unit:
         return folder / "checkpoint" if contestant.branch == "ul2" else folder
 
     def score(self, name: str) -> None:
-        """The suite over a contestant's encoder, as it is and after the contrastive stage."""
+        """The suite over a contestant's encoder, as it is and after the contrastive stage.
+
+        "parent" is the parent as it is: mean and last token, and without its mask.
+        """
         from qwen3_encdec.data.package_docs import summary_pairs
         from qwen3_encdec.finetuning import finetune
 
-        keys = ("parent", "branch", "ul2", "contrastive", "evaluation")
-        settings = {key: self.plan[key] for key in keys} | {"contestant": asdict(self.all[name])}
-        with self._piece(f"score {name}", **settings) as record:
+        with self._piece(f"score {name}", **self._score_settings(name)) as record:
             if record is None:
+                return
+            if name == "parent":
+                record["before"] = self._evaluate({}, parent=self.parent())
                 return
             encoder = self.runs / "encoders" / name.replace(" ", "-")
             self._encoder(name, encoder)
@@ -133,12 +143,15 @@ class Unit:
             record["contrastive"]["seconds"] = round(time.monotonic() - began, 1)
             record["after"] = self._evaluate({name: tuned})
 
-    def score_parent(self) -> None:
-        """The suite over the parent as it is: mean and last token, and without its mask."""
-        settings = {key: self.plan[key] for key in ("parent", "evaluation")}
-        with self._piece("score parent", **settings) as record:
-            if record is not None:
-                record["before"] = self._evaluate({}, parent=self.parent())
+    def scored(self, name: str) -> bool:
+        """Whether `score` has nothing to do."""
+        return is_done(*self._place(f"score {name}", self._score_settings(name)))
+
+    def _score_settings(self, name: str) -> dict[str, Any]:
+        if name == "parent":
+            return {key: self.plan[key] for key in ("parent", "evaluation")}
+        keys = ("parent", "branch", "ul2", "contrastive", "evaluation")
+        return {key: self.plan[key] for key in keys} | {"contestant": asdict(self.all[name])}
 
     def _evaluate(self, encoders: dict[str, Path], **options: Any) -> dict[str, Any]:
         from qwen3_encdec.evaluation.suite import evaluate_retrieval
@@ -294,9 +307,19 @@ class Unit:
     @contextmanager
     def _piece(self, name: str, needed: Path | None = None, **settings: Any) -> Iterator[dict[str, Any] | None]:
         """A record to fill, written when the block ends; None if it is there already, and `needed` with it."""
-        settings = {"size": self.sizes, "seed": self.seed, "corpus": self.plan["corpus"], **settings}
-        with piece(self.results / f"{name.replace(' ', '-')}.json", needed, self.runs, settings) as record:
+        file, settings = self._place(name, settings)
+        with piece(file, needed, self.runs, settings) as record:
             yield record
+
+    def _place(self, name: str, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
+        """A piece's file, and all of its settings."""
+        shared = {"size": self.sizes, "seed": self.seed, "corpus": self.plan["corpus"]}
+        return self.results / f"{name.replace(' ', '-')}.json", shared | settings
+
+
+def is_done(file: Path, settings: dict[str, Any]) -> bool:
+    """Whether a piece's file is there and of these settings."""
+    return file.exists() and read_json(file)["settings"] == settings
 
 
 @contextmanager
@@ -304,8 +327,7 @@ def piece(file: Path, needed: Path | None, runs: Path, settings: dict[str, Any])
     """See `Unit._piece`."""
     from qwen3_encdec.evaluation.suite import provenance
 
-    done = file.exists() and read_json(file)["settings"] == settings
-    if done and (needed is None or needed.exists()):
+    if is_done(file, settings) and (needed is None or needed.exists()):
         yield None
         return
     started, cpu = time.monotonic(), time.process_time()
@@ -314,7 +336,7 @@ def piece(file: Path, needed: Path | None, runs: Path, settings: dict[str, Any])
     with (runs / f"{file.stem}.log").open("w", encoding="utf-8") as out, redirect_stdout(out):
         yield record
     facts = provenance(started=started)
-    facts["command"] = re.sub(r" --unit \S+", "", facts["command"])
+    facts["command"] = re.sub(r" --piece ('[^']*'|\S+)", "", facts["command"])
     record = {"settings": settings, **record, "cpu seconds": round(time.process_time() - cpu, 1), "provenance": facts}
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
@@ -391,8 +413,26 @@ def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> d
     return plan
 
 
+def waves(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> list[list[str]]:
+    """The pieces that are missing, and those whose weights they need; no piece needs another of its wave.
+
+    A piece is "baselines" or "SIZE-SEED KIND CONTESTANT".
+    """
+    ablated = "{size}-{seed}".format(**plan["ablate"])
+    parents, trainings, scores = [], [], ["baselines"]
+    for size, seed in itertools.product(plan["sizes"], plan["seeds"]):
+        unit = Unit(plan, size, seed, results, runs)
+        names = unit.all if ablate and unit.name == ablated else unit.contestants
+        missing = [name for name in ("parent", *names) if not unit.scored(name)]
+        needed = dict.fromkeys(unit.training(name) for name in missing if name != "parent")
+        parents += [f"{unit.name} parent all"] * bool(missing)
+        trainings += [f"{unit.name} train {name}" for name in needed]
+        scores += [f"{unit.name} score {name}" for name in missing]
+    return [parents, trainings, scores]
+
+
 def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
-    """One job: "baselines", "SIZE-SEED", or an ablation as "SIZE-SEED:NAME"."""
+    """One piece of `waves`."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -404,17 +444,15 @@ def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
             if record is not None:
                 record["before"] = evaluate_retrieval({}, tasks=asked["tasks"], num_queries=asked["num_queries"])
         return
-    name, _, ablation = job.partition(":")
-    size, seed = name.rsplit("-", 1)
+    place, kind, name = job.split(" ", 2)
+    size, seed = place.rsplit("-", 1)
     unit = Unit(plan, size, int(seed), results, runs)
-    if ablation:
-        unit.score(ablation)
-        return
-    for contestant in unit.contestants:
-        unit.train(contestant)
-    unit.score_parent()
-    for contestant in unit.contestants:
-        unit.score(contestant)
+    if kind == "parent":
+        unit.parent()
+    elif kind == "train":
+        unit.train(name)
+    else:
+        unit.score(name)
 
 
 def main() -> None:
@@ -428,13 +466,13 @@ def main() -> None:
     parser.add_argument("--seed", action="append", default=[], type=int, help="only this seed; may be repeated")
     parser.add_argument("--no-ablations", action="store_true")
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--jobs", type=int, default=1, help="units at a time, each with its share of the cores")
-    parser.add_argument("--unit", help=argparse.SUPPRESS)
+    parser.add_argument("--jobs", type=int, default=1, help="pieces at a time, each with its share of the cores")
+    parser.add_argument("--piece", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
         plan = read_plan(arguments.plan, arguments.scale, arguments.size, arguments.seed)
-        if arguments.unit:
-            walk(plan, arguments.unit, arguments.results, arguments.runs)
+        if arguments.piece:
+            walk(plan, arguments.piece, arguments.results, arguments.runs)
             return
         launch(plan, arguments)
     except InputError as error:
@@ -443,7 +481,7 @@ def main() -> None:
 
 
 def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """All jobs, the ablations after the units whose parent they share."""
+    """All pieces, wave by wave."""
     environment = dict(os.environ)
     if arguments.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -453,11 +491,6 @@ def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
         if not torch.cuda.is_available():
             raise InputError("device cuda: this machine has none")
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
-    units = [f"{size}-{seed}" for size in plan["sizes"] for seed in plan["seeds"]]
-    ablated = "{size}-{seed}".format(**plan["ablate"])
-    wanted = (
-        [] if arguments.no_ablations or ablated not in units else [f"{ablated}:{name}" for name in plan["ablations"]]
-    )
     running: list[subprocess.Popen] = []
 
     def stop(*_: Any) -> None:
@@ -465,11 +498,10 @@ def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        for wave in ([*units, "baselines"], wanted):
-            waiting = list(wave)
+        for waiting in waves(plan, not arguments.no_ablations, arguments.results, arguments.runs):
             while waiting or running:
                 while waiting and len(running) < arguments.jobs:
-                    command = [sys.executable, *sys.argv, "--unit", waiting.pop(0)]
+                    command = [sys.executable, *sys.argv, "--piece", waiting.pop(0)]
                     running.append(subprocess.Popen(command, env=environment))
                 time.sleep(0.2)
                 for process in [process for process in running if process.poll() is not None]:

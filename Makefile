@@ -120,7 +120,7 @@ objective: $(VENV)/extras-benchmarks wordnet ## the experiment of docs/results.m
 evidence: $(VENV)/extras-benchmarks ## the experiment on a twentieth of its tokens, one size and seed, and its committed tables redrawn
 	-$(MAKE) wordnet
 	rm -rf runs/evidence && mkdir -p runs/evidence/docs && cp docs/results.md runs/evidence/docs
-	$(BENCHMARKS) $(BIN)/python experiments/objective/run.py --scale 0.05 --size small --seed 0 --no-ablations \
+	$(BENCHMARKS) $(BIN)/python experiments/objective/run.py --jobs 2 --scale 0.05 --size small --seed 0 --no-ablations \
 		--results runs/evidence/results --runs runs/evidence/weights
 	$(BIN)/python experiments/objective/report.py --results runs/evidence/results --docs runs/evidence/docs
 	$(BIN)/python experiments/objective/report.py --check

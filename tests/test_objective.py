@@ -1,6 +1,5 @@
 """The experiment, end to end on a toy plan: equal tokens, nothing done twice, tables that are what the JSON says."""
 
-import itertools
 import json
 import shutil
 import sys
@@ -48,7 +47,7 @@ def walked(tmp_path_factory):
 
         def walk():
             folders = root / "results", root / "runs"
-            for job in itertools.chain(*run.waves(plan, True, *folders)):
+            for job in run.pieces(plan, True, *folders):
                 if job != "baselines":
                     run.walk(plan, job, *folders)
 
@@ -89,11 +88,14 @@ def test_an_interrupted_experiment_does_what_is_missing(walked):
     record["settings"]["contrastive"]["steps"] = 3
     changed.write_text(json.dumps(record))
     plan = run.read_plan(root / "plan.yaml", 1.0, [], [])
-    assert run.waves(plan, True, root / "results", root / "runs") == [
-        ["toy-0 parent all"],
-        ["toy-0 train mntp", "toy-0 train ul2"],
-        ["baselines", "toy-0 score mntp", "toy-0 score ul2"],
-    ]
+    assert run.pieces(plan, True, root / "results", root / "runs") == {
+        "toy-0 parent all": [],
+        "toy-0 train mntp": ["toy-0 parent all"],
+        "toy-0 train ul2": ["toy-0 parent all"],
+        "toy-0 score mntp": ["toy-0 train mntp"],
+        "toy-0 score ul2": ["toy-0 train ul2"],
+        "baselines": [],
+    }
     walk()
     again = {file for file in files if file.stat().st_mtime_ns != written[file]}
     assert again == {lost, changed}

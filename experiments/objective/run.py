@@ -413,26 +413,34 @@ def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> d
     return plan
 
 
-def waves(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> list[list[str]]:
-    """The pieces that are missing, and those whose weights they need; no piece needs another of its wave.
+def pieces(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> dict[str, list[str]]:
+    """The pieces that are missing and those whose weights they need, each with the pieces that go before it.
 
     A piece is "baselines" or "SIZE-SEED KIND CONTESTANT".
     """
     ablated = "{size}-{seed}".format(**plan["ablate"])
-    parents, trainings, scores = [], [], ["baselines"]
+    found: dict[str, list[str]] = {}
     for size, seed in itertools.product(plan["sizes"], plan["seeds"]):
         unit = Unit(plan, size, seed, results, runs)
         names = unit.all if ablate and unit.name == ablated else unit.contestants
-        missing = [name for name in ("parent", *names) if not unit.scored(name)]
-        needed = dict.fromkeys(unit.training(name) for name in missing if name != "parent")
-        parents += [f"{unit.name} parent all"] * bool(missing)
-        trainings += [f"{unit.name} train {name}" for name in needed]
-        scores += [f"{unit.name} score {name}" for name in missing]
-    return [parents, trainings, scores]
+        parent = f"{unit.name} parent all"
+        for name in ("parent", *names):
+            if unit.scored(name):
+                continue
+            found[parent], needed = [], parent
+            if name != "parent":
+                needed = f"{unit.name} train {unit.training(name)}"
+                found[needed] = [parent]
+            found[f"{unit.name} score {name}"] = [needed]
+    order = {"parent": 0, "train": 1, "score": 2}  # what others wait for comes first
+    found = dict(sorted(found.items(), key=lambda item: order[item[0].split(" ")[1]]))
+    if not is_done(results / "baselines.json", plan["evaluation"]):
+        found["baselines"] = []
+    return found
 
 
 def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
-    """One piece of `waves`."""
+    """One of the `pieces`."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -481,7 +489,7 @@ def main() -> None:
 
 
 def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """All pieces, wave by wave."""
+    """All pieces, as many at a time as asked for, each after those that it needs."""
     environment = dict(os.environ)
     if arguments.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""
@@ -491,25 +499,27 @@ def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
         if not torch.cuda.is_available():
             raise InputError("device cuda: this machine has none")
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
-    running: list[subprocess.Popen] = []
+    waiting = pieces(plan, not arguments.no_ablations, arguments.results, arguments.runs)
+    running: dict[str, subprocess.Popen] = {}
+    done: set[str] = set()
 
     def stop(*_: Any) -> None:
         raise SystemExit(143)
 
     signal.signal(signal.SIGTERM, stop)
     try:
-        for waiting in waves(plan, not arguments.no_ablations, arguments.results, arguments.runs):
-            while waiting or running:
-                while waiting and len(running) < arguments.jobs:
-                    command = [sys.executable, *sys.argv, "--piece", waiting.pop(0)]
-                    running.append(subprocess.Popen(command, env=environment))
-                time.sleep(0.2)
-                for process in [process for process in running if process.poll() is not None]:
-                    running.remove(process)
-                    if process.returncode:
-                        raise SystemExit(process.returncode)
+        while waiting or running:
+            for job in [job for job, before in waiting.items() if done.issuperset(before)]:
+                if len(running) < arguments.jobs:
+                    del waiting[job]
+                    running[job] = subprocess.Popen([sys.executable, *sys.argv, "--piece", job], env=environment)
+            time.sleep(0.2)
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                if code := running.pop(job).returncode:
+                    raise SystemExit(code)
+                done.add(job)
     finally:
-        for process in running:
+        for process in running.values():
             process.terminate()
             process.wait()
 

@@ -284,6 +284,8 @@ class Unit:
             trackers=[], seed=self.seed,
         )  # fmt: skip
         checkpoint = run_training(config)
+        if checkpoint.name != f"step-{number:06d}":  # asked to stop; the next time it goes on from there
+            raise SystemExit(143)
         if (folder / "checkpoint").is_symlink():
             (folder / "checkpoint").unlink()
         (folder / "checkpoint").symlink_to(checkpoint.resolve())

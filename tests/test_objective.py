@@ -9,6 +9,7 @@ from experiments.objective import report, run
 
 from qwen3_encdec.data import package_docs
 from qwen3_encdec.evaluation import tasks
+from qwen3_encdec.training.guards import StopRequest
 from tests.test_demo import TEXTS
 
 PLAN = """
@@ -102,6 +103,23 @@ def test_an_interrupted_experiment_does_what_is_missing(walked):
     for file in again:
         old, new = json.loads(files[file]), json.loads(file.read_text())
         assert all(old[key] == new[key] for key in ("settings", "before", "after"))  # scores do not
+
+
+def test_a_training_that_was_asked_to_stop_is_not_done(walked, monkeypatch):
+    root, _ = walked
+    file = root / "results" / "toy-0" / "train-ul2.json"
+    whole = json.loads(file.read_text())
+    file.unlink()
+    shutil.rmtree(root / "runs" / "toy-0" / "train-ul2")
+    unit = run.Unit(run.read_plan(root / "plan.yaml", 1.0, [], []), "toy", 0, root / "results", root / "runs")
+    with monkeypatch.context() as patch:
+        patch.setattr(StopRequest, "__bool__", lambda self: True)
+        with pytest.raises(SystemExit):
+            unit.train("ul2")
+    assert not file.exists()
+    unit.train("ul2")
+    again = json.loads(file.read_text())
+    assert all(again[key] == whole[key] for key in ("steps", "loss", "source tokens", "denoising"))
 
 
 def test_tables_are_what_the_files_say_and_a_changed_file_is_noticed(walked, tmp_path, monkeypatch, capsys):

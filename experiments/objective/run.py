@@ -54,6 +54,11 @@ class Contestant:
     decoder_share: float = 1.0
     random_sentinels: bool = False
 
+    @property
+    def trained(self) -> "Contestant":
+        """What its training depends on; how it is read does not."""
+        return replace(self, causal=False, pooling="mean")
+
 
 class Unit:
     """One size and seed: its parent, its trainings and its scores."""
@@ -100,13 +105,12 @@ class Unit:
 
     def training(self, name: str) -> str:
         """The first of the contestants that share this one's training: they differ in how they are read."""
-        alike = [replace(contestant, causal=False, pooling="mean") for contestant in self.all.values()]
-        return list(self.all)[alike.index(alike[list(self.all).index(name)])]
+        return next(other for other, contestant in self.all.items() if contestant.trained == self.all[name].trained)
 
     def train(self, name: str) -> Path:
         """The branch of a contestant: a causal Qwen3, an encoder (MNTP) or a run (UL2)."""
         name = self.training(name)
-        contestant = replace(self.all[name], causal=False, pooling="mean")
+        contestant = self.all[name].trained
         parent, folder = self.parent(), self.runs / f"train-{name.replace(' ', '-')}"
         keys = ("branch", "ul2", "parent") if contestant.branch == "ul2" else ("branch", "parent")
         settings = {key: self.plan[key] for key in keys}

@@ -255,7 +255,7 @@ class Unit:
         from qwen3_encdec.loading import load_config, load_tokenizer
         from qwen3_encdec.training import budget
         from qwen3_encdec.training.config import TrainingConfig
-        from qwen3_encdec.training.loop import run_training
+        from qwen3_encdec.training.loop import train_to_the_end
 
         sizes, ul2, init = self.plan["branch"], self.plan["ul2"], folder / "init"
         layers = round(contestant.decoder_share * self.sizes["num_hidden_layers"])
@@ -287,9 +287,7 @@ class Unit:
             mntp_probability=MASKED, mixed_precision="no", spike_sigma=0.0, eval_every=0, save_every=500, keep_last=1,
             trackers=[], seed=self.seed,
         )  # fmt: skip
-        checkpoint = run_training(config)
-        if checkpoint.name != f"step-{number:06d}":  # asked to stop; the next time it goes on from there
-            raise SystemExit(143)
+        checkpoint = train_to_the_end(config)
         if (folder / "checkpoint").is_symlink():
             (folder / "checkpoint").unlink()
         (folder / "checkpoint").symlink_to(checkpoint.resolve())

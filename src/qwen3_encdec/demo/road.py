@@ -22,7 +22,7 @@ from qwen3_encdec.finetuning import finetune
 from qwen3_encdec.initialization import initialize
 from qwen3_encdec.loading import resolve_checkpoint
 from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.loop import run_training
+from qwen3_encdec.training.loop import train_to_the_end
 
 CAUSAL_CONTRASTIVE = "Causal parent + contrastive"
 
@@ -158,7 +158,7 @@ def _walk(
             seed=seed,
         )
         with (root / "ul2.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
-            checkpoint = run_training(config)
+            checkpoint = train_to_the_end(config)
         curves = [json.loads(line) for line in (root / "ul2" / "metrics.jsonl").read_text("utf-8").splitlines()]
         steps = [line for line in curves if "tokens_per_second" in line]
         tokens = steps[-1]["source_tokens"] + steps[-1]["target_tokens"]

@@ -74,7 +74,7 @@ class Checkpointer:
         Returns when training may go on: with ``async_checkpoints`` after the copy. Done at once if ``step`` is saved.
         """
         self.finish()
-        if self.last is not None and self.last.name == _name(step):
+        if self.last is not None and self.last.name == folder_name(step):
             return
         weights, owners = self._own(self.state.weights())
         optimizer, _ = self._own(self.state.optimizer_state())
@@ -104,7 +104,7 @@ class Checkpointer:
         if self._writer is None or written < self.accelerator.num_processes:
             return
         assert self._step is not None
-        folder = self.folder / _name(self._step)
+        folder = self.folder / folder_name(self._step)
         if self.accelerator.is_main_process:
             try:
                 self._publish(folder)
@@ -131,7 +131,7 @@ class Checkpointer:
 
     @property
     def _partial(self) -> Path:
-        return self.folder / f".{_name(self._step or 0)}.partial"
+        return self.folder / f".{folder_name(self._step or 0)}.partial"
 
     def _abandon(self) -> None:
         """All ranks stop. Raises InputError, the same on each."""
@@ -320,7 +320,8 @@ def _from_hex(text: str) -> torch.Tensor:
     return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
 
 
-def _name(step: int) -> str:
+def folder_name(step: int) -> str:
+    """Of the checkpoint after `step`."""
     return f"step-{step:06d}"
 
 

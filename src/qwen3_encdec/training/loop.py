@@ -83,6 +83,14 @@ def run_training(
         GradientState._reset_state()
 
 
+def train_to_the_end(config: TrainingConfig) -> Path:
+    """`run_training` for a caller that goes on with the result: if asked to stop, the process ends with 143."""
+    checkpoint = run_training(config)
+    if checkpoint.name != checkpoints.folder_name(config.max_steps):  # saved all the same, to go on from
+        raise SystemExit(143)
+    return checkpoint
+
+
 def _train(
     config: TrainingConfig,
     accelerator: Accelerator,

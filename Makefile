@@ -110,7 +110,7 @@ interop: $(VENV)/extras-runtimes $(INTEROP)/.installed ## one encoder in every r
 bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and OpenVINO; 8 to 17 minutes on 2 cores
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python bench/embed.py
 
-bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 10 minutes
+bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 15 minutes
 	$(BIN)/python bench/finetune.py
 
 objective: $(VENV)/extras-benchmarks wordnet ## the experiment of docs/results.md, restartable; half a day on 2 cores

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from qwen3_encdec import finetuning
 from qwen3_encdec.demo.parent import causal_embedder
@@ -104,6 +105,19 @@ def test_gradcache_is_the_plain_loss(encoder, tmp_path):
     plain, cached, other = (weights(tmp_path / name) for name in ("plain", "cached", "other"))
     assert all(torch.allclose(plain[name], cached[name], atol=2e-5) for name in plain)
     assert not all(torch.allclose(plain[name], other[name], atol=2e-5) for name in plain)
+
+
+def test_gradient_checkpointing_computes_layers_twice_and_changes_nothing(encoder, tmp_path, recwarn, monkeypatch):
+    calls = []
+    forward = Qwen3MLP.forward
+    monkeypatch.setattr(Qwen3MLP, "forward", lambda self, states: (calls.append(1), forward(self, states))[1])
+    finetune(encoder, tmp_path / "plain", PAIRS, **QUICK)
+    assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
+    once = len(calls)
+    finetune(encoder, tmp_path / "checkpointed", PAIRS, **QUICK, gradient_checkpointing=True)
+    assert len(calls) - once == 2 * once
+    plain, checkpointed = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
+    assert all(torch.allclose(plain[name], checkpointed[name], atol=2e-5) for name in plain)
 
 
 def test_spread_out_regulariser_lowers_the_cosines_of_strangers(encoder, tmp_path):

@@ -356,6 +356,8 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
     prompts = {"anchor": config.query_prompt, "positive": config.document_prompt}
     negatives = max(config.mine_negatives, len(config.columns) - 2)
     prompts |= {f"negative_{i}": config.document_prompt for i in range(1, negatives + 1)}
+    known = SentenceTransformerTrainingArguments.__dataclass_fields__
+    renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
     return SentenceTransformerTrainingArguments(
         output_dir=scratch,
         max_steps=config.steps,
@@ -373,5 +375,5 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
         logging_steps=max(1, config.steps // 10),
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
-        gradient_checkpointing=config.gradient_checkpointing,
+        **{renamed: config.gradient_checkpointing},
     )

@@ -1,5 +1,6 @@
 """The experiment, end to end on a toy plan: equal tokens, nothing done twice, tables that are what the JSON says."""
 
+import hashlib
 import json
 import shutil
 import sys
@@ -74,6 +75,8 @@ def test_every_piece_is_there_and_tokens_are_equal(walked):
         assert score["before"]["retrieval"] != score["after"]["retrieval"]
     assert found["toy-0/train-ul2+mntp"]["flops"] > found["toy-0/train-ul2"]["flops"]
     assert found["toy-0/train-everything-else"]["flops"] < found["toy-0/train-ul2"]["flops"]
+    texts = sorted(f"{text} Number {i}." for i in range(8) for text in TEXTS)  # whatever the seed's order is
+    assert found["toy-0/parent"]["corpus"]["sha256"] == hashlib.sha256("\0".join(texts).encode()).hexdigest()
     provenance = found["toy-0/score-ul2"]["provenance"]
     assert {"command", "hardware", "seconds", "versions"} <= set(provenance)
 

@@ -9,6 +9,7 @@ given again, and a stop costs at most one piece of each job.
 
 import argparse
 import gzip
+import hashlib
 import itertools
 import json
 import os
@@ -100,7 +101,9 @@ class Unit:
                     break
             lines = "".join(json.dumps({"text": text}) + "\n" for text in taken)
             (self.runs / "branch.jsonl").write_text(lines, encoding="utf-8")
-            record["corpus"] = {"documents": len(self.texts[0]) + len(self.texts[1]), "branch documents": len(taken)}
+            texts = sorted(self.texts[0] + self.texts[1])  # as many need not be the same: man pages are the machine's
+            digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
+            record["corpus"] = {"documents": len(texts), "branch documents": len(taken), "sha256": digest}
         return folder
 
     def training(self, name: str) -> str:

@@ -358,6 +358,7 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
     prompts |= {f"negative_{i}": config.document_prompt for i in range(1, negatives + 1)}
     known = SentenceTransformerTrainingArguments.__dataclass_fields__
     renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
+    checkpointing: dict[str, Any] = {renamed: config.gradient_checkpointing}
     return SentenceTransformerTrainingArguments(
         output_dir=scratch,
         max_steps=config.steps,
@@ -375,5 +376,5 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
         logging_steps=max(1, config.steps // 10),
         report_to="none",
         disable_tqdm=not sys.stderr.isatty(),
-        **{renamed: config.gradient_checkpointing},
+        **checkpointing,
     )

@@ -356,9 +356,10 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
     prompts = {"anchor": config.query_prompt, "positive": config.document_prompt}
     negatives = max(config.mine_negatives, len(config.columns) - 2)
     prompts |= {f"negative_{i}": config.document_prompt for i in range(1, negatives + 1)}
-    known = SentenceTransformerTrainingArguments.__dataclass_fields__
-    renamed = "activation_checkpointing" if "activation_checkpointing" in known else "gradient_checkpointing"
-    checkpointing: dict[str, Any] = {renamed: config.gradient_checkpointing}
+    fields = SentenceTransformerTrainingArguments.__dataclass_fields__
+    # transformers 5.24 calls it activation_checkpointing and warns of the old name.
+    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
+    checkpointing: dict[str, Any] = {name: config.gradient_checkpointing}
     return SentenceTransformerTrainingArguments(
         output_dir=scratch,
         max_steps=config.steps,

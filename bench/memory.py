@@ -44,7 +44,7 @@ def work(name: str, quick: bool) -> None:
 
     from qwen3_encdec.training import budget
     from qwen3_encdec.training.config import load_config
-    from qwen3_encdec.training.launch import make_accelerator, prepare
+    from qwen3_encdec.training.launch import make_accelerator, prepare, release
     from qwen3_encdec.training.layers import prepare_layers
     from qwen3_encdec.training.optimization import build_optimizer
 
@@ -87,7 +87,7 @@ def work(name: str, quick: bool) -> None:
     found = {"measured": measured, "parts": parts, "moments": moments, "sent": sum(sent) / 3}
     found["communication"] = budget.communication(sizes, config, machines)
     accelerator.print("FOUND " + json.dumps(found))
-    accelerator.end_training()
+    release(accelerator)
 
 
 def measure(name: str, processes: int, quick: bool) -> dict[str, Any]:

@@ -149,6 +149,24 @@ def test_unpatched_accelerate_starts_two_runs(tmp_path):
     ]
 
 
+def test_no_thread_of_gloos_holds_a_tensor_when_the_interpreter_ends(tmp_path):
+    """Without the pause in `release`, every second of these launches ends with SIGABRT."""
+    script = tmp_path / "reduce.py"
+    script.write_text(
+        "import torch\n"
+        "from qwen3_encdec.training.config import TrainingConfig\n"
+        "from qwen3_encdec.training.launch import make_accelerator, release\n"
+        "accelerator = make_accelerator(TrainingConfig(trackers=[], mixed_precision='no'), '')\n"
+        "torch.kept = torch.distributed.distributed_c10d._get_default_group()  # as FSDP2's caches keep it\n"
+        "for _ in range(20):\n"
+        "    total = accelerator.reduce(torch.tensor([1, 2, 3]), 'sum').tolist()\n"
+        "accelerator.print(total)\n"
+        "release(accelerator)\n"
+    )
+    for _ in range(3):
+        assert launch(script, where=DDP) == "[2, 4, 6]\n"
+
+
 def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("LOCAL_RANK", raising=False)

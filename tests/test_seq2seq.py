@@ -170,6 +170,23 @@ def test_parity_of_z_loss_and_label_smoothing(z_loss, label_smoothing):
         assert abs(chunked_cross_entropy(hidden, weight, labels, 20)[0] - expected[0]) > 1e-3
 
 
+def test_gradients_of_the_shared_matrix_are_summed_in_place(model):
+    """The head's and both lookups': a sum made anew would be one more matrix at the peak of a step."""
+
+    def sums() -> list[str]:
+        loss = model(**batch()).loss
+        model.zero_grad()
+        with torch.profiler.profile(record_shapes=True) as profiler:
+            loss.backward()
+        shape = list(model.get_input_embeddings().weight.shape)
+        return [e.name for e in profiler.events() if e.name.startswith("aten::add") and shape in e.input_shapes]
+
+    model.train()
+    assert sums() == ["aten::add_", "aten::add_"]
+    model.eval()  # whose logits are there anyway, and their product's gradient is a view
+    assert sums() == ["aten::add", "aten::add_"]
+
+
 def test_other_losses_are_refused_where_they_cannot_run(model):
     inputs = batch()
     for name, reason in (("liger", "runs on CUDA only"), ("cce", "runs on CUDA only"), ("ligre", "not one of chunked")):

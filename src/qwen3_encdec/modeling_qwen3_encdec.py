@@ -571,7 +571,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 elif weight_grad is not None:
                     for total, columns in zip(weight_grad.split(rows), logits.split(rows, dim=1), strict=True):
                         total += columns.T @ states
-        ctx.save_for_backward(hidden_grad, None if weight_grad is None else weight_grad[:classes])
+        if weight_grad is not None:  # no view: autograd adds to it in place only if nothing else holds its storage
+            weight_grad = weight_grad[:classes].detach()
+        ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
         ctx.mark_non_differentiable(losses)
         return losses.sum() + extra, losses

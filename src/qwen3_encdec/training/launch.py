@@ -7,11 +7,13 @@ a launch shards over gloo on the CPU, and a launch whose processes have not foun
 
 import importlib.util
 import os
+import time
 import warnings
 from typing import Any
 
 import torch
 from accelerate import Accelerator, PartialState
+from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -80,6 +82,18 @@ def make_accelerator(config: TrainingConfig, logging_dir: str) -> Accelerator:
             "train a model of its own; launch with configs/accelerate_fsdp2.yaml, or with --num_processes 1"
         )
     return accelerator
+
+
+def release(accelerator: Accelerator) -> None:
+    """End this launch, so that a later one in this process may choose another precision or launcher."""
+    over_gloo = accelerator.num_processes > 1 and accelerator.device.type == "cpu"
+    accelerator.end_training()
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    if over_gloo:
+        # FSDP2's caches keep the process group, whose threads let go of a last tensor a little later than we do. One
+        # that does so while the interpreter ends aborts the process.
+        time.sleep(0.1)
 
 
 def prepare(model: Any, optimizer: torch.optim.Optimizer, accelerator: Accelerator) -> TrainingState:

@@ -21,7 +21,6 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import set_seed
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
@@ -39,7 +38,7 @@ from qwen3_encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from qwen3_encdec.training import budget, checkpoints
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 from qwen3_encdec.training.guards import SpikeGuard, StopRequest, Watchdog, check_finite, ignore_sigterm, stop_requests
-from qwen3_encdec.training.launch import describe, make_accelerator, prepare
+from qwen3_encdec.training.launch import describe, make_accelerator, prepare, release
 from qwen3_encdec.training.layers import prepare_layers
 from qwen3_encdec.training.metrics import Meter, metrics_logger
 from qwen3_encdec.training.optimization import build_optimizer, learning_rate
@@ -77,10 +76,7 @@ def run_training(
         with stop_requests(run_dir) as stop:
             return _train(config, accelerator, *_read_model_folder(config), run_dir, stop, find_batch_size)
     finally:
-        accelerator.end_training()
-        # A later run in this process may choose another precision or launcher.
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
+        release(accelerator)
 
 
 def train_to_the_end(config: TrainingConfig) -> Path:

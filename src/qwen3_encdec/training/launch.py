@@ -91,8 +91,8 @@ def release(accelerator: Accelerator) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     if over_gloo:
-        # FSDP2's caches keep the process group, whose threads let go of a last tensor a little later than we do. One
-        # that does so while the interpreter ends aborts the process.
+        # DTensor's caches keep the process group, and its threads let go of a last tensor a little later than we do;
+        # one that does so while the interpreter ends aborts the process (pytorch/pytorch#190489).
         time.sleep(0.1)
 
 

@@ -71,7 +71,7 @@ docs: env ## the documentation as a site: runs/site/index.html
 bench: env ## can one machine hold the full size? half an hour on 2 cores, wants 20 GB
 	$(BIN)/python bench/full_size.py
 
-bench-model: env ## speed and memory beside transformers' T5Gemma 2; 25 minutes on 2 cores
+bench-model: env ## speed and memory beside transformers' T5Gemma 2; half an hour on 2 cores
 	$(BIN)/python bench/model.py
 
 bench-data: $(VENV)/extras ## the data engine beside tokenizers and T5's; 10 minutes, and 3 GB for T5's TensorFlow

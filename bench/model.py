@@ -1,6 +1,6 @@
 """Ours against transformers' T5Gemma 2 at the same text dimensions, side by side in one run.
 
-    python bench/model.py            # 3 rounds, under 25 minutes on 2 cores with nothing beside it; Linux
+    python bench/model.py            # 3 rounds, half an hour on 2 cores with nothing beside it; Linux
     python bench/model.py --quick    # the same stages at toy size, in seconds: tests this script, measures nothing
 
 | stage  | what is measured                                                                                          |

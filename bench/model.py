@@ -262,7 +262,7 @@ def decode(
     model = make_model(side, size, dtype, device).eval()
     figures = {}
     for source in sources:
-        generate(model, 4, source, new_tokens)  # a process' first one meets memory that nobody has touched
+        generate(model, 4, source, new_tokens)  # the first one meets memory that nobody has touched, and loads kernels
         first, rest = generate(model, 4, source, new_tokens)
         figures[f"prefill tokens/s @{source}"] = 4 * source / first
         figures[f"decode tokens/s @{source}"] = 4 * (new_tokens - 1) / rest

@@ -47,7 +47,8 @@ def test_activations_are_those_that_a_forward_pass_keeps(how):
     batch = budget.full_rows(model_config, config, config.batch_size)
     source, target = (Segments.from_mask(batch[name]) for name in ("attention_mask", "decoder_attention_mask"))
     with budget._Living([*model.parameters(), *model.buffers()]) as living:
-        kept = model.model.forward_ragged(batch["input_ids"], source, batch["labels"], target)
+        *states, _ = model.model.look_up(source.gather(batch["input_ids"]), target.gather(batch["labels"]))
+        kept = model.model.forward_ragged(states[0], source, states[1], target)
         held = living.count()
     parts, _ = budget.memory(
         model_config, budget.count_parameters(model_config), config, ONE,

@@ -1,4 +1,5 @@
 import math
+import re
 
 import pytest
 import torch
@@ -6,7 +7,12 @@ from safetensors import safe_open
 from torch.nn.functional import cross_entropy
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
-from qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
+from qwen3_encdec import (
+    Qwen3EncoderDecoderModel,
+    Qwen3EncoderForTokenClassification,
+    Qwen3EncoderModel,
+    Qwen3ForSeq2SeqLM,
+)
 from qwen3_encdec.modeling_qwen3_encdec import (
     _form_gradient,
     chunked_cross_entropy,
@@ -170,21 +176,61 @@ def test_parity_of_z_loss_and_label_smoothing(z_loss, label_smoothing):
         assert abs(chunked_cross_entropy(hidden, weight, labels, 20)[0] - expected[0]) > 1e-3
 
 
-def test_gradients_of_the_shared_matrix_are_summed_in_place(model):
-    """The head's and both lookups': a sum made anew would be one more matrix at the peak of a step."""
+@pytest.mark.parametrize("kind", ["padded", "packed", "full"])
+def test_lookups_add_to_the_gradient_of_the_head(model, kind):
+    """No second matrix is made at the peak of a step, and the gradients are those of autograd by itself."""
+    inputs = batch() | {"encoder_labels": torch.full((B, S), -100).index_fill(1, torch.tensor([3]), 17)}
+    if kind == "packed":
+        inputs |= {
+            "attention_mask": torch.tensor([[1] * 4 + [2] * 5] * B),
+            "decoder_attention_mask": torch.tensor([[1] * 3 + [2] * 4] * B),
+        }
+    if kind != "padded":
+        inputs["labels"] = batch(False)["labels"]
+    if kind == "full":
+        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
+    inputs["input_ids"][:, 1] = model.config.pad_token_id  # as a text may have it; its row gets nothing from lookups
+    shared, made = model.get_input_embeddings(), ("aten::embedding_dense_backward", "aten::add", "aten::add_")
 
-    def sums() -> list[str]:
-        loss = model(**batch()).loss
-        model.zero_grad()
+    def gradients() -> tuple[dict[str, torch.Tensor], list[str]]:
+        model.train().zero_grad()
+        loss = model(**inputs).loss
         with torch.profiler.profile(record_shapes=True) as profiler:
             loss.backward()
-        shape = list(model.get_input_embeddings().weight.shape)
-        return [e.name for e in profiler.events() if e.name.startswith("aten::add") and shape in e.input_shapes]
+        shape = list(shared.weight.shape)
+        events = [e for e in profiler.events() if e.name in made]
+        names = {e.name for e in events if e.name == made[0] or shape in e.input_shapes}
+        return {name: p.grad.clone() for name, p in model.named_parameters()}, sorted(names)
 
-    model.train()
-    assert sums() == ["aten::add_", "aten::add_"]
-    model.eval()  # whose logits are there anyway, and their product's gradient is a view
-    assert sums() == ["aten::add", "aten::add_"]
+    found, matrices = gradients()
+    assert matrices == ["aten::add_"]  # the encoder's loss and the decoder's
+    hook = shared.register_forward_hook(lambda *_: None)
+    expected, matrices = gradients()
+    assert made[0] in matrices
+    hook.remove()
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    shared.padding_idx = None
+    assert not torch.allclose(gradients()[0]["model.shared.weight"], expected["model.shared.weight"], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [Qwen3ForSeq2SeqLM, Qwen3EncoderModel, Qwen3EncoderForTokenClassification])
+def test_a_configuration_that_asks_for_all_states_gets_them_in_training(kind):
+    """Real tokens alone are computed otherwise, and states of layers are not laid out for them."""
+    inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
+    if kind is Qwen3ForSeq2SeqLM:
+        inputs["labels"] = batch()["labels"]
+    for wanted in (True, False):
+        output = kind(tiny_config(output_hidden_states=wanted)).train()(**inputs)
+        states = output.get("encoder_hidden_states", output.get("hidden_states"))
+        assert [tuple(part.shape) for part in states or ()] == [(B, S, 40)] * 4 * wanted
+
+
+@pytest.mark.parametrize("kind", [Qwen3ForSeq2SeqLM, Qwen3EncoderForTokenClassification, Qwen3EncoderModel])
+def test_the_tensor_parallel_plan_names_what_is_there(kind):
+    model = kind(tiny_config())
+    modules = {re.sub(r"\d+", "*", name) for name, _ in model.named_modules()}
+    assert len(model.tp_plan) == (18 if kind is Qwen3ForSeq2SeqLM else 9)
+    assert model.tp_plan.keys() <= modules
 
 
 def test_other_losses_are_refused_where_they_cannot_run(model):

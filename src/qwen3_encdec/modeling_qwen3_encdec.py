@@ -124,14 +124,28 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
             encoder_attentions=encoder_outputs.attentions,
         )
 
+    def look_up(self, *ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Embeddings [..., E] of each [...] int64, and last the [V, E] matrix that the head is to multiply by.
+
+        The gradients of embeddings taken here are added to that of the head's product, row by row, where autograd
+        makes a matrix of zeros for each. Not on CUDA, where it has not been measured, nor where somebody has wrapped,
+        hooked or sharded the embedding.
+        """
+        shared = self.shared
+        touched = shared._forward_hooks or shared._forward_pre_hooks or "forward" in vars(shared)
+        touched = touched or type(shared) is not nn.Embedding or torch.compiler.is_compiling()
+        if touched or shared.weight.device.type != "cpu" or not torch.is_grad_enabled():
+            return *(shared(part) for part in ids), shared.weight
+        return _LookUp.apply(shared.weight, shared.padding_idx, *ids)
+
     def forward_ragged(
-        self, input_ids: torch.Tensor, source: Segments, decoder_input_ids: torch.Tensor, target: Segments
+        self, inputs_embeds: torch.Tensor, source: Segments, decoder_inputs_embeds: torch.Tensor, target: Segments
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute the real tokens only: [B, S] and [B, T] ids -> target states [1, N, E], source states [1, M, E]."""
+        """Compute rows of real tokens: [1, M, E] and [1, N, E] -> target states [1, N, E], source states [1, M, E]."""
         merged = MergedSegments(source, target)
-        encoded = self.encoder(input_ids=source.gather(input_ids), segments=source).last_hidden_state
+        encoded = self.encoder(inputs_embeds=inputs_embeds, segments=source).last_hidden_state
         decoded = self.decoder(
-            input_ids=target.gather(decoder_input_ids),
+            inputs_embeds=decoder_inputs_embeds,
             encoder_hidden_states=encoded,
             segments=merged,
             use_cache=False,
@@ -231,18 +245,24 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("give labels, decoder_input_ids or decoder_inputs_embeds")
         source = target = None
-        plain = cache is None and position_ids is None and decoder_position_ids is None and not kwargs
-        if labels is not None and input_ids is not None and decoder_input_ids is not None and plain:
+        matrix: torch.Tensor | None = None
+        if labels is not None and input_ids is not None and decoder_input_ids is not None:
+            own_places = cache is not None or position_ids is not None or decoder_position_ids is not None
             source_mask, target_mask = given
             if target_mask is None:
                 source_mask, target_mask = attention_mask, _target_mask(labels)
-            if is_ragged(source_mask) or is_ragged(target_mask):
+            if not (own_places or self._wants_more(kwargs)) and (is_ragged(source_mask) or is_ragged(target_mask)):
                 if source_mask is None:
                     source_mask = torch.ones_like(input_ids, device=target_mask.device)
                 source = Segments.from_mask(source_mask, device)
                 target = Segments.from_mask(target_mask, device)
                 labels = labels.masked_fill(move(target_mask == 0, labels.device), IGNORED)
-                states, encoded = self.model.forward_ragged(input_ids, source, decoder_input_ids, target)
+                input_ids, decoder_input_ids = source.gather(input_ids), target.gather(decoder_input_ids)
+            # The same calls whatever the rows of a rank are like, since those of a sharded embedding are collective.
+            inputs_embeds, decoder_inputs_embeds, matrix = self.model.look_up(input_ids, decoder_input_ids)
+            input_ids = decoder_input_ids = None
+            if source is not None and target is not None:
+                states, encoded = self.model.forward_ragged(inputs_embeds, source, decoder_inputs_embeds, target)
                 outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
         if target is None:
             outputs = self.model(
@@ -261,12 +281,13 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 **kwargs,
             )
             states, encoded = outputs.last_hidden_state, outputs.encoder_last_hidden_state
+        matrix = self.model.shared.weight if matrix is None else matrix
 
         loss: torch.Tensor | None = None
         token_losses = logits = None
         if return_logits if return_logits is not None else labels is None or not self.training:
             padded = states if target is None else target.scatter(states)
-            logits = vocabulary_logits(padded[:, -logits_to_keep:], self.model.shared.weight)
+            logits = vocabulary_logits(padded[:, -logits_to_keep:], matrix)
         options: dict[str, Any] = {"z_loss": z_loss, "label_smoothing": label_smoothing}
         if labels is not None:
             if num_items_in_batch is None:
@@ -276,7 +297,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             else:
                 flat_labels = labels if target is None else target.gather(labels)
                 loss, token_losses = linear_cross_entropy(
-                    loss_implementation, states, self.model.shared.weight, flat_labels, num_items_in_batch, **options
+                    loss_implementation, states, matrix, flat_labels, num_items_in_batch, **options
                 )
                 if target is not None and token_losses is not None:
                     token_losses = target.scatter(token_losses)
@@ -286,12 +307,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             wanted = wanted.masked_fill(places == 0, IGNORED).roll(-1, dims=-1)
             kept = wanted != IGNORED  # few of them
             encoder_loss, _ = linear_cross_entropy(
-                loss_implementation,
-                encoded[kept],
-                self.model.shared.weight,
-                wanted[kept],
-                num_items_in_batch,
-                **options,
+                loss_implementation, encoded[kept], matrix, wanted[kept], num_items_in_batch, **options
             )
             loss = loss + encoder_loss_weight * encoder_loss
         return Qwen3Seq2SeqLMOutput(
@@ -346,6 +362,29 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if segment_mask is not None:
             first[:, 1:] = segment_mask[:, 1:] != segment_mask[:, :-1]
         return shifted.masked_fill(first, self.config.decoder_start_token_id or 0)
+
+
+class _LookUp(torch.autograd.Function):
+    """`Qwen3EncoderDecoderModel.look_up` with gradients."""
+
+    @staticmethod
+    def forward(ctx, weight, padding_idx, *ids):
+        ctx.save_for_backward(*ids)
+        ctx.padding_idx = padding_idx
+        return *(nn.functional.embedding(part, weight) for part in ids), weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, *grads):
+        weight_grad = grads[-1]
+        ids = torch.cat([part.flatten() for part in ctx.saved_tensors])
+        rows, place = ids.unique(return_inverse=True)
+        of_tokens = torch.cat([grad.flatten(0, -2) for grad in grads[:-1]])
+        sums = torch.zeros(len(rows), weight_grad.shape[1]).index_add_(0, place, of_tokens.float())
+        if ctx.padding_idx is not None:
+            sums[rows == ctx.padding_idx] = 0
+        weight_grad.index_add_(0, rows, sums.to(weight_grad.dtype))  # in place: nobody else has it
+        return weight_grad, None, *(None for _ in ctx.saved_tensors)
 
 
 def _target_mask(labels: torch.Tensor) -> torch.Tensor:
@@ -506,11 +545,13 @@ def _form_gradient(
     """
     kept = labels != IGNORED
     target = labels.masked_fill(~kept, 0)[:, None]
-    log_probs = nn.functional.log_softmax(logits, -1, dtype=torch.float32)
+    logit = logits.gather(1, target).float()
+    place = logits if logits.dtype == torch.float32 and not torch.compiler.is_compiling() else None
+    log_probs = torch.log_softmax(logits, -1, dtype=torch.float32, out=place)
     of_target = log_probs.gather(1, target)
     losses = (-of_target.squeeze(1)).masked_fill(~kept, 0.0)
     extra = losses.new_zeros(())
-    log_sum = logits.gather(1, target).float() - of_target
+    log_sum = logit - of_target
     if z_loss:
         extra = extra + z_loss * log_sum.square().masked_fill(~kept[:, None], 0.0).sum()
     if smoothing:
@@ -530,7 +571,8 @@ def _form_gradient(
         gradient -= smoothing / gradient.shape[1]
     gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
     gradient[~kept] = 0.0
-    logits.copy_(gradient)
+    if gradient is not logits:
+        logits.copy_(gradient)
     return losses, extra
 
 

@@ -391,10 +391,16 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def init_parallel_plans(self) -> None:
-        """The configuration's plan is for the whole model; a stack by itself has none."""
+        """The configuration's plan is for the whole model: keep what is said of the stacks that this one has."""
         super().init_parallel_plans()
-        if hasattr(self, "embed_tokens"):
-            self._tp_plan: dict[str, str] = {}
+        stacks = {name for name, module in self.named_modules() if isinstance(module, PreTrainedModel)}
+        self._tp_plan: dict[str, str] = {
+            name: style for name, style in self._tp_plan.items() if name.partition(".layers.")[0] in stacks
+        }
+
+    def _wants_more(self, arguments: dict) -> bool:
+        """Whether a call asks for more than the last states, such as those of every layer or attention weights."""
+        return bool(arguments or self.config.output_hidden_states or self.config.output_attentions)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any = None) -> None:
         """The tied names are one parameter here: none is missing once it is loaded, all are to be initialized if not.
@@ -511,7 +517,8 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutput:
         """[B, S] -> `last_hidden_state` [B, S, E]; in training, padding is not computed."""
-        if self.training and input_ids is not None and attention_mask is not None and not kwargs:
+        more = not self.training or self._wants_more(kwargs)
+        if input_ids is not None and attention_mask is not None and not more:
             segments = Segments.from_mask(attention_mask)
             states = self.encoder(segments.gather(input_ids), segments=segments).last_hidden_state
             return BaseModelOutput(last_hidden_state=segments.scatter(states))

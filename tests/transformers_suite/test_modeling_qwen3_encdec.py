@@ -4,14 +4,23 @@ To be run inside a checkout of transformers, as tests/models/qwen3_encdec/test_m
 """
 
 import unittest
+from unittest.mock import patch
 
 import pytest
 import torch
 from transformers.models.auto import modeling_auto
 from transformers.testing_utils import require_torch, torch_device
 
-from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
+from qwen3_encdec import (
+    Qwen3EncoderDecoderConfig,
+    Qwen3EncoderDecoderModel,
+    Qwen3EncoderForSequenceClassification,
+    Qwen3EncoderForTokenClassification,
+    Qwen3EncoderModel,
+    Qwen3ForSeq2SeqLM,
+)
 
+from ... import test_modeling_common
 from ...generation.test_utils import GenerationTesterMixin
 from ...test_configuration_common import ConfigTester
 from ...test_modeling_common import ModelTesterMixin, ids_tensor
@@ -19,6 +28,9 @@ from ...test_modeling_common import ModelTesterMixin, ids_tensor
 # The suites know by name which class has no loss and which takes the labels of a sequence-to-sequence model.
 modeling_auto.MODEL_MAPPING_NAMES["qwen3_encdec"] = "Qwen3EncoderDecoderModel"
 modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES["qwen3_encdec"] = "Qwen3ForSeq2SeqLM"
+modeling_auto.MODEL_MAPPING_NAMES["qwen3_encdec_encoder"] = "Qwen3EncoderModel"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["qwen3_encdec"] = "Qwen3EncoderForSequenceClassification"
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["qwen3_encdec"] = "Qwen3EncoderForTokenClassification"
 
 
 class Qwen3EncoderDecoderModelTester:
@@ -116,3 +128,47 @@ class Qwen3EncoderDecoderModelTest(ModelTesterMixin, GenerationTesterMixin, unit
         torch.testing.assert_close(one_row(mask), rows, rtol=1e-4, atol=1e-5)
         with pytest.raises(AssertionError):
             torch.testing.assert_close(one_row(torch.ones_like(mask).tril()), rows, rtol=1e-4, atol=1e-5)
+
+
+class Qwen3EncoderModelTester(Qwen3EncoderDecoderModelTester):
+    """The encoder by itself: source only."""
+
+    seq_length = Qwen3EncoderDecoderModelTester.encoder_seq_length
+
+    def get_config(self):
+        config = super().get_config()
+        # As T5's encoder-only tester gives it; our configuration overrides the argument, so it is set afterwards. The
+        # common suite asks it whether outputs and inputs have the prefixes `encoder_` and `decoder_`.
+        config.is_encoder_decoder = False
+        return config
+
+    def prepare_config_and_inputs_for_common(self):
+        source = [self.batch_size, self.encoder_seq_length]
+        return self.get_config(), {
+            "input_ids": ids_tensor(source, self.vocab_size - 3) + 3,
+            "attention_mask": ids_tensor(source, 2),
+        }
+
+
+@require_torch
+class Qwen3EncoderModelTest(ModelTesterMixin, unittest.TestCase):
+    all_model_classes = (
+        Qwen3EncoderModel,
+        Qwen3EncoderForSequenceClassification,
+        Qwen3EncoderForTokenClassification,
+    )
+    test_can_init_all_missing_weights_before_2023 = True
+
+    def setUp(self):
+        self.model_tester = Qwen3EncoderModelTester(self)
+        self.config_tester = ConfigTester(
+            self, config_class=Qwen3EncoderDecoderConfig, hidden_size=37, vocab_size=99, num_sentinel_tokens=5
+        )
+
+    def test_config(self):
+        self.config_tester.run_common_tests()
+
+    def test_load_with_mismatched_shapes(self):
+        """As in the suite, whose AutoModel gives the whole encoder-decoder for this configuration."""
+        with patch.object(test_modeling_common, "AutoModel", Qwen3EncoderModel):
+            super().test_load_with_mismatched_shapes()

@@ -28,6 +28,7 @@ from qwen3_encdec.training.layers import prepare_layers
 DEVICES = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 # Bytes a logit while the only chunk's gradient is formed, and while a chunk is made beside the one before it.
 _CHUNK, _CHUNKS = 8, 12
+_CHUNK_IN_PLACE, _CHUNKS_IN_PLACE = 4, 8  # on a CPU in fp32
 _COUNTED = 128  # source tokens that the layers' activations are counted on
 
 
@@ -150,6 +151,8 @@ def memory(
     targets = config.batch_size * config.data.target_length
     chunk = loss_chunk("cuda" if machines.accelerator else "cpu")
     rows = config.batch_size * config.data.source_length / _COUNTED
+    one, several = (_CHUNK, _CHUNKS) if bf16 or machines.accelerator else (_CHUNK_IN_PLACE, _CHUNKS_IN_PLACE)
+    looked_up = embedding if sharded or machines.accelerator else 0  # elsewhere added to the head's gradient by rows
     kept, whole = saved
     encoder, decoder = rows * kept[0] * c.num_hidden_layers, rows * kept[1] * c.num_decoder_layers
     states = 8 * sizes.total if config.optimizer == "adamw" else 4 * layers + 8 * sizes.embedding
@@ -162,7 +165,7 @@ def memory(
         "gathered or cast weights": width * (2 * layer + sizes.embedding) if sharded else 2 * layers if cast else 0.0,
         "activations": encoder + decoder,
         # of the last chunk while the next one is made; the gradients of the matrix and of the states
-        "logits": min(chunk, targets) * c.vocab_size * (_CHUNKS if targets > chunk else _CHUNK)
+        "logits": min(chunk, targets) * c.vocab_size * (several if targets > chunk else one)
         + embedding
         + (2 * sizes.embedding if bf16 else 0)
         + 2 * targets * c.hidden_size * width,
@@ -173,9 +176,9 @@ def memory(
     of_decoder = 4 * (sizes.decoder + (0 if sharded else sizes.embedding)) / shards
     moments = {
         "in the loss": held + before + parts["activations"] + parts["logits"],
-        "in the last layer's backward pass": held + before + parts["activations"] + embedding + 2 * rows * whole[1],
-        "between the stacks": held + max(before, of_decoder) + encoder + unsharded + embedding,
-        "after the backward pass": held + parts["gradients"] + unsharded + embedding,
+        "in the last layer's backward pass": held + before + parts["activations"] + looked_up + 2 * rows * whole[1],
+        "between the stacks": held + max(before, of_decoder) + encoder + unsharded + looked_up,
+        "after the backward pass": held + parts["gradients"] + unsharded + looked_up,
     }
     return parts, moments
 

@@ -247,17 +247,18 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         source = target = None
         matrix: torch.Tensor | None = None
         if labels is not None and input_ids is not None and decoder_input_ids is not None:
-            own_places = cache is not None or position_ids is not None or decoder_position_ids is not None
-            source_mask, target_mask = given
-            if target_mask is None:
-                source_mask, target_mask = attention_mask, _target_mask(labels)
-            if not (own_places or self._wants_more(kwargs)) and (is_ragged(source_mask) or is_ragged(target_mask)):
-                if source_mask is None:
-                    source_mask = torch.ones_like(input_ids, device=target_mask.device)
-                source = Segments.from_mask(source_mask, device)
-                target = Segments.from_mask(target_mask, device)
-                labels = labels.masked_fill(move(target_mask == 0, labels.device), IGNORED)
-                input_ids, decoder_input_ids = source.gather(input_ids), target.gather(decoder_input_ids)
+            plain = cache is None and position_ids is None and decoder_position_ids is None
+            if plain and not self._wants_more(kwargs):
+                source_mask, target_mask = given
+                if target_mask is None:
+                    source_mask, target_mask = attention_mask, _target_mask(labels)
+                if is_ragged(source_mask) or is_ragged(target_mask):
+                    if source_mask is None:
+                        source_mask = torch.ones_like(input_ids, device=target_mask.device)
+                    source = Segments.from_mask(source_mask, device)
+                    target = Segments.from_mask(target_mask, device)
+                    labels = labels.masked_fill(move(target_mask == 0, labels.device), IGNORED)
+                    input_ids, decoder_input_ids = source.gather(input_ids), target.gather(decoder_input_ids)
             # The same calls whatever the rows of a rank are like, since those of a sharded embedding are collective.
             inputs_embeds, decoder_inputs_embeds, matrix = self.model.look_up(input_ids, decoder_input_ids)
             input_ids = decoder_input_ids = None
@@ -380,7 +381,8 @@ class _LookUp(torch.autograd.Function):
         ids = torch.cat([part.flatten() for part in ctx.saved_tensors])
         rows, place = ids.unique(return_inverse=True)
         of_tokens = torch.cat([grad.flatten(0, -2) for grad in grads[:-1]])
-        sums = torch.zeros(len(rows), weight_grad.shape[1]).index_add_(0, place, of_tokens.float())
+        of_tokens = of_tokens.to(torch.promote_types(of_tokens.dtype, torch.float32))
+        sums = of_tokens.new_zeros(len(rows), of_tokens.shape[1]).index_add_(0, place, of_tokens)
         if ctx.padding_idx is not None:
             sums[rows == ctx.padding_idx] = 0
         weight_grad.index_add_(0, rows, sums.to(weight_grad.dtype))  # in place: nobody else has it

@@ -517,8 +517,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutput:
         """[B, S] -> `last_hidden_state` [B, S, E]; in training, padding is not computed."""
-        more = not self.training or self._wants_more(kwargs)
-        if input_ids is not None and attention_mask is not None and not more:
+        if self.training and input_ids is not None and attention_mask is not None and not self._wants_more(kwargs):
             segments = Segments.from_mask(attention_mask)
             states = self.encoder(segments.gather(input_ids), segments=segments).last_hidden_state
             return BaseModelOutput(last_hidden_state=segments.scatter(states))

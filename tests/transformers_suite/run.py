@@ -5,8 +5,8 @@ Compared is the encoder-decoder; the encoder alone and its heads, for which T5Ge
     python tests/transformers_suite/run.py CHECKOUT [pytest options]
 
 CHECKOUT is a clone of transformers at the tag of the installed version; it needs `pip install parameterized`. Exit
-status 1 if one of our tests fails, if T5Gemma 2 passes one that we skip, or if we pass fewer. RUN_SLOW=1 in the
-environment adds the slow tests, torch.export among them.
+status 1 if one of our tests fails, if T5Gemma 2 passes one that we skip, or if we pass fewer; pytest's own if it broke
+off. RUN_SLOW=1 in the environment adds the slow tests, torch.export among them.
 """
 
 import os
@@ -53,7 +53,9 @@ def main() -> int:
     outcomes = Outcomes()
     files = [f"tests/models/{model}/test_modeling_{model}.py" for model in FOLDERS]
     # Not the integration tests, which download checkpoints.
-    pytest.main([*files, "-q", "-k", "ModelTest and not Integration", *sys.argv[2:]], plugins=[outcomes])
+    status = pytest.main([*files, "-q", "-k", "ModelTest and not Integration", *sys.argv[2:]], plugins=[outcomes])
+    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+        return int(status)  # it broke off, and what it has not run would not be missed
 
     # Every test of a common suite is collected for both; what only one of them has is its own.
     theirs, ours = outcomes.by_class[THEIRS], outcomes.by_class[OURS]

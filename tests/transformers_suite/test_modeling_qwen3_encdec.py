@@ -78,20 +78,24 @@ class Qwen3EncoderDecoderModelTester:
         }
 
 
-@require_torch
-class Qwen3EncoderDecoderModelTest(ModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
-    all_model_classes = (Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM)
-    is_encoder_decoder = True
+class OurModelTesterMixin(ModelTesterMixin):
     test_can_init_all_missing_weights_before_2023 = True  # that is: whatever the year in the file's header
 
     def setUp(self):
-        self.model_tester = Qwen3EncoderDecoderModelTester(self)
+        self.model_tester = self.model_tester_class(self)
         self.config_tester = ConfigTester(
             self, config_class=Qwen3EncoderDecoderConfig, hidden_size=37, vocab_size=99, num_sentinel_tokens=5
         )
 
     def test_config(self):
         self.config_tester.run_common_tests()
+
+
+@require_torch
+class Qwen3EncoderDecoderModelTest(OurModelTesterMixin, GenerationTesterMixin, unittest.TestCase):
+    model_tester_class = Qwen3EncoderDecoderModelTester
+    all_model_classes = (Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM)
+    is_encoder_decoder = True
 
     @unittest.skip("the weights on encoder and on decoder keys are views of joint ones, which the output comes from")
     def test_retain_grad_hidden_states_attentions(self):
@@ -151,22 +155,13 @@ class Qwen3EncoderModelTester(Qwen3EncoderDecoderModelTester):
 
 
 @require_torch
-class Qwen3EncoderModelTest(ModelTesterMixin, unittest.TestCase):
+class Qwen3EncoderModelTest(OurModelTesterMixin, unittest.TestCase):
+    model_tester_class = Qwen3EncoderModelTester
     all_model_classes = (
         Qwen3EncoderModel,
         Qwen3EncoderForSequenceClassification,
         Qwen3EncoderForTokenClassification,
     )
-    test_can_init_all_missing_weights_before_2023 = True
-
-    def setUp(self):
-        self.model_tester = Qwen3EncoderModelTester(self)
-        self.config_tester = ConfigTester(
-            self, config_class=Qwen3EncoderDecoderConfig, hidden_size=37, vocab_size=99, num_sentinel_tokens=5
-        )
-
-    def test_config(self):
-        self.config_tester.run_common_tests()
 
     def test_load_with_mismatched_shapes(self):
         """As in the suite, whose AutoModel gives the whole encoder-decoder for this configuration."""

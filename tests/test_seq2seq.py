@@ -131,7 +131,9 @@ def test_parity_chunked_loss_is_the_dense_loss(chunk, dtype):
     labels = torch.randint(0, 41, (3, 5))
     labels[1, 2:] = -100
     loss, token_losses = chunked_cross_entropy(hidden, weight, labels, chunk=chunk)
-    (loss * 3).backward()
+    (loss * 3).backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # never gradients of another scale
+        loss.backward()
     h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
     dense = cross_entropy((h @ w.T).float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
     (dense.sum() / (labels != -100).sum() * 3).backward()

@@ -132,13 +132,15 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         self.decoder_start_token_id = pad_token_id if decoder_start_token_id is None else decoder_start_token_id
         self.tie_word_embeddings = tie_word_embeddings
         self._check()
+        if not kwargs.setdefault("is_encoder_decoder", True):
+            raise ValueError("is_encoder_decoder=False: the encoder alone is the class Qwen3EncoderModel")
         super().__init__(
             pad_token_id=pad_token_id,
             eos_token_id=eos_token_id,
             bos_token_id=bos_token_id,
             decoder_start_token_id=self.decoder_start_token_id,
             tie_word_embeddings=tie_word_embeddings,
-            **{**kwargs, "is_encoder_decoder": True},
+            **kwargs,
         )
 
     def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "Qwen3EncoderDecoderConfig":

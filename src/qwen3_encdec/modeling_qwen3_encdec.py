@@ -497,7 +497,8 @@ def chunked_cross_entropy(
     """Cross-entropy of `hidden @ weight.T` without ever holding all the logits.
 
     Logits and log-sum-exp are fp32 whatever the dtype of the product; gradients are formed in the forward pass,
-    chunk by chunk, as in Liger's and Apple's fused losses.
+    chunk by chunk, as in Liger's and Apple's fused losses, and become that of the weight in place: a second backward
+    pass through the same loss (`retain_graph`) raises RuntimeError.
 
     Args:
         hidden: [..., E].

@@ -467,9 +467,10 @@ def compare(report: Report, scale: Scale, device: torch.device, tiny: bool) -> l
         return turns.compare(bench.train, "bf16", scale.size, "bfloat16", pairs, 4)
 
     def compare_decoding() -> dict[str, float]:
-        figures = turns.compare(bench.decode, "bf16", scale.size, "bfloat16", scale.sources, 33)
-        bench.ready_to_decode.cache_clear()
-        return figures
+        try:
+            return turns.compare(bench.decode, "bf16", scale.size, "bfloat16", scale.sources, 33)
+        finally:
+            bench.ready_to_decode.cache_clear()
 
     report.part("ours / T5Gemma 2, training", compare_training)
     report.part("ours / T5Gemma 2, decoding", compare_decoding)

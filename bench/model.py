@@ -41,9 +41,9 @@ import re
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -419,29 +419,19 @@ def _memory(field: str) -> int:
 # ---- taking turns, and what is printed and written
 
 
-class OwnProcess:
-    """Runs stages in a fork of a process that has imported everything and computed nothing."""
-
-    def __init__(self) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["qwen3_encdec", "transformers.models.t5gemma2.modeling_t5gemma2"])
-        self.pool = ProcessPoolExecutor(1, mp_context=context)
-
-    def __call__(self, stage: Callable[..., Figures], *arguments) -> Figures:
-        """The figures of a stage."""
-        return self.pool.submit(stage, *arguments).result()
-
-    def __enter__(self) -> "OwnProcess":
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self.pool.shutdown()
+@contextmanager
+def own_process() -> Iterator[Callable[..., Figures]]:
+    """A function that runs stages in a fork of a process that has imported everything and computed nothing."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["qwen3_encdec", "transformers.models.t5gemma2.modeling_t5gemma2"])
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        yield lambda stage, *arguments: pool.submit(stage, *arguments).result()
 
 
 def in_own_process(stage: Callable[..., Figures], *arguments) -> Figures:
-    """Run one stage in an `OwnProcess`."""
-    with OwnProcess() as process:
-        return process(stage, *arguments)
+    """Run one stage in a process of its own."""
+    with own_process() as run_stage:
+        return run_stage(stage, *arguments)
 
 
 class Bench:
@@ -467,7 +457,7 @@ class Bench:
         """
         figures: dict[str, list[Figures]] = {side: [] for side in sides}
         with ExitStack() as stack:
-            runs = {side: stack.enter_context(OwnProcess()) if stay else self.run for side in sides}
+            runs = {side: stack.enter_context(own_process()) if stay else self.run for side in sides}
             for _ in range(rounds or self.rounds):
                 for side in sides:
                     figures[side].append(runs[side](stage, side, *arguments))

@@ -19,7 +19,7 @@ _TRANSFORMERS_FIELDS = {
     "_experts_implementation_internal", "_output_attentions", "_output_router_logits", "attn_implementation",
     "auto_map", "dtype", "experts_implementation", "is_decoder", "model_type", "name_or_path", "num_labels",
     "output_attentions", "quantization_config", "torch_dtype", "transformers_version", "use_return_dict",
-    "return_dict", "output_hidden_states", "chunk_size_feed_forward", "is_encoder_decoder", "id2label", "label2id",
+    "return_dict", "output_hidden_states", "chunk_size_feed_forward", "id2label", "label2id",
     "problem_type", "architectures", "rope_theta", "rope_scaling",
 }  # fmt: skip
 
@@ -53,6 +53,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         decoder_start_token_id: What the decoder sees before its first target token; the padding token.
         bos_token_id: None, Qwen3 has no BOS; accepted so that transformers can pass it.
         tie_word_embeddings: Always True: encoder input, decoder input and LM head are one matrix.
+        is_encoder_decoder: Always True.
 
     Raises:
         ValueError: a field that no code reads, sizes that do not fit, or token ids outside the vocabulary.
@@ -101,6 +102,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         decoder_start_token_id: int | None = None,
         bos_token_id: int | None = None,
         tie_word_embeddings: bool = True,
+        is_encoder_decoder: bool = True,
         **kwargs: Any,
     ):
         fields = {name for name in locals() if name not in ("self", "kwargs", "__class__")}
@@ -131,15 +133,15 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         self.bos_token_id = bos_token_id
         self.decoder_start_token_id = pad_token_id if decoder_start_token_id is None else decoder_start_token_id
         self.tie_word_embeddings = tie_word_embeddings
+        self.is_encoder_decoder = is_encoder_decoder
         self._check()
-        if not kwargs.setdefault("is_encoder_decoder", True):
-            raise ValueError("is_encoder_decoder=False: the encoder alone is the class Qwen3EncoderModel")
         super().__init__(
             pad_token_id=pad_token_id,
             eos_token_id=eos_token_id,
             bos_token_id=bos_token_id,
             decoder_start_token_id=self.decoder_start_token_id,
             tie_word_embeddings=tie_word_embeddings,
+            is_encoder_decoder=is_encoder_decoder,
             **kwargs,
         )
 
@@ -174,6 +176,8 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of dimensions")
         if not self.tie_word_embeddings:
             raise ValueError("tie_word_embeddings=False: encoder input, decoder input and LM head are one matrix here")
+        if not self.is_encoder_decoder:
+            raise ValueError("is_encoder_decoder=False: the encoder alone is the class Qwen3EncoderModel")
         if not 0 <= self.num_sentinel_tokens < self.vocab_size:
             raise ValueError(f"num_sentinel_tokens={self.num_sentinel_tokens} in a vocabulary of {self.vocab_size}")
         for name in ("pad_token_id", "decoder_start_token_id"):

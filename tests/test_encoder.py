@@ -2,8 +2,15 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
-from qwen3_encdec import Qwen3Encoder
-from qwen3_encdec.modeling_qwen3_encoder import RaggedLayout, Segments, attend, bottom_right_causal_bias
+from qwen3_encdec import Qwen3Encoder, modeling_qwen3_encoder
+from qwen3_encdec.modeling_qwen3_encoder import (
+    RaggedLayout,
+    Segments,
+    attend,
+    bottom_right_causal_bias,
+    multiply_few_rows,
+    project,
+)
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
 
@@ -148,3 +155,62 @@ def test_states_and_attentions_are_recorded():
     assert [tuple(states.shape) for states in output.hidden_states] == [(3, 11, 40)] * 4
     assert [tuple(weights.shape) for weights in output.attentions] == [(3, 4, 11, 11)] * 3
     torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(3, 4, 11))
+
+
+@pytest.fixture
+def few_rows_products(monkeypatch) -> list[int]:
+    """The rows of every product that `multiply_few_rows` makes."""
+    rows_of: list[int] = []
+
+    def spy(rows, weight):
+        rows_of.append(len(rows))
+        return multiply_few_rows(rows, weight)
+
+    monkeypatch.setattr(modeling_qwen3_encoder, "_HAS_MKL", True)  # the forms are right without it too
+    monkeypatch.setattr(modeling_qwen3_encoder, "multiply_few_rows", spy)
+    return rows_of
+
+
+@pytest.mark.parametrize("classes", [40, 64, 331])
+def test_few_rows_are_projected_as_by_the_ordinary_product(few_rows_products, classes):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(48, classes, bias=False)
+    for batch, length in ((0, 1), (1, 1), (3, 1), (1, 5), (2, 4), (3, 3)):
+        states = torch.randn(length, batch, 48).transpose(0, 1)
+        with torch.no_grad():
+            projected = project(linear, states)
+        expected = states.double() @ linear.weight.double().t()
+        assert projected.is_contiguous()
+        torch.testing.assert_close(projected, expected.float(), rtol=1e-5, atol=1e-5)
+        if batch:
+            with pytest.raises(AssertionError):
+                torch.testing.assert_close(projected, expected.float().roll(1, dims=-1), rtol=1e-5, atol=1e-5)
+    assert few_rows_products == [1, 3, 5, 8]  # none of no rows, none of 9
+
+
+def test_only_a_plain_linear_that_nobody_has_touched_is_projected_by_few_rows(few_rows_products):
+    class Adapted(torch.nn.Linear):
+        def forward(self, input):
+            return super().forward(input) + 1
+
+    def linear(kind=torch.nn.Linear, bias=False, dtype=torch.float32):
+        return kind(48, 80, bias=bias, dtype=dtype)
+
+    hooked, prehooked, replaced, parametrized = linear(), linear(), linear(), linear()
+    hooked.register_forward_hook(lambda module, args, output: output + 1)
+    prehooked.register_forward_pre_hook(lambda module, args: args[0] + 1)
+    replaced.forward = lambda states: states
+    torch.nn.utils.parametrizations.weight_norm(parametrized)
+    states = torch.randn(3, 1, 48)
+    for module in (hooked, prehooked, replaced, parametrized, linear(Adapted), linear(bias=True)):
+        with torch.no_grad():
+            torch.testing.assert_close(project(module, states), module(states), rtol=0, atol=0)
+    with torch.no_grad():
+        project(linear(dtype=torch.bfloat16), states.bfloat16())
+        with torch.autocast("cpu", torch.bfloat16):
+            assert project(linear(), states).dtype == torch.bfloat16
+    assert project(linear(), states).requires_grad
+    assert few_rows_products == []
+    with torch.no_grad():
+        project(linear(), states)
+    assert few_rows_products == [3]

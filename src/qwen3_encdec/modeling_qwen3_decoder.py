@@ -52,6 +52,7 @@ from .modeling_qwen3_encoder import (
     is_ragged,
     move,
     one_cache,
+    project,
     project_heads,
     project_keys,
     refuse_unknown,
@@ -186,7 +187,7 @@ class Qwen3MergedAttention(Qwen3Attention):
         if segments is not None:
             key, value, layout = key[:, :, segments.key_order], value[:, :, segments.key_order], segments.layout
         output, weights = attend(self, query, key, value, merged_mask, layout, causal=True)
-        output = self.o_proj(output.flatten(2))
+        output = project(self.o_proj, output.flatten(2))
         if weights is None:
             return output, None, None
         source_length = encoder_hidden_states.shape[1]
@@ -213,7 +214,7 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int):
         super().__init__()
         self.self_attn = Qwen3MergedAttention(config, layer_idx)
-        self.mlp = Qwen3MLP(config)
+        self.mlp = Qwen3MergedDecoderMLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -224,6 +225,14 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
+
+
+class Qwen3MergedDecoderMLP(Qwen3MLP):
+    """Qwen3's gated MLP."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[B, T, E] -> [B, T, E]."""
+        return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
 
 
 class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):

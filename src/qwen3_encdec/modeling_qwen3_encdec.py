@@ -31,8 +31,10 @@ from .modeling_qwen3_encoder import (
     Qwen3Encoder,
     Qwen3EncoderDecoderPreTrainedModel,
     Segments,
+    are_few_rows,
     is_ragged,
     move,
+    multiply_few_rows,
     one_cache,
 )
 
@@ -401,26 +403,15 @@ def vocabulary_logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     """[B, T, E] states and the [V, E] embedding -> [B, T, V] logits.
 
     A decoding step has a few rows for a matrix of a gigabyte, so reading it is what it costs. On a CPU the ordinary
-    product reads it about twice, in fp32 and with AMX; these two forms, the same products otherwise, do so once.
+    product reads it about twice, in fp32 and with AMX; other forms of it do so once.
     """
-    rows = states.flatten(0, -2)  # (R, E)
-    plain = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
-    if (
-        plain
-        or not 1 < len(rows) <= 8
-        or len(weight) < 64
-        or weight.device.type != "cpu"
-        or type(weight) is not nn.Parameter
-        or (weight.dtype != torch.float32 and not torch.cpu.get_capabilities().get("amx_bf16"))
-    ):
-        return nn.functional.linear(states, weight)
-    if weight.dtype != torch.float32:
-        return (weight @ rows.t()).t().reshape(*states.shape[:-1], -1)
-    size, blocks = 64, len(weight) // 64
-    head, rest = weight[: blocks * size], weight[blocks * size :]
-    logits = torch.bmm(rows.expand(blocks, -1, -1), head.view(blocks, size, -1).transpose(1, 2))  # (V / 64, R, 64)
-    logits = torch.cat([logits.transpose(0, 1).reshape(len(rows), -1), nn.functional.linear(rows, rest)], dim=1)
-    return logits.view(*states.shape[:-1], -1)
+    if are_few_rows(states, weight):
+        rows = states.flatten(0, -2)  # (R, E)
+        if weight.dtype == torch.float32:
+            return multiply_few_rows(rows, weight).reshape(*states.shape[:-1], -1)
+        if len(rows) > 1 and torch.cpu.get_capabilities().get("amx_bf16"):
+            return (weight @ rows.t()).t().reshape(*states.shape[:-1], -1)
+    return nn.functional.linear(states, weight)
 
 
 def linear_cross_entropy(

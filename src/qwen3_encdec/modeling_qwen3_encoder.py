@@ -51,6 +51,7 @@ _OUTPUT_FIELDS = BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__
 CACHE_FIELD = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
 # torch 2.11 takes fewer key heads than query heads without being told.
 _VARLEN_OPTIONS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_HAS_MKL = torch.backends.mkl.is_available()
 _PASSED_BY_TRANSFORMERS = {
     "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "use_cache",
 }  # fmt: skip
@@ -353,18 +354,64 @@ class Qwen3EncoderAttention(Qwen3Attention):
         return self.o_proj(output.flatten(2)), weights
 
 
+def are_few_rows(states: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether [..., E] states and `weight` are a decoding step's on an x86 CPU: 1 to 8 rows, no gradient, no autocast.
+
+    Their product costs what reading the weight costs, and the ordinary form of it reads on one core or twice.
+    """
+    return (
+        0 < states.numel() <= 8 * states.shape[-1]
+        and states.device.type == "cpu"
+        and _HAS_MKL
+        and type(weight) is nn.Parameter  # not quantized, not sharded
+        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
+    )
+
+
+def multiply_few_rows(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[R, E] fp32 rows and the [O, E] weight -> [R, O]: `rows @ weight.T` in the form that MKL computes fastest."""
+    size = 64
+    if 1 < len(rows) <= 4 or len(weight) < size:
+        return (weight @ rows.t()).t()
+    blocks = len(weight) // size
+    head, rest = weight[: blocks * size], weight[blocks * size :]
+    output = torch.bmm(rows.expand(blocks, -1, -1), head.view(blocks, size, -1).transpose(1, 2))  # (O / 64, R, 64)
+    output = output.transpose(0, 1).reshape(len(rows), -1)
+    return torch.cat([output, F.linear(rows, rest)], dim=1) if len(rest) else output
+
+
+def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
+    """`linear(states)`, [..., E] -> [..., O], by `multiply_few_rows` where that is the same and faster.
+
+    It is the same for an `nn.Linear` in fp32 without bias that nobody has wrapped, quantized or hooked.
+    """
+    if (
+        states.dtype != torch.float32
+        or type(linear) is not nn.Linear
+        or linear.bias is not None
+        or linear.weight.dtype != torch.float32
+        or not are_few_rows(states, linear.weight)
+        or linear._forward_hooks
+        or linear._forward_pre_hooks
+        or "forward" in vars(linear)  # as accelerate replaces it
+    ):
+        return linear(states)
+    # Contiguous, since attention is slower with a query that is not than it is with the ordinary product.
+    return multiply_few_rows(states.flatten(0, -2), linear.weight).contiguous().view(*states.shape[:-1], -1)
+
+
 def project_heads(attention: Qwen3Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """[B, L, E] -> normalized query [B, H, L, D] and key [B, K, L, D], and value [B, K, L, D]; none is rotated."""
     heads = (*states.shape[:-1], -1, attention.head_dim)
-    query = attention.q_norm(attention.q_proj(states).view(heads)).transpose(1, 2)
+    query = attention.q_norm(project(attention.q_proj, states).view(heads)).transpose(1, 2)
     return query, *project_keys(attention, states)
 
 
 def project_keys(attention: Qwen3Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, L, E] -> normalized key and value, each [B, K, L, D]."""
     heads = (*states.shape[:-1], -1, attention.head_dim)
-    key = attention.k_norm(attention.k_proj(states).view(heads)).transpose(1, 2)
-    return key, attention.v_proj(states).view(heads).transpose(1, 2)
+    key = attention.k_norm(project(attention.k_proj, states).view(heads)).transpose(1, 2)
+    return key, project(attention.v_proj, states).view(heads).transpose(1, 2)
 
 
 class Qwen3EncoderLayer(Qwen3DecoderLayer):

@@ -253,7 +253,7 @@ def attend(
             grouped = query.view(*key.shape[:2], -1, query.shape[-1])
             if mask is None and not dropout and query.device.type == "cpu" and query.dtype == torch.float32:
                 # Products read a long past faster than the fused kernel. Half precision would round before the softmax.
-                output = (key @ grouped.mT * module.scaling).mT.softmax(-1) @ value
+                output = (key @ (grouped * module.scaling).mT).mT.softmax(-1) @ value
             else:
                 output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=module.scaling)
             return output.reshape(query.shape).transpose(1, 2), None

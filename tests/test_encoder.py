@@ -196,7 +196,8 @@ def test_only_a_plain_linear_that_nobody_has_touched_is_projected_by_few_rows(fe
     def linear(kind=torch.nn.Linear, bias=False, dtype=torch.float32):
         return kind(48, 80, bias=bias, dtype=dtype)
 
-    hooked, prehooked, replaced, parametrized = linear(), linear(), linear(), linear()
+    plain, hooked, prehooked, replaced, parametrized = (linear() for _ in range(5))
+    plain.requires_grad_(False)
     hooked.register_forward_hook(lambda module, args, output: output + 1)
     prehooked.register_forward_pre_hook(lambda module, args: args[0] + 1)
     replaced.forward = lambda states: states
@@ -209,6 +210,8 @@ def test_only_a_plain_linear_that_nobody_has_touched_is_projected_by_few_rows(fe
         project(linear(dtype=torch.bfloat16), states.bfloat16())
         with torch.autocast("cpu", torch.bfloat16):
             assert project(linear(), states).dtype == torch.bfloat16
+        traced = torch.jit.trace(lambda states: project(plain, states), states, check_trace=False)
+        assert traced(torch.randn(20, 1, 48)).shape == (20, 1, 80)
     assert project(linear(), states).requires_grad
     assert few_rows_products == []
     with torch.no_grad():

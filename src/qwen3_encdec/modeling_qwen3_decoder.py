@@ -228,7 +228,7 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
 
 
 class Qwen3MergedDecoderMLP(Qwen3MLP):
-    """Qwen3's gated MLP."""
+    """Qwen3's gated MLP, its products by `project`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, E] -> [B, T, E]."""

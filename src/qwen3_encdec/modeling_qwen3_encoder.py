@@ -360,11 +360,12 @@ def are_few_rows(states: torch.Tensor, weight: torch.Tensor) -> bool:
     Their product costs what reading the weight costs, and the ordinary form of it reads on one core or twice.
     """
     return (
-        0 < states.numel() <= 8 * states.shape[-1]
+        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # what is recorded must do for many rows
+        and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
+        and 0 < states.numel() <= 8 * states.shape[-1]
         and states.device.type == "cpu"
         and _HAS_MKL
         and type(weight) is nn.Parameter  # not quantized, not sharded
-        and not (torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"))
     )
 
 

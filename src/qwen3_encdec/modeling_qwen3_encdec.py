@@ -406,11 +406,9 @@ def vocabulary_logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     product reads it about twice, in fp32 and with AMX; other forms of it do so once.
     """
     if are_few_rows(states, weight):
-        rows = states.flatten(0, -2)  # (R, E)
-        if weight.dtype == torch.float32:
-            return multiply_few_rows(rows, weight).reshape(*states.shape[:-1], -1)
-        if len(rows) > 1 and torch.cpu.get_capabilities().get("amx_bf16"):
-            return (weight @ rows.t()).t().reshape(*states.shape[:-1], -1)
+        several = states.numel() > states.shape[-1]
+        if weight.dtype == torch.float32 or (several and torch.cpu.get_capabilities().get("amx_bf16")):
+            return multiply_few_rows(states, weight)
     return nn.functional.linear(states, weight)
 
 

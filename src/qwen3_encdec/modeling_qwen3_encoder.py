@@ -369,16 +369,22 @@ def are_few_rows(states: torch.Tensor, weight: torch.Tensor) -> bool:
     )
 
 
-def multiply_few_rows(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[R, E] fp32 rows and the [O, E] weight -> [R, O]: `rows @ weight.T` in the form that MKL computes fastest."""
-    size = 64
-    if 1 < len(rows) <= 4 or len(weight) < size:
-        return (weight @ rows.t()).t()
-    blocks = len(weight) // size
-    head, rest = weight[: blocks * size], weight[blocks * size :]
-    output = torch.bmm(rows.expand(blocks, -1, -1), head.view(blocks, size, -1).transpose(1, 2))  # (O / 64, R, 64)
-    output = output.transpose(0, 1).reshape(len(rows), -1)
-    return torch.cat([output, F.linear(rows, rest)], dim=1) if len(rest) else output
+def multiply_few_rows(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """[..., E] states and the [O, E] weight -> [..., O]: the ordinary product in the form that is fastest on a CPU.
+
+    In fp32 that depends on the number of rows; otherwise, with AMX, it is weight times rows. Not always contiguous.
+    """
+    rows, size = states.flatten(0, -2), 64  # (R, E)
+    if weight.dtype != torch.float32 or 1 < len(rows) <= 4 or len(weight) < size:
+        output = (weight @ rows.t()).t()
+    else:
+        blocks = len(weight) // size
+        head, rest = weight[: blocks * size], weight[blocks * size :]
+        output = torch.bmm(rows.expand(blocks, -1, -1), head.view(blocks, size, -1).transpose(1, 2))  # (O / 64, R, 64)
+        output = output.transpose(0, 1).reshape(len(rows), -1)
+        if len(rest):
+            output = torch.cat([output, F.linear(rows, rest)], dim=1)
+    return output.reshape(*states.shape[:-1], -1)
 
 
 def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
@@ -398,7 +404,7 @@ def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
     ):
         return linear(states)
     # Contiguous, since attention is slower with a query that is not than it is with the ordinary product.
-    return multiply_few_rows(states.flatten(0, -2), linear.weight).contiguous().view(*states.shape[:-1], -1)
+    return multiply_few_rows(states, linear.weight).contiguous()
 
 
 def project_heads(attention: Qwen3Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

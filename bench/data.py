@@ -1,10 +1,12 @@
-"""Speed, packing, resumption and memory of the data engine, side by side with its peers on the same text.
+"""Speed, packing, resumption and memory of the data engine, side by side with its peers on the same
+text.
 
     python bench/data.py --t5 .venv-t5/bin/python
 
-Peers: the same pipeline on `tokenizers`, and T5's own span corruption (packages t5 and tensorflow-cpu), which runs
-under an interpreter of its own that `--t5` names. Everything is measured in processes of its own, one thread each,
-the sides in turn, and the median of the runs counts. The last lines say for each target whether it is met.
+Peers: the same pipeline on `tokenizers`, and T5's own span corruption (packages t5 and
+tensorflow-cpu), which runs under an interpreter of its own that `--t5` names. Everything is
+measured in processes of its own, one thread each, the sides in turn, and the median of the runs
+counts. The last lines say for each target whether it is met.
 """
 
 import argparse
@@ -24,10 +26,18 @@ WHOLE = {"epochs": 1, "memory": [10**5, 10**6, 10**7, 10**8], "documents": 10**9
 
 def main() -> None:
     """Run all sides, print figures, then targets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--t5", metavar="PYTHON", help="interpreter that has t5 and tensorflow-cpu; left out without")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--t5",
+        metavar="PYTHON",
+        help="interpreter that has t5 and tensorflow-cpu; left out without",
+    )
     parser.add_argument("--runs", type=int, default=3, help="runs of each side")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the text and of the memory run")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the text and of the memory run"
+    )
     parser.add_argument("--side", help=argparse.SUPPRESS)  # a process of its own
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -43,7 +53,15 @@ def main() -> None:
         print(f"text: {documents:,} docstrings of the installed packages, {written:,} bytes")
 
         def side(what: str, python: str = sys.executable) -> dict:
-            command = [python, __file__, "--side", what, "--folder", folder, *(["--quick"] if arguments.quick else [])]
+            command = [
+                python,
+                __file__,
+                "--side",
+                what,
+                "--folder",
+                folder,
+                *(["--quick"] if arguments.quick else []),
+            ]
             environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
             done = subprocess.run(command, env=environment, capture_output=True, text=True)
             if done.returncode:
@@ -51,24 +69,41 @@ def main() -> None:
             return json.loads(done.stdout.splitlines()[-1])
 
         libraries = ("gigatoken", "tiktoken", "tokenizers")
-        runs = [{library: side(f"pipeline:{library}") for library in libraries} for _ in range(arguments.runs)]
-        speed = {library: statistics.median(run[library]["tokens_per_second"] for run in runs) for library in libraries}
+        runs = [
+            {library: side(f"pipeline:{library}") for library in libraries}
+            for _ in range(arguments.runs)
+        ]
+        speed = {
+            library: statistics.median(run[library]["tokens_per_second"] for run in runs)
+            for library in libraries
+        }
         print("text to packed batches at 1024/512 through one worker, tokens of text per second:")
         for library in libraries:
             each = ", ".join(f"{run[library]['tokens_per_second'] / 1e6:.2f}" for run in runs)
             print(f"  {library:10} {speed[library] / 1e6:6.2f} M   ({each})")
 
-        kinds = {"ours": sys.executable, "ours, R1": sys.executable} | ({"t5": arguments.t5} if arguments.t5 else {})
+        kinds = {"ours": sys.executable, "ours, R1": sys.executable} | (
+            {"t5": arguments.t5} if arguments.t5 else {}
+        )
         runs = [
-            {kind: side(f"corruption:{kind}", python) for kind, python in kinds.items()} for _ in range(arguments.runs)
+            {kind: side(f"corruption:{kind}", python) for kind, python in kinds.items()}
+            for _ in range(arguments.runs)
         ]
         corruption = {
-            kind: {length: statistics.median(run[kind][str(length)] for run in runs) for length in LENGTHS}
+            kind: {
+                length: statistics.median(run[kind][str(length)] for run in runs)
+                for length in LENGTHS
+            }
             for kind in kinds
         }
-        print("corruption alone, tokens per second and core, by length of text (ours: R1, R2, X1, X2; R1 is t5's own):")
+        print(
+            "corruption alone, tokens per second and core, by length of text (ours: R1, R2, X1, X2; R1 is t5's own):"
+        )
         for kind, of_lengths in corruption.items():
-            print(f"  {kind:10}" + "".join(f"{length:>8}: {v / 1e6:6.2f} M" for length, v in of_lengths.items()))
+            print(
+                f"  {kind:10}"
+                + "".join(f"{length:>8}: {v / 1e6:6.2f} M" for length, v in of_lengths.items())
+            )
         if not arguments.t5:
             print("  t5         not run: no --t5 interpreter")
 
@@ -79,7 +114,10 @@ def main() -> None:
             f"opening the stream {resume['opening_seconds']:.2f} s"
         )
         memory = side("memory")
-        print("resident memory: " + ", ".join(f"{m / 2**20:.0f} MiB at {int(n):,} tokens" for n, m in memory.items()))
+        print(
+            "resident memory: "
+            + ", ".join(f"{m / 2**20:.0f} MiB at {int(n):,} tokens" for n, m in memory.items())
+        )
         packing = side("packing")
         print(
             f"packing package-docs at 1024/512, {packing['rows']:,} rows of {packing['examples']:,} examples: "
@@ -93,17 +131,36 @@ def main() -> None:
     flat = max(ours.values()) / min(ours.values())
     grown = list(memory.values())[-1] / next(iter(memory.values()))
     ratio = speed["gigatoken"] / speed["tokenizers"]
-    target("pipeline", f"{speed['gigatoken'] / 1e6:.2f} M tokens/s", ">= 2.4 M", speed["gigatoken"] >= 2.4e6)
+    target(
+        "pipeline",
+        f"{speed['gigatoken'] / 1e6:.2f} M tokens/s",
+        ">= 2.4 M",
+        speed["gigatoken"] >= 2.4e6,
+    )
     target("pipeline over tokenizers", f"{ratio:.1f} x", ">= 4 x", ratio >= 4)
-    target("corruption at 2048", f"{ours[2048] / 1e6:.1f} M tokens/s", ">= 25 M", ours[2048] >= 25e6)
-    target("corruption flat from 256 to 16,384", f"{flat:.2f} x", "<= 1.5 x between lengths", flat <= 1.5)
+    target(
+        "corruption at 2048", f"{ours[2048] / 1e6:.1f} M tokens/s", ">= 25 M", ours[2048] >= 25e6
+    )
+    target(
+        "corruption flat from 256 to 16,384",
+        f"{flat:.2f} x",
+        "<= 1.5 x between lengths",
+        flat <= 1.5,
+    )
     if arguments.t5:
         over = corruption["ours, R1"][2048] / corruption["t5"][2048]
         target("corruption of R1 over t5 at 2048", f"{over:.0f} x", "> 1 x", over > 1)
     target("resume at 10^9 tokens", f"{resume['seconds']:.3f} s", "<= 1 s", resume["seconds"] <= 1)
     target("memory from 10^5 tokens on", f"{grown:.2f} x", "<= 1.1 x", grown <= 1.1)
-    target("packing, the fuller budget of a row", f"{packing['fuller']:.2%}", ">= 98 %", packing["fuller"] >= 0.98)
-    target("packing, unavoidable rows", f"{packing['bound']:.2%}", ">= 98 %", packing["bound"] >= 0.98)
+    target(
+        "packing, the fuller budget of a row",
+        f"{packing['fuller']:.2%}",
+        ">= 98 %",
+        packing["fuller"] >= 0.98,
+    )
+    target(
+        "packing, unavoidable rows", f"{packing['bound']:.2%}", ">= 98 %", packing["bound"] >= 0.98
+    )
 
 
 def target(name: str, figure: str, wanted: str, met: bool) -> None:
@@ -130,7 +187,9 @@ def open_stream(folder: Path, epochs: int | None = 1, inputs: list[str] | None =
     from qwen3_encdec.data.stream import UL2Stream
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-    config = DataConfig(inputs=inputs or [str(folder / "corpus.jsonl")], source_length=1024, target_length=512)
+    config = DataConfig(
+        inputs=inputs or [str(folder / "corpus.jsonl")], source_length=1024, target_length=512
+    )
     return UL2Stream(config, build_tokenizer(), epochs=epochs)
 
 
@@ -140,7 +199,7 @@ def pipeline(folder: Path, size: dict, library: str) -> dict:
 
     from torchdata.stateful_dataloader import StatefulDataLoader
 
-    from qwen3_encdec.data.collator import collate
+    from qwen3_encdec.data.collate import collate
     from qwen3_encdec.data.stream import reader_states
 
     if library == "tokenizers":
@@ -149,7 +208,9 @@ def pipeline(folder: Path, size: dict, library: str) -> dict:
         sys.modules["gigatoken"] = None  # type: ignore[assignment]
     stream = open_stream(folder)
     assert stream.encode.name == library, stream.encode.fallback_reason
-    loader = StatefulDataLoader(stream, batch_size=16, num_workers=1, collate_fn=partial(collate, pad_id=151_643))
+    loader = StatefulDataLoader(
+        stream, batch_size=16, num_workers=1, collate_fn=partial(collate, pad_id=151_643)
+    )
     began = time.perf_counter()
     for _ in loader:
         pass
@@ -187,7 +248,10 @@ def corruption_of_ours(side: str) -> dict:
 
 
 def corruption_of_t5() -> dict:
-    """`denoise` of T5's preprocessors as tf.data runs it, with one thread; its own density and mean span."""
+    """`denoise` of T5's preprocessors as tf.data runs it, with one thread;
+
+    its own density and mean span.
+    """
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     os.environ["CUDA_VISIBLE_DEVICES"] = ""
     import functools
@@ -200,7 +264,8 @@ def corruption_of_t5() -> dict:
     tf.config.threading.set_intra_op_parallelism_threads(1)
     tf.config.threading.set_inter_op_parallelism_threads(1)
     features = {
-        name: seqio.Feature(seqio.PassThroughVocabulary(size=152_036), add_eos=True) for name in ("inputs", "targets")
+        name: seqio.Feature(seqio.PassThroughVocabulary(size=152_036), add_eos=True)
+        for name in ("inputs", "targets")
     }
     options = tf.data.Options()
     options.threading.private_threadpool_size = 1
@@ -216,7 +281,9 @@ def corruption_of_t5() -> dict:
                 data,
                 features,
                 noise_density=0.15,
-                noise_mask_fn=functools.partial(preprocessors.random_spans_noise_mask, mean_noise_span_length=3.0),
+                noise_mask_fn=functools.partial(
+                    preprocessors.random_spans_noise_mask, mean_noise_span_length=3.0
+                ),
                 inputs_fn=preprocessors.noise_span_to_unique_sentinel,
                 targets_fn=preprocessors.nonnoise_span_to_unique_sentinel,
             ).with_options(options)
@@ -231,7 +298,9 @@ def corruption_of_t5() -> dict:
 
 
 def resume(folder: Path, size: dict, option: str) -> dict:
-    """From a place a thousand million tokens in, in a list of shards that repeats the corpus as often as it takes."""
+    """From a place a thousand million tokens in, in a list of shards that repeats the corpus as
+    often as it takes.
+    """
     import dataclasses
 
     from qwen3_encdec.data.stream import redeal
@@ -242,7 +311,9 @@ def resume(folder: Path, size: dict, option: str) -> dict:
     (real,) = stream.sources
     per_shard = sum(len(stream.encode(document.text)) for document in next(real[0].blocks()))
     shards = 2 * 10**9 // per_shard
-    stream.sources = [[dataclasses.replace(real[i % len(real)], first=i << 30) for i in range(shards)]]
+    stream.sources = [
+        [dataclasses.replace(real[i % len(real)], first=i << 30) for i in range(shards)]
+    ]
     state = stream.state_at_epoch(0)
     state["sources"][0]["place"] = [0, shards // 2, 0, 100]
     began = time.perf_counter()
@@ -283,7 +354,7 @@ def packing(folder: Path, size: dict, option: str) -> dict:
     """How full the rows of one epoch of package-docs are, block by block as they are packed."""
     import numpy as np
 
-    from qwen3_encdec.data.packing import fewest_rows
+    from qwen3_encdec.data.collate import fewest_rows
 
     stream = open_stream(folder, inputs=["package-docs"])
     sizes = []
@@ -307,7 +378,13 @@ def packing(folder: Path, size: dict, option: str) -> dict:
     }  # fmt: skip
 
 
-SIDES = {"pipeline": pipeline, "corruption": corruption, "resume": resume, "memory": memory, "packing": packing}
+SIDES = {
+    "pipeline": pipeline,
+    "corruption": corruption,
+    "resume": resume,
+    "memory": memory,
+    "packing": packing,
+}
 
 if __name__ == "__main__":
     main()

@@ -1,14 +1,18 @@
-"""Sentences per second of `qwen3-encdec embed` beside sentence-transformers and exported forms: same weights and texts.
+"""Sentences per second of `qwen3-encdec embed` beside sentence-transformers and exported forms:
+same weights and texts.
 
     python bench/embed.py            # 8 to 17 minutes on 2 cores with nothing beside it
     python bench/embed.py --quick    # toy size: tests this script, measures nothing
 
-The encoder has Qwen3-0.6B's dimensions (hidden 1024, 16 heads of 128, MLP 3072, whole vocabulary), 6 of its 28 layers
-and random weights: speed does not depend on them. Texts are random words of 5 to 500 tokens, every length alike, in
-random order. Both sides use all cores, take turns in one process, and sort by length themselves; sentence-transformers
-has its default batch of 32. The median of the rounds counts.
+The encoder has Qwen3-0.6B's dimensions (hidden 1024, 16 heads of 128, MLP 3072, whole vocabulary),
+6 of its 28 layers
+and random weights: speed does not depend on them. Texts are random words of 5 to 500 tokens, every
+length alike, in random order. Both sides use all cores, take turns in one process, and sort by
+length themselves; sentence-transformers has its default batch of 32. The median of the rounds
+counts.
 
-Recall compares vectors of real text: which of the ten nearest documents under float32 are still found.
+Recall compares vectors of real text: which of the ten nearest documents under float32 are still
+found.
 """
 
 import argparse
@@ -25,15 +29,24 @@ FULL = {"layers": 6, "texts": 96, "longest": 500, "rounds": 3, "documents": 3000
 QUICK = {"layers": 1, "texts": 12, "longest": 60, "rounds": 1, "documents": 60, "queries": 12, "ranks": 512,
          "sizes": {"vocab_size": 740, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
                    "num_key_value_heads": 1, "head_dim": 32}}  # fmt: skip
-FORMS = {"onnx": "onnxruntime", "onnx-int8": "onnxruntime", "openvino": "openvino", "gguf-q8_0": "xllamacpp"}
+FORMS = {
+    "onnx": "onnxruntime",
+    "onnx-int8": "onnxruntime",
+    "openvino": "openvino",
+    "gguf-q8_0": "xllamacpp",
+}
 
 
 def main() -> None:
     """Run all sides, print figures, then targets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="toy size")
     parser.add_argument(
-        "--forms", default=",".join(FORMS), help="exported forms, by commas; those not installed are named"
+        "--forms",
+        default=",".join(FORMS),
+        help="exported forms, by commas; those not installed are named",
     )
     parser.add_argument("--recall", type=Path, default=Path("runs/demo/encoder-contrastive"),
                         help="encoder whose vectors are quantized; absent, the random one")  # fmt: skip
@@ -45,9 +58,9 @@ def main() -> None:
     from sentence_transformers import SentenceTransformer
     from transformers.utils import logging
 
-    from qwen3_encdec.embedding import TextEncoder
+    from qwen3_encdec.embedding.encoder import TextEncoder
     from qwen3_encdec.evaluation.suite import provenance
-    from qwen3_encdec.files import write_json
+    from qwen3_encdec.folders import write_json
 
     logging.disable_progress_bar()
     started, plan = time.monotonic(), QUICK if arguments.quick else FULL
@@ -77,7 +90,11 @@ def main() -> None:
         forms, not_run = exported(folder, texts, reference, arguments.forms.split(","), Path(name))
         seconds |= {form: [taken] for form, (taken, _) in forms.items()}
         found |= {form: vectors for form, (_, vectors) in forms.items()}
-        source = arguments.recall if (arguments.recall / "modules.json").is_file() and not arguments.quick else folder
+        source = (
+            arguments.recall
+            if (arguments.recall / "modules.json").is_file() and not arguments.quick
+            else folder
+        )
         recalls = recall(source, plan)
 
     median = {side: statistics.median(times) for side, times in seconds.items()}
@@ -95,29 +112,38 @@ def main() -> None:
         ratio = median[f"sentence-transformers {short}"] / median[f"ours {short}"]
         target(f"same dtype, {short}", f"{ratio:.2f} x", ">= 1.3 x", ratio >= 1.3)
     ratio = base / median[f"ours {default}"]
-    target(f"our default {default} over its default float32", f"{ratio:.2f} x", ">= 4 x", ratio >= 4)
+    target(
+        f"our default {default} over its default float32", f"{ratio:.2f} x", ">= 4 x", ratio >= 4
+    )
     least = float((found["ours float32"] * reference).sum(1).min())
-    target("cosine to sentence-transformers in float32", f"{least:.7f}", ">= 0.99999", least >= 0.99999)
+    target(
+        "cosine to sentence-transformers in float32", f"{least:.7f}", ">= 0.99999", least >= 0.99999
+    )
     if arguments.output:
         facts = provenance(started=started, plan=plan, threads=torch.get_num_threads())
         write_json(
-            arguments.output, {"seconds": seconds, "recall@10": recalls, "not_run": not_run, "provenance": facts}
+            arguments.output,
+            {"seconds": seconds, "recall@10": recalls, "not_run": not_run, "provenance": facts},
         )
 
 
 def make_encoder(root: Path, plan: dict) -> Path:
-    """An encoder folder with random weights, by way of an encoder-decoder, as every encoder comes to be."""
+    """An encoder folder with random weights, by way of an encoder-decoder, as every encoder comes
+    to be.
+    """
     import torch
 
     from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
-    from qwen3_encdec.extraction import extract_encoder
+    from qwen3_encdec.conversion.extract import extract_encoder
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer(num_ranks=plan["ranks"])
     ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
     layers = {"num_hidden_layers": plan["layers"], "num_decoder_layers": 1}
-    Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig(**layers, **plan["sizes"], **ids)).save_pretrained(root / "encdec")
+    Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig(**layers, **plan["sizes"], **ids)).save_pretrained(
+        root / "encdec"
+    )
     tokenizer.save_pretrained(root / "encdec")
     extract_encoder(root / "encdec", root / "encoder")
     return root / "encoder"
@@ -129,18 +155,27 @@ def random_texts(encoder, plan: dict) -> list[str]:
 
     rng = np.random.default_rng(0)
     decode = encoder._tokenizer.decode
-    words = [decode([int(token)]) for token in rng.permutation(min(100_000, plan["ranks"] or 100_000))]
-    words = [word for word in words if word.startswith(" ") and word[1:].isascii() and word[1:].isalpha()]
+    words = [
+        decode([int(token)]) for token in rng.permutation(min(100_000, plan["ranks"] or 100_000))
+    ]
+    words = [
+        word for word in words if word.startswith(" ") and word[1:].isascii() and word[1:].isalpha()
+    ]
     lengths = np.linspace(5, plan["longest"], plan["texts"]).astype(int) - 1  # and EOS
     texts = ["".join(rng.choice(words, length)).strip() for length in lengths]
     return [texts[i] for i in rng.permutation(len(texts))]
 
 
-def exported(folder: Path, texts: list[str], reference, forms: list[str], root: Path) -> tuple[dict, dict]:
-    """Seconds and vectors of each exported form, its texts sorted by length for it; and why others were not run."""
+def exported(
+    folder: Path, texts: list[str], reference, forms: list[str], root: Path
+) -> tuple[dict, dict]:
+    """Seconds and vectors of each exported form, its texts sorted by length for it;
+
+    and why others were not run.
+    """
     import numpy as np
 
-    from qwen3_encdec import export
+    from qwen3_encdec.embedding import export
 
     ran, not_run = {}, {}
     order = np.argsort([len(text) for text in texts])
@@ -167,15 +202,23 @@ def recall(folder: Path, plan: dict) -> dict[str, float]:
     import torch
 
     from qwen3_encdec.data.package_docs import summary_pairs
-    from qwen3_encdec.embedding import TextEncoder, int8_ranges, quantize
+    from qwen3_encdec.embedding.encoder import TextEncoder, int8_ranges, quantize
 
     pairs = summary_pairs("heldout")[: plan["documents"]]
     encoder = TextEncoder(folder, dtype=torch.float32, max_tokens=64)
     documents = encoder.encode([body for _, body in pairs])
-    queries = encoder.encode([summary for summary, _ in pairs[:: max(1, len(pairs) // plan["queries"])]])
+    queries = encoder.encode(
+        [summary for summary, _ in pairs[:: max(1, len(pairs) // plan["queries"])]]
+    )
 
     def bits(vectors):
-        return np.unpackbits((quantize(vectors, "binary").astype(np.int16) + 128).astype(np.uint8), axis=1) * 2.0 - 1
+        return (
+            np.unpackbits(
+                (quantize(vectors, "binary").astype(np.int16) + 128).astype(np.uint8), axis=1
+            )
+            * 2.0
+            - 1
+        )
 
     def nearest(scores, number=10):
         return np.argsort(-scores, axis=1, kind="stable")[:, :number]
@@ -183,7 +226,9 @@ def recall(folder: Path, plan: dict) -> dict[str, float]:
     expected = nearest(queries @ documents.T)
 
     def share(found):
-        return float(np.mean([len(set(a) & set(b)) / 10 for a, b in zip(expected, found, strict=True)]))
+        return float(
+            np.mean([len(set(a) & set(b)) / 10 for a, b in zip(expected, found, strict=True)])
+        )
 
     spans = int8_ranges(documents)
     restored = (quantize(documents, "int8", spans) + 128.0) * (spans[1] - spans[0]) / 255 + spans[0]
@@ -194,7 +239,9 @@ def recall(folder: Path, plan: dict) -> dict[str, float]:
         "int8": share(nearest(queries @ restored.T)),
         "binary": share(nearest(hamming)),
         "binary documents, float32 queries": share(nearest(mixed)),
-        "binary, 100 nearest ranked again by int8": share(np.take_along_axis(candidates, again, axis=1)),
+        "binary, 100 nearest ranked again by int8": share(
+            np.take_along_axis(candidates, again, axis=1)
+        ),
         "control, shuffled documents": share(
             nearest(queries @ documents[np.random.default_rng(0).permutation(len(documents))].T)
         ),

@@ -1,9 +1,11 @@
-"""What finetuning on package-docs brings, beside the causal parent with the same budget, at full and smaller widths.
+"""What finetuning on package-docs brings, beside the causal parent with the same budget, at full
+and smaller widths.
 
     python bench/finetune.py --encoder runs/demo/encoder --parent runs/demo/parent-embedder
 
-Pairs of training packages; retrieval among the held-out ones, each query's body among all bodies, ties against the
-model. Everything is one configuration and one seed; a second run with it must give the same weights.
+Pairs of training packages; retrieval among the held-out ones, each query's body among all bodies,
+ties against the model. Everything is one configuration and one seed; a second run with it must give
+the same weights.
 """
 
 import argparse
@@ -18,11 +20,17 @@ SHARES = (1, 2, 4, 8)
 
 def main() -> None:
     """Finetune, measure, print the table and the targets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--encoder", type=Path, default=Path("runs/demo/encoder"))
-    parser.add_argument("--parent", type=Path, default=Path("runs/demo/parent-embedder"), help="causal, mean-pooled")
+    parser.add_argument(
+        "--parent", type=Path, default=Path("runs/demo/parent-embedder"), help="causal, mean-pooled"
+    )
     parser.add_argument("--config", type=Path, default=Path("configs/finetune.yaml"))
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override the config")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override the config"
+    )
     parser.add_argument("--queries", type=int, default=1000)
     parser.add_argument("--documents", type=int, help="fewer than all held-out ones")
     parser.add_argument("--output", type=Path, help="JSON file to write")
@@ -30,9 +38,9 @@ def main() -> None:
 
     from transformers.utils import logging
 
+    from qwen3_encdec.embedding.finetune import FinetuneConfig, finetune
     from qwen3_encdec.evaluation.suite import provenance
-    from qwen3_encdec.files import read_json, write_json
-    from qwen3_encdec.finetuning import FinetuneConfig, finetune
+    from qwen3_encdec.folders import read_json, write_json
     from qwen3_encdec.training.config import load_dataclass
 
     logging.disable_progress_bar()
@@ -42,11 +50,16 @@ def main() -> None:
     nested = replace(config, matryoshka_dims=[width // share for share in SHARES[1:]])
     plain = replace(config, matryoshka_dims=[])
     rows: dict[str, dict[str, float]] = {}
-    print(f"{'nDCG@10 at dimensions':32}" + "".join(f"{width // share:>8}" for share in SHARES), flush=True)
+    print(
+        f"{'nDCG@10 at dimensions':32}" + "".join(f"{width // share:>8}" for share in SHARES),
+        flush=True,
+    )
 
     def add(label: str, folder: Path) -> None:
         rows[label] = measure(folder, width, arguments.queries, arguments.documents)
-        print(f"{label:32}" + "".join(f"{score:8.3f}" for score in rows[label].values()), flush=True)
+        print(
+            f"{label:32}" + "".join(f"{score:8.3f}" for score in rows[label].values()), flush=True
+        )
 
     with tempfile.TemporaryDirectory() as name:
         for base, folder in (("encoder", arguments.encoder), ("causal parent", arguments.parent)):
@@ -68,7 +81,11 @@ def main() -> None:
     same = rows["encoder, finetuned, again"] == tuned
     target("the same figures again", "equal" if same else "different", "equal", same)
     if arguments.output:
-        facts = provenance(started=started, encoder=str(arguments.encoder), config=json.loads(json.dumps(vars(config))))
+        facts = provenance(
+            started=started,
+            encoder=str(arguments.encoder),
+            config=json.loads(json.dumps(vars(config))),
+        )
         write_json(arguments.output, {"ndcg@10": rows, "provenance": facts})
 
 
@@ -85,7 +102,10 @@ def measure(folder: Path, width: int, most: int, documents: int | None = None) -
     embed = baselines.encoder(folder)
     queries, bodies = embed([pairs[i][0] for i in relevant]), embed([body for _, body in pairs])
     cuts = [width // share for share in SHARES]
-    return {str(cut): retrieval_scores(queries[:, :cut], bodies[:, :cut], relevant)["ndcg@10"] for cut in cuts}
+    return {
+        str(cut): retrieval_scores(queries[:, :cut], bodies[:, :cut], relevant)["ndcg@10"]
+        for cut in cuts
+    }
 
 
 def target(name: str, figure: str, wanted: str, met: bool) -> None:

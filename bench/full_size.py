@@ -2,8 +2,8 @@
 
     python bench/full_size.py [--folder runs/full-size] [--steps 1]
 
-Each stage runs in a process of its own, so that its peak memory is its own. Source 512 and target 256 tokens, fp32
-master weights under bf16 autocast, AdamW. The last lines compare with the targets.
+Each stage runs in a process of its own, so that its peak memory is its own. Source 512 and target
+256 tokens, fp32 master weights under bf16 autocast, AdamW. The last lines compare with the targets.
 """
 
 import argparse
@@ -28,7 +28,11 @@ def make(folder: Path) -> None:
     sizes = Qwen3EncoderDecoderConfig()
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "max_position_embeddings", "rope_parameters")  # fmt: skip
-    config = Qwen3Config(**{name: getattr(sizes, name) for name in names}, vocab_size=151_936, tie_word_embeddings=True)
+    config = Qwen3Config(
+        **{name: getattr(sizes, name) for name in names},
+        vocab_size=151_936,
+        tie_word_embeddings=True,
+    )
     torch.manual_seed(0)
     Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder / "qwen3")
     PreTrainedTokenizerFast(
@@ -38,7 +42,7 @@ def make(folder: Path) -> None:
 
 def initialize(folder: Path) -> dict:
     """The package's own initialization, verified, in fp32."""
-    from qwen3_encdec.initialization import initialize
+    from qwen3_encdec.conversion.initialize import initialize
 
     report = initialize(folder / "qwen3", folder / "encdec")
     print(report, file=sys.stderr)
@@ -54,7 +58,10 @@ def train(folder: Path, steps: int) -> dict:
     model = Qwen3ForSeq2SeqLM.from_pretrained(folder / "encdec").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     torch.manual_seed(0)
-    batch = {"input_ids": torch.randint(0, 151_643, (1, 512)), "labels": torch.randint(0, 151_643, (1, 256))}
+    batch = {
+        "input_ids": torch.randint(0, 151_643, (1, 512)),
+        "labels": torch.randint(0, 151_643, (1, 256)),
+    }
     losses, seconds = [], []
     for _ in range(steps):
         start = time.perf_counter()
@@ -71,31 +78,53 @@ def train(folder: Path, steps: int) -> dict:
 def stage(name: str, folder: Path, steps: int) -> dict:
     """Run one stage in a fresh process; its result, seconds and peak memory in GB."""
     start = time.perf_counter()
-    command = [sys.executable, __file__, "--folder", str(folder), "--steps", str(steps), "--stage", name]
+    command = [
+        sys.executable,
+        __file__,
+        "--folder",
+        str(folder),
+        "--steps",
+        str(steps),
+        "--stage",
+        name,
+    ]
     output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    result = json.loads(output.splitlines()[-1]) | {"wall_seconds": round(time.perf_counter() - start, 1)}
+    result = json.loads(output.splitlines()[-1]) | {
+        "wall_seconds": round(time.perf_counter() - start, 1)
+    }
     print(f"{name}: {result}", flush=True)
     return result
 
 
 def main() -> None:
     """Run the stages and print the figures beside their targets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--folder", type=Path, default=Path("runs/full-size"))
     parser.add_argument("--steps", type=int, default=1)
     parser.add_argument("--stage", choices=["make", "initialize", "train"])
     args = parser.parse_args()
     if args.stage:
-        result = {"make": make, "initialize": initialize}.get(args.stage, lambda f: train(f, args.steps))(args.folder)
+        result = {"make": make, "initialize": initialize}.get(
+            args.stage, lambda f: train(f, args.steps)
+        )(args.folder)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(json.dumps((result or {}) | {"peak_gb": round(peak, 2)}))
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     if not (args.folder / "qwen3" / "tokenizer.json").exists():
         stage("make", args.folder, args.steps)
-    initialized, trained = (stage(name, args.folder, args.steps) for name in ("initialize", "train"))
+    initialized, trained = (
+        stage(name, args.folder, args.steps) for name in ("initialize", "train")
+    )
     for name, figure, wanted, met in (
-        ("parameters", f"{initialized['parameters']:,}", f"{PARAMETERS:,}", initialized["parameters"] == PARAMETERS),
+        (
+            "parameters",
+            f"{initialized['parameters']:,}",
+            f"{PARAMETERS:,}",
+            initialized["parameters"] == PARAMETERS,
+        ),
         ("initialize-peak", f"{initialized['peak_gb']} GB", "< 16 GB", initialized["peak_gb"] < 16),
         ("train-step-peak", f"{trained['peak_gb']} GB", "< 20 GB", trained["peak_gb"] < 20),
     ):

@@ -11,15 +11,16 @@
 | decoding       | greedy tokens/s, batch 8 after 2,048 source tokens: growing cache, and static cache compiled       |
 | T5Gemma 2      | the 0.6B pair against T5Gemma 2 of the same size, as in `bench/model.py`                           |
 
-A part that cannot run (a package is absent, memory is out, time is up) says so in one line; the others go on.
+A part that cannot run (a package is absent, memory is out, time is up) says so in one line; the
+others go on.
 
-- An error is the norm of the difference over the norm of the reference. In fp32 it must be within 1e-5; in bf16 within
-  twice that of bf16 eager (of the plain loss), flash-attention's own criterion. The control lets the pairs of a row see
-  each other and has to fail both.
-- A training step is 4 micro-batches of packed rows with UL2's mixture of lengths, then AdamW; MFU is by
-  `training.budget.flops` over real tokens. "autocast": bf16 autocast over fp32 weights; "fsdp2": FSDP2 on this one
-  device with bf16 parameters and fp32 reduction, as `scripts/train.py` does on several. Compiled: each layer by itself,
-  with dynamic shapes.
+- An error is the norm of the difference over the norm of the reference. In fp32 it must be within
+  1e-5; in bf16 within twice that of bf16 eager (of the plain loss), flash-attention's own
+  criterion. The control lets the pairs of a row see each other and has to fail both.
+- A training step is 4 micro-batches of packed rows with UL2's mixture of lengths, then AdamW; MFU
+  is by `training.budget.flops` over real tokens. "autocast": bf16 autocast over fp32 weights;
+  "fsdp2": FSDP2 on this one device with bf16 parameters and fp32 reduction, as `scripts/train.py`
+  does on several. Compiled: each layer by itself, with dynamic shapes.
 """
 
 import argparse
@@ -42,12 +43,11 @@ import torch
 from torch.nn import attention
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
-from qwen3_encdec.data.collator import collate
-from qwen3_encdec.data.packing import pack
+from qwen3_encdec.data.collate import collate, pack
 from qwen3_encdec.data.ul2 import PRESETS, Example, raw_length
-from qwen3_encdec.files import write_json
+from qwen3_encdec.folders import write_json
 from qwen3_encdec.modeling_qwen3_encdec import linear_cross_entropy
-from qwen3_encdec.training.budget import count_parameters, flops, peak_flops
+from qwen3_encdec.training.plan import count_parameters, flops, peak_flops
 
 CHECKED: dict[str, Any] = {
     "vocab_size": 331, "num_sentinel_tokens": 11, "hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -80,7 +80,14 @@ class Scale:
 
 FULL = Scale(
     config={},
-    size={"hidden_size": 1024, "layers": 28, "vocab_size": 152_036, "heads": 16, "kv_heads": 8, "head_dim": 128},
+    size={
+        "hidden_size": 1024,
+        "layers": 28,
+        "vocab_size": 152_036,
+        "heads": 16,
+        "kv_heads": 8,
+        "head_dim": 128,
+    },
     lengths=(2048, 1024, 8),
     loss_shape=(2048, 1024, 152_036),
     decode=(8, 2048, 64),
@@ -107,7 +114,9 @@ class Report:
         self.parts: dict[str, dict[str, Any]] = {}
         self.began = time.time()
 
-    def part(self, name: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+    def part(
+        self, name: str, measure: Callable[..., dict[str, Any]], *arguments: Any
+    ) -> dict[str, Any]:
         """Run one part and print its figures, or the one line that says why there are none."""
         try:
             gc.collect()  # a failed part's frames hold tensors
@@ -116,20 +125,31 @@ class Report:
             if time.time() - self.began > 60 * TIME_LIMIT:
                 raise TimeoutError(f"not started, {TIME_LIMIT:g} minutes were up")
             figures = measure(*arguments)
-        except Exception as error:  # whatever a kernel or a missing package raises, the other parts go on
+        except (
+            Exception
+        ) as error:  # whatever a kernel or a missing package raises, the other parts go on
             state = "absent" if isinstance(error, (ImportError, NotImplementedError)) else "failed"
-            figures = {state: f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"}
+            figures = {
+                state: f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
+            }
         self.parts[name] = figures
         for figure, value in figures.items():
-            print(f"{name:<36} {figure:<28} {value if isinstance(value, str) else format(value, '.4g')}", flush=True)
+            print(
+                f"{name:<36} {figure:<28} {value if isinstance(value, str) else format(value, '.4g')}",
+                flush=True,
+            )
         return figures
 
 
 # ---- correctness
 
 
-def make_rows(source_length: int, target_length: int, rows: int, vocab_size: int) -> list[list[Example]]:
-    """Packed rows of random tokens with the length mixture of UL2 on documents of up to one raw chunk."""
+def make_rows(
+    source_length: int, target_length: int, rows: int, vocab_size: int
+) -> list[list[Example]]:
+    """Packed rows of random tokens with the length mixture of UL2 on documents of up to one raw
+    chunk.
+    """
     rng = np.random.default_rng(0)
     preset = PRESETS["t5gemma2"]
     weights = np.array([denoiser.weight for denoiser in preset])
@@ -147,11 +167,18 @@ def make_rows(source_length: int, target_length: int, rows: int, vocab_size: int
 def make_batch(rows: list[list[Example]], pad_id: int, device: torch.device) -> Batch:
     """The collated rows on a device, masks on the CPU, where the model reads how rows are divided."""
     batch = collate(rows, pad_id=pad_id)
-    return {name: value if "mask" in name else value.to(device) for name, value in batch.items() if name != "denoiser"}
+    return {
+        name: value if "mask" in name else value.to(device)
+        for name, value in batch.items()
+        if name != "denoiser"
+    }
 
 
 def compile_layers(model: Qwen3ForSeq2SeqLM) -> None:
-    """Compile every layer by itself. On a CPU the graphs are captured only, which needs no C++ compiler."""
+    """Compile every layer by itself.
+
+    On a CPU the graphs are captured only, which needs no C++ compiler.
+    """
     backend = "inductor" if model.device.type == "cuda" else "eager"
     for layer in [*model.model.encoder.layers, *model.model.decoder.layers]:
         layer.compile(dynamic=True, backend=backend)
@@ -161,7 +188,9 @@ def make_checked(backend: str, dtype: torch.dtype, device: torch.device) -> Qwen
     """The small model whose answers are compared, on a backend that is really used."""
     torch.manual_seed(0)
     model = Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig(**CHECKED)).to(device).train()
-    for parameter in model.parameters():  # not the rotary frequencies, which stay in fp32 when a model is loaded
+    for parameter in (
+        model.parameters()
+    ):  # not the rotary frequencies, which stay in fp32 when a model is loaded
         parameter.data = parameter.data.to(dtype)
     model.set_attn_implementation(backend)
     if model.config._attn_implementation != backend:
@@ -185,7 +214,9 @@ def padded_logits(model: Qwen3ForSeq2SeqLM, batches: list[Batch]) -> torch.Tenso
     """[N, V] logits of the real target tokens, by the path that has masks instead of segments."""
     logits = []
     for batch in batches:
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "decoder_attention_mask")}
+        inputs = {
+            name: batch[name] for name in ("input_ids", "attention_mask", "decoder_attention_mask")
+        }
         inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(batch["labels"])
         with torch.no_grad():
             logits.append(model.eval()(**inputs).logits[batch["decoder_attention_mask"] > 0])
@@ -194,7 +225,9 @@ def padded_logits(model: Qwen3ForSeq2SeqLM, batches: list[Batch]) -> torch.Tenso
 
 def error(found: torch.Tensor, reference: torch.Tensor) -> float:
     """Norm of the difference over the norm of the reference."""
-    return (torch.linalg.vector_norm(found - reference) / torch.linalg.vector_norm(reference)).item()
+    return (
+        torch.linalg.vector_norm(found - reference) / torch.linalg.vector_norm(reference)
+    ).item()
 
 
 class Correctness:
@@ -208,14 +241,21 @@ class Correctness:
         cpu = torch.device("cpu")
         model = make_checked("eager", torch.float32, cpu)
         alone = [make_batch([row], CHECKED["pad_token_id"], cpu) for row in self.examples]
-        self.reference = answers(model, alone, self.tokens) | {"padded logits": padded_logits(model, alone)}
+        self.reference = answers(model, alone, self.tokens) | {
+            "padded logits": padded_logits(model, alone)
+        }
 
-    def errors(self, backend: str, dtype: torch.dtype, compiled: bool = False, control: bool = False) -> dict[str, Any]:
+    def errors(
+        self, backend: str, dtype: torch.dtype, compiled: bool = False, control: bool = False
+    ) -> dict[str, Any]:
         """Errors of packed losses, of their gradient, and of padded logits."""
         model = make_checked(backend, dtype, self.device)
         if compiled:
             compile_layers(model)
-        packed, padded = (make_batch(rows, CHECKED["pad_token_id"], self.device) for rows in (self.rows, self.examples))
+        packed, padded = (
+            make_batch(rows, CHECKED["pad_token_id"], self.device)
+            for rows in (self.rows, self.examples)
+        )
         if control:  # the pairs of a row see each other
             for name in ("attention_mask", "decoder_attention_mask"):
                 packed[name] = (packed[name] > 0).long()
@@ -251,7 +291,11 @@ def loss_errors(implementation: str, device: torch.device) -> dict[str, Any]:
         value.backward()
         assert states.grad is not None
         assert matrix.grad is not None
-        found = {"value": value.detach(), "states' gradient": states.grad, "matrix' gradient": matrix.grad}
+        found = {
+            "value": value.detach(),
+            "states' gradient": states.grad,
+            "matrix' gradient": matrix.grad,
+        }
         return {name: part.float().cpu() for name, part in found.items()}
 
     reference = results("plain", torch.float32, torch.device("cpu"))
@@ -273,23 +317,39 @@ def check(report: Report, device: torch.device) -> list[tuple[str, float, float,
                 continue  # there is none
             found = report.part(f"correct {label} {backend}", correctness.errors, backend, dtype)
             errors[label].append(largest(found, scale))
-        control = report.part(f"correct {label} control", correctness.errors, "sdpa", dtype, False, True)
+        control = report.part(
+            f"correct {label} control", correctness.errors, "sdpa", dtype, False, True
+        )
         controls[label] = largest(control, scale)
-    compiled = report.part("correct bf16 sdpa compiled", correctness.errors, "sdpa", torch.bfloat16, True)
+    compiled = report.part(
+        "correct bf16 sdpa compiled", correctness.errors, "sdpa", torch.bfloat16, True
+    )
     errors["bf16"].append(largest(compiled, eager))
     for package in FLASH:
         found = report.part(
-            f"correct bf16 sdpa {package}", by_flash, package, correctness.errors, "sdpa", torch.bfloat16
+            f"correct bf16 sdpa {package}",
+            by_flash,
+            package,
+            correctness.errors,
+            "sdpa",
+            torch.bfloat16,
         )
         errors["bf16"].append(largest(found, eager))
     plain = report.part("correct bf16 loss plain", loss_errors, "plain", device)
-    losses = [report.part(f"correct bf16 loss {name}", loss_errors, name, device) for name in LOSSES]
+    losses = [
+        report.part(f"correct bf16 loss {name}", loss_errors, name, device) for name in LOSSES
+    ]
     return [
         ("correctness-fp32", float(np.max(errors["fp32"])), FP32_TOLERANCE, False),
         ("correctness-fp32-control", controls["fp32"], FP32_TOLERANCE, True),
         ("correctness-bf16-over-eager", float(np.max(errors["bf16"])), BF16_FACTOR, False),
         ("correctness-bf16-over-eager-control", controls["bf16"], BF16_FACTOR, True),
-        ("losses-bf16-over-plain", float(np.max([largest(found, plain) for found in losses])), BF16_FACTOR, False),
+        (
+            "losses-bf16-over-plain",
+            float(np.max([largest(found, plain) for found in losses])),
+            BF16_FACTOR,
+            False,
+        ),
     ]
 
 
@@ -302,14 +362,24 @@ def largest(found: dict[str, Any], scale: dict[str, Any] | None = None) -> float
         return 0.0
     if "failed" in found or "failed" in (scale or {}):
         return math.nan
-    return float(np.max([value / (max(scale[name], BF16_NOISE) if scale else 1.0) for name, value in found.items()]))
+    return float(
+        np.max(
+            [
+                value / (max(scale[name], BF16_NOISE) if scale else 1.0)
+                for name, value in found.items()
+            ]
+        )
+    )
 
 
 # ---- speed and memory
 
 
 class Training:
-    """The pair, its optimizer and the micro-batches of one step; made when they are first needed."""
+    """The pair, its optimizer and the micro-batches of one step;
+
+    made when they are first needed.
+    """
 
     def __init__(self, scale: Scale, device: torch.device, precision: str, compiled: bool = False):
         self.device, self.precision, self.compiled = device, precision, compiled
@@ -351,8 +421,12 @@ class Training:
         bench.synchronize(self.device.type)
         began = time.perf_counter()
         for batch in batches:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "autocast"):
-                loss = self.model(**batch, num_items_in_batch=items, loss_implementation=loss_implementation).loss
+            with torch.autocast(
+                self.device.type, torch.bfloat16, enabled=self.precision == "autocast"
+            ):
+                loss = self.model(
+                    **batch, num_items_in_batch=items, loss_implementation=loss_implementation
+                ).loss
             loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -367,9 +441,16 @@ class Training:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds = sum(self.step(loss_implementation) for _ in range(3)) / 3
-        tokens, sizes = bench.count_tokens([(e.source, e.target) for e in self.pairs]), count_parameters(self.config)
+        tokens, sizes = (
+            bench.count_tokens([(e.source, e.target) for e in self.pairs]),
+            count_parameters(self.config),
+        )
         work = sum(flops(self.config, sizes, len(e.source), len(e.target)) for e in self.pairs)
-        figures = {"tokens/s": tokens / seconds, "step seconds": seconds, "TFLOP/s": work / seconds / 1e12}
+        figures = {
+            "tokens/s": tokens / seconds,
+            "step seconds": seconds,
+            "TFLOP/s": work / seconds / 1e12,
+        }
         if peak := peak_flops(self.device, 1):
             figures["MFU"] = work / seconds / peak
         if self.device.type == "cuda":
@@ -383,13 +464,20 @@ class Training:
 
 def shard(model: Qwen3ForSeq2SeqLM) -> None:
     """FSDP2 over one device, with the precisions of `scripts/train.py`."""
-    from torch.distributed import HashStore, destroy_process_group, init_process_group, is_initialized
+    from torch.distributed import (
+        HashStore,
+        destroy_process_group,
+        init_process_group,
+        is_initialized,
+    )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     kind = model.device.type
     if not is_initialized():
-        init_process_group("nccl" if kind == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1)
+        init_process_group(
+            "nccl" if kind == "cuda" else "gloo", store=HashStore(), rank=0, world_size=1
+        )
         atexit.register(destroy_process_group)
     mesh = init_device_mesh(kind, (1,))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
@@ -398,8 +486,12 @@ def shard(model: Qwen3ForSeq2SeqLM) -> None:
     fully_shard(model, mesh=mesh, mp_policy=policy)
 
 
-def by_flash(package: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
-    """Measure while torch's own flash attention, varlen too, is done by "FA3" or "FA4", if that is installed."""
+def by_flash(
+    package: str, measure: Callable[..., dict[str, Any]], *arguments: Any
+) -> dict[str, Any]:
+    """Measure while torch's own flash attention, varlen too, is done by "FA3" or "FA4", if that is
+    installed.
+    """
     attention.activate_flash_attention_impl(package)
     try:
         return measure(*arguments)
@@ -419,7 +511,9 @@ def train(report: Report, scale: Scale, device: torch.device) -> None:
 
 
 def train_variants(report: Report, scale: Scale, device: torch.device) -> None:
-    """What is not compiled or is sharded, other backends, and layers computed again in the backward pass."""
+    """What is not compiled or is sharded, other backends, and layers computed again in the backward
+    pass.
+    """
     for precision, compiled in (("autocast", False), ("fsdp2", True), ("fsdp2", False)):
         name = f"train {precision} {'compiled' if compiled else 'eager'} chunked"
         report.part(name, Training(scale, device, precision, compiled).measure, "chunked")
@@ -444,15 +538,23 @@ def decode(scale: Scale, device: torch.device, static: bool) -> dict[str, float]
     batch, source, new_tokens = scale.decode
     torch.manual_seed(0)
     with device:
-        model = Qwen3ForSeq2SeqLM._from_config(Qwen3EncoderDecoderConfig(**scale.config), dtype=torch.bfloat16).eval()
+        model = Qwen3ForSeq2SeqLM._from_config(
+            Qwen3EncoderDecoderConfig(**scale.config), dtype=torch.bfloat16
+        ).eval()
     options = {"cache_implementation": "static"} if static else {}
     bench.generate(model, batch, source, new_tokens, **options)
     first, rest = bench.generate(model, batch, source, new_tokens, **options)
-    return {"decode tokens/s": batch * (new_tokens - 1) / rest, "prefill tokens/s": batch * source / first}
+    return {
+        "decode tokens/s": batch * (new_tokens - 1) / rest,
+        "prefill tokens/s": batch * source / first,
+    }
 
 
 def loss_alone(implementation: str, scale: Scale, device: torch.device) -> dict[str, float]:
-    """Seconds and peak GB of the loss step by itself; "plain" is one product and one fp32 cross-entropy."""
+    """Seconds and peak GB of the loss step by itself;
+
+    "plain" is one product and one fp32 cross-entropy.
+    """
     require_loss(implementation, device)
     side = {"plain": "theirs", "chunked": "ours"}.get(implementation, implementation)
     return bench.loss(side, scale.loss_shape, "bfloat16", device.type)
@@ -463,7 +565,9 @@ def compare(report: Report, scale: Scale, device: torch.device, tiny: bool) -> l
     turns = bench.Bench(scale.rounds, lambda stage, *arguments: stage(*arguments, device.type))
 
     def compare_training() -> dict[str, float]:
-        pairs = bench.read_examples(scale.size["vocab_size"], 600 if tiny else None, 4 * scale.examples)
+        pairs = bench.read_examples(
+            scale.size["vocab_size"], 600 if tiny else None, 4 * scale.examples
+        )
         return turns.compare(bench.train, "bf16", scale.size, "bfloat16", pairs, 4)
 
     def compare_decoding() -> dict[str, float]:
@@ -487,16 +591,27 @@ def environment(device: torch.device) -> dict[str, Any]:
             continue
     if device.type == "cuda":
         gpu = torch.cuda.get_device_properties(device)
-        found |= {"gpu": gpu.name, "gpu memory GB": round(gpu.total_memory / 1e9, 1), "cuda": torch.version.cuda}
+        found |= {
+            "gpu": gpu.name,
+            "gpu memory GB": round(gpu.total_memory / 1e9, 1),
+            "cuda": torch.version.cuda,
+        }
     return found
 
 
 def main() -> None:
     """Run everything on one device and write the figures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--tiny", action="store_true", help="toy size")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for the results",
+    )
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU is visible; --device cpu --tiny tests this script without one")
@@ -534,7 +649,16 @@ def main() -> None:
         }
         for target, figure, wanted, more_is_better in targets
     ]
-    write_json(path, {**described, "minutes": minutes, "parts": report.parts, "turns": turns, "targets": verdicts})
+    write_json(
+        path,
+        {
+            **described,
+            "minutes": minutes,
+            "parts": report.parts,
+            "turns": turns,
+            "targets": verdicts,
+        },
+    )
     print(f"wrote {path} after {minutes} minutes; fastest: {fastest}")
     for verdict in verdicts:
         state = "met" if verdict["met"] else "missed"

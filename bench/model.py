@@ -14,19 +14,23 @@
 
 What makes it fair:
 
-- Same dimensions, layers, heads, vocabulary, activation, precision, threads, optimizer, labels; SDPA and full attention
-  on both sides; parameter counts within 1 % (checked). T5Gemma 2's two further norms a layer are its design and stay.
-- Same UL2 examples of package-docs (R1, R2, X1, X2, S as 1:1:1:1:4), shuffled. T5Gemma 2 gets them as its users make
-  batches, one example a row, padded to the longest; ours packs the examples of the same batch. Tokens are real tokens,
-  padding is not counted. `theirs-grouped` sorts the examples by length before they are cut into batches.
-- Every measurement has a process of its own, ours and theirs take turns, a ratio is that of the medians over rounds.
-  While decoding, both processes stay and have twice as many turns, of seconds each: what else a shared host does to
-  the memory's speed, for minutes at a time, then happens to both.
-- Peak memory is the high-water mark of resident memory over all steps, above what stands there before the first one
-  (weights). Before that, libraries and kernels are loaded by a few tokens, freed memory is handed back and the mark
-  is reset.
-- Matrix products are the profiler's own time of mm, addmm, bmm, baddbmm, fused scaled-dot-product attention (softmax
-  and all) and oneDNN linear kernels, forward and backward; outside is the unprofiled step less that.
+- Same dimensions, layers, heads, vocabulary, activation, precision, threads, optimizer, labels;
+  SDPA and full attention on both sides; parameter counts within 1 % (checked). T5Gemma 2's two
+  further norms a layer are its design and stay.
+- Same UL2 examples of package-docs (R1, R2, X1, X2, S as 1:1:1:1:4), shuffled. T5Gemma 2 gets them
+  as its users make batches, one example a row, padded to the longest; ours packs the examples of
+  the same batch. Tokens are real tokens, padding is not counted. `theirs-grouped` sorts the
+  examples by length before they are cut into batches.
+- Every measurement has a process of its own, ours and theirs take turns, a ratio is that of the
+  medians over rounds. While decoding, both processes stay and have twice as many turns, of seconds
+  each: what else a shared host does to the memory's speed, for minutes at a time, then happens to
+  both.
+- Peak memory is the high-water mark of resident memory over all steps, above what stands there
+  before the first one (weights). Before that, libraries and kernels are loaded by a few tokens,
+  freed memory is handed back and the mark is reset.
+- Matrix products are the profiler's own time of mm, addmm, bmm, baddbmm, fused scaled-dot-product
+  attention (softmax and all) and oneDNN linear kernels, forward and backward; outside is the
+  unprofiled step less that.
 """
 
 import argparse
@@ -50,7 +54,9 @@ from pathlib import Path
 from typing import Any
 
 SOURCE_LENGTH, TARGET_LENGTH = 512, 256  # of a row, as package-docs is trained on by default
-MATMUL = re.compile(r"(aten|mkldnn)::(mm|addmm|bmm|baddbmm|_scaled_dot_product_\w+|_linear_pointwise|mkldnn_linear\w*)")
+MATMUL = re.compile(
+    r"(aten|mkldnn)::(mm|addmm|bmm|baddbmm|_scaled_dot_product_\w+|_linear_pointwise|mkldnn_linear\w*)"
+)
 SHORT = {"bfloat16": "bf16", "float32": "fp32"}
 
 Pair = tuple[Any, Any]  # source and target ids, int64 arrays
@@ -62,21 +68,39 @@ class Plan:
     """How much is measured."""
 
     sizes: dict[str, dict[str, int]]
-    ranks: dict[str, int | None]  # of the tokenizer that fits each size's vocabulary; None is all of Qwen3's
+    ranks: dict[
+        str, int | None
+    ]  # of the tokenizer that fits each size's vocabulary; None is all of Qwen3's
     examples: dict[str, int]  # in a training batch
     batches: int
     sources: tuple[int, int]  # of decoding
     new_tokens: int
     loss_shape: tuple[int, int, int]  # tokens, hidden size, classes
-    documents: tuple[int, ...]  # source lengths of `growth` and row lengths of `packed`; targets are a quarter
+    documents: tuple[
+        int, ...
+    ]  # source lengths of `growth` and row lengths of `packed`; targets are a quarter
     steps: int  # timed, of `growth` and `packed`
     rounds: int
 
 
 FULL = Plan(
     sizes={
-        "small": {"hidden_size": 256, "layers": 6, "vocab_size": 16_000, "heads": 4, "kv_heads": 2, "head_dim": 96},
-        "wide": {"hidden_size": 1024, "layers": 2, "vocab_size": 152_036, "heads": 16, "kv_heads": 8, "head_dim": 128},
+        "small": {
+            "hidden_size": 256,
+            "layers": 6,
+            "vocab_size": 16_000,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 96,
+        },
+        "wide": {
+            "hidden_size": 1024,
+            "layers": 2,
+            "vocab_size": 152_036,
+            "heads": 16,
+            "kv_heads": 8,
+            "head_dim": 128,
+        },
     },
     ranks={"small": 15_000, "wide": None},
     examples={"small": 32, "wide": 8},
@@ -89,7 +113,16 @@ FULL = Plan(
     rounds=3,
 )
 QUICK = Plan(
-    sizes={"tiny": {"hidden_size": 32, "layers": 2, "vocab_size": 800, "heads": 4, "kv_heads": 2, "head_dim": 16}},
+    sizes={
+        "tiny": {
+            "hidden_size": 32,
+            "layers": 2,
+            "vocab_size": 800,
+            "heads": 4,
+            "kv_heads": 2,
+            "head_dim": 16,
+        }
+    },
     ranks={"tiny": 600},
     examples={"tiny": 4},
     batches=2,
@@ -122,11 +155,15 @@ def our_model(size: dict[str, int], dtype: str):
         pad_token_id=0,
         eos_token_id=1,
     )
-    return Qwen3ForSeq2SeqLM._from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+    return Qwen3ForSeq2SeqLM._from_config(
+        config, dtype=getattr(torch, dtype), attn_implementation="sdpa"
+    )
 
 
 def their_model(size: dict[str, int], dtype: str):
-    """T5Gemma 2 with the same text dimensions, full attention in every layer, and next to no vision tower."""
+    """T5Gemma 2 with the same text dimensions, full attention in every layer, and next to no vision
+    tower.
+    """
     import torch
     from transformers import T5Gemma2Config, T5Gemma2ForConditionalGeneration
 
@@ -145,7 +182,12 @@ def their_model(size: dict[str, int], dtype: str):
         "eos_token_id": 1,
         "bos_token_id": 2,
     }
-    vision = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+    }
     config = T5Gemma2Config(
         encoder={"text_config": text, "vision_config": {**vision, "image_size": 28, "patch_size": 14},
                  "boi_token_index": 3, "eoi_token_index": 4, "image_token_index": 5},
@@ -186,17 +228,24 @@ def read_examples(vocab_size: int, ranks: int | None, number: int) -> list[Pair]
 def make_batches(
     side: str, pairs: list[Pair], number: int, budget: Pair = (SOURCE_LENGTH, TARGET_LENGTH)
 ) -> list[dict]:
-    """`number` training batches of all the pairs: packed for us; for them one pair a row, padded to the longest."""
-    from qwen3_encdec.data.collator import collate
-    from qwen3_encdec.data.packing import pack
+    """`number` training batches of all the pairs:
+
+    packed for us; for them one pair a row, padded to the longest.
+    """
+    from qwen3_encdec.data.collate import collate, pack
     from qwen3_encdec.data.ul2 import Example
 
     if side == "theirs-grouped":
         pairs = sorted(pairs, key=lambda pair: len(pair[0]) + len(pair[1]))
     batches = []
     for start in range(0, len(pairs), len(pairs) // number):
-        found = [Example(source, target, 0) for source, target in pairs[start : start + len(pairs) // number]]
-        batch = collate(pack(found, *budget) if side == "ours" else [[example] for example in found], pad_id=0)
+        found = [
+            Example(source, target, 0)
+            for source, target in pairs[start : start + len(pairs) // number]
+        ]
+        batch = collate(
+            pack(found, *budget) if side == "ours" else [[example] for example in found], pad_id=0
+        )
         del batch["denoiser"]
         batches.append(batch)
     return batches
@@ -235,7 +284,10 @@ class Trainer:
 
     def step(self, batch: dict) -> float:
         """One step; its seconds."""
-        batch = {name: value if name in self.kept else value.to(self.device) for name, value in batch.items()}
+        batch = {
+            name: value if name in self.kept else value.to(self.device)
+            for name, value in batch.items()
+        }
         synchronize(self.device)
         began = time.perf_counter()
         self.model(**batch).loss.backward()
@@ -245,7 +297,9 @@ class Trainer:
         return time.perf_counter() - began
 
 
-def train(side: str, size: dict[str, int], dtype: str, pairs: list[Pair], number: int, device: str = "cpu") -> Figures:
+def train(
+    side: str, size: dict[str, int], dtype: str, pairs: list[Pair], number: int, device: str = "cpu"
+) -> Figures:
     """Real tokens per second over all batches, and the peak memory of a step in GB."""
     batches = make_batches(side, pairs, number)
     trainer = Trainer(side, size, dtype, device)
@@ -260,8 +314,13 @@ def train(side: str, size: dict[str, int], dtype: str, pairs: list[Pair], number
 
 
 @lru_cache(1)
-def ready_to_decode(side: str, size: tuple, dtype: str, sources: tuple[int, ...], new_tokens: int, device: str):
-    """A model that has generated once: the first time it meets memory that nobody has touched, and loads kernels."""
+def ready_to_decode(
+    side: str, size: tuple, dtype: str, sources: tuple[int, ...], new_tokens: int, device: str
+):
+    """A model that has generated once:
+
+    the first time it meets memory that nobody has touched, and loads kernels.
+    """
     model = make_model(side, dict(size), dtype, device).eval()
     for source in sources:
         generate(model, 4, source, new_tokens)
@@ -269,9 +328,16 @@ def ready_to_decode(side: str, size: tuple, dtype: str, sources: tuple[int, ...]
 
 
 def decode(
-    side: str, size: dict[str, int], dtype: str, sources: tuple[int, ...], new_tokens: int, device: str = "cpu"
+    side: str,
+    size: dict[str, int],
+    dtype: str,
+    sources: tuple[int, ...],
+    new_tokens: int,
+    device: str = "cpu",
 ) -> Figures:
-    """Greedy tokens per second of a batch of 4 after the first token, and source tokens per second up to it."""
+    """Greedy tokens per second of a batch of 4 after the first token, and source tokens per second
+    up to it.
+    """
     model = ready_to_decode(side, tuple(size.items()), dtype, sources, new_tokens, device)
     figures = {}
     for source in sources:
@@ -282,7 +348,10 @@ def decode(
 
 
 def generate(model, batch: int, source: int, new_tokens: int, **options) -> tuple[float, float]:
-    """Greedy generation after random sources; seconds up to the first token, and from there to the last."""
+    """Greedy generation after random sources;
+
+    seconds up to the first token, and from there to the last.
+    """
     import torch
     from transformers import StoppingCriteria
 
@@ -294,7 +363,9 @@ def generate(model, batch: int, source: int, new_tokens: int, **options) -> tupl
             times.append(time.perf_counter())
             return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
-    ids = torch.randint(10, model.get_input_embeddings().num_embeddings, (batch, source), device=model.device)
+    ids = torch.randint(
+        10, model.get_input_embeddings().num_embeddings, (batch, source), device=model.device
+    )
     synchronize(ids.device.type)
     times[0] = time.perf_counter()
     model.generate(
@@ -318,7 +389,9 @@ def loss(side: str, shape: tuple[int, int, int], dtype: str, device: str = "cpu"
     tokens, width, classes = shape
     torch.manual_seed(0)
     hidden = torch.randn(tokens, width, dtype=getattr(torch, dtype), device=device).requires_grad_()
-    weight = torch.randn(classes, width, dtype=hidden.dtype, device=device).mul_(0.02).requires_grad_()
+    weight = (
+        torch.randn(classes, width, dtype=hidden.dtype, device=device).mul_(0.02).requires_grad_()
+    )
     labels = torch.randint(0, classes, (tokens,), device=device)
 
     def step(number: int) -> float:
@@ -329,7 +402,9 @@ def loss(side: str, shape: tuple[int, int, int], dtype: str, device: str = "cpu"
             value = torch.nn.functional.cross_entropy(logits.float(), labels[:number])
         else:
             implementation = "chunked" if side == "ours" else side
-            value = linear_cross_entropy(implementation, hidden[:number], weight, labels[:number])[0]
+            value = linear_cross_entropy(implementation, hidden[:number], weight, labels[:number])[
+                0
+            ]
         value.backward()
         hidden.grad = weight.grad = None
         synchronize(device)
@@ -355,18 +430,32 @@ def share(side: str, size: dict[str, int], dtype: str, pairs: list[Pair]) -> Fig
     events = profiler.key_averages()
     inside = sum(event.self_cpu_time_total for event in events if MATMUL.fullmatch(event.key)) / 1e6
     outside = seconds - inside
-    return {"inside matmuls, s": inside, "outside matmuls, s": outside, "outside / all": outside / seconds}
+    return {
+        "inside matmuls, s": inside,
+        "outside matmuls, s": outside,
+        "outside / all": outside / seconds,
+    }
 
 
-def growth(side: str, size: dict[str, int], dtype: str, documents: tuple[int, ...], steps: int) -> Figures:
+def growth(
+    side: str, size: dict[str, int], dtype: str, documents: tuple[int, ...], steps: int
+) -> Figures:
     """Microseconds a token of training steps on full rows of one document each, by source length."""
-    return _by_length(side, size, dtype, [(source, source) for source in documents], documents[-1], steps)
+    return _by_length(
+        side, size, dtype, [(source, source) for source in documents], documents[-1], steps
+    )
 
 
-def packed(side: str, size: dict[str, int], dtype: str, documents: tuple[int, ...], steps: int) -> Figures:
-    """Microseconds a token of training steps on the shortest documents, by the length of the rows that hold them."""
+def packed(
+    side: str, size: dict[str, int], dtype: str, documents: tuple[int, ...], steps: int
+) -> Figures:
+    """Microseconds a token of training steps on the shortest documents, by the length of the rows
+    that hold them.
+    """
     rows = sorted({documents[0], documents[len(documents) // 2], documents[-1]})
-    return _by_length(side, size, dtype, [(row, documents[0]) for row in rows], documents[-1], steps)
+    return _by_length(
+        side, size, dtype, [(row, documents[0]) for row in rows], documents[-1], steps
+    )
 
 
 def _by_length(side, size, dtype, shapes, tokens, steps) -> Figures:
@@ -379,7 +468,10 @@ def _by_length(side, size, dtype, shapes, tokens, steps) -> Figures:
     for _ in range(steps):  # in turn, so that drift hits all lengths
         for row, batch in batches.items():
             seconds[row].append(trainer.step(batch))
-    return {str(row): 1e6 * statistics.mean(times[1:]) / (tokens + tokens // 4) for row, times in seconds.items()}
+    return {
+        str(row): 1e6 * statistics.mean(times[1:]) / (tokens + tokens // 4)
+        for row, times in seconds.items()
+    }
 
 
 def synchronize(device: str) -> None:
@@ -391,7 +483,9 @@ def synchronize(device: str) -> None:
 
 
 def reset_peak(device: str = "cpu") -> int:
-    """Hand freed memory back, lower the high-water mark to what is held now, and return that in bytes."""
+    """Hand freed memory back, lower the high-water mark to what is held now, and return that in
+    bytes.
+    """
     import torch
 
     gc.collect()
@@ -421,9 +515,13 @@ def _memory(field: str) -> int:
 
 @contextmanager
 def own_process() -> Iterator[Callable[..., Figures]]:
-    """A function that runs stages in a fork of a process that has imported everything and computed nothing."""
+    """A function that runs stages in a fork of a process that has imported everything and computed
+    nothing.
+    """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["qwen3_encdec", "transformers.models.t5gemma2.modeling_t5gemma2"])
+    context.set_forkserver_preload(
+        ["qwen3_encdec", "transformers.models.t5gemma2.modeling_t5gemma2"]
+    )
     with ProcessPoolExecutor(1, mp_context=context) as pool:
         yield lambda stage, *arguments: pool.submit(stage, *arguments).result()
 
@@ -457,7 +555,9 @@ class Bench:
         """
         figures: dict[str, list[Figures]] = {side: [] for side in sides}
         with ExitStack() as stack:
-            runs = {side: stack.enter_context(own_process()) if stay else self.run for side in sides}
+            runs = {
+                side: stack.enter_context(own_process()) if stay else self.run for side in sides
+            }
             for _ in range(rounds or self.rounds):
                 for side in sides:
                     figures[side].append(runs[side](stage, side, *arguments))
@@ -465,14 +565,23 @@ class Bench:
         for name in figures[sides[0]][0]:
             values = {side: [figure[name] for figure in figures[side]] for side in sides}
             medians = {side: statistics.median(found) for side, found in values.items()}
-            entry: dict[str, Any] = {"stage": stage.__name__, "of": label, "figure": name, "values": values}
+            entry: dict[str, Any] = {
+                "stage": stage.__name__,
+                "of": label,
+                "figure": name,
+                "values": values,
+            }
             line = f"{stage.__name__:<6} {label:<11} {name:<24}" + "".join(
                 f"  {side} {_digits(median)}" for side, median in medians.items()
             )
             if "theirs" in sides:
                 each = [a / b for a, b in zip(values["ours"], values["theirs"], strict=True)]
                 ratios[name] = medians["ours"] / medians["theirs"]
-                entry["ours / theirs"] = {"min": min(each), "of medians": ratios[name], "max": max(each)}
+                entry["ours / theirs"] = {
+                    "min": min(each),
+                    "of medians": ratios[name],
+                    "max": max(each),
+                }
                 line += f"  ours / theirs {min(each):.2f} | {ratios[name]:.2f} | {max(each):.2f}"
             else:
                 ratios[name] = medians["ours"]
@@ -485,7 +594,12 @@ class Bench:
         met = figure >= wanted if more_is_better else figure <= wanted
         sign = ">=" if more_is_better else "<="
         self.targets.append(
-            {"name": name.replace(" ", "-"), "figure": figure, "wanted": f"{sign} {wanted}", "met": met}
+            {
+                "name": name.replace(" ", "-"),
+                "figure": figure,
+                "wanted": f"{sign} {wanted}",
+                "met": met,
+            }
         )
 
     def median(self, stage: str, side: str) -> dict[int, float]:
@@ -503,7 +617,9 @@ def run(plan: Plan, bench: Bench, stages: set[str]) -> None:
     pairs: dict[str, list[Pair]] = {}
     if stages & {"train", "share"}:
         for name, size in plan.sizes.items():
-            pairs[name] = read_examples(size["vocab_size"], plan.ranks[name], plan.batches * plan.examples[name])
+            pairs[name] = read_examples(
+                size["vocab_size"], plan.ranks[name], plan.batches * plan.examples[name]
+            )
             batches = make_batches("theirs", pairs[name], plan.batches)
             places = sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in batches)
             tokens = count_tokens(pairs[name])
@@ -515,16 +631,25 @@ def run(plan: Plan, bench: Bench, stages: set[str]) -> None:
     for dtype, (name, size) in itertools.product(SHORT, plan.sizes.items()):
         label = f"{name} {SHORT[dtype]}"
         if "train" in stages:
-            grouped = label.split() == [next(iter(plan.sizes)), "bf16"]  # once is enough, it is for information
+            grouped = label.split() == [
+                next(iter(plan.sizes)),
+                "bf16",
+            ]  # once is enough, it is for information
             sides = ("ours", "theirs", "theirs-grouped") if grouped else ("ours", "theirs")
-            ratios = bench.compare(train, label, size, dtype, pairs[name], plan.batches, sides=sides)
+            ratios = bench.compare(
+                train, label, size, dtype, pairs[name], plan.batches, sides=sides
+            )
             bench.target(f"train-throughput {label}", ratios["tokens/s"], 2.0, True)
             bench.target(f"train-memory {label}", ratios["peak GB"], 0.5, False)
         if "decode" in stages:
             turns = 2 * bench.rounds
-            ratios = bench.compare(decode, label, size, dtype, plan.sources, plan.new_tokens, rounds=turns, stay=True)
+            ratios = bench.compare(
+                decode, label, size, dtype, plan.sources, plan.new_tokens, rounds=turns, stay=True
+            )
             for source, wanted in zip(plan.sources, (1.3, 1.6), strict=True):
-                bench.target(f"decode-{source} {label}", ratios[f"decode tokens/s @{source}"], wanted, True)
+                bench.target(
+                    f"decode-{source} {label}", ratios[f"decode tokens/s @{source}"], wanted, True
+                )
     if "loss" in stages:
         for dtype, short in SHORT.items():
             ratios = bench.compare(loss, short, plan.loss_shape, dtype)
@@ -538,17 +663,29 @@ def run(plan: Plan, bench: Bench, stages: set[str]) -> None:
     if "growth" in stages:
         bench.compare(growth, "us a token", size, "bfloat16", plan.documents, plan.steps)
     if "packed" in stages:
-        times = bench.compare(packed, "us a token", size, "bfloat16", plan.documents, plan.steps, sides=("ours",))
-        bench.target("packed-slowest/fastest", max(times.values()) / min(times.values()), 1.15, False)
+        times = bench.compare(
+            packed, "us a token", size, "bfloat16", plan.documents, plan.steps, sides=("ours",)
+        )
+        bench.target(
+            "packed-slowest/fastest", max(times.values()) / min(times.values()), 1.15, False
+        )
 
 
 def check_same_size(plan: Plan) -> None:
-    """Stop if the models differ by more than 1 % in parameters, the vision tower that text never passes left out."""
+    """Stop if the models differ by more than 1 % in parameters, the vision tower that text never
+    passes left out.
+    """
     for label, size in plan.sizes.items():
         counts = []
         for side in ("ours", "theirs"):
             named = make_model(side, size, "float32", "meta").named_parameters()
-            counts.append(sum(p.numel() for name, p in named if "vision" not in name and "multi_modal" not in name))
+            counts.append(
+                sum(
+                    p.numel()
+                    for name, p in named
+                    if "vision" not in name and "multi_modal" not in name
+                )
+            )
         print(f"{label}: {counts[0]:,} parameters, theirs {counts[1]:,}")
         assert abs(counts[1] / counts[0] - 1) < 0.01, f"{label}: not the same size"
 
@@ -558,7 +695,9 @@ def curves(bench: Bench) -> dict[str, dict[int, float]]:
     return {
         "T5Gemma 2, one document a row": bench.median("growth", "theirs"),
         "ours, one document a row": bench.median("growth", "ours"),
-        f"ours, rows of {min(bench.median('packed', 'ours'))}-token documents": bench.median("packed", "ours"),
+        f"ours, rows of {min(bench.median('packed', 'ours'))}-token documents": bench.median(
+            "packed", "ours"
+        ),
     }
 
 
@@ -597,7 +736,7 @@ def environment() -> dict[str, Any]:
     """What a figure needs beside it: commit, versions, hardware."""
     import torch
 
-    from qwen3_encdec.files import package_versions
+    from qwen3_encdec.folders import package_versions
 
     described = subprocess.run(
         ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
@@ -621,21 +760,34 @@ def slug(name: str) -> str:
 
 def main() -> None:
     """Measure everything asked for, write it down, and compare with the targets."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     names = ["train", "decode", "loss", "share", "growth", "packed"]
     parser.add_argument("--quick", action="store_true", help="toy size; the figures mean nothing")
     parser.add_argument("--rounds", type=int, help="how often each side has its turn")
-    parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help="some stages; nothing is written")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results", help="folder for the results")
+    parser.add_argument(
+        "--only", nargs="+", choices=names, metavar="STAGE", help="some stages; nothing is written"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path(__file__).parent / "results",
+        help="folder for the results",
+    )
     args = parser.parse_args()
     plan, suffix = (QUICK, "-quick") if args.quick else (FULL, "")
-    bench, described, began = Bench(args.rounds or plan.rounds, in_own_process), environment(), time.time()
+    bench, described, began = (
+        Bench(args.rounds or plan.rounds, in_own_process),
+        environment(),
+        time.time(),
+    )
     print(json.dumps(described))
     run(plan, bench, set(args.only or names))
     minutes = round((time.time() - began) / 60, 1)
     print(f"{minutes} minutes")
     if not args.only:
-        from qwen3_encdec.files import write_json
+        from qwen3_encdec.folders import write_json
 
         lines, path = curves(bench), args.output / f"model-{slug(described['cpu'])}{suffix}.json"
         print_plot(lines)
@@ -647,7 +799,9 @@ def main() -> None:
         print(f"\nwrote {path}")
     for target in bench.targets:
         verdict = "met" if target["met"] else "missed"
-        print(f"target {target['name']}: {target['figure']:.2f}x (wanted {target['wanted']}x) {verdict}")
+        print(
+            f"target {target['name']}: {target['figure']:.2f}x (wanted {target['wanted']}x) {verdict}"
+        )
 
 
 if __name__ == "__main__":

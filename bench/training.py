@@ -24,7 +24,12 @@ from qwen3_encdec.training.config import load_config
 def model_folder(folder: Path, hidden: int, layers: int) -> Path:
     """A random model with a small tokenizer of its own."""
     tokenizer = build_tokenizer(num_ranks=8000)
-    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers, "head_dim": 32}
+    sizes = {
+        "hidden_size": hidden,
+        "intermediate_size": 3 * hidden,
+        "num_hidden_layers": layers,
+        "head_dim": 32,
+    }
     config = Qwen3EncoderDecoderConfig(
         vocab_size=len(tokenizer), num_attention_heads=8, num_key_value_heads=4, pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id, **sizes,
@@ -63,9 +68,13 @@ def no_op(self: Any, labels: torch.Tensor, **options: Any) -> Any:
 
 def main() -> None:
     """Measure, print, judge."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--steps", type=int, default=60, help="of each run with the real model")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each way to write checkpoints")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="runs of each way to write checkpoints"
+    )
     args = parser.parse_args()
     steps = args.steps
     with tempfile.TemporaryDirectory() as name:
@@ -87,7 +96,9 @@ def main() -> None:
             "asynchronous": {"save_every": every},
             "synchronous": {"save_every": every, "async_checkpoints": False},
         }
-        for number in range(args.rounds):  # in turn, so that a machine that grows slower slows all of them
+        for number in range(
+            args.rounds
+        ):  # in turn, so that a machine that grows slower slows all of them
             for mode, changes in modes.items():
                 taken = step_seconds(model, folder / f"{mode}-{number}", steps, **changes)
                 seconds.setdefault(mode, []).append(statistics.fmean(taken[5:-1]))
@@ -95,7 +106,9 @@ def main() -> None:
             shown = ", ".join(f"{1000 * mean:.1f}" for mean in means)
             print(f"checkpoints {mode}: {shown} ms a step in each round, one each {every} steps")
         cost = statistics.median(seconds["asynchronous"]) / statistics.median(seconds["none"]) - 1
-        print(f"target loop-overhead: {overhead:.2f} ms (wanted < 3 ms) {'met' if overhead < 3 else 'missed'}")
+        print(
+            f"target loop-overhead: {overhead:.2f} ms (wanted < 3 ms) {'met' if overhead < 3 else 'missed'}"
+        )
         print(
             f"target async-checkpoint-cost: {cost:.1%} of step time (wanted < 5 %) {'met' if cost < 0.05 else 'missed'}"
         )

@@ -1,4 +1,6 @@
-"""A link of a page to a file of the repository, which the site does not hold, becomes the file's path as text."""
+"""A link of a page to a file of the repository, which the site does not hold, becomes the file's
+path as text.
+"""
 
 import re
 from typing import Any

@@ -1,4 +1,5 @@
-"""An attention backend of one's own, spelled out in four lines of mathematics, beside the default one.
+"""An attention backend of one's own, spelled out in four lines of mathematics, beside the default
+one.
 
     python examples/own_backend.py
 
@@ -18,7 +19,9 @@ def spelled_out(module, query, key, value, mask, scaling, dropout=0.0, is_causal
     key, value = (states.repeat_interleave(groups, dim=1) for states in (key, value))
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, L)
     if mask is None and is_causal:
-        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(scores.shape[-1] - scores.shape[-2])
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(
+            scores.shape[-1] - scores.shape[-2]
+        )
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return (scores.softmax(-1) @ value).transpose(1, 2), None

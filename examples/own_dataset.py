@@ -1,4 +1,5 @@
-"""A corpus of one's own beside another one, three tokens to one, as the rows that training would see.
+"""A corpus of one's own beside another one, three tokens to one, as the rows that training would
+see.
 
 python examples/own_dataset.py
 """
@@ -18,9 +19,17 @@ def main() -> None:
     """Write two small corpora and print the first row of their mixture."""
     with tempfile.TemporaryDirectory() as folder:
         recipes, letters = Path(folder, "recipes.jsonl"), Path(folder, "letters.txt")
-        steps = ("Wash and cut the leeks.", "Boil the potatoes in salted water.", "Let the dough rest for an hour.")
-        recipes.write_text("".join(json.dumps({"body": f"Step {i}. {steps[i % 3]}"}) + "\n" for i in range(400)))
-        letters.write_text("".join(f"Dear reader {i}, this is a whole document on one line.\n" for i in range(400)))
+        steps = (
+            "Wash and cut the leeks.",
+            "Boil the potatoes in salted water.",
+            "Let the dough rest for an hour.",
+        )
+        recipes.write_text(
+            "".join(json.dumps({"body": f"Step {i}. {steps[i % 3]}"}) + "\n" for i in range(400))
+        )
+        letters.write_text(
+            "".join(f"Dear reader {i}, this is a whole document on one line.\n" for i in range(400))
+        )
         config = DataConfig(
             mixture=[
                 {"inputs": [str(recipes)], "text_column": "body", "weight": 3},
@@ -36,7 +45,9 @@ def main() -> None:
         print(f"{sum(map(len, rows)):,} examples in {len(rows)} rows; the first row holds")
         for example in rows[0]:
             print(render(example, tokenizer, config.denoisers))
-        print(f"and {len(heldout_examples(config, tokenizer, 8))} examples of texts that training never sees")
+        print(
+            f"and {len(heldout_examples(config, tokenizer, 8))} examples of texts that training never sees"
+        )
 
 
 if __name__ == "__main__":

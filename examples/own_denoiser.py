@@ -22,7 +22,9 @@ def main() -> None:
     """Print one example of each denoiser."""
     tokenizer, rng = build_tokenizer(num_ranks=8192), np.random.default_rng(0)
     kinds = {"sentinel_ids": tokenizer.sentinel_token_ids, "eos_id": tokenizer.eos_token_id}
-    tokens = np.array(tokenizer(TEXT, split_special_tokens=True, add_special_tokens=False)["input_ids"])
+    tokens = np.array(
+        tokenizer(TEXT, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    )
     preset = resolve_preset(PRESET)
     for index, denoiser in enumerate(preset):
         example = Example(*corrupt(tokens, denoiser, rng, **kinds), index)

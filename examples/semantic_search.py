@@ -1,9 +1,11 @@
 """Semantic search over the documentation of the installed Python packages, with a faiss index.
 
     pip install faiss-cpu
-    python examples/semantic_search.py --model runs/demo/encoder-contrastive "read a file line by line"
+    python examples/semantic_search.py --model runs/demo/encoder-contrastive "read a file line by
+    line"
 
-The first run embeds every docstring of the held-out packages and writes the index; later ones only read it.
+The first run embeds every docstring of the held-out packages and writes the index; later ones only
+read it.
 """
 
 import argparse
@@ -12,30 +14,44 @@ from pathlib import Path
 import faiss
 
 from qwen3_encdec.data.package_docs import Docstring, package_docs
-from qwen3_encdec.embedding import TextEncoder
+from qwen3_encdec.embedding.encoder import TextEncoder
 
 
 def build_index(encoder: TextEncoder, documents: list[Docstring]) -> faiss.Index:
-    """Cosines, since embeddings have length 1; at a million documents, faiss.index_factory has faster ones."""
+    """Cosines, since embeddings have length 1;
+
+    at a million documents, faiss.index_factory has faster ones.
+    """
     prompt = "document" if "document" in encoder.prompts else None
-    embeddings = encoder.encode([document.text for document in documents], prompt_name=prompt, progress=True)
+    embeddings = encoder.encode(
+        [document.text for document in documents], prompt_name=prompt, progress=True
+    )
     index = faiss.IndexFlatIP(embeddings.shape[1])
     index.add(embeddings)
     return index
 
 
 def search(
-    encoder: TextEncoder, index: faiss.Index, documents: list[Docstring], query: str, number: int = 5
+    encoder: TextEncoder,
+    index: faiss.Index,
+    documents: list[Docstring],
+    query: str,
+    number: int = 5,
 ) -> list[tuple[float, Docstring]]:
     """The nearest documents to a query, nearest first, with their cosines."""
     prompt = "query" if "query" in encoder.prompts else None
     cosines, places = index.search(encoder.encode([query], prompt_name=prompt), number)
-    return [(float(cosine), documents[place]) for cosine, place in zip(cosines[0], places[0], strict=True)]
+    return [
+        (float(cosine), documents[place])
+        for cosine, place in zip(cosines[0], places[0], strict=True)
+    ]
 
 
 def main() -> None:
     """Index once, then answer the queries."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("queries", nargs="+")
     parser.add_argument("--model", type=Path, required=True, help="encoder folder")
     parser.add_argument("--index", type=Path, help="file of the index [MODEL/documentation.faiss]")

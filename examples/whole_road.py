@@ -1,4 +1,5 @@
-"""From a causal Qwen3 to embeddings in Python: every arrow of the road is one function. A minute, at toy size.
+"""From a causal Qwen3 to embeddings in Python: every arrow of the road is one function. A minute,
+at toy size.
 
     python examples/whole_road.py [FOLDER]
 
@@ -11,15 +12,17 @@ from pathlib import Path
 
 from sentence_transformers import SentenceTransformer
 
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.demo.parent import parent_tokenizer, train_causal_parent
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.initialization import initialize
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.loop import run_training
 
 TEXTS = [
-    f"Return the {word} of {n} numbers. The list must not be empty." for n in range(200) for word in ("sum", "mean")
+    f"Return the {word} of {n} numbers. The list must not be empty."
+    for n in range(200)
+    for word in ("sum", "mean")
 ]
 
 
@@ -31,14 +34,27 @@ def main(folder: Path) -> None:
         batch_size=2, block_size=64,
     )  # fmt: skip
     print(initialize(folder / "qwen3", folder / "init"))
-    data = DataConfig(inputs=[str(folder / "corpus.txt")], source_length=64, target_length=32, heldout_every=10)
-    settings = {"max_steps": 5, "batch_size": 2, "save_every": 0, "eval_every": 0, "warmup_steps": 1, "trackers": []}
+    data = DataConfig(
+        inputs=[str(folder / "corpus.txt")], source_length=64, target_length=32, heldout_every=10
+    )
+    settings = {
+        "max_steps": 5,
+        "batch_size": 2,
+        "save_every": 0,
+        "eval_every": 0,
+        "warmup_steps": 1,
+        "trackers": [],
+    }
     checkpoint = run_training(
-        TrainingConfig(model=str(folder / "init"), output_dir=str(folder / "run"), data=data, **settings)
+        TrainingConfig(
+            model=str(folder / "init"), output_dir=str(folder / "run"), data=data, **settings
+        )
     )
     print(extract_encoder(checkpoint, folder / "encoder"))
     model = SentenceTransformer(str(folder / "encoder"))
-    embeddings = model.encode(["Return the sum of 3 numbers.", "Return the mean of 3 numbers.", "An unrelated line."])
+    embeddings = model.encode(
+        ["Return the sum of 3 numbers.", "Return the mean of 3 numbers.", "An unrelated line."]
+    )
     print(model.similarity(embeddings, embeddings))
 
 

@@ -1,4 +1,7 @@
-"""Encoder-decoder -> the same, trained on UL2; several processes through `accelerate launch`. See `--help`."""
+"""Encoder-decoder -> the same, trained on UL2;
+
+several processes through `accelerate launch`. See `--help`.
+"""
 
 from qwen3_encdec.cli import run, train
 

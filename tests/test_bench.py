@@ -25,7 +25,9 @@ def gpu_report(model_bench):
 
 
 def run(script: str, *arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, BENCH / script, *arguments], capture_output=True, text=True)
+    return subprocess.run(
+        [sys.executable, BENCH / script, *arguments], capture_output=True, text=True
+    )
 
 
 def targets(output: str) -> dict[str, str]:
@@ -50,7 +52,9 @@ def test_model_bench_runs_whole_at_toy_size(tmp_path):
     stages = {entry["stage"] for entry in results["measurements"]}
     assert stages == {"train", "decode", "loss", "share", "growth", "packed"}
     for entry in results["measurements"]:
-        if not entry["figure"].startswith("outside"):  # a difference of two timings, of nothing much at this size
+        if not entry["figure"].startswith(
+            "outside"
+        ):  # a difference of two timings, of nothing much at this size
             assert all(value > 0 for values in entry["values"].values() for value in values), entry
     assert targets(done.stdout) == {
         target["name"]: "met" if target["met"] else "missed" for target in results["targets"]
@@ -68,7 +72,10 @@ def test_model_bench_runs_whole_at_toy_size(tmp_path):
 @pytest.mark.parametrize("side", ["ours", "theirs", "theirs-grouped"])
 def test_both_sides_train_on_the_same_tokens(model_bench, side):
     rng = np.random.default_rng(0)
-    pairs = [(rng.integers(3, 99, rng.integers(2, 40)), rng.integers(3, 99, rng.integers(2, 20))) for _ in range(12)]
+    pairs = [
+        (rng.integers(3, 99, rng.integers(2, 40)), rng.integers(3, 99, rng.integers(2, 20)))
+        for _ in range(12)
+    ]
 
     def tokens(pairs):
         batches = model_bench.make_batches(side, pairs, 3, (64, 32))
@@ -97,7 +104,9 @@ def test_theirs_is_one_pair_a_row_and_grouping_pads_less(model_bench):
 @pytest.mark.parametrize("size", ["small", "wide"])
 def test_both_models_have_the_same_text_dimensions(model_bench, size):
     def shapes(side):
-        named = model_bench.make_model(side, model_bench.FULL.sizes[size], "bfloat16", "meta").named_parameters()
+        named = model_bench.make_model(
+            side, model_bench.FULL.sizes[size], "bfloat16", "meta"
+        ).named_parameters()
         return sorted(
             tuple(parameter.shape)
             for name, parameter in named
@@ -147,7 +156,11 @@ def test_ratios_are_of_medians(model_bench, capsys):
 
     bench = model_bench.Bench(3, lambda stage, side: stage(side))
     assert bench.compare(stage, "tiny") == {"seconds": 2 / 4}
-    assert bench.measurements[0]["ours / theirs"] == {"min": 1 / 4, "of medians": 2 / 4, "max": 9 / 2}
+    assert bench.measurements[0]["ours / theirs"] == {
+        "min": 1 / 4,
+        "of medians": 2 / 4,
+        "max": 9 / 2,
+    }
     assert "0.25 | 0.50 | 4.50" in capsys.readouterr().out
 
 
@@ -165,8 +178,20 @@ def test_gpu_report_runs_whole_at_toy_size(tmp_path):
     parts = json.loads(written.read_text())["parts"]
     assert not {name: part for name, part in parts.items() if "failed" in part}
     absent = {name.split()[-1] for name, part in parts.items() if "absent" in part}
-    assert absent <= {"flash_attention_2", "flash_attention_3", "flex_attention", "FA3", "FA4", "liger", "cce"}
-    for name in ("train autocast compiled chunked", "train fsdp2 eager chunked", "decode, growing cache"):
+    assert absent <= {
+        "flash_attention_2",
+        "flash_attention_3",
+        "flex_attention",
+        "FA3",
+        "FA4",
+        "liger",
+        "cce",
+    }
+    for name in (
+        "train autocast compiled chunked",
+        "train fsdp2 eager chunked",
+        "decode, growing cache",
+    ):
         assert all(value >= 0 for value in parts[name].values())
 
 
@@ -182,7 +207,15 @@ def test_a_part_that_fails_is_one_line_and_meets_no_target(gpu_report, capsys):
     assert report.part("three", lambda: {"seconds": 1.0}) == {"seconds": 1.0}
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].split()[1:] == ["failed", "RuntimeError:", "CUDA", "error:", "out", "of", "luck"]
+    assert lines[0].split()[1:] == [
+        "failed",
+        "RuntimeError:",
+        "CUDA",
+        "error:",
+        "out",
+        "of",
+        "luck",
+    ]
     assert math.isnan(gpu_report.largest(failed))
     assert gpu_report.largest(absent) == 0
     assert gpu_report.largest({"loss": 3.0, "gradient": 1.0}, {"loss": 2.0, "gradient": 0.25}) == 4

@@ -15,18 +15,21 @@ from accelerate import ParallelismConfig
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.ul2 import check_capacity
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.modeling_qwen3_encoder import Segments
-from qwen3_encdec.training import budget
+from qwen3_encdec.training import plan as budget
 from qwen3_encdec.training.config import TrainingConfig, load_config
-from qwen3_encdec.training.layers import prepare_layers
+from qwen3_encdec.training.distributed import prepare_layers
 from qwen3_encdec.training.optimization import build_optimizer
 from tests.conftest import tiny_config
 
 ROOT = Path(__file__).parents[1]
 ONE = budget.Machines()
 RECIPES = {
-    "nano-cpu": ("1xA100", {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8000}),
+    "nano-cpu": (
+        "1xA100",
+        {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "vocab_size": 8000},
+    ),
     "0.6b-1gpu": ("1xH100", {}),
     "0.6b-8gpu-fineweb": ("8xH100", {}),
     "1.7b-64gpu": ("8x8xH100", {"hidden_size": 2048, "intermediate_size": 6144}),
@@ -34,7 +37,12 @@ RECIPES = {
 
 
 def small(**changes) -> TrainingConfig:
-    settings = {"mixed_precision": "no", "data.source_length": 64, "data.target_length": 40, "batch_size": 3}
+    settings = {
+        "mixed_precision": "no",
+        "data.source_length": 64,
+        "data.target_length": 40,
+        "batch_size": 3,
+    }
     return load_config(None, [f"{key}={value}" for key, value in {**settings, **changes}.items()])
 
 
@@ -45,9 +53,13 @@ def test_activations_are_those_that_a_forward_pass_keeps(how):
     model = Qwen3ForSeq2SeqLM(model_config).train()
     prepare_layers(model, config)
     batch = budget.full_rows(model_config, config, config.batch_size)
-    source, target = (Segments.from_mask(batch[name]) for name in ("attention_mask", "decoder_attention_mask"))
+    source, target = (
+        Segments.from_mask(batch[name]) for name in ("attention_mask", "decoder_attention_mask")
+    )
     with budget._Living([*model.parameters(), *model.buffers()]) as living:
-        *states, _ = model.model.look_up(source.gather(batch["input_ids"]), target.gather(batch["labels"]))
+        *states, _ = model.model.look_up(
+            source.gather(batch["input_ids"]), target.gather(batch["labels"])
+        )
         kept = model.model.forward_ragged(states[0], source, states[1], target)
         held = living.count()
     parts, _ = budget.memory(
@@ -58,7 +70,9 @@ def test_activations_are_those_that_a_forward_pass_keeps(how):
     rest = (64 + 40) * 3 * 4 * (4 * 40 + 2 * 14 + 8)
     assert held - rest <= parts["activations"] * 1.05
     assert parts["activations"] <= held * 1.05
-    swapped = small(gradient_checkpointing=how, **{"data.source_length": 40, "data.target_length": 64})
+    swapped = small(
+        gradient_checkpointing=how, **{"data.source_length": 40, "data.target_length": 64}
+    )
     other, _ = budget.memory(
         model_config, budget.count_parameters(model_config), swapped, ONE,
         budget.saved_by_layers(model_config, swapped, ONE),
@@ -102,11 +116,15 @@ def test_bytes_sent():
     config = TrainingConfig(mixed_precision="bf16")
     send = budget.communication
     assert send(sizes, config, ONE) == 0
-    assert send(sizes, config, budget.Machines(2, 1)) == 4 * 1500  # DDP: each half of fp32 gradients, twice
+    assert (
+        send(sizes, config, budget.Machines(2, 1)) == 4 * 1500
+    )  # DDP: each half of fp32 gradients, twice
     gathered, reduced = 2 * (2 * 1200 + 300), 4 * 1500
     assert send(sizes, config, budget.Machines(4, 4)) == 0.75 * (gathered + reduced)
     thrice = dataclasses.replace(config, gradient_accumulation_steps=3)
-    assert send(sizes, thrice, budget.Machines(4, 4)) == 3 * send(sizes, config, budget.Machines(4, 4))
+    assert send(sizes, thrice, budget.Machines(4, 4)) == 3 * send(
+        sizes, config, budget.Machines(4, 4)
+    )
     hybrid = send(sizes, config, budget.Machines(8, 4)) - send(sizes, config, budget.Machines(4, 4))
     assert hybrid == 4 * 1500 / 4  # half of the shard's gradients, twice
 
@@ -116,7 +134,9 @@ def accelerator(processes: int = 1, sharded: bool = False, replicas: int = 0) ->
         num_processes=processes,
         device=torch.device("cpu"),
         is_fsdp2=sharded,
-        parallelism_config=ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=2) if replicas else None,
+        parallelism_config=ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=2)
+        if replicas
+        else None,
         backward=torch.Tensor.backward,
     )
 
@@ -131,7 +151,9 @@ def test_machines():
     hybrid = budget.machines(accelerator(6, sharded=True, replicas=3))
     assert (hybrid.processes, hybrid.shards) == (6, 2)
     for wrong in ("8xB3", "H100", "0xH100", "8x", "axH100"):
-        with pytest.raises(InputError, match=r"is not COUNTxNAME such as 8xH100; known: H100, H200, A100"):
+        with pytest.raises(
+            InputError, match=r"is not COUNTxNAME such as 8xH100; known: H100, H200, A100"
+        ):
             budget.machines(accelerator(), wrong)
     with pytest.raises(InputError, match="mfu 40"):
         budget.machines(accelerator(), mfu=40)
@@ -139,14 +161,19 @@ def test_machines():
         budget.machines(accelerator(), memory_gib=0)
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "configs/recipes").glob("*.yaml")))
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs/recipes").glob("*.yaml"))
+)
 def test_recipes_load_and_fit(name):
     config = load_config(ROOT / f"configs/recipes/{name}.yaml")
     devices, changes = RECIPES[name]
     ids = {"pad_token_id": 0, "eos_token_id": 1} if "vocab_size" in changes else {}
     model_config = Qwen3EncoderDecoderConfig(**changes, **ids)
     check_capacity(
-        config.data.denoisers, config.data.source_length, config.data.target_length, model_config.num_sentinel_tokens
+        config.data.denoisers,
+        config.data.source_length,
+        config.data.target_length,
+        model_config.num_sentinel_tokens,
     )
     lines: list[str] = []
     budget.dry_run(model_config, config, budget.machines(accelerator(), devices), lines.append)
@@ -164,16 +191,24 @@ def test_a_plan_that_cannot_fit_is_refused():
     config = load_config(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml", ["batch_size=256"])
     machines = budget.machines(accelerator(), "8xH100")
     lines: list[str] = []
-    with pytest.raises(InputError, match=r"batch_size=256 needs \d+\.\d GiB a process and there are 74\.5; ") as error:
+    with pytest.raises(
+        InputError, match=r"batch_size=256 needs \d+\.\d GiB a process and there are 74\.5; "
+    ) as error:
         budget.dry_run(model_config, config, machines, lines.append)
     assert len(lines) > 8  # what it would cost is said first
     fits = int(str(error.value).split("batch_size=")[2].split()[0])
     assert 16 <= fits < 256
-    budget.dry_run(model_config, dataclasses.replace(config, batch_size=fits), machines, lines.append)
+    budget.dry_run(
+        model_config, dataclasses.replace(config, batch_size=fits), machines, lines.append
+    )
     with pytest.raises(InputError, match=f"batch_size={fits} would fit"):
-        budget.dry_run(model_config, dataclasses.replace(config, batch_size=fits + 1), machines, lines.append)
+        budget.dry_run(
+            model_config, dataclasses.replace(config, batch_size=fits + 1), machines, lines.append
+        )
     with pytest.raises(InputError, match="no batch_size fits: shard over more processes"):
-        budget.dry_run(model_config, config, dataclasses.replace(machines, memory=5e9), lines.append)
+        budget.dry_run(
+            model_config, config, dataclasses.replace(machines, memory=5e9), lines.append
+        )
 
 
 class Hungry(torch.nn.Module):
@@ -212,22 +247,35 @@ def test_rows_that_fit_by_the_estimate():
     model_config, config = tiny_config(), small()
     machines = dataclasses.replace(ONE, memory=10e6)
     rows = budget.rows_that_fit(model_config, config, machines)
-    sizes, saved = budget.count_parameters(model_config), budget.saved_by_layers(model_config, config, machines)
+    sizes, saved = (
+        budget.count_parameters(model_config),
+        budget.saved_by_layers(model_config, config, machines),
+    )
 
     def peak(number: int) -> float:
-        _, moments = budget.memory(model_config, sizes, dataclasses.replace(config, batch_size=number), machines, saved)
+        _, moments = budget.memory(
+            model_config, sizes, dataclasses.replace(config, batch_size=number), machines, saved
+        )
         return max(moments.values())
 
     assert peak(rows) <= 10e6 < peak(rows + 1)
     assert budget.rows_that_fit(model_config, config, dataclasses.replace(ONE, memory=1e3)) == 0
-    assert budget.rows_that_fit(model_config, config, dataclasses.replace(ONE, memory=math.inf)) == 4096
+    assert (
+        budget.rows_that_fit(model_config, config, dataclasses.replace(ONE, memory=math.inf))
+        == 4096
+    )
 
 
 @functools.cache
 def counted(model: str, sharded: bool) -> tuple:
     model_config = Qwen3EncoderDecoderConfig(**RECIPES["1.7b-64gpu"][1] if model == "1.7B" else {})
     how = "gradient_checkpointing=selective" if model == "1.7B" else "gradient_checkpointing=false"
-    lengths = ["data.source_length=1024", "data.target_length=512", "batch_size=8", "mixed_precision=bf16"]
+    lengths = [
+        "data.source_length=1024",
+        "data.target_length=512",
+        "batch_size=8",
+        "mixed_precision=bf16",
+    ]
     config = load_config(None, [how, *lengths])
     sizes = budget.count_parameters(model_config)
     saved = budget.saved_by_layers(model_config, config, budget.Machines(2, 2 if sharded else 1))
@@ -272,14 +320,29 @@ def train(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_a_folder_with_nothing_but_its_configuration_can_be_planned(tmp_path):
     Qwen3EncoderDecoderConfig().save_pretrained(tmp_path / "model")
-    recipe = ["--config", str(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml"), f"model={tmp_path / 'model'}"]
-    done = train(*recipe, f"output_dir={tmp_path / 'run'}", "--dry-run", "--devices", "8xH100", "--mfu", "0.5")
+    recipe = [
+        "--config",
+        str(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml"),
+        f"model={tmp_path / 'model'}",
+    ]
+    done = train(
+        *recipe,
+        f"output_dir={tmp_path / 'run'}",
+        "--dry-run",
+        "--devices",
+        "8xH100",
+        "--mfu",
+        "0.5",
+    )
     assert done.returncode == 0, done.stderr
     assert "parameters        1,036,619,776" in done.stdout
     assert re.search(r"^time +\d+\.\d hours, .* at 50% of the peak$", done.stdout, re.MULTILINE)
     refused = train(*recipe, "--dry-run", "--devices", "8xH100", "--memory-gib", "20")
     assert refused.returncode == 2
-    assert re.fullmatch(r"error: batch_size=16 needs .* and there are 20\.0; batch_size=\d would fit\n", refused.stderr)
+    assert re.fullmatch(
+        r"error: batch_size=16 needs .* and there are 20\.0; batch_size=\d would fit\n",
+        refused.stderr,
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -287,7 +350,9 @@ def test_the_train_command_finds_a_batch_size(init_folder, tmp_path, monkeypatch
     from qwen3_encdec.training.loop import run_training
 
     monkeypatch.setattr(budget, "rows_that_fit", lambda *_: 5)
-    config = small(model=init_folder, output_dir=tmp_path / "run", mixed_precision="auto", trackers="[]")
+    config = small(
+        model=init_folder, output_dir=tmp_path / "run", mixed_precision="auto", trackers="[]"
+    )
     assert run_training(config, find_batch_size=True) == tmp_path / "run"
     assert "batch_size=5 fits" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

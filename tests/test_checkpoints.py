@@ -10,8 +10,8 @@ from safetensors import safe_open
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec.files import InputError
-from qwen3_encdec.training import checkpoints
+from qwen3_encdec.folders import InputError
+from qwen3_encdec.training import checkpoint as checkpoints
 from qwen3_encdec.training.loop import run_training
 from tests.test_training import read_metrics, small_run, write_corpus
 
@@ -54,10 +54,14 @@ def same_run(one: Path, other: Path) -> bool:
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_resumed_run_is_the_straight_run(init_folder, corpus, tmp_path, workers, monkeypatch, capsys):
+def test_resumed_run_is_the_straight_run(
+    init_folder, corpus, tmp_path, workers, monkeypatch, capsys
+):
     config = small_run(init_folder, corpus, output_dir=tmp_path / "run", num_workers=workers)
     run_training(config)
-    saved = shutil.copytree(interrupted(tmp_path / "run", tmp_path / "cut"), tmp_path / "wrong", symlinks=True)
+    saved = shutil.copytree(
+        interrupted(tmp_path / "run", tmp_path / "cut"), tmp_path / "wrong", symlinks=True
+    )
     run_training(small_run(init_folder, corpus, output_dir=tmp_path / "cut", num_workers=workers))
     assert "step-000002" in capsys.readouterr().out
     assert same_run(tmp_path / "run", tmp_path / "cut")
@@ -76,7 +80,10 @@ def test_optimizer_state_matters(init_folder, corpus, straight, tmp_path, monkey
 
 def test_a_finished_run_is_left_as_it_is(init_folder, corpus, straight, tmp_path):
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    assert run_training(small_run(init_folder, corpus, output_dir=copy)) == copy / "checkpoints/step-000004"
+    assert (
+        run_training(small_run(init_folder, corpus, output_dir=copy))
+        == copy / "checkpoints/step-000004"
+    )
     assert same_run(straight, copy)
 
 
@@ -84,16 +91,30 @@ def test_checkpoint_is_an_ordinary_model_folder(init_folder, straight):
     folder = straight / "checkpoints/latest"
     model = Qwen3ForSeq2SeqLM.from_pretrained(folder)
     assert model.dtype == torch.float32
-    assert model.model.encoder.embed_tokens is model.model.decoder.embed_tokens is model.model.shared
-    assert json.loads((folder / "config.json").read_text())["architectures"] == ["Qwen3ForSeq2SeqLM"]
+    assert (
+        model.model.encoder.embed_tokens is model.model.decoder.embed_tokens is model.model.shared
+    )
+    assert json.loads((folder / "config.json").read_text())["architectures"] == [
+        "Qwen3ForSeq2SeqLM"
+    ]
     tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
     assert len(tokenizer) == model.config.vocab_size
     with safe_open(folder / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == {name for name, _ in model.named_parameters()}  # the tied matrix once
+        assert set(file.keys()) == {
+            name for name, _ in model.named_parameters()
+        }  # the tied matrix once
     before = Qwen3ForSeq2SeqLM.from_pretrained(init_folder)
     assert not torch.equal(before.model.shared.weight, model.model.shared.weight)
     files = [path for path in straight.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".py", ".txt"}
+    assert {path.suffix for path in files} <= {
+        ".json",
+        ".jsonl",
+        ".yaml",
+        ".safetensors",
+        ".jinja",
+        ".py",
+        ".txt",
+    }
     assert {path.stem.split("_")[0] for path in files if path.suffix == ".py"} <= {
         "configuration", "modeling", "tokenization",  # the model's own code, for where this package is not installed
     }  # fmt: skip
@@ -110,7 +131,9 @@ def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys
 
     for step in ("000002", "000004"):
         (copy / f"checkpoints/step-{step}/state/optimizer-{ONE}.safetensors").unlink()
-    with pytest.raises(InputError, match=r"optimizer-.*\.safetensors is missing.*no older checkpoint"):
+    with pytest.raises(
+        InputError, match=r"optimizer-.*\.safetensors is missing.*no older checkpoint"
+    ):
         run_training(small_run(init_folder, corpus, output_dir=copy))
 
 
@@ -131,7 +154,16 @@ def test_resume_refuses_what_would_change_the_data(init_folder, corpus, straight
 
 
 def test_old_checkpoints_are_deleted(init_folder, corpus, tmp_path):
-    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", save_every=1, keep_last=2, eval_every=0))
+    run_training(
+        small_run(
+            init_folder,
+            corpus,
+            output_dir=tmp_path / "run",
+            save_every=1,
+            keep_last=2,
+            eval_every=0,
+        )
+    )
     found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
     assert found == ["latest", "step-000003", "step-000004"]
     assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-000004"
@@ -142,6 +174,8 @@ def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monke
         raise OSError("No space left on device")
 
     monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(InputError, match="No space left.*training stopped, the last checkpoint is none"):
+    with pytest.raises(
+        InputError, match="No space left.*training stopped, the last checkpoint is none"
+    ):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
     assert list((tmp_path / "run/checkpoints").iterdir()) == []

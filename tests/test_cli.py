@@ -1,4 +1,7 @@
-"""The command line as its users meet it: results, and one sentence with exit code 2 for what they can mend."""
+"""The command line as its users meet it:
+
+results, and one sentence with exit code 2 for what they can mend.
+"""
 
 import json
 import shutil
@@ -20,7 +23,10 @@ COMMANDS = (
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run `qwen3-encdec ...` in this process; returns (exit code, standard output, standard error)."""
+    """Run `qwen3-encdec ...` in this process;
+
+    returns (exit code, standard output, standard error).
+    """
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["qwen3-encdec", *map(str, arguments)])
@@ -34,7 +40,10 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(command, tmp_path):
-    """Run a command that must be refused: exit code 2, one sentence, no traceback, nothing new in `tmp_path`."""
+    """Run a command that must be refused:
+
+    exit code 2, one sentence, no traceback, nothing new in `tmp_path`.
+    """
 
     def call(*arguments) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -51,7 +60,9 @@ def refused(command, tmp_path):
 
 def training_yaml(tmp_path, init_folder, **changes) -> Path:
     path = tmp_path / "training.yaml"
-    path.write_text(yaml.safe_dump({"model": str(init_folder), "output_dir": str(tmp_path / "run"), **changes}))
+    path.write_text(
+        yaml.safe_dump({"model": str(init_folder), "output_dir": str(tmp_path / "run"), **changes})
+    )
     return path
 
 
@@ -66,21 +77,37 @@ def test_help_is_readable(command, name):
 def test_scripts_are_thin_and_answer_help(script):
     path = ROOT / "scripts" / script
     assert len(path.read_text().splitlines()) < 20
-    done = subprocess.run([sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = subprocess.run(
+        [sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT
+    )
     assert done.returncode == 0, done.stderr
     assert "Usage" in done.stdout
 
 
 def test_tokenizer_then_prepare_data(command, tmp_path):
     folder = tmp_path / "tokenizer"
-    code, out, _ = command("tokenizer", "--output", folder, "--num-ranks", 512, "--num-sentinel-tokens", 100)
+    code, out, _ = command(
+        "tokenizer", "--output", folder, "--num-ranks", 512, "--num-sentinel-tokens", 100
+    )
     assert code == 0
     assert "740 tokens, sentinels 640 ... 739" in out
     corpus = tmp_path / "corpus.jsonl"
-    lines = [json.dumps({"text": f"Document {i} tells of {'many ' * (i % 50)}things."}) for i in range(200)]
+    lines = [
+        json.dumps({"text": f"Document {i} tells of {'many ' * (i % 50)}things."})
+        for i in range(200)
+    ]
     corpus.write_text("\n".join(lines))
     code, out, _ = command(
-        "prepare-data", "--tokenizer", folder, "--input", corpus, "--analyze-only", "--show", 1, "--num-examples", 100
+        "prepare-data",
+        "--tokenizer",
+        folder,
+        "--input",
+        corpus,
+        "--analyze-only",
+        "--show",
+        1,
+        "--num-examples",
+        100,
     )
     assert code == 0
     for expected in ("R1", "X2", "S", "tokens/s", "packing efficiency", "<extra_id_0>", "things"):
@@ -89,23 +116,35 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
     own.write_text(
         "- {name: far apart, mean_span: 2, corruption: 0.1}\n- {name: tail, mean_span: null, corruption: 0.5}"
     )
-    code, out, _ = command("prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own, "--show", 1)
+    code, out, _ = command(
+        "prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own, "--show", 1
+    )
     assert code == 0
     assert "far apart" in out
     assert "R1" not in out
-    for text, expected in (("R1", "is not a list"), ("- {name: [", "own.yaml"), ("- {name: a, span: 3}", "span")):
+    for text, expected in (
+        ("R1", "is not a list"),
+        ("- {name: [", "own.yaml"),
+        ("- {name: a, span: 3}", "span"),
+    ):
         own.write_text(text)
-        code, _, error = command("prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own)
+        code, _, error = command(
+            "prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own
+        )
         assert code == 2
         assert expected in error
         assert "Traceback" not in error
 
 
 def test_initialize_then_extract(command, parent_folder, tmp_path):
-    code, out, _ = command("initialize", "--qwen3-model", parent_folder, "--output-dir", tmp_path / "init")
+    code, out, _ = command(
+        "initialize", "--qwen3-model", parent_folder, "--output-dir", tmp_path / "init"
+    )
     assert code == 0
     assert "verified on the saved folder" in out
-    code, out, _ = command("extract", "--checkpoint", tmp_path / "init", "--output-dir", tmp_path / "encoder")
+    code, out, _ = command(
+        "extract", "--checkpoint", tmp_path / "init", "--output-dir", tmp_path / "encoder"
+    )
     assert code == 0
     assert "read causally it would differ" in out
     assert (tmp_path / "encoder" / "modules.json").exists()
@@ -121,8 +160,12 @@ def test_unknown_yaml_key(refused, init_folder, tmp_path):
 def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_folder, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert "scripts/initialize_from_qwen3.py" in refused("train", f"model={nowhere}")
-    assert "scripts/train.py" in refused("extract", "--checkpoint", nowhere, "--output-dir", tmp_path / "x")
-    assert "does not exist" in refused("initialize", "--qwen3-model", nowhere, "--output-dir", tmp_path / "x")
+    assert "scripts/train.py" in refused(
+        "extract", "--checkpoint", nowhere, "--output-dir", tmp_path / "x"
+    )
+    assert "does not exist" in refused(
+        "initialize", "--qwen3-model", nowhere, "--output-dir", tmp_path / "x"
+    )
     assert "does not exist" in refused("evaluate", "--model", nowhere, "--output", tmp_path / "x")
     assert "does not exist" in refused("demo", "--qwen3-model", nowhere, "--output", tmp_path / "x")
     assert "qwen3-encdec tokenizer --output" in refused("prepare-data", "--tokenizer", nowhere)
@@ -147,7 +190,9 @@ def test_truncated_safetensors(refused, parent_folder, init_folder, tmp_path):
         weights = folder / "model.safetensors"
         weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
         assert "model.safetensors is truncated" in refused(*arguments, folder)
-    path = training_yaml(tmp_path, tmp_path / "extract", data={"source_length": 64, "target_length": 64})
+    path = training_yaml(
+        tmp_path, tmp_path / "extract", data={"source_length": 64, "target_length": 64}
+    )
     assert "model.safetensors is truncated" in refused("train", "--config", path)
 
 
@@ -176,11 +221,17 @@ def test_empty_corpus_and_broken_line(refused, init_folder, tmp_path):
         path = training_yaml(tmp_path, init_folder, data={"inputs": [str(corpus)], **lengths})
         assert expected in refused("train", "--config", path)
         prepare = ("--source-length", 64, "--target-length", 64, "--analyze-only")
-        assert expected in refused("prepare-data", "--tokenizer", init_folder, "--input", corpus, *prepare)
+        assert expected in refused(
+            "prepare-data", "--tokenizer", init_folder, "--input", corpus, *prepare
+        )
 
 
-def test_output_folder_that_is_not_ours(monkeypatch, refused, command, parent_folder, init_folder, tmp_path):
-    monkeypatch.setattr("qwen3_encdec.demo.road.train_causal_parent", None)  # refused before any work begins
+def test_output_folder_that_is_not_ours(
+    monkeypatch, refused, command, parent_folder, init_folder, tmp_path
+):
+    monkeypatch.setattr(
+        "qwen3_encdec.demo.road.train_causal_parent", None
+    )  # refused before any work begins
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter1.txt").write_text("years of work")

@@ -1,4 +1,6 @@
-"""Several runs on one page, looked at by a real browser, and a card that says nothing which is not recorded."""
+"""Several runs on one page, looked at by a real browser, and a card that says nothing which is not
+recorded.
+"""
 
 import json
 import re
@@ -10,11 +12,16 @@ import pytest
 import yaml
 
 from qwen3_encdec.evaluation import comparison
-from qwen3_encdec.files import PROVENANCE_FILE, InputError
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError
 from tests.test_report import CURVES, HOSTILE, METRICS, SIMILARITY, TASKS, Page
 
 CHROMIUM = next(
-    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+    (
+        path
+        for name in ("chromium", "chromium-browser", "google-chrome")
+        if (path := shutil.which(name))
+    ),
+    None,
 )
 MEASURE = """<script>
 const wide = (selector) => [...document.querySelectorAll(selector)].map(e => e.getBoundingClientRect().width);
@@ -42,16 +49,29 @@ def runs(tmp_path):
     """Two training runs, and an evaluation of the encoder that came out of the first."""
     totals = {"source_tokens": 700, "target_tokens": 300, "examples": 20}
     slower = [{**line, "loss": 7.0, **totals} if "loss" in line else line for line in CURVES]
-    encoder = write_run(tmp_path / "encoder", "encoder", source=str(tmp_path / "a" / "ul2"), pooling="mean")
+    encoder = write_run(
+        tmp_path / "encoder", "encoder", source=str(tmp_path / "a" / "ul2"), pooling="mean"
+    )
     (encoder / "modules.json").write_text("[]")
-    (encoder / "config.json").write_text('{"model_type": "qwen3", "hidden_size": 96, "is_causal": false}')
+    (encoder / "config.json").write_text(
+        '{"model_type": "qwen3", "hidden_size": 96, "is_causal": false}'
+    )
     write_run(tmp_path / "init", "encoder-decoder", source="Qwen/Qwen3-0.6B")
-    evaluated = METRICS | {"tasks": TASKS, "provenance": {"model": str(encoder), "commit": "abc1234"}}
+    evaluated = METRICS | {
+        "tasks": TASKS,
+        "provenance": {"model": str(encoder), "commit": "abc1234"},
+    }
     settings = {"model": str(tmp_path / "init"), "lr": 0.125}
     return [
         write_run(tmp_path / "a" / "ul2", "training run", curves=slower, config=settings),
         write_run(tmp_path / "b" / "ul2", "training run", curves=CURVES, config={"lr": 0.5}),
-        write_run(tmp_path / "evaluation", "evaluation", metrics=evaluated, space=SIMILARITY, model=str(encoder)),
+        write_run(
+            tmp_path / "evaluation",
+            "evaluation",
+            metrics=evaluated,
+            space=SIMILARITY,
+            model=str(encoder),
+        ),
     ]
 
 
@@ -86,7 +106,11 @@ def test_an_embedder_that_scores_alike_is_one_column_and_else_two(tmp_path):
         write_run(tmp_path / name, "evaluation", metrics={"tasks": tasks, "tasks_not_run": {}})
     runs = [comparison._read(tmp_path / name, name) for name in ("first", "second")]
     merged, _ = comparison._merged_tasks(runs)
-    assert set(merged["wordnet-lemma"]["scores"]) == {"TF-IDF", f"{HOSTILE} (first)", f"{HOSTILE} (second)"}
+    assert set(merged["wordnet-lemma"]["scores"]) == {
+        "TF-IDF",
+        f"{HOSTILE} (first)",
+        f"{HOSTILE} (second)",
+    }
     other["wordnet-lemma"]["size"] = 50
     (tmp_path / "second" / "metrics.json").write_text(json.dumps({"tasks": other}))
     merged, _ = comparison._merged_tasks([runs[0], comparison._read(tmp_path / "second", "second")])
@@ -106,7 +130,9 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(runs, tmp_pat
     def look(text):
         file = tmp_path / "page.html"
         inner = escape(text.replace("</body>", MEASURE + "</body>"))
-        file.write_text(f'<title></title><iframe srcdoc="{inner}" width="{width}" height="900" style="border:0">')
+        file.write_text(
+            f'<title></title><iframe srcdoc="{inner}" width="{width}" height="900" style="border:0">'
+        )
         command = [
             CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
             f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom", file.as_uri(),
@@ -125,8 +151,11 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(runs, tmp_pat
     assert all(0.6 * min(width, 500) <= drawn <= width for drawn in seen["svg"])
     assert all(drawn <= width for drawn in seen["table"])
     assert min(seen["inked"]) > 5
-    # Control: a table outside its scrolling box would widen the page; a script that fails would be heard.
-    broken = page.replace('<div class="scroll">', "<div>").replace("</body>", "<script>nothing()</script></body>")
+    # Control: a table outside its scrolling box would widen the page; a script that fails would be
+    # heard.
+    broken = page.replace('<div class="scroll">', "<div>").replace(
+        "</body>", "<script>nothing()</script></body>"
+    )
     seen, complaints = look(broken)
     assert complaints
     assert width > 390 or seen["page"] > width
@@ -148,7 +177,9 @@ def test_the_card_says_what_is_recorded(runs, tmp_path):
         assert expected in card, expected
     assert "lr: ` 0.125 `" in card  # of the run that it came from
     made = card[card.index("## How it was made") : card.index("## Architecture")]
-    assert made.index("init") < made.index("training run") < made.index("pooling mean")  # oldest first
+    assert (
+        made.index("init") < made.index("training run") < made.index("pooling mean")
+    )  # oldest first
     assert "head_dim" not in card  # not recorded
     assert "Licence, intended use, limits\n\nnot recorded" in card
 

@@ -11,7 +11,11 @@ from tests.conftest import tiny_config
 
 def test_defaults_are_qwen3_0_6b_with_100_sentinels():
     config = Qwen3EncoderDecoderConfig()
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (1024, 3072, 28)
+    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
+        1024,
+        3072,
+        28,
+    )
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (16, 8, 128)
     assert (config.max_position_embeddings, config.rms_norm_eps) == (40_960, 1e-6)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
@@ -24,14 +28,18 @@ def test_defaults_are_qwen3_0_6b_with_100_sentinels():
 def test_shipped_default_config_is_the_default():
     shipped = Path(qwen3_encdec.__file__).parent / "configs" / "default_config.json"
     assert (
-        Qwen3EncoderDecoderConfig(**json.loads(shipped.read_text())).to_dict() == Qwen3EncoderDecoderConfig().to_dict()
+        Qwen3EncoderDecoderConfig(**json.loads(shipped.read_text())).to_dict()
+        == Qwen3EncoderDecoderConfig().to_dict()
     )
 
 
 def test_round_trip_through_a_folder(tmp_path):
     config = tiny_config(num_decoder_layers=2)
     config.save_pretrained(tmp_path)
-    for loaded in (Qwen3EncoderDecoderConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+    for loaded in (
+        Qwen3EncoderDecoderConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+    ):
         assert isinstance(loaded, Qwen3EncoderDecoderConfig)
         assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
 
@@ -44,9 +52,16 @@ def test_round_trip_through_a_folder(tmp_path):
     ],
 )  # fmt: skip
 def test_every_dense_qwen3_is_accepted(sizes):
-    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    names = (
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+    )
     source = Qwen3Config(
-        **dict(zip(names, sizes, strict=True)), rope_parameters={"rope_type": "default", "rope_theta": 5e5}
+        **dict(zip(names, sizes, strict=True)),
+        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
     )
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(source)
     assert tuple(getattr(config, name) for name in names) == sizes
@@ -56,7 +71,12 @@ def test_every_dense_qwen3_is_accepted(sizes):
 
 
 def test_scaled_rope_is_copied():
-    rope = {"rope_type": "yarn", "rope_theta": 1e6, "factor": 4.0, "original_max_position_embeddings": 32_768}
+    rope = {
+        "rope_type": "yarn",
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "original_max_position_embeddings": 32_768,
+    }
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(Qwen3Config(rope_parameters=rope))
     assert config.rope_parameters == rope
 
@@ -82,6 +102,8 @@ def test_wrong_fields_are_refused_by_name(field, message):
 def test_sources_that_are_no_dense_qwen3_are_refused():
     with pytest.raises(ValueError, match="'qwen3_encdec' is not a dense Qwen3"):
         Qwen3EncoderDecoderConfig.from_qwen3_config(tiny_config())
-    windowed = Qwen3Config(use_sliding_window=True, sliding_window=64, max_window_layers=1, num_hidden_layers=3)
+    windowed = Qwen3Config(
+        use_sliding_window=True, sliding_window=64, max_window_layers=1, num_hidden_layers=3
+    )
     with pytest.raises(ValueError, match="sliding-window"):
         Qwen3EncoderDecoderConfig.from_qwen3_config(windowed)

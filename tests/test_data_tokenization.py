@@ -1,4 +1,6 @@
-"""Encoding a corpus: the same ids as the tokenizer's from whatever library does it, and none for control tokens."""
+"""Encoding a corpus: the same ids as the tokenizer's from whatever library does it, and none for
+control tokens.
+"""
 
 import json
 import pickle
@@ -48,7 +50,10 @@ def random_texts(count: int) -> list[str]:
         "0123 -.",
         "👩\u200d👧🏳️",
     ]
-    return ["".join(rng.choices("".join(rng.sample(alphabets, 2)), k=rng.randrange(80))) for _ in range(count)]
+    return [
+        "".join(rng.choices("".join(rng.sample(alphabets, 2)), k=rng.randrange(80)))
+        for _ in range(count)
+    ]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -109,7 +114,9 @@ def test_the_same_vocabulary_that_merges_in_another_order(monkeypatch):
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-@pytest.mark.parametrize("text", ["a" * 10**6, " " * 10**6, "ab \n" * 250_000], ids=["letter", "spaces", "lines"])
+@pytest.mark.parametrize(
+    "text", ["a" * 10**6, " " * 10**6, "ab \n" * 250_000], ids=["letter", "spaces", "lines"]
+)
 def test_a_million_characters_without_a_break(tokenizer, library, text, monkeypatch):
     encode = encoder(tokenizer, library, monkeypatch)
     assert tokenizer.decode(encode(text)) == text

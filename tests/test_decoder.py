@@ -27,8 +27,17 @@ def source_states() -> torch.Tensor:
 
 
 def t5gemma2_attention(config, ours: Qwen3MergedAttention) -> T5Gemma2MergedAttention:
-    """transformers' merged attention with our weights. Gemma's norms multiply by 1 + weight, Qwen3's by weight."""
-    shared = ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim", "rms_norm_eps")
+    """transformers' merged attention with our weights.
+
+    Gemma's norms multiply by 1 + weight, Qwen3's by weight.
+    """
+    shared = (
+        "hidden_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "rms_norm_eps",
+    )
     theirs_config = T5Gemma2DecoderConfig(
         **{name: getattr(config, name) for name in shared},
         num_hidden_layers=1,
@@ -68,18 +77,24 @@ def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
         return torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
 
     results = []
-    for module, mask in ((ours, torch.cat([cross, own], -1)), (theirs, torch.cat([own, cross], -1))):
+    for module, mask in (
+        (ours, torch.cat([cross, own], -1)),
+        (theirs, torch.cat([own, cross], -1)),
+    ):
         states = torch.randn(3, T, 40, generator=torch.Generator().manual_seed(2)).requires_grad_()
         source = source_states().requires_grad_()
         mask = additive(mask)
         if module is ours and not masked and implementation == "sdpa":
             mask = None  # bottom-right causal is the whole truth
-        output = module(states, position, *((source, mask) if module is ours else (mask, source)))[0]
+        output = module(states, position, *((source, mask) if module is ours else (mask, source)))[
+            0
+        ]
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         results.append([output, states.grad, source.grad, *(p.grad for p in module.parameters())])
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
-    # the control: rotated encoder keys, the bug of the published ports, are not T5Gemma 2's attention
+    # the control: rotated encoder keys, the bug of the published ports, are not T5Gemma 2's
+    # attention
     rotated = Qwen3MergedAttention(config, 0).eval()
     rotated.load_state_dict(ours.state_dict())
     angles = torch.arange(S)[:, None] * torch.logspace(0, -2, 7).repeat(2)[None]
@@ -106,11 +121,15 @@ def test_parity_decoder_with_masked_source_is_qwen3(implementation):
     decoder = decoder_with(implementation)
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "pad_token_id")  # fmt: skip
-    config = Qwen3Config(**{name: getattr(decoder.config, name) for name in names}, tie_word_embeddings=True)
+    config = Qwen3Config(
+        **{name: getattr(decoder.config, name) for name in names}, tie_word_embeddings=True
+    )
     qwen3 = Qwen3ForCausalLM(config).eval()
     qwen3.model.load_state_dict(decoder.state_dict())
     nothing = torch.zeros(3, S, dtype=torch.long)
-    states = decoder(target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=nothing)
+    states = decoder(
+        target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=nothing
+    )
     logits = states.last_hidden_state @ decoder.embed_tokens.weight.T
     reference = qwen3(target_ids()).logits
     torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
@@ -125,13 +144,17 @@ def test_permuted_source_changes_nothing(implementation):
     source, mask = source_states(), torch.ones(3, S, dtype=torch.long)
     mask[0, 5:] = 0
     order = torch.randperm(S, generator=torch.Generator().manual_seed(3))
-    straight = decoder(target_ids(), encoder_hidden_states=source, encoder_attention_mask=mask).last_hidden_state
+    straight = decoder(
+        target_ids(), encoder_hidden_states=source, encoder_attention_mask=mask
+    ).last_hidden_state
     permuted = decoder(
         target_ids(), encoder_hidden_states=source[:, order], encoder_attention_mask=mask[:, order]
     ).last_hidden_state
     torch.testing.assert_close(permuted, straight, atol=1e-5, rtol=0)
     # the control: the states move and their mask does not
-    torn = decoder(target_ids(), encoder_hidden_states=source[:, order], encoder_attention_mask=mask).last_hidden_state
+    torn = decoder(
+        target_ids(), encoder_hidden_states=source[:, order], encoder_attention_mask=mask
+    ).last_hidden_state
     assert (torn - straight).abs().max() > 1e-3
 
 
@@ -162,7 +185,9 @@ def test_parity_every_backend_is_eager(implementation, padded):
     output = decoder_with(implementation)(**inputs, **masks).last_hidden_state
     torch.testing.assert_close(output * kept, reference * kept, atol=1e-5, rtol=0)
     # the control: top-left alignment, which scaled_dot_product_attention means by is_causal
-    blind = decoder_with("eager")(**inputs, encoder_attention_mask=torch.ones(3, S).tril()).last_hidden_state
+    blind = decoder_with("eager")(
+        **inputs, encoder_attention_mask=torch.ones(3, S).tril()
+    ).last_hidden_state
     assert (blind - reference).abs().max() > 1e-3
 
 
@@ -178,7 +203,10 @@ def test_attentions_split_one_softmax():
     mask = torch.ones(3, S, dtype=torch.long)
     mask[1, 2:] = 0
     output = decoder_with("eager")(
-        target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=mask, output_attentions=True
+        target_ids(),
+        encoder_hidden_states=source_states(),
+        encoder_attention_mask=mask,
+        output_attentions=True,
     )
     own, cross = output.attentions[1], output.cross_attentions[1]
     assert own.shape == (3, 4, T, T)

@@ -9,14 +9,21 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
+from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.demo import road
-from qwen3_encdec.demo.parent import causal_embedder, nano_config, parent_tokenizer, train_causal_parent
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import PROVENANCE_FILE, InputError
-from qwen3_encdec.finetuning import finetune
+from qwen3_encdec.demo.parent import (
+    causal_embedder,
+    nano_config,
+    parent_tokenizer,
+    train_causal_parent,
+)
+from qwen3_encdec.embedding.finetune import finetune
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError
 
 TEXTS = [
-    f"Return the {word} of {n} numbers.\n\nThe list must not be empty." for n in range(40) for word in ("sum", "mean")
+    f"Return the {word} of {n} numbers.\n\nThe list must not be empty."
+    for n in range(40)
+    for word in ("sum", "mean")
 ]
 PAIRS = [(f"Add {n} to x.", f"The result is x + {n}, as a number.") for n in range(40)]
 
@@ -37,8 +44,16 @@ def encoder(init_folder, tmp_path_factory):
 
 
 def _train(folder, **changes):
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "steps": 12, "batch_size": 2, "block_size": 32}
-    return train_causal_parent(folder, tokenizer=parent_tokenizer(512), texts=TEXTS, **{**sizes, **changes})
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "steps": 12,
+        "batch_size": 2,
+        "block_size": 32,
+    }
+    return train_causal_parent(
+        folder, tokenizer=parent_tokenizer(512), texts=TEXTS, **{**sizes, **changes}
+    )
 
 
 def _weights(folder):
@@ -77,13 +92,19 @@ def test_parent_depends_on_its_seed_alone(nano, tmp_path):
 
 def test_parent_refuses_a_corpus_of_less_than_a_block(tmp_path):
     with pytest.raises(InputError, match="less than one block of 32"):
-        train_causal_parent(tmp_path / "parent", tokenizer=parent_tokenizer(512), texts=["short"], block_size=32)
+        train_causal_parent(
+            tmp_path / "parent", tokenizer=parent_tokenizer(512), texts=["short"], block_size=32
+        )
     assert not (tmp_path / "parent").exists()
 
 
 def _small_files(folder):
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != PROVENANCE_FILE)
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.suffix != ".safetensors"}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in files
+        if file.suffix != ".safetensors"
+    }
 
 
 def test_finetune_changes_the_weights_and_no_other_file(encoder, tmp_path):
@@ -95,14 +116,18 @@ def test_finetune_changes_the_weights_and_no_other_file(encoder, tmp_path):
     assert all(before[name].dtype == after[name].dtype for name in before)
     assert not torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
     # sentence-transformers' own way of saving is what would have gone wrong
-    SentenceTransformer(str(encoder)).save_pretrained(str(tmp_path / "saved"), create_model_card=False)
+    SentenceTransformer(str(encoder)).save_pretrained(
+        str(tmp_path / "saved"), create_model_card=False
+    )
     assert _small_files(tmp_path / "saved") != _small_files(encoder)
 
 
 def test_finetune_depends_on_its_seed_alone(encoder, tmp_path):
     for name, seed in (("first", 0), ("again", 0), ("other", 1)):
         finetune(encoder, tmp_path / name, PAIRS, steps=2, batch_size=8, seed=seed)
-    first, again, other = (_weights(tmp_path / name)["norm.weight"] for name in ("first", "again", "other"))
+    first, again, other = (
+        _weights(tmp_path / name)["norm.weight"] for name in ("first", "again", "other")
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
 
@@ -118,7 +143,9 @@ def _sees_the_end(folder) -> bool:
     return not torch.allclose(first, changed)
 
 
-def test_finetune_keeps_the_encoder_bidirectional_and_the_control_causal(encoder, parent_folder, tmp_path):
+def test_finetune_keeps_the_encoder_bidirectional_and_the_control_causal(
+    encoder, parent_folder, tmp_path
+):
     causal_embedder(parent_folder, tmp_path / "control")
     for name, folder in (("encoder", encoder), ("control", tmp_path / "control")):
         finetune(folder, tmp_path / f"{name}-tuned", PAIRS, steps=2, batch_size=8)
@@ -141,7 +168,10 @@ def test_finetune_says_what_is_wrong(encoder, tmp_path, folder, pairs, sentence)
 
 @pytest.fixture
 def small_corpus(monkeypatch):
-    """A few held-out pairs: embedding thousands of bodies by the baselines is what takes the demo's minutes."""
+    """A few held-out pairs:
+
+    embedding thousands of bodies by the baselines is what takes the demo's minutes.
+    """
     from qwen3_encdec.evaluation import tasks
 
     some = tasks.summary_pairs("heldout")[:30]
@@ -162,8 +192,14 @@ def test_the_whole_road_twice(small_corpus, tmp_path, capsys):
         "UL2 encoder", "UL2 encoder + contrastive", "Causal parent + contrastive",
     }  # fmt: skip
     assert set(metrics["retrieval"]) == expected - set(metrics["not_run"])
-    assert all(math.isfinite(score) for scores in metrics["retrieval"].values() for score in scores.values())
-    assert {"parent", "initialize", "ul2", "extract", "contrastive", "evaluate"} <= set(metrics["seconds"])
+    assert all(
+        math.isfinite(score)
+        for scores in metrics["retrieval"].values()
+        for score in scores.values()
+    )
+    assert {"parent", "initialize", "ul2", "extract", "contrastive", "evaluate"} <= set(
+        metrics["seconds"]
+    )
     assert metrics["provenance"]["budget"]["ul2_steps"] == road.TOY.ul2_steps
     assert (output / "report.html").stat().st_size > 1000
     for numbers in ("denoising", "retrieval"):  # same seed, same numbers

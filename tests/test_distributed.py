@@ -1,4 +1,7 @@
-"""Two processes over gloo, launched as a user launches them: one sharded run, equal to a run on one process."""
+"""Two processes over gloo, launched as a user launches them:
+
+one sharded run, equal to a run on one process.
+"""
 
 import importlib.util
 import json
@@ -13,9 +16,9 @@ import torch
 from accelerate import PartialState
 from safetensors import safe_open
 
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.launch import make_accelerator
+from qwen3_encdec.training.distributed import make_accelerator
 from qwen3_encdec.training.loop import run_training
 from tests.test_training import plain_trace, read_metrics, small_run, write_corpus
 
@@ -27,11 +30,24 @@ DDP = ["--multi_gpu", "--num_processes", "2", "--mixed_precision", "no"]
 
 def launch(script: Path, *arguments: str, where: list[str] = FSDP2) -> str:
     """Run ``accelerate launch``; returns standard output, shows standard error if it fails."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", *where, "--main_process_port", "0", str(script)]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ACCELERATE", "FSDP"))}
+    command = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *where,
+        "--main_process_port",
+        "0",
+        str(script),
+    ]
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("ACCELERATE", "FSDP"))
+    }
     done = subprocess.run(
         [*command, *arguments],
-        env=environment | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
+        env=environment
+        | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])},
         capture_output=True,
         text=True,
         timeout=300,  # DeepSpeed's first launch on a machine compiles an operator, a minute or two
@@ -102,7 +118,9 @@ def test_two_processes_train_one_model(init_folder, corpus, tmp_path, where):
     assert len(trace) == 4
     torch.testing.assert_close(trace, list(plain_trace(config, 2)), rtol=1e-5, atol=1e-5)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(trace, list(plain_trace(config, 2, per_micro_batch=True)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            trace, list(plain_trace(config, 2, per_micro_batch=True)), rtol=1e-5, atol=1e-5
+        )
     if not sharded:
         return
 
@@ -121,7 +139,11 @@ def test_two_processes_train_one_model(init_folder, corpus, tmp_path, where):
     shutil.rmtree(cut / "checkpoints/step-000004")
     launch(script, *overrides(init_folder, corpus, output_dir=cut))
     assert read_metrics(cut, "loss", "grad_norm") == trace
-    names = [f"{name}-0000{rank}-of-00002.safetensors" for name in ("model", "state/optimizer") for rank in (1, 2)]
+    names = [
+        f"{name}-0000{rank}-of-00002.safetensors"
+        for name in ("model", "state/optimizer")
+        for rank in (1, 2)
+    ]
     for name in names:
         files = [run / "checkpoints/latest" / name for run in (run_dir, cut)]
         assert files[0].read_bytes() == files[1].read_bytes()
@@ -135,7 +157,7 @@ def test_unpatched_accelerate_starts_two_runs(tmp_path):
     script = tmp_path / "count.py"
     script.write_text(
         "import sys\nfrom accelerate import PartialState\n"
-        "from qwen3_encdec.training.launch import allow_distributed_cpu\n"
+        "from qwen3_encdec.training.distributed import allow_distributed_cpu\n"
         "def count(name):\n"
         "    state = PartialState()\n"
         "    sys.stdout.write(f'{name}: process {state.process_index} of {state.num_processes}\\n')\n"
@@ -155,7 +177,7 @@ def test_no_thread_of_gloos_holds_a_tensor_when_the_interpreter_ends(tmp_path):
     script.write_text(
         "import torch\n"
         "from qwen3_encdec.training.config import TrainingConfig\n"
-        "from qwen3_encdec.training.launch import make_accelerator, release\n"
+        "from qwen3_encdec.training.distributed import make_accelerator, release\n"
         "accelerator = make_accelerator(TrainingConfig(trackers=[], mixed_precision='no'), '')\n"
         "torch.kept = torch.distributed.distributed_c10d._get_default_group()  # as FSDP2's caches keep it\n"
         "for _ in range(20):\n"
@@ -188,13 +210,17 @@ def test_what_deepspeed_cannot_do_is_refused(monkeypatch, tmp_path, stage, chang
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
     with pytest.raises(InputError, match=sentence):
-        make_accelerator(TrainingConfig(**{"trackers": [], "mixed_precision": "no", **changes}), str(tmp_path))
+        make_accelerator(
+            TrainingConfig(**{"trackers": [], "mixed_precision": "no", **changes}), str(tmp_path)
+        )
 
 
 def test_deepspeed_that_is_not_installed_is_named(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"DeepSpeed is not installed: pip install qwen3-encdec\[deepspeed\]"):
+    with pytest.raises(
+        InputError, match=r"DeepSpeed is not installed: pip install qwen3-encdec\[deepspeed\]"
+    ):
         make_accelerator(TrainingConfig(trackers=[], mixed_precision="no"), str(tmp_path))
 
 
@@ -203,9 +229,13 @@ def test_deepspeed_that_is_not_installed_is_named(monkeypatch, tmp_path):
 def test_the_deepspeed_files_launch(init_folder, corpus, tmp_path, stage):
     script = ROOT / "scripts/train.py"
     where = ["--config_file", str(ROOT / f"configs/accelerate_deepspeed_zero{stage}.yaml")]
-    printed = launch(script, *overrides(init_folder, corpus, output_dir=tmp_path / "run"), where=where)
+    printed = launch(
+        script, *overrides(init_folder, corpus, output_dir=tmp_path / "run"), where=where
+    )
     assert f"world size 2, DeepSpeed ZeRO-{stage}, cpu/gloo, compute fp32" in printed
-    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=2)
+    config = small_run(
+        init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=2
+    )
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
     torch.testing.assert_close(trace, list(plain_trace(config, 2)), rtol=1e-5, atol=1e-5)
 
@@ -213,9 +243,13 @@ def test_the_deepspeed_files_launch(init_folder, corpus, tmp_path, stage):
 def test_hybrid_sharding_is_one_model(init_folder, corpus, tmp_path):
     """Two replicas of two shards each."""
     where = ["--config_file", str(ROOT / "configs/accelerate_hsdp.yaml")]
-    settings = overrides(init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=1)
+    settings = overrides(
+        init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=1
+    )
     printed = launch(ROOT / "scripts/train.py", *settings, where=where)
     assert "world size 4, FSDP2" in printed
-    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=1)
+    config = small_run(
+        init_folder, corpus, output_dir=tmp_path / "run", gradient_accumulation_steps=1
+    )
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
     torch.testing.assert_close(trace, list(plain_trace(config, 4)), rtol=1e-5, atol=1e-5)

@@ -1,4 +1,7 @@
-"""The pages say what is: their commands exist with their options, and their errors are in the code."""
+"""The pages say what is:
+
+their commands exist with their options, and their errors are in the code.
+"""
 
 import os
 import re
@@ -22,7 +25,9 @@ COMMANDS = typer.main.get_command(app).commands
 def unknown_words(text):
     """`COMMAND --option` of `qwen3-encdec` in code that the command line does not know."""
     unknown = []
-    code = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) + re.findall(r"`([^`\n]+)`", text)
+    code = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) + re.findall(
+        r"`([^`\n]+)`", text
+    )
     for line in "\n".join(code).replace("\\\n", " ").splitlines():
         if match := re.match(r"\s*qwen3-encdec +([a-z][\w-]*)(.*)", line):
             name, rest = match[1], match[2]
@@ -30,10 +35,16 @@ def unknown_words(text):
                 unknown.append(name)
                 continue
             known = {
-                option for parameter in COMMANDS[name].params for option in parameter.opts + parameter.secondary_opts
+                option
+                for parameter in COMMANDS[name].params
+                for option in parameter.opts + parameter.secondary_opts
             }
             words = shlex.split(rest, comments=True)
-            unknown += [f"{name} {word}" for word in words if word.startswith("--") and word.split("=")[0] not in known]
+            unknown += [
+                f"{name} {word}"
+                for word in words
+                if word.startswith("--") and word.split("=")[0] not in known
+            ]
     return unknown
 
 
@@ -52,7 +63,9 @@ def test_troubleshooting_quotes_the_errors_as_they_are():
     source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that are broken over lines
     quoted = re.findall(
-        r"^### `(.+)`$", (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"), re.MULTILINE
+        r"^### `(.+)`$",
+        (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"),
+        re.MULTILINE,
     )
     assert len(quoted) > 10
     for sentence in quoted:
@@ -72,7 +85,10 @@ def test_the_site_has_every_page_once():
 
 
 def included(text):
-    """Files whose text the site puts into a page; a formatter that takes the line for Python spoils it."""
+    """Files whose text the site puts into a page;
+
+    a formatter that takes the line for Python spoils it.
+    """
     assert "8 < --" not in text
     return re.findall(r'^--8<-- "(.+)"$', text, re.MULTILINE)
 
@@ -86,7 +102,11 @@ def test_examples_are_shown_on_the_pages():
 
 
 def test_the_shell_completes_commands():
-    words = {"COMP_WORDS": "qwen3-encdec ev", "COMP_CWORD": "1", "_QWEN3_ENCDEC_COMPLETE": "complete_bash"}
+    words = {
+        "COMP_WORDS": "qwen3-encdec ev",
+        "COMP_CWORD": "1",
+        "_QWEN3_ENCDEC_COMPLETE": "complete_bash",
+    }
     command = Path(sys.executable).with_name("qwen3-encdec")
     done = subprocess.run([command], env=os.environ | words, capture_output=True, text=True)
     assert done.stdout.split() == ["evaluate"]

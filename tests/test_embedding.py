@@ -1,4 +1,6 @@
-"""Our fast path embeds as sentence-transformers does, in any order, width, precision and number of processes."""
+"""Our fast path embeds as sentence-transformers does, in any order, width, precision and number of
+processes.
+"""
 
 import base64
 import gzip
@@ -21,12 +23,28 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.util.quantization import quantize_embeddings
 
 from qwen3_encdec import cli
-from qwen3_encdec.embedding import TextEncoder, embed_file, encoder_folder, read_texts, token_batches, write_embeddings
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import InputError, read_json, write_json
-from qwen3_encdec.server import answer_request, make_server
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.embedding.encoder import (
+    TextEncoder,
+    embed_file,
+    encoder_folder,
+    read_texts,
+    token_batches,
+    write_embeddings,
+)
+from qwen3_encdec.embedding.serve import answer_request, make_server
+from qwen3_encdec.folders import InputError, read_json, write_json
 
-TEXTS = ["", "One.", "A few more words to read.", "naïve <|im_end|> text", "word " * 700, "short", "x" * 90, "Two."]
+TEXTS = [
+    "",
+    "One.",
+    "A few more words to read.",
+    "naïve <|im_end|> text",
+    "word " * 700,
+    "short",
+    "x" * 90,
+    "Two.",
+]
 
 
 @pytest.fixture(scope="module", params=["mean", "last", "cls"])
@@ -53,14 +71,18 @@ def fp32(mean_encoder):
 
 def stock(folder, texts, **options):
     kwargs = {"dtype": torch.float32}
-    return SentenceTransformer(str(folder), device="cpu", model_kwargs=kwargs).encode(texts, **options)
+    return SentenceTransformer(str(folder), device="cpu", model_kwargs=kwargs).encode(
+        texts, **options
+    )
 
 
 def test_embeddings_are_those_of_sentence_transformers(encoder):
     ours = TextEncoder(encoder, dtype=torch.float32)
     assert np.allclose(ours.encode(TEXTS), stock(encoder, TEXTS), atol=2e-6)
     assert ours.num_cut == 1
-    causal = SentenceTransformer(str(encoder), device="cpu", config_kwargs={"is_causal": True}).encode(TEXTS)
+    causal = SentenceTransformer(
+        str(encoder), device="cpu", config_kwargs={"is_causal": True}
+    ).encode(TEXTS)
     assert not np.allclose(ours.encode(TEXTS), causal, atol=1e-2)
 
 
@@ -80,12 +102,16 @@ def test_batches_hold_every_text_once_within_the_budget():
 
 
 def test_processes_compute_the_same(fp32):
-    assert np.allclose(fp32.encode(TEXTS, processes=2, batch_tokens=50), fp32.encode(TEXTS), atol=2e-6)
+    assert np.allclose(
+        fp32.encode(TEXTS, processes=2, batch_tokens=50), fp32.encode(TEXTS), atol=2e-6
+    )
 
 
 def test_dimensions_are_cut_and_normalized_again(fp32, mean_encoder):
     cut = fp32.encode(TEXTS, dimensions=10)
-    assert np.allclose(cut, stock(mean_encoder, TEXTS, truncate_dim=10, normalize_embeddings=True), atol=2e-6)
+    assert np.allclose(
+        cut, stock(mean_encoder, TEXTS, truncate_dim=10, normalize_embeddings=True), atol=2e-6
+    )
     assert np.allclose(np.linalg.norm(cut, axis=1), 1, atol=1e-5)
     with pytest.raises(InputError, match="dimensions 41 must lie in 1 ... 40"):
         fp32.encode(TEXTS, dimensions=41)
@@ -98,7 +124,10 @@ def test_bfloat16_is_near(fp32, mean_encoder):
 
 
 def test_default_dtype_follows_the_processor(mean_encoder, monkeypatch):
-    for capabilities, expected in (({"amx_bf16": True}, torch.bfloat16), ({"avx2": True}, torch.float32)):
+    for capabilities, expected in (
+        ({"amx_bf16": True}, torch.bfloat16),
+        ({"avx2": True}, torch.float32),
+    ):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=capabilities: found)
         assert TextEncoder(mean_encoder, device="cpu").dtype == expected
 
@@ -124,7 +153,9 @@ def test_very_long_text_and_max_tokens(mean_encoder):
 def test_weights_of_mixed_dtypes_are_one(mean_encoder, tmp_path):
     folder = shutil.copytree(mean_encoder, tmp_path / "mixed")
     tensors = load_file(folder / "model.safetensors")
-    tensors = {name: tensor.bfloat16() if "mlp" in name else tensor for name, tensor in tensors.items()}
+    tensors = {
+        name: tensor.bfloat16() if "mlp" in name else tensor for name, tensor in tensors.items()
+    }
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     encoder = TextEncoder(folder, dtype=torch.float32)
     assert {parameter.dtype for parameter in encoder.model.parameters()} == {torch.float32}
@@ -133,8 +164,14 @@ def test_weights_of_mixed_dtypes_are_one(mean_encoder, tmp_path):
 
 def test_an_encoder_decoder_is_taken_apart_and_that_is_said(init_folder, mean_encoder, capsys):
     encoder = TextEncoder(init_folder, dtype=torch.float32, max_tokens=200)
-    assert "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
-    assert np.allclose(encoder.encode(TEXTS), TextEncoder(mean_encoder, dtype=torch.float32).encode(TEXTS), atol=1e-6)
+    assert (
+        "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
+    )
+    assert np.allclose(
+        encoder.encode(TEXTS),
+        TextEncoder(mean_encoder, dtype=torch.float32).encode(TEXTS),
+        atol=1e-6,
+    )
     with encoder_folder(init_folder) as folder:
         assert (folder / "modules.json").exists()
     assert not folder.exists()
@@ -148,7 +185,9 @@ def damaged(mean_encoder, tmp_path, file, **changes):
 
 def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
     for folder in (tmp_path / "nowhere", parent_folder):
-        with pytest.raises(InputError, match="is no encoder folder; make one with: qwen3-encdec extract"):
+        with pytest.raises(
+            InputError, match="is no encoder folder; make one with: qwen3-encdec extract"
+        ):
             TextEncoder(folder)
     folder = damaged(mean_encoder, tmp_path, "config.json", is_causal=True)
     with pytest.raises(InputError, match="is no encoder folder"):
@@ -158,7 +197,9 @@ def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
     with pytest.raises(InputError, match="pools in another way than mean, last, cls"):
         TextEncoder(folder)
     folder = damaged(mean_encoder, tmp_path / "b", "config.json", intermediate_size=64)
-    with pytest.raises(InputError, match=r"tensor layers.0.mlp.down_proj.weight is \(40, 56\), expected \(40, 64\)"):
+    with pytest.raises(
+        InputError, match=r"tensor layers.0.mlp.down_proj.weight is \(40, 56\), expected \(40, 64\)"
+    ):
         TextEncoder(folder).encode(TEXTS)
     weights = shutil.copytree(mean_encoder, tmp_path / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -190,9 +231,13 @@ def test_embed_from_stdin_to_npy(command, mean_encoder, tmp_path, fp32):
     assert [file.name for file in output.parent.iterdir()] == ["x.npy"]
 
 
-def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(command, mean_encoder, tmp_path, fp32):
+def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
+    command, mean_encoder, tmp_path, fp32
+):
     source = tmp_path / "texts.jsonl.gz"
-    source.write_bytes(gzip.compress("\n".join(json.dumps({"body": text}) for text in TEXTS).encode()))
+    source.write_bytes(
+        gzip.compress("\n".join(json.dumps({"body": text}) for text in TEXTS).encode())
+    )
     options = {"input": source, "output": tmp_path / "x.parquet", "text-column": "body", "prompt-name": "query",
                "dimensions": 8, "dtype": "float32"}  # fmt: skip
     arguments = [word for name, value in options.items() for word in (f"--{name}", value)]
@@ -209,14 +254,24 @@ def test_precisions(mean_encoder, tmp_path, fp32):
     embeddings = fp32.encode([text or " " for text in TEXTS])
 
     def embedded(name, **options):
-        embed_file(mean_encoder, str(tmp_path / "texts.txt"), tmp_path / name, dtype=torch.float32, **options)
+        embed_file(
+            mean_encoder,
+            str(tmp_path / "texts.txt"),
+            tmp_path / name,
+            dtype=torch.float32,
+            **options,
+        )
         return np.load(tmp_path / name)
 
-    assert np.array_equal(embedded("b.npy", precision="binary"), quantize_embeddings(embeddings, "binary"))
+    assert np.array_equal(
+        embedded("b.npy", precision="binary"), quantize_embeddings(embeddings, "binary")
+    )
     first = embedded("i.npy", precision="int8")
     ranges = np.load(tmp_path / "i.ranges.npy")
     assert np.array_equal(ranges, np.stack([embeddings.min(0), embeddings.max(0)]))
-    assert np.array_equal(embedded("again.npy", precision="int8", ranges=tmp_path / "i.ranges.npy"), first)
+    assert np.array_equal(
+        embedded("again.npy", precision="int8", ranges=tmp_path / "i.ranges.npy"), first
+    )
     assert not (tmp_path / "again.ranges.npy").exists()
     restored = (first + 128.0) * (ranges[1] - ranges[0]) / 255 + ranges[0]
     assert np.abs(restored - embeddings).max() <= ((ranges[1] - ranges[0]) / 255).max() + 1e-6
@@ -226,13 +281,21 @@ def test_precisions(mean_encoder, tmp_path, fp32):
     ("arguments", "sentence"),
     [
         (("--output", "x.csv"), "must be a file ending in .npy or .parquet"),
-        (("--output", "x.npy", "--precision", "int4"), "precision 'int4' is none of float32, int8, binary"),
+        (
+            ("--output", "x.npy", "--precision", "int4"),
+            "precision 'int4' is none of float32, int8, binary",
+        ),
         (("--output", "x.npy", "--input", "nowhere.txt"), "no such file"),
-        (("--output", "x.npy", "--ranges", "texts.txt", "--precision", "int8"), "texts.txt cannot be read"),
+        (
+            ("--output", "x.npy", "--ranges", "texts.txt", "--precision", "int8"),
+            "texts.txt cannot be read",
+        ),
         (("--output", "x.npy", "--model", "nowhere"), "is no encoder folder"),
     ],
 )
-def test_embed_refuses_and_writes_nothing(command, mean_encoder, tmp_path, monkeypatch, arguments, sentence):
+def test_embed_refuses_and_writes_nothing(
+    command, mean_encoder, tmp_path, monkeypatch, arguments, sentence
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     (tmp_path / "empty.txt").write_text("")
@@ -256,7 +319,9 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_similarity_prints_the_matrix(command, mean_encoder):
-    code, out, _ = command("similarity", "--model", mean_encoder, "One.", "One.", "Another thing\naltogether")
+    code, out, _ = command(
+        "similarity", "--model", mean_encoder, "One.", "One.", "Another thing\naltogether"
+    )
     assert code == 0
     rows = [line.split() for line in out.splitlines()]
     assert rows[0] == ["1", "2", "3"]
@@ -276,7 +341,9 @@ def server(fp32):
 
 def post(url, body):
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with urllib.request.urlopen(urllib.request.Request(url, data, {"Content-Type": "application/json"})) as answer:
+    with urllib.request.urlopen(
+        urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    ) as answer:
         return json.load(answer)
 
 
@@ -286,7 +353,9 @@ def test_server_answers_as_openai_does(server, fp32):
     assert np.allclose([row["embedding"] for row in answer["data"]], expected, atol=1e-6)
     assert [row["index"] for row in answer["data"]] == list(range(8))
     assert answer["usage"]["prompt_tokens"] == sum(map(len, fp32.tokenize(TEXTS)))
-    packed = post(f"{server}/v1/embeddings", {"input": "One.", "encoding_format": "base64", "dimensions": 8})
+    packed = post(
+        f"{server}/v1/embeddings", {"input": "One.", "encoding_format": "base64", "dimensions": 8}
+    )
     vector = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), dtype="<f4")
     assert np.allclose(vector, fp32.encode(["One."], dimensions=8)[0], atol=1e-6)
     with urllib.request.urlopen(f"{server}/v1/models") as models:
@@ -326,7 +395,15 @@ def test_server_paths_and_ports(server, fp32):
 
 def test_bench_runs_whole_at_toy_size(tmp_path):
     script = Path(__file__).parent.parent / "bench/embed.py"
-    command = [sys.executable, script, "--quick", "--forms", "", "--output", tmp_path / "figures.json"]
+    command = [
+        sys.executable,
+        script,
+        "--quick",
+        "--forms",
+        "",
+        "--output",
+        tmp_path / "figures.json",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     targets = [line for line in done.stdout.splitlines() if line.startswith("target ")]

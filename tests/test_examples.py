@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
+from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.data import package_docs
 from qwen3_encdec.data.package_docs import Docstring
-from qwen3_encdec.extraction import extract_encoder
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
@@ -33,13 +33,16 @@ def test_semantic_search(init_folder, capsys, monkeypatch, tmp_path):
     pytest.importorskip("faiss", reason="needs the extra search: make test-extras")
     extract_encoder(init_folder, tmp_path / "encoder")
     documents = [
-        Docstring("p", f"p.f{i}", f"Words {i} of document {i * i}, which is about {'x' * i}.") for i in range(9)
+        Docstring("p", f"p.f{i}", f"Words {i} of document {i * i}, which is about {'x' * i}.")
+        for i in range(9)
     ]
     monkeypatch.setattr(package_docs, "package_docs", lambda split: documents)
     example = EXAMPLES / "semantic_search.py"
 
     def answers(query):
-        monkeypatch.setattr("sys.argv", ["search", "--model", str(tmp_path / "encoder"), "--number", "2", query])
+        monkeypatch.setattr(
+            "sys.argv", ["search", "--model", str(tmp_path / "encoder"), "--number", "2", query]
+        )
         runpy.run_path(str(example), run_name="__main__")
         return [line.split()[1].rstrip(":") for line in capsys.readouterr().out.splitlines()[1:]]
 
@@ -53,5 +56,7 @@ def test_semantic_search(init_folder, capsys, monkeypatch, tmp_path):
 
 
 def test_every_example_is_run_somewhere():
-    tests = "".join(file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py"))
+    tests = "".join(
+        file.read_text(encoding="utf-8") for file in Path(__file__).parent.glob("test_*.py")
+    )
     assert [file.stem for file in EXAMPLES.glob("*.py") if f"{file.stem}" not in tests] == []

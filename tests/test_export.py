@@ -1,4 +1,7 @@
-"""An exported file is what its own runtime makes of it; without it a form is skipped: `make interop` has them all."""
+"""An exported file is what its own runtime makes of it;
+
+without it a form is skipped: `make interop` has them all.
+"""
 
 import importlib.util
 import json
@@ -14,11 +17,18 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
-from qwen3_encdec import cli, export
-from qwen3_encdec.embedding import TextEncoder
-from qwen3_encdec.export import FORMS, causal_embeddings, export_encoder, pool, sample_texts
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import InputError
+from qwen3_encdec import cli
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.embedding import export
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.embedding.export import (
+    FORMS,
+    causal_embeddings,
+    export_encoder,
+    pool,
+    sample_texts,
+)
+from qwen3_encdec.folders import InputError
 
 FILES = {
     "safetensors": "model.safetensors",
@@ -52,7 +62,8 @@ def runtime(form: str) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_a_form_embeds_as_our_encoder_does(encoder, texts, tmp_path, form):
     runtime(form)
-    # weights this wide put the bytes' error beyond the limit: what is tested is that nothing else is wrong
+    # weights this wide put the bytes' error beyond the limit: what is tested is that nothing else
+    # is wrong
     limit = 0.98 if FORMS[form].cosine < 0.9999 else FORMS[form].cosine
     report = export_encoder_with(limit, encoder, form, tmp_path / "out")
     assert report.cosine >= limit > report.causal
@@ -85,7 +96,9 @@ def test_the_folders_own_pooling_goes_with_it(init_folder, tmp_path, form, pooli
 
 
 def test_what_a_runtime_reads_wrongly_is_not_written(encoder, tmp_path, monkeypatch):
-    """The controls: a reader that is causal, one that is a little off, and texts that could not tell."""
+    """The controls: a reader that is causal, one that is a little off, and texts that could not
+    tell.
+    """
     right = FORMS["safetensors"]
 
     def causal(folder):
@@ -93,7 +106,9 @@ def test_what_a_runtime_reads_wrongly_is_not_written(encoder, tmp_path, monkeypa
 
     def noisy(folder):
         embed = right.read(folder)
-        return lambda texts: embed(texts) + 0.01 * np.random.default_rng(0).standard_normal((len(texts), 40))
+        return lambda texts: (
+            embed(texts) + 0.01 * np.random.default_rng(0).standard_normal((len(texts), 40))
+        )
 
     for reader in (causal, noisy):
         monkeypatch.setitem(FORMS, "safetensors", replace(right, read=reader))
@@ -101,7 +116,9 @@ def test_what_a_runtime_reads_wrongly_is_not_written(encoder, tmp_path, monkeypa
             export_encoder(encoder, "safetensors", tmp_path / "out")
     monkeypatch.setitem(FORMS, "safetensors", right)
     monkeypatch.setattr(export, "sample_texts", lambda *_: ["One."] * 3)
-    monkeypatch.setattr(export, "causal_embeddings", lambda folder, texts: right.read(folder)(texts))
+    monkeypatch.setattr(
+        export, "causal_embeddings", lambda folder, texts: right.read(folder)(texts)
+    )
     with pytest.raises(InputError, match="does not embed"):
         export_encoder(encoder, "safetensors", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
@@ -130,30 +147,41 @@ def test_pooling_by_hand():
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
     by_hand = {"mean": [[2, 3], [7, 8]], "lasttoken": [[4, 5], [8, 9]], "cls": [[0, 1], [6, 7]]}
     for pooling, expected in by_hand.items():
-        expected = torch.nn.functional.normalize(torch.tensor(expected, dtype=torch.float32), dim=-1)
+        expected = torch.nn.functional.normalize(
+            torch.tensor(expected, dtype=torch.float32), dim=-1
+        )
         torch.testing.assert_close(pool(states, mask, pooling), expected)
 
 
 def test_an_encoder_decoder_gives_its_encoder(init_folder, tmp_path, capsys):
     export_encoder(init_folder, "safetensors", tmp_path / "out")
-    assert "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
+    assert (
+        "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
+    )
     assert json.loads((tmp_path / "out" / "config.json").read_text())["is_causal"] is False
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_extra_that_is_named_installs_what_is_missing(form):
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
+        "project"
+    ]
     extra = {
-        re.split("[>=]", entry)[0].replace("-", "_") for entry in project["optional-dependencies"][FORMS[form].extra]
+        re.split("[>=]", entry)[0].replace("-", "_")
+        for entry in project["optional-dependencies"][FORMS[form].extra]
     }
     assert set(FORMS[form].packages) <= extra
 
 
 def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="form 'tflite' is not one of safetensors, onnx, onnx-int8, openvino, gguf"):
+    with pytest.raises(
+        InputError, match="form 'tflite' is not one of safetensors, onnx, onnx-int8, openvino, gguf"
+    ):
         export_encoder(encoder, "tflite", out)
-    with pytest.raises(InputError, match="is no encoder folder; make one with: qwen3-encdec extract"):
+    with pytest.raises(
+        InputError, match="is no encoder folder; make one with: qwen3-encdec extract"
+    ):
         export_encoder(parent_folder, "safetensors", out)
     with pytest.raises(InputError, match="is no encoder folder"):
         export_encoder(tmp_path / "nowhere", "safetensors", out)
@@ -166,14 +194,30 @@ def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsy
     with pytest.raises(InputError, match="theirs"):
         export_encoder(encoder, "safetensors", tmp_path / "theirs")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for form, package, extra in (("onnx", "onnx", "onnx"), ("openvino", "onnx", "openvino"), ("gguf", "gguf", "gguf")):
+    for form, package, extra in (
+        ("onnx", "onnx", "onnx"),
+        ("openvino", "onnx", "openvino"),
+        ("gguf", "gguf", "gguf"),
+    ):
         message = rf"{form} needs the package {package}: pip install 'qwen3-encdec\[{extra}\]'"
         with pytest.raises(InputError, match=message):
             export_encoder(encoder, form, out)
-    command = ["qwen3-encdec", "export", "--model", str(encoder), "--to", "gguf", "--output", str(out)]
+    command = [
+        "qwen3-encdec",
+        "export",
+        "--model",
+        str(encoder),
+        "--to",
+        "gguf",
+        "--output",
+        str(out),
+    ]
     monkeypatch.setattr("sys.argv", command)
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert capsys.readouterr().err == "error: gguf needs the package gguf: pip install 'qwen3-encdec[gguf]'\n"
+    assert (
+        capsys.readouterr().err
+        == "error: gguf needs the package gguf: pip install 'qwen3-encdec[gguf]'\n"
+    )
     assert not out.exists()

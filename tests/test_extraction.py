@@ -9,8 +9,8 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec.extraction import checkpoints_to_average, extract_encoder
-from qwen3_encdec.files import InputError
+from qwen3_encdec.conversion.extract import checkpoints_to_average, extract_encoder
+from qwen3_encdec.folders import InputError
 
 TEXTS = ["One.", "A sentence of a few more words, to be padded against.", "def f(x): return x"]
 
@@ -27,7 +27,9 @@ def run_of(init_folder, tmp_path, scales=(1.0, 2.0, 6.0)):
     checkpoints = tmp_path / "run" / "checkpoints"
     for step, scale in enumerate(scales, start=1):
         folder = shutil.copytree(init_folder, checkpoints / f"step-{step:06d}")
-        tensors = {name: tensor * scale for name, tensor in load_file(folder / "model.safetensors").items()}
+        tensors = {
+            name: tensor * scale for name, tensor in load_file(folder / "model.safetensors").items()
+        }
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (checkpoints / "step-000009.partial").mkdir()
     return tmp_path / "run"
@@ -43,25 +45,35 @@ def test_stock_transformers_reads_our_encoder(init_folder, encoder_folder, imple
     batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
     kept = batch["attention_mask"].bool()
     reference = ours(**batch).last_hidden_state[kept]
-    torch.testing.assert_close(stock(**batch).last_hidden_state[kept], reference, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        stock(**batch).last_hidden_state[kept], reference, atol=1e-5, rtol=1e-5
+    )
     # one text without a mask, where stock code is tempted to be causal
     one = tokenizer(TEXTS[1], return_tensors="pt")["input_ids"]
-    torch.testing.assert_close(stock(one).last_hidden_state, ours(one).last_hidden_state, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        stock(one).last_hidden_state, ours(one).last_hidden_state, atol=1e-5, rtol=1e-5
+    )
     # the control: the same weights read causally
-    causal = AutoModel.from_pretrained(encoder_folder, attn_implementation=implementation, is_causal=True).eval()
+    causal = AutoModel.from_pretrained(
+        encoder_folder, attn_implementation=implementation, is_causal=True
+    ).eval()
     assert (causal(**batch).last_hidden_state[kept] - reference).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
 def test_sentence_transformers_pools_our_states(init_folder, tmp_path, pooling):
     extract_encoder(init_folder, tmp_path / "out", pooling=pooling)
-    embeddings = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(TEXTS, convert_to_tensor=True)
+    embeddings = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(
+        TEXTS, convert_to_tensor=True
+    )
     ours = Qwen3ForSeq2SeqLM.from_pretrained(init_folder).eval().get_encoder()
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     for text, embedding in zip(TEXTS, embeddings, strict=True):
         states = ours(tokenizer(text, return_tensors="pt")["input_ids"]).last_hidden_state[0]
         expected = {"mean": states.mean(0), "last": states[-1], "cls": states[0]}[pooling]
-        torch.testing.assert_close(embedding, torch.nn.functional.normalize(expected, dim=0), atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            embedding, torch.nn.functional.normalize(expected, dim=0), atol=1e-5, rtol=0
+        )
 
 
 def test_configuration_speaks_to_every_reader(encoder_folder):
@@ -129,7 +141,9 @@ def test_averaging_the_last_checkpoints(init_folder, tmp_path):
 
 def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(InputError, match="nowhere does not exist; train one with: accelerate launch"):
+    with pytest.raises(
+        InputError, match="nowhere does not exist; train one with: accelerate launch"
+    ):
         extract_encoder(tmp_path / "nowhere", out)
     with pytest.raises(InputError, match="holds a 'qwen3' model, not an encoder-decoder"):
         extract_encoder(parent_folder, out)

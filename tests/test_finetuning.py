@@ -1,4 +1,6 @@
-"""Finetuning: every objective learns, what the config says is what the libraries are told, and errors are sentences."""
+"""Finetuning: every objective learns, what the config says is what the libraries are told, and
+errors are sentences.
+"""
 
 import json
 import math
@@ -15,12 +17,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from qwen3_encdec import finetuning
+from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.demo.parent import causal_embedder
-from qwen3_encdec.embedding import TextEncoder
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import PROVENANCE_FILE, InputError, read_json
-from qwen3_encdec.finetuning import FinetuneConfig, finetune, read_examples
+from qwen3_encdec.embedding import finetune as finetuning
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.embedding.finetune import FinetuneConfig, finetune, read_examples
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json
 from qwen3_encdec.training.config import config_to_dict, load_dataclass
 
 ROOT = Path(__file__).parent.parent
@@ -28,7 +30,12 @@ NOUNS = (
     "river", "window", "bread", "teacher", "market", "silver", "garden", "engine", "letter", "winter", "bridge",
     "doctor", "music", "paper", "summer", "stone", "kitchen", "island", "captain", "forest", "mirror", "pocket",
 )  # fmt: skip
-PAIRS = [(f"about the {a} and the {b}", f"Here {b} comes first, then {a}.") for a in NOUNS for b in NOUNS if a < b]
+PAIRS = [
+    (f"about the {a} and the {b}", f"Here {b} comes first, then {a}.")
+    for a in NOUNS
+    for b in NOUNS
+    if a < b
+]
 TRIPLETS = [(a, b, f"Nothing of it, only {i}.") for i, (a, b) in enumerate(PAIRS)]
 QUICK = {"steps": 2, "batch_size": 8, "max_length": 32}
 
@@ -45,13 +52,17 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 def differ(first, second) -> bool:
-    return any(not torch.equal(value, weights(second)[name]) for name, value in weights(first).items())
+    return any(
+        not torch.equal(value, weights(second)[name]) for name, value in weights(first).items()
+    )
 
 
 def hits(folder, dimensions: int | None = None) -> float:
     """Share of 60 queries whose own document is the nearest."""
     encoder = TextEncoder(folder, dtype=torch.float32)
-    queries, documents = (encoder.encode(side, dimensions=dimensions) for side in zip(*PAIRS[-60:], strict=True))
+    queries, documents = (
+        encoder.encode(side, dimensions=dimensions) for side in zip(*PAIRS[-60:], strict=True)
+    )
     return float(((queries @ documents.T).argmax(1) == np.arange(60)).mean())
 
 
@@ -80,7 +91,9 @@ def test_shipped_config_has_every_field_and_no_other():
     text = (ROOT / "configs/finetune.yaml").read_text()
     for name in config_to_dict(config):
         assert f"\n{name}: " in text, name
-    changed = load_dataclass(FinetuneConfig, ROOT / "configs/finetune.yaml", ["lr=1e-5", "directions=[query_to_doc]"])
+    changed = load_dataclass(
+        FinetuneConfig, ROOT / "configs/finetune.yaml", ["lr=1e-5", "directions=[query_to_doc]"]
+    )
     assert changed == replace(config, lr=1e-5, directions=["query_to_doc"])
     with pytest.raises(InputError, match=r"unknown key batchsize; did you mean batch_size\?"):
         load_dataclass(FinetuneConfig, None, ["batchsize=3"])
@@ -94,7 +107,12 @@ def test_matryoshka_training_raises_retrieval_at_full_and_small_width(encoder, t
     assert hits(tmp_path / "tuned", 10) > hits(encoder, 10) + 0.2
     # shuffled pairs are the control: the same budget on pairs that do not belong together
     queries, documents = zip(*PAIRS[:-60], strict=True)
-    finetune(encoder, tmp_path / "control", list(zip(queries, documents[7:] + documents[:7], strict=True)), **options)
+    finetune(
+        encoder,
+        tmp_path / "control",
+        list(zip(queries, documents[7:] + documents[:7], strict=True)),
+        **options,
+    )
     assert hits(tmp_path / "tuned") > hits(tmp_path / "control") + 0.2
 
 
@@ -107,7 +125,9 @@ def test_gradcache_is_the_plain_loss(encoder, tmp_path):
     assert not all(torch.allclose(plain[name], other[name], atol=2e-5) for name in plain)
 
 
-def test_gradient_checkpointing_computes_layers_twice_and_changes_nothing(encoder, tmp_path, recwarn, monkeypatch):
+def test_gradient_checkpointing_computes_layers_twice_and_changes_nothing(
+    encoder, tmp_path, recwarn, monkeypatch
+):
     calls = []
     forward = Qwen3MLP.forward
 
@@ -127,7 +147,9 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_nothing(encode
 
 def test_spread_out_regulariser_lowers_the_cosines_of_strangers(encoder, tmp_path):
     def mean_square_cosine(folder):
-        embeddings = TextEncoder(folder, dtype=torch.float32).encode([document for _, document in PAIRS[:40]])
+        embeddings = TextEncoder(folder, dtype=torch.float32).encode(
+            [document for _, document in PAIRS[:40]]
+        )
         return float(((embeddings @ embeddings.T) ** 2).mean())
 
     for name, weight in (("without", 0.0), ("with", 20.0)):
@@ -138,20 +160,38 @@ def test_spread_out_regulariser_lowers_the_cosines_of_strangers(encoder, tmp_pat
 
 @pytest.mark.parametrize("objective", ["embed_distill", "margin_mse", "distill_kl"])
 def test_distillation_approaches_its_teacher(encoder, tmp_path, objective):
-    """The teacher is the encoder after other training; the student begins where the teacher began."""
+    """The teacher is the encoder after other training;
+
+    the student begins where the teacher began.
+    """
     finetune(encoder, tmp_path / "teacher", PAIRS, steps=10, batch_size=32, lr=3e-3, max_length=32)
 
     def distance(folder):
         models = [SentenceTransformer(str(f), device="cpu") for f in (tmp_path / "teacher", folder)]
         columns = [list(column) for column in zip(*TRIPLETS[:60], strict=True)]
-        said = [[model.encode(column, convert_to_tensor=True) for column in columns] for model in models]
+        said = [
+            [model.encode(column, convert_to_tensor=True) for column in columns] for model in models
+        ]
         if objective == "embed_distill":
             return float(sum((a - b).square().mean() for a, b in zip(*said, strict=True)))
         margins = [((q * p).sum(-1) - (q * n).sum(-1)) for q, p, n in said]
         return float((margins[0] - margins[1]).square().mean())
 
-    options = {"teacher": str(tmp_path / "teacher"), "objective": objective, "columns": ["a", "b", "c"]}
-    finetune(encoder, tmp_path / "student", TRIPLETS, steps=20, batch_size=32, lr=1e-3, max_length=32, **options)
+    options = {
+        "teacher": str(tmp_path / "teacher"),
+        "objective": objective,
+        "columns": ["a", "b", "c"],
+    }
+    finetune(
+        encoder,
+        tmp_path / "student",
+        TRIPLETS,
+        steps=20,
+        batch_size=32,
+        lr=1e-3,
+        max_length=32,
+        **options,
+    )
     assert distance(tmp_path / "student") < 0.7 * distance(encoder)
 
 
@@ -184,7 +224,8 @@ def test_prompts_reach_training_and_the_folder(encoder, tmp_path, told):
 def test_prompts_are_all_that_changes_in_the_small_files(encoder, tmp_path):
     finetune(encoder, tmp_path / "tuned", PAIRS, **QUICK, query_prompt="query: ")
     before, after = (
-        read_json(folder / "config_sentence_transformers.json") for folder in (encoder, tmp_path / "tuned")
+        read_json(folder / "config_sentence_transformers.json")
+        for folder in (encoder, tmp_path / "tuned")
     )
     assert after == {**before, "prompts": {"query": "query: ", "document": ""}}
     model, ours = (
@@ -202,7 +243,11 @@ def test_contrastive_options_reach_the_loss(encoder, tmp_path, told):
                "hardness_strength": 7.0, "temperature": 0.02, "mini_batch_size": 4}  # fmt: skip
     loss = told(encoder, tmp_path / "x", **options)["loss"]
     assert (loss.scale, loss.directions, loss.partition_mode) == (50.0, tuple(directions), "joint")
-    assert (loss.hardness_mode, loss.hardness_strength, loss.mini_batch_size) == ("hard_negatives", 7.0, 4)
+    assert (loss.hardness_mode, loss.hardness_strength, loss.mini_batch_size) == (
+        "hard_negatives",
+        7.0,
+        4,
+    )
     loss = told(encoder, tmp_path / "x", matryoshka_dims=[10, 20])["loss"]
     assert loss.matryoshka_dims == (40, 20, 10)
 
@@ -213,7 +258,9 @@ def test_lora_trains_adapters_and_leaves_an_ordinary_folder(encoder, tmp_path):
     before, after = weights(encoder), weights(tmp_path / "tuned")
     assert before.keys() == after.keys()
     assert torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
-    assert not torch.equal(before["layers.0.self_attn.q_proj.weight"], after["layers.0.self_attn.q_proj.weight"])
+    assert not torch.equal(
+        before["layers.0.self_attn.q_proj.weight"], after["layers.0.self_attn.q_proj.weight"]
+    )
     assert np.isfinite(TextEncoder(tmp_path / "tuned").encode(["a"])).all()
 
 
@@ -227,7 +274,9 @@ def test_provenance_holds_the_config(encoder, tmp_path):
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
 def test_examples_of_files(tmp_path, suffix):
     rows = [*TRIPLETS[:6], ("no document", " ", "x"), ("none", None, "x")]
-    table = Dataset.from_dict(dict(zip(("q", "d", "n"), map(list, zip(*rows, strict=True)), strict=True)))
+    table = Dataset.from_dict(
+        dict(zip(("q", "d", "n"), map(list, zip(*rows, strict=True)), strict=True))
+    )
     path = tmp_path / f"pairs{suffix}"
     (table.to_json if suffix == ".jsonl" else table.to_parquet)(path)
     dataset = read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", "d", "n"]))
@@ -254,7 +303,10 @@ def test_examples_of_package_docs():
         ({"objective": "margin_mse", "teacher": "x"}, "name more columns, or mine_negatives"),
         ({"directions": ["doc_to_doc"]}, "must hold query_to_doc"),
         ({"directions": ["query_to_doc", "doc_to_doc"]}, "need partition_mode joint"),
-        ({"objective": "embed_distill", "teacher": "x", "spread_weight": 1.0}, "with objective contrastive only"),
+        (
+            {"objective": "embed_distill", "teacher": "x", "spread_weight": 1.0},
+            "with objective contrastive only",
+        ),
         ({"matryoshka_dims": [64]}, "must lie in 1 ... 40"),
         ({"inputs": ["nowhere.jsonl"]}, "input nowhere.jsonl does not exist"),
         ({"inputs": ["package-docs"], "columns": ["a", "b", "c"]}, "package-docs has pairs"),

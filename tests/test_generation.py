@@ -28,12 +28,17 @@ def tokenizer():
 
 
 def test_static_cache_and_a_step_compiled_as_one_graph(model, source):
-    # Until transformers 5.4 a static cache counts keys that are not zero, as a random model's padding row makes them.
+    # Until transformers 5.4 a static cache counts keys that are not zero, as a random model's
+    # padding row makes them.
     torch.nn.init.normal_(model.model.shared.weight)
     expected = model.generate(**source, max_new_tokens=6)
-    assert torch.equal(model.generate(**source, max_new_tokens=6, cache_implementation="static"), expected)
+    assert torch.equal(
+        model.generate(**source, max_new_tokens=6, cache_implementation="static"), expected
+    )
     config = model.config.get_text_config(decoder=True)
-    cache = EncoderDecoderCache(*(StaticCache(config=config, max_cache_len=length) for length in (16, S)))
+    cache = EncoderDecoderCache(
+        *(StaticCache(config=config, max_cache_len=length) for length in (16, S))
+    )
     inputs = {
         "encoder_outputs": model.get_encoder()(**source),
         "attention_mask": source["attention_mask"],
@@ -55,7 +60,11 @@ def test_static_cache_and_a_step_compiled_as_one_graph(model, source):
 @torch.no_grad()
 def test_a_step_writes_into_the_buffer_and_does_not_copy_the_source(model, source):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    inputs = {"encoder_outputs": model.get_encoder()(**source), "use_cache": True, CACHE_FIELD: cache}
+    inputs = {
+        "encoder_outputs": model.get_encoder()(**source),
+        "use_cache": True,
+        CACHE_FIELD: cache,
+    }
     token = torch.full((3, 1), 7)
     places = set()
     for _ in range(5):
@@ -122,7 +131,9 @@ def test_assisted_decoding_is_greedy_decoding(model, source):
     torch.manual_seed(1)
     assistant = Qwen3ForSeq2SeqLM(tiny_config(num_hidden_layers=1)).eval()
     assert torch.equal(model.generate(**one, max_new_tokens=8, assistant_model=assistant), expected)
-    assert torch.equal(model.generate(**one, max_new_tokens=8, prompt_lookup_num_tokens=3), expected)
+    assert torch.equal(
+        model.generate(**one, max_new_tokens=8, prompt_lookup_num_tokens=3), expected
+    )
     alone = assistant.generate(**one, max_new_tokens=8)
     assert alone.shape != expected.shape or not torch.equal(alone, expected)
 
@@ -148,7 +159,10 @@ def test_sources_longer_than_anything_usual(length):
     tokens = model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3)
     assert tokens.shape == (1, 4)
     with torch.no_grad():
-        logits = [model(input_ids=source, decoder_input_ids=tokens[:, :1]).logits for source in (ids, ids[:, 1:])]
+        logits = [
+            model(input_ids=source, decoder_input_ids=tokens[:, :1]).logits
+            for source in (ids, ids[:, 1:])
+        ]
     assert (logits[0] - logits[1]).abs().max() > 0  # its first token is not forgotten
 
 
@@ -173,7 +187,11 @@ def answering(model, answer: list[int]):
 def test_fill_puts_the_spans_where_they_belong(tokenizer):
     torch.manual_seed(0)
     model = Qwen3ForSeq2SeqLM(
-        tiny_config(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        tiny_config(
+            vocab_size=len(tokenizer),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
     ).eval()
     marks, eos = tokenizer.sentinel_token_ids, tokenizer.eos_token_id
 
@@ -181,22 +199,49 @@ def test_fill_puts_the_spans_where_they_belong(tokenizer):
         return tokenizer(text, split_special_tokens=True)["input_ids"]
 
     text = "The <extra_id_0> sat on <extra_id_1>.<extra_id_2>"
-    # out of order, a sentinel twice, one that was not asked for, one left out, words before the first
-    answer = [*ids("eh"), marks[1], *ids("the mat"), marks[0], *ids("cat"), marks[1], *ids("no"), marks[7], 65, eos]
+    # out of order, a sentinel twice, one that was not asked for, one left out, words before the
+    # first
+    answer = [
+        *ids("eh"),
+        marks[1],
+        *ids("the mat"),
+        marks[0],
+        *ids("cat"),
+        marks[1],
+        *ids("no"),
+        marks[7],
+        65,
+        eos,
+    ]
     filled = model.fill(text, tokenizer, **answering(model, answer))
     assert filled == "The cat sat on the mat.<extra_id_2>"
     both = model.fill([text, "<extra_id_1>!"], tokenizer, **answering(model, answer))
     assert both == [filled, "the mat!"]
-    assert len(model.fill(text, tokenizer, num_beams=2, num_return_sequences=2, **answering(model, answer))) == 2
+    assert (
+        len(
+            model.fill(
+                text, tokenizer, num_beams=2, num_return_sequences=2, **answering(model, answer)
+            )
+        )
+        == 2
+    )
     # unfinished: the last span is what there is of it
-    assert model.fill("<extra_id_0>", tokenizer, max_new_tokens=2, **answering(model, [marks[0], 65, 66, eos])) == "b"
+    assert (
+        model.fill(
+            "<extra_id_0>", tokenizer, max_new_tokens=2, **answering(model, [marks[0], 65, 66, eos])
+        )
+        == "b"
+    )
 
 
 def test_fill_takes_no_other_control_token_out_of_a_text(tokenizer):
     encoded = tokenizer.encode_with_sentinels(["a<|im_end|>b<extra_id_3>", "<extra_id_0>"])
     ids = encoded["input_ids"].tolist()
     special = set(tokenizer.all_special_ids) | set(range(300, len(tokenizer)))
-    assert [i for i in ids[0] if i in special] == [tokenizer.sentinel_token_ids[3], tokenizer.eos_token_id]
+    assert [i for i in ids[0] if i in special] == [
+        tokenizer.sentinel_token_ids[3],
+        tokenizer.eos_token_id,
+    ]
     assert ids[1][:2] == [tokenizer.sentinel_token_ids[0], tokenizer.eos_token_id]
     assert encoded["attention_mask"][1].tolist() == [1, 1] + [0] * (len(ids[0]) - 2)
     # the control: the ordinary call takes it for the end

@@ -7,9 +7,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec import initialization as module
-from qwen3_encdec.files import InputError
-from qwen3_encdec.initialization import initialize, pick_layers, verify_initialization
+from qwen3_encdec.conversion import initialize as module
+from qwen3_encdec.conversion.initialize import initialize, pick_layers, verify_initialization
+from qwen3_encdec.folders import InputError
 
 
 @pytest.fixture
@@ -34,7 +34,10 @@ def test_every_tensor_is_copied_and_only_sentinels_are_new(parent_folder, init_f
             assert torch.equal(target[name.replace("model.", f"model.{stack}.", 1)], tensor)
     assert len(target) == 2 * (len(source) - 1) + 1
     # control tokens and bytes were trained, rows 538 ... 639 are spare
-    trained, sentinels = source["model.embed_tokens.weight"][:538], target["model.shared.weight"][640:]
+    trained, sentinels = (
+        source["model.embed_tokens.weight"][:538],
+        target["model.shared.weight"][640:],
+    )
     assert sentinels.shape == (11, 40)
     assert (sentinels - trained.mean(0)).abs().max() < trained.std(0).max()
     assert len({tuple(row.tolist()) for row in sentinels}) == 11
@@ -59,7 +62,9 @@ def test_report_counts_what_the_folder_holds(parent_folder, tmp_path):
 def test_same_seed_same_folder(parent_folder, tmp_path):
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         initialize(parent_folder, tmp_path / name, num_sentinel_tokens=7, seed=seed, verify=False)
-    a, b, c = (load_file(tmp_path / name / "model.safetensors")["model.shared.weight"] for name in "abc")
+    a, b, c = (
+        load_file(tmp_path / name / "model.safetensors")["model.shared.weight"] for name in "abc"
+    )
     assert torch.equal(a, b)
     assert not torch.equal(a[640:], c[640:])
 
@@ -75,7 +80,8 @@ def test_bfloat16_and_fewer_decoder_layers(parent_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("available", "wanted", "picks"), [(3, 3, [0, 1, 2]), (28, 2, [0, 27]), (7, 4, [0, 2, 4, 6]), (5, 1, [4])]
+    ("available", "wanted", "picks"),
+    [(3, 3, [0, 1, 2]), (28, 2, [0, 27]), (7, 4, [0, 2, 4, 6]), (5, 1, [4])],
 )
 def test_picked_layers_are_spread_evenly(available, wanted, picks):
     assert pick_layers(available, wanted) == picks
@@ -96,14 +102,18 @@ def test_untied_head_is_dropped_aloud(tmp_path):
 
     from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
 
-    PreTrainedTokenizerFast(tokenizer_object=qwen3_backend(512)).save_pretrained(tmp_path / "parent")
+    PreTrainedTokenizerFast(tokenizer_object=qwen3_backend(512)).save_pretrained(
+        tmp_path / "parent"
+    )
     report = initialize(tmp_path / "parent", tmp_path / "out")
     assert report.dropped == ["lm_head.weight"]
     assert report.verification.passed
 
 
 def test_sharded_source(parent_folder, tmp_path):
-    Qwen3ForCausalLM.from_pretrained(parent_folder).save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    Qwen3ForCausalLM.from_pretrained(parent_folder).save_pretrained(
+        tmp_path / "sharded", max_shard_size="100KB"
+    )
     AutoTokenizer.from_pretrained(parent_folder).save_pretrained(tmp_path / "sharded")
     assert len(list((tmp_path / "sharded").glob("*.safetensors"))) > 1
     assert initialize(tmp_path / "sharded", tmp_path / "out").verification.passed
@@ -152,10 +162,15 @@ def test_bad_sources_are_named(parent_copy, tmp_path):
     with pytest.raises(InputError, match="model.safetensors is truncated, damaged or missing"):
         initialize(parent_copy, out)
     weights.write_bytes(whole)
-    edit_tensors(parent_copy, lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(2)}))
+    edit_tensors(
+        parent_copy, lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(2)})
+    )
     with pytest.raises(InputError, match="mlp.extra.weight has no place"):
         initialize(parent_copy, out)
-    edit_tensors(parent_copy, lambda t: [t.pop("model.layers.0.mlp.extra.weight"), t.pop("model.norm.weight")])
+    edit_tensors(
+        parent_copy,
+        lambda t: [t.pop("model.layers.0.mlp.extra.weight"), t.pop("model.norm.weight")],
+    )
     with pytest.raises(InputError, match="do not fit the configuration: model.decoder.norm.weight"):
         initialize(parent_copy, out)
     weights.unlink()

@@ -9,13 +9,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from qwen3_encdec import cli, merging
+from qwen3_encdec import cli
+from qwen3_encdec.conversion import merge as merging
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.conversion.merge import slerp, soup
 from qwen3_encdec.demo.parent import causal_embedder
-from qwen3_encdec.embedding import TextEncoder
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import PROVENANCE_FILE, InputError, read_json, write_json
-from qwen3_encdec.finetuning import finetune
-from qwen3_encdec.merging import slerp, soup
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.embedding.finetune import finetune
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_json
 
 PAIRS = [(f"Add {n} to x.", f"The result is x + {n}, as a number.") for n in range(40)]
 
@@ -26,7 +27,15 @@ def encoders(init_folder, tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
     extract_encoder(init_folder, root / "encoder")
     for seed in (0, 1):
-        finetune(root / "encoder", root / f"tuned{seed}", PAIRS, steps=2, batch_size=8, lr=1e-2, seed=seed)
+        finetune(
+            root / "encoder",
+            root / f"tuned{seed}",
+            PAIRS,
+            steps=2,
+            batch_size=8,
+            lr=1e-2,
+            seed=seed,
+        )
     return [root / "encoder", root / "tuned0", root / "tuned1"]
 
 
@@ -36,15 +45,23 @@ def weights(folder):
 
 def small_files(folder):
     files = (file for file in folder.rglob("*") if file.is_file() and file.name != PROVENANCE_FILE)
-    return {str(file.relative_to(folder)): file.read_bytes() for file in files if file.suffix != ".safetensors"}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in files
+        if file.suffix != ".safetensors"
+    }
 
 
 def test_linear_is_the_weighted_mean(encoders, tmp_path):
     soup(encoders, tmp_path / "soup", weights=[1, 3, 4])
     merged, (a, b, c) = weights(tmp_path / "soup"), map(weights, encoders)
     for name in merged:
-        assert torch.allclose(merged[name], a[name] / 8 + b[name] * 3 / 8 + c[name] / 2, atol=1e-6), name
-    assert not torch.allclose(merged["embed_tokens.weight"], (a["embed_tokens.weight"] + b["embed_tokens.weight"]) / 2)
+        assert torch.allclose(
+            merged[name], a[name] / 8 + b[name] * 3 / 8 + c[name] / 2, atol=1e-6
+        ), name
+    assert not torch.allclose(
+        merged["embed_tokens.weight"], (a["embed_tokens.weight"] + b["embed_tokens.weight"]) / 2
+    )
     assert small_files(tmp_path / "soup") == small_files(encoders[0])
     assert read_json(tmp_path / "soup" / PROVENANCE_FILE)["weights"] == [1 / 8, 3 / 8, 1 / 2]
     assert np.isfinite(TextEncoder(tmp_path / "soup").encode(["It loads."])).all()
@@ -53,15 +70,21 @@ def test_linear_is_the_weighted_mean(encoders, tmp_path):
 def test_equal_weights_by_default_and_none_for_a_zero(encoders, tmp_path):
     soup(encoders, tmp_path / "equal")
     merged, parts = weights(tmp_path / "equal"), [weights(folder) for folder in encoders]
-    assert torch.allclose(merged["norm.weight"], sum(part["norm.weight"] for part in parts) / 3, atol=1e-6)
+    assert torch.allclose(
+        merged["norm.weight"], sum(part["norm.weight"] for part in parts) / 3, atol=1e-6
+    )
     soup(encoders, tmp_path / "second", weights=[0, 1, 0])
-    assert all(torch.equal(value, parts[1][name]) for name, value in weights(tmp_path / "second").items())
+    assert all(
+        torch.equal(value, parts[1][name]) for name, value in weights(tmp_path / "second").items()
+    )
 
 
 def test_slerp_follows_the_arc():
     a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
     angle = math.pi / 2 * 0.25
-    assert torch.allclose(slerp(a, b, 0.25), torch.tensor([2 * math.cos(angle), 2 * math.sin(angle)]), atol=1e-6)
+    assert torch.allclose(
+        slerp(a, b, 0.25), torch.tensor([2 * math.cos(angle), 2 * math.sin(angle)]), atol=1e-6
+    )
     assert not torch.allclose(slerp(a, b, 0.25), torch.lerp(a, b, 0.25), atol=0.1)
     assert torch.allclose(slerp(a, 3 * a, 0.5), 2 * a)  # parallel
     assert torch.equal(slerp(a, torch.zeros(2), 0.5), slerp(a, torch.zeros(2), 0.5))
@@ -76,7 +99,9 @@ def test_slerp_follows_the_arc():
 def test_slerp_of_folders(encoders, tmp_path):
     soup(encoders[1:], tmp_path / "soup", weights=[0.3, 0.7], method="slerp")
     merged, (a, b) = weights(tmp_path / "soup"), map(weights, encoders[1:])
-    assert all(torch.allclose(merged[name], slerp(a[name], b[name], 0.7), atol=1e-6) for name in merged)
+    assert all(
+        torch.allclose(merged[name], slerp(a[name], b[name], 0.7), atol=1e-6) for name in merged
+    )
 
 
 def test_causal_parent_is_merged_but_for_the_sentinels(encoders, parent_folder, tmp_path):
@@ -89,9 +114,13 @@ def test_causal_parent_is_merged_but_for_the_sentinels(encoders, parent_folder, 
     assert torch.allclose(merged["embed_tokens.weight"][:rows], mean, atol=1e-6)
     assert torch.equal(merged["embed_tokens.weight"][rows:], tuned["embed_tokens.weight"][rows:])
     assert AutoModel.from_pretrained(tmp_path / "soup").config.is_causal is False
-    causal_embedder(parent_folder, tmp_path / "embedder")  # the same weights under an encoder's names
+    causal_embedder(
+        parent_folder, tmp_path / "embedder"
+    )  # the same weights under an encoder's names
     soup([encoders[1], tmp_path / "embedder"], tmp_path / "same", weights=[1, 1])
-    assert all(torch.equal(value, merged[name]) for name, value in weights(tmp_path / "same").items())
+    assert all(
+        torch.equal(value, merged[name]) for name, value in weights(tmp_path / "same").items()
+    )
 
 
 def test_dtype_is_the_first_models(encoders, tmp_path):
@@ -134,11 +163,15 @@ def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tm
     assert "the first model must be one" in refused(parent_folder, encoders[0])
     assert "holds no Qwen3" in refused(encoders[0], init_folder)
     assert "does not exist" in refused(encoders[0], tmp_path / "nowhere")
-    assert "rms_norm_eps is 0.1, not" in refused(encoders[0], changed("config.json", rms_norm_eps=0.1))
+    assert "rms_norm_eps is 0.1, not" in refused(
+        encoders[0], changed("config.json", rms_norm_eps=0.1)
+    )
     pooling = changed("1_Pooling/config.json", pooling_mode="cls")
     assert "pools in another way" in refused(encoders[0], pooling)
     tokenizer = read_json(encoders[1] / "tokenizer.json")["model"]
-    other = changed("tokenizer.json", model={**tokenizer, "vocab": {**tokenizer["vocab"], "!": 999}})
+    other = changed(
+        "tokenizer.json", model={**tokenizer, "vocab": {**tokenizer["vocab"], "!": 999}}
+    )
     assert "another vocabulary" in refused(encoders[0], other)
     cut = shutil.copytree(encoders[1], tmp_path / "cut")
     tensors = weights(cut)
@@ -147,8 +180,10 @@ def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tm
     assert "tensor embed_tokens.weight is" in refused(encoders[0], cut)
 
 
-def test_command_evaluates_every_input_and_the_result(encoders, parent_folder, tmp_path, monkeypatch, capsys):
-    from qwen3_encdec.evaluation import suite
+def test_command_evaluates_every_input_and_the_result(
+    encoders, parent_folder, tmp_path, monkeypatch, capsys
+):
+    from qwen3_encdec.reports import evaluation as suite
 
     seen = {}
 
@@ -159,8 +194,18 @@ def test_command_evaluates_every_input_and_the_result(encoders, parent_folder, t
 
     monkeypatch.setattr(suite, "evaluate_retrieval", scores)
     monkeypatch.setattr(suite, "summary", lambda metrics: "a table")
-    arguments = ["--model", encoders[0], "--model", parent_folder, "--weights", "0.9,0.1", "--evaluate"]
-    monkeypatch.setattr("sys.argv", ["x", "soup", *map(str, arguments), "--output", str(tmp_path / "soup")])
+    arguments = [
+        "--model",
+        encoders[0],
+        "--model",
+        parent_folder,
+        "--weights",
+        "0.9,0.1",
+        "--evaluate",
+    ]
+    monkeypatch.setattr(
+        "sys.argv", ["x", "soup", *map(str, arguments), "--output", str(tmp_path / "soup")]
+    )
     with pytest.raises(SystemExit):
         cli.main()
     out = capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""The experiment, end to end on a toy plan: equal tokens, nothing done twice, tables that are what the JSON says."""
+"""The experiment, end to end on a toy plan:
+
+equal tokens, nothing done twice, tables that are what the JSON says.
+"""
 
 import hashlib
 import json
@@ -10,7 +13,7 @@ from experiments.objective import report, run
 
 from qwen3_encdec.data import package_docs
 from qwen3_encdec.evaluation import tasks
-from qwen3_encdec.training.guards import StopRequest
+from qwen3_encdec.training.monitor import StopRequest
 from tests.test_demo import TEXTS
 
 PLAN = """
@@ -45,7 +48,9 @@ def walked(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for module in (tasks, package_docs):
             patch.setattr(module, "summary_pairs", lambda split: pairs)
-        patch.setattr(run, "corpus", lambda **_: [f"{text} Number {i}." for i in range(8) for text in TEXTS])
+        patch.setattr(
+            run, "corpus", lambda **_: [f"{text} Number {i}." for i in range(8) for text in TEXTS]
+        )
 
         def walk():
             folders = root / "results", root / "runs"
@@ -65,7 +70,9 @@ def test_every_piece_is_there_and_tokens_are_equal(walked):
     found = _read(walked[0])
     names = {"causal", "unmasked", "mntp", "ul2", "ul2+mntp", "last-pooling", "everything-else"}
     trained = names - {"unmasked", "last-pooling"}
-    expected = {"parent", "score-parent"} | {f"score-{n}" for n in names} | {f"train-{n}" for n in trained}
+    expected = (
+        {"parent", "score-parent"} | {f"score-{n}" for n in names} | {f"train-{n}" for n in trained}
+    )
     assert {name.removeprefix("toy-0/") for name in found} == expected
     tokens = {name: found[f"toy-0/train-{name}"]["text tokens"] for name in trained}
     assert max(tokens.values()) - min(tokens.values()) < 512, tokens  # a step
@@ -75,8 +82,13 @@ def test_every_piece_is_there_and_tokens_are_equal(walked):
         assert score["before"]["retrieval"] != score["after"]["retrieval"]
     assert found["toy-0/train-ul2+mntp"]["flops"] > found["toy-0/train-ul2"]["flops"]
     assert found["toy-0/train-everything-else"]["flops"] < found["toy-0/train-ul2"]["flops"]
-    texts = sorted(f"{text} Number {i}." for i in range(8) for text in TEXTS)  # whatever the seed's order is
-    assert found["toy-0/parent"]["corpus"]["sha256"] == hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    texts = sorted(
+        f"{text} Number {i}." for i in range(8) for text in TEXTS
+    )  # whatever the seed's order is
+    assert (
+        found["toy-0/parent"]["corpus"]["sha256"]
+        == hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    )
     provenance = found["toy-0/score-ul2"]["provenance"]
     assert {"command", "hardware", "seconds", "versions"} <= set(provenance)
 
@@ -87,7 +99,9 @@ def test_an_interrupted_experiment_does_what_is_missing(walked):
     written = {file: file.stat().st_mtime_ns for file in files}
     lost = root / "results" / "toy-0" / "score-ul2.json"
     lost.unlink()
-    changed = root / "results" / "toy-0" / "score-mntp.json"  # of another plan: not taken for this one's
+    changed = (
+        root / "results" / "toy-0" / "score-mntp.json"
+    )  # of another plan: not taken for this one's
     record = json.loads(changed.read_text())
     record["settings"]["contrastive"]["steps"] = 3
     changed.write_text(json.dumps(record))
@@ -114,7 +128,9 @@ def test_a_training_that_was_asked_to_stop_is_not_done(walked, monkeypatch):
     whole = json.loads(file.read_text())
     file.unlink()
     shutil.rmtree(root / "runs" / "toy-0" / "train-ul2")
-    unit = run.Unit(run.read_plan(root / "plan.yaml", 1.0, [], []), "toy", 0, root / "results", root / "runs")
+    unit = run.Unit(
+        run.read_plan(root / "plan.yaml", 1.0, [], []), "toy", 0, root / "results", root / "runs"
+    )
     with monkeypatch.context() as patch:
         patch.setattr(StopRequest, "__bool__", lambda self: True)
         with pytest.raises(SystemExit):
@@ -125,13 +141,23 @@ def test_a_training_that_was_asked_to_stop_is_not_done(walked, monkeypatch):
     assert all(again[key] == whole[key] for key in ("steps", "loss", "source tokens", "denoising"))
 
 
-def test_tables_are_what_the_files_say_and_a_changed_file_is_noticed(walked, tmp_path, monkeypatch, capsys):
+def test_tables_are_what_the_files_say_and_a_changed_file_is_noticed(
+    walked, tmp_path, monkeypatch, capsys
+):
     root, _ = walked
     page = tmp_path / "results.md"
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results = tmp_path / "results"
     shutil.copytree(root / "results", results)
-    options = ["report", "--plan", str(root / "plan.yaml"), "--results", str(results), "--docs", str(tmp_path)]
+    options = [
+        "report",
+        "--plan",
+        str(root / "plan.yaml"),
+        "--results",
+        str(results),
+        "--docs",
+        str(tmp_path),
+    ]
 
     def draw(*more):
         monkeypatch.setattr(sys, "argv", [*options, *more])
@@ -170,9 +196,7 @@ def test_the_committed_tables_are_what_the_committed_files_say(monkeypatch):
 
 
 def test_a_man_page_becomes_text():
-    roff = (
-        ".TH X 1\n.de IX\nnot this\n..\n.SH NAME\nls \\- list \\fIfiles\\fR\n.if n .ad l\n.PP\nIt is \\(lqgood\\(rq.\n"
-    )
+    roff = ".TH X 1\n.de IX\nnot this\n..\n.SH NAME\nls \\- list \\fIfiles\\fR\n.if n .ad l\n.PP\nIt is \\(lqgood\\(rq.\n"
     assert run.plain(roff) == "NAME\nls - list files\nIt is good."
 
 

@@ -1,4 +1,7 @@
-"""Muon beside AdamW, the running average, and what is done to the layers: always against the plain way."""
+"""Muon beside AdamW, the running average, and what is done to the layers:
+
+always against the plain way.
+"""
 
 import copy
 import functools
@@ -14,10 +17,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import InputError
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.layers import prepare_layers
+from qwen3_encdec.training.distributed import prepare_layers
 from qwen3_encdec.training.loop import run_training
 from qwen3_encdec.training.optimization import Chained, build_optimizer
 from tests.conftest import use_backend
@@ -73,7 +76,9 @@ def test_muon_takes_the_projections_and_adamw_the_rest(model):
         theirs[name.endswith("proj.weight")].append(parameter)
     by_hand = (
         torch.optim.Muon(theirs[True], lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(theirs[False], lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True),
+        torch.optim.AdamW(
+            theirs[False], lr=1e-2, weight_decay=0.0, betas=(0.9, 0.95), eps=1e-8, fused=True
+        ),
     )
     before = copy.deepcopy(model)
     for step in range(2):
@@ -81,7 +86,9 @@ def test_muon_takes_the_projections_and_adamw_the_rest(model):
             gradients(each, ragged_batch(2, 12, seed=step))
             for stepper in steppers:
                 stepper.step()
-    for ours, hand, old in zip(model.parameters(), other.parameters(), before.parameters(), strict=True):
+    for ours, hand, old in zip(
+        model.parameters(), other.parameters(), before.parameters(), strict=True
+    ):
         torch.testing.assert_close(ours, hand, rtol=1e-6, atol=1e-7)
         assert not torch.equal(ours, old)
 
@@ -90,7 +97,11 @@ def test_updates_of_muon_are_as_large_as_those_of_adamw(model):
     sizes = {}
     for name in ("adamw", "muon"):
         trained = copy.deepcopy(model)
-        train(trained, build_optimizer(trained, TrainingConfig(optimizer=name, lr=1e-3, weight_decay=0.0)), 5)
+        train(
+            trained,
+            build_optimizer(trained, TrainingConfig(optimizer=name, lr=1e-3, weight_decay=0.0)),
+            5,
+        )
         moved = [
             (new - old).detach().square().mean().sqrt() / 5e-3
             for (key, new), old in zip(trained.named_parameters(), model.parameters(), strict=True)
@@ -100,7 +111,9 @@ def test_updates_of_muon_are_as_large_as_those_of_adamw(model):
     assert 0.1 < sizes["muon"] < 1 > sizes["adamw"] > 0.1
     # the control: Muon's own scale
     unscaled = copy.deepcopy(model)
-    optimizer = build_optimizer(unscaled, TrainingConfig(optimizer="muon", lr=1e-3, weight_decay=0.0))
+    optimizer = build_optimizer(
+        unscaled, TrainingConfig(optimizer="muon", lr=1e-3, weight_decay=0.0)
+    )
     optimizer.param_groups[0]["adjust_lr_fn"] = "original"
     train(unscaled, optimizer, 5)
     matrix = dict(unscaled.named_parameters())["model.encoder.layers.0.mlp.up_proj.weight"]
@@ -118,9 +131,15 @@ def test_a_loaded_optimizer_goes_on_to_the_same_bits(model, name):
     again = build_optimizer(resumed, config)
     again.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     fresh = copy.deepcopy(model)
-    for each, stepper in ((model, optimizer), (resumed, again), (fresh, build_optimizer(fresh, config))):
+    for each, stepper in (
+        (model, optimizer),
+        (resumed, again),
+        (fresh, build_optimizer(fresh, config)),
+    ):
         train(each, stepper, 2)
-    for one, two, without in zip(model.parameters(), resumed.parameters(), fresh.parameters(), strict=True):
+    for one, two, without in zip(
+        model.parameters(), resumed.parameters(), fresh.parameters(), strict=True
+    ):
         assert torch.equal(one, two)
         assert torch.equal(optimizer.state[one]["ema"], again.state[two]["ema"])
         assert not torch.equal(one, without)
@@ -134,7 +153,11 @@ def test_running_average(model, name):
         gradients(model, ragged_batch(2, 12, seed=step))
         optimizer.step()
         now = [parameter.detach().clone() for parameter in model.parameters()]
-        expected = now if expected is None else [0.75 * e + 0.25 * n for e, n in zip(expected, now, strict=True)]
+        expected = (
+            now
+            if expected is None
+            else [0.75 * e + 0.25 * n for e, n in zip(expected, now, strict=True)]
+        )
     for parameter, average in zip(model.parameters(), expected, strict=True):
         torch.testing.assert_close(optimizer.state[parameter]["ema"], average, rtol=1e-6, atol=1e-7)
         assert not torch.allclose(average, parameter, rtol=1e-4, atol=1e-5)
@@ -155,10 +178,14 @@ def test_extraction_takes_the_running_average(init_folder, tmp_path):
         checkpoint / "state/optimizer.safetensors",
     )
     for ema, factor in ((True, 0.5), (False, 1.0)):
-        assert extract_encoder(checkpoint, tmp_path / "out", ema=ema).averaged == ["step-000001" + " (ema)" * ema]
+        assert extract_encoder(checkpoint, tmp_path / "out", ema=ema).averaged == [
+            "step-000001" + " (ema)" * ema
+        ]
         extracted = load_file(tmp_path / "out/model.safetensors")
         for name, tensor in extracted.items():
-            source = "model.shared.weight" if name == "embed_tokens.weight" else f"model.encoder.{name}"
+            source = (
+                "model.shared.weight" if name == "embed_tokens.weight" else f"model.encoder.{name}"
+            )
             assert torch.equal(tensor, factor * weights[source])
 
 
@@ -171,7 +198,7 @@ from torch.distributed.tensor import distribute_tensor
 from qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training import optimization
 from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.layers import prepare_layers
+from qwen3_encdec.training.distributed import prepare_layers
 from tests.conftest import tiny_config
 from tests.test_optimization import train
 
@@ -219,13 +246,30 @@ time.sleep(0.1)  # as training.launch.release: sharded over gloo, too
 def test_shards_take_the_step_of_the_whole(tmp_path):
     script = tmp_path / "sharded.py"
     script.write_text(SHARDED)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    launcher = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--standalone",
+    ]
+    environment = os.environ | {
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [*launcher, str(script)], env=environment, capture_output=True, text=True, timeout=400, check=False
+        [*launcher, str(script)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
-    muon, muon_of_torch, *layers = map(float, done.stdout.split("FOUND ")[1].splitlines()[0].split())
+    muon, muon_of_torch, *layers = map(
+        float, done.stdout.split("FOUND ")[1].splitlines()[0].split()
+    )
     assert muon < 1e-6
     assert muon_of_torch > 1e-4  # the control, and when it fails, torch's own step will do
     assert len(layers) == 3
@@ -243,21 +287,28 @@ def test_recomputed_gradients_are_the_same(model, how):
     assert len(calls) == 2  # forward, and again for the backward pass
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(gradients(model, ragged_batch(3, 16, seed=1)), expected, rtol=1e-6, atol=1e-7)
+        torch.testing.assert_close(
+            gradients(model, ragged_batch(3, 16, seed=1)), expected, rtol=1e-6, atol=1e-7
+        )
 
 
 @pytest.mark.parametrize(
     ("backend", "recompute", "graphs"),
-    # attention by document breaks a layer into pieces on a CPU, and one that is recomputed is then not compiled at all
+    # attention by document breaks a layer into pieces on a CPU, and one that is recomputed is then
+    # not compiled at all
     [("eager", False, 3), ("eager", "full", 3), ("sdpa", False, 16), ("sdpa", "full", 0)],
 )
 def test_compiled_layers_take_any_packed_batch(model, monkeypatch, backend, recompute, graphs):
     torch.compiler.reset()
     use_backend(model, backend)
-    batches = [ragged_batch(rows, longest, seed=rows) for rows, longest in ((2, 12), (5, 23), (3, 31))]
+    batches = [
+        ragged_batch(rows, longest, seed=rows) for rows, longest in ((2, 12), (5, 23), (3, 31))
+    ]
     expected = [gradients(model.train(), batch) for batch in batches]
     counter = CompileCounterWithBackend("aot_eager")
-    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counter))
+    monkeypatch.setattr(
+        nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend=counter)
+    )
     prepare_layers(model, TrainingConfig(compile=True, gradient_checkpointing=recompute))
     found, compiled = [], []
     for batch in batches:
@@ -286,14 +337,20 @@ def test_chained_is_one_optimizer_to_a_loop():
 
 def test_a_run_with_all_of_it_goes_on_from_its_checkpoint(init_folder, tmp_path):
     corpus = write_corpus(tmp_path / "corpus.jsonl")
-    changes = {"optimizer": "muon", "ema_decay": 0.5, "gradient_checkpointing": "selective", "eval_every": 0}
+    changes = {
+        "optimizer": "muon",
+        "ema_decay": 0.5,
+        "gradient_checkpointing": "selective",
+        "eval_every": 0,
+    }
     straight, cut = tmp_path / "straight", tmp_path / "cut"
     run_training(small_run(init_folder, corpus, output_dir=straight, **changes))
     shutil.copytree(straight, cut, symlinks=True)
     shutil.rmtree(cut / "checkpoints/step-000004")
     run_training(small_run(init_folder, corpus, output_dir=cut, **changes))
     states = [
-        load_file(run / "checkpoints/step-000004/state/optimizer-00001-of-00001.safetensors") for run in (straight, cut)
+        load_file(run / "checkpoints/step-000004/state/optimizer-00001-of-00001.safetensors")
+        for run in (straight, cut)
     ]
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(value, states[1][name]) for name, value in states[0].items())
@@ -302,5 +359,10 @@ def test_a_run_with_all_of_it_goes_on_from_its_checkpoint(init_folder, tmp_path)
     assert extract_encoder(cut, tmp_path / "encoder", ema=True).averaged == ["step-000004 (ema)"]
     with pytest.raises(InputError, match="optimizer"):
         run_training(
-            small_run(init_folder, corpus, output_dir=cut, **{**changes, "optimizer": "adamw", "max_steps": 6})
+            small_run(
+                init_folder,
+                corpus,
+                output_dir=cut,
+                **{**changes, "optimizer": "adamw", "max_steps": 6},
+            )
         )

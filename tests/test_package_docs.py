@@ -80,9 +80,20 @@ variable = """No docstring but a string, {LONG}"""
     (site / "new/latin.py").write_bytes(b'"""\xe9' + LONG.encode() + b'"""')
     found = {doc.name: doc.text for doc in everything() if doc.package == "new"}
     assert sorted(found) == sorted(
-        f"new.mod{name}" for name in ["", ".Outer", ".Outer.method", ".Outer.method.inner", ".conditional", ".handler"]
+        f"new.mod{name}"
+        for name in [
+            "",
+            ".Outer",
+            ".Outer.method",
+            ".Outer.method.inner",
+            ".conditional",
+            ".handler",
+        ]
     )
-    assert found["new.mod.Outer.method"] == f"Method docstring with a \\backslash, {LONG}\n\n    indented more\n\nback"
+    assert (
+        found["new.mod.Outer.method"]
+        == f"Method docstring with a \\backslash, {LONG}\n\n    indented more\n\nback"
+    )
     assert not any("Ours" in doc.text for doc in everything())
 
 
@@ -99,7 +110,13 @@ def test_the_split_is_by_package_and_never_changes(site):
     assert heldout
     assert not {doc.package for doc in train} & {doc.package for doc in heldout}
     assert all(is_heldout(doc.package) for doc in heldout)
-    pinned = {"networkx": True, "datasets": True, "torch": False, "transformers": False, "sklearn": False}
+    pinned = {
+        "networkx": True,
+        "datasets": True,
+        "torch": False,
+        "transformers": False,
+        "sklearn": False,
+    }
     assert {name: is_heldout(name) for name in pinned} == pinned
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from qwen3_encdec.extraction import extract_encoder
+from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.training.config import TrainingConfig, load_config
 
 ROOT = Path(__file__).parent.parent
@@ -46,7 +46,9 @@ def test_links_and_test_names_lead_somewhere(document):
 def test_line_counts_are_those_of_the_files():
     rows = re.findall(r"\]\((src/[\w/]+\.py)\) \| (\d+) \|", README)
     assert rows
-    assert [(f, int(n)) for f, n in rows] == [(f, len((ROOT / f).read_text().splitlines())) for f, _ in rows]
+    assert [(f, int(n)) for f, n in rows] == [
+        (f, len((ROOT / f).read_text().splitlines())) for f, _ in rows
+    ]
 
 
 def test_the_shipped_training_config_names_every_key():

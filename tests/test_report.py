@@ -4,7 +4,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from qwen3_encdec.evaluation.comparison import Run, write_page
+from qwen3_encdec.reports.comparison import Run, write_page
 
 HOSTILE = '<script>alert("1")</script> | `$x$` & more'
 ROW = {
@@ -18,7 +18,10 @@ METRICS = {
     "tasks_not_run": {"lee": "pip install gensim"},
     "num_queries": 1234,
     "num_documents": 2345,
-    "infill": {"exact_rate": 0.5, "examples": [{"source": HOSTILE, "expected": "b", "generated": "c"}]},
+    "infill": {
+        "exact_rate": 0.5,
+        "examples": [{"source": HOSTILE, "expected": "b", "generated": "c"}],
+    },
     "provenance": {"command": HOSTILE, "versions": {"torch": "2"}},
 }
 CURVES = [
@@ -75,7 +78,9 @@ class Page(HTMLParser):
 
 
 def write(folder, metrics, curves=(), space=None, title="Page"):
-    write_page(folder, [Run(title, folder, "evaluation", metrics, list(curves), space or {})], title)
+    write_page(
+        folder, [Run(title, folder, "evaluation", metrics, list(curves), space or {})], title
+    )
     return (folder / "report.html").read_text()
 
 
@@ -110,10 +115,16 @@ def test_page_is_whole(report):
 def test_page_reaches_for_nothing(report):
     page = Page(report)
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
-    links = [value for name, value in page.attributes if name in ("src", "href", "xlink:href", "action", "srcset")]
+    links = [
+        value
+        for name, value in page.attributes
+        if name in ("src", "href", "xlink:href", "action", "srcset")
+    ]
     assert links
     assert all(link.startswith("#") for link in links)
-    assert {link[1:] for link in links} <= {value for name, value in page.attributes if name == "id"}
+    assert {link[1:] for link in links} <= {
+        value for name, value in page.attributes if name == "id"
+    }
     assert "http" not in report
     assert "@import" not in report
 
@@ -133,4 +144,6 @@ def test_parts_without_data_are_left_out(tmp_path):
 
 
 def test_report_is_reproducible(tmp_path):
-    assert write(tmp_path, METRICS, CURVES, SIMILARITY) == write(tmp_path, METRICS, CURVES, SIMILARITY)
+    assert write(tmp_path, METRICS, CURVES, SIMILARITY) == write(
+        tmp_path, METRICS, CURVES, SIMILARITY
+    )

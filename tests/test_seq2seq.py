@@ -44,10 +44,14 @@ def batch(padded: bool = True) -> dict[str, torch.Tensor]:
 def plain_loss(model, inputs) -> torch.Tensor:
     """The textbook loss: right shift by hand, dense logits of the padded batch, one cross-entropy."""
     labels = inputs["labels"]
-    shifted = torch.cat([torch.full((B, 1), model.config.decoder_start_token_id), labels[:, :-1]], dim=1)
+    shifted = torch.cat(
+        [torch.full((B, 1), model.config.decoder_start_token_id), labels[:, :-1]], dim=1
+    )
     shifted[shifted == -100] = model.config.pad_token_id
     logits = model(
-        input_ids=inputs["input_ids"], attention_mask=inputs["attention_mask"], decoder_input_ids=shifted
+        input_ids=inputs["input_ids"],
+        attention_mask=inputs["attention_mask"],
+        decoder_input_ids=shifted,
     ).logits
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
@@ -67,7 +71,9 @@ def test_zero_logits_give_log_v(model):
     assert model(**batch()).loss.item() == pytest.approx(math.log(331), abs=1e-5)
 
 
-@pytest.mark.parametrize("implementation", [name for name in BACKENDS if name != "flex_attention"])  # GPU only
+@pytest.mark.parametrize(
+    "implementation", [name for name in BACKENDS if name != "flex_attention"]
+)  # GPU only
 def test_parity_gradients_of_the_ragged_pass_are_those_of_the_plain_one(model, implementation):
     inputs = batch()
     gradients = []
@@ -100,7 +106,9 @@ def test_training_needs_no_logits(model):
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_parity_packed_rows_are_their_pairs_one_by_one(model, implementation):
-    """Two pairs in a row: encoder, decoder and cross attention apart, positions and shift restarting."""
+    """Two pairs in a row: encoder, decoder and cross attention apart, positions and shift
+    restarting.
+    """
     use_backend(model, implementation)
     pairs = [((0, 4), (0, 3)), ((4, 9), (3, 7))]
     inputs = batch(padded=False)
@@ -113,7 +121,9 @@ def test_parity_packed_rows_are_their_pairs_one_by_one(model, implementation):
     output = model(**packed)
     for (s0, s1), (t0, t1) in pairs:
         alone = model(input_ids=inputs["input_ids"][:, s0:s1], labels=inputs["labels"][:, t0:t1])
-        torch.testing.assert_close(output.token_losses[:, t0:t1], alone.token_losses, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            output.token_losses[:, t0:t1], alone.token_losses, atol=1e-5, rtol=0
+        )
         torch.testing.assert_close(output.logits[:, t0:t1], alone.logits, atol=1e-5, rtol=1e-5)
     # the control: unpacked, the second pair sees the first
     leaking = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
@@ -132,12 +142,18 @@ def test_parity_chunked_loss_is_the_dense_loss(chunk, dtype):
     labels[1, 2:] = -100
     loss, token_losses = chunked_cross_entropy(hidden, weight, labels, chunk=chunk)
     (loss * 3).backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):  # never gradients of another scale
+    with pytest.raises(
+        RuntimeError, match="modified by an inplace operation"
+    ):  # never gradients of another scale
         loss.backward()
     h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    dense = cross_entropy((h @ w.T).float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100)
+    dense = cross_entropy(
+        (h @ w.T).float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+    )
     (dense.sum() / (labels != -100).sum() * 3).backward()
-    tolerance = {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    tolerance = (
+        {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
+    )
     torch.testing.assert_close(loss, dense.sum() / 12, **tolerance)
     torch.testing.assert_close(token_losses.flatten(), dense, **tolerance)
     torch.testing.assert_close(hidden.grad, h.grad, **tolerance)
@@ -158,7 +174,9 @@ def test_parity_of_z_loss_and_label_smoothing(z_loss, label_smoothing):
 
     def textbook() -> torch.Tensor:
         logits = (hidden @ weight.T).flatten(0, 1)
-        smoothed = cross_entropy(logits, flat, label_smoothing=label_smoothing, reduction="sum", ignore_index=-100)
+        smoothed = cross_entropy(
+            logits, flat, label_smoothing=label_smoothing, reduction="sum", ignore_index=-100
+        )
         return (smoothed + z_loss * logits.logsumexp(-1)[flat != -100].square().sum()) / 20
 
     def gradients(loss: torch.Tensor) -> tuple:
@@ -171,7 +189,9 @@ def test_parity_of_z_loss_and_label_smoothing(z_loss, label_smoothing):
     for mine in (chunked, dense):
         for value, reference in zip(gradients(mine), expected, strict=True):
             torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
-    plain = cross_entropy((hidden @ weight.T).flatten(0, 1), flat, reduction="none", ignore_index=-100)
+    plain = cross_entropy(
+        (hidden @ weight.T).flatten(0, 1), flat, reduction="none", ignore_index=-100
+    )
     for mine in (token_losses, dense_losses):  # the meters stay comparable
         torch.testing.assert_close(mine.flatten(), plain.detach(), atol=1e-5, rtol=1e-5)
     if z_loss or label_smoothing:  # the control: without them it is another loss
@@ -181,8 +201,12 @@ def test_parity_of_z_loss_and_label_smoothing(z_loss, label_smoothing):
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("kind", ["padded", "packed", "full"])
 def test_lookups_add_to_the_gradient_of_the_head(model, kind, training):
-    """No second matrix is made at the peak of a step, and the gradients are those of autograd by itself."""
-    inputs = batch() | {"encoder_labels": torch.full((B, S), -100).index_fill(1, torch.tensor([3]), 17)}
+    """No second matrix is made at the peak of a step, and the gradients are those of autograd by
+    itself.
+    """
+    inputs = batch() | {
+        "encoder_labels": torch.full((B, S), -100).index_fill(1, torch.tensor([3]), 17)
+    }
     if kind == "packed":
         inputs |= {
             "attention_mask": torch.tensor([[1] * 4 + [2] * 5] * B),
@@ -192,8 +216,13 @@ def test_lookups_add_to_the_gradient_of_the_head(model, kind, training):
         inputs["labels"] = batch(False)["labels"]
     if kind == "full":
         inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    inputs["input_ids"][:, 1] = model.config.pad_token_id  # as a text may have it; its row gets nothing from lookups
-    shared, made = model.get_input_embeddings(), ("aten::embedding_dense_backward", "aten::add", "aten::add_")
+    inputs["input_ids"][:, 1] = (
+        model.config.pad_token_id
+    )  # as a text may have it; its row gets nothing from lookups
+    shared, made = (
+        model.get_input_embeddings(),
+        ("aten::embedding_dense_backward", "aten::add", "aten::add_"),
+    )
 
     def gradients() -> tuple[dict[str, torch.Tensor], list[str]]:
         model.train(training).zero_grad()
@@ -213,10 +242,14 @@ def test_lookups_add_to_the_gradient_of_the_head(model, kind, training):
     hook.remove()
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     shared.padding_idx = None
-    assert not torch.allclose(gradients()[0]["model.shared.weight"], expected["model.shared.weight"], atol=1e-4)
+    assert not torch.allclose(
+        gradients()[0]["model.shared.weight"], expected["model.shared.weight"], atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("kind", [Qwen3ForSeq2SeqLM, Qwen3EncoderModel, Qwen3EncoderForTokenClassification])
+@pytest.mark.parametrize(
+    "kind", [Qwen3ForSeq2SeqLM, Qwen3EncoderModel, Qwen3EncoderForTokenClassification]
+)
 def test_a_configuration_that_asks_for_all_states_gets_them_in_training(kind):
     """Real tokens alone are computed otherwise, and states of layers are not laid out for them."""
     inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
@@ -228,7 +261,9 @@ def test_a_configuration_that_asks_for_all_states_gets_them_in_training(kind):
         assert [tuple(part.shape) for part in states or ()] == [(B, S, 40)] * 4 * wanted
 
 
-@pytest.mark.parametrize("kind", [Qwen3ForSeq2SeqLM, Qwen3EncoderForTokenClassification, Qwen3EncoderModel])
+@pytest.mark.parametrize(
+    "kind", [Qwen3ForSeq2SeqLM, Qwen3EncoderForTokenClassification, Qwen3EncoderModel]
+)
 def test_the_tensor_parallel_plan_names_what_is_there(kind):
     model = kind(tiny_config())
     modules = {re.sub(r"\d+", "*", name) for name, _ in model.named_modules()}
@@ -238,7 +273,11 @@ def test_the_tensor_parallel_plan_names_what_is_there(kind):
 
 def test_other_losses_are_refused_where_they_cannot_run(model):
     inputs = batch()
-    for name, reason in (("liger", "runs on CUDA only"), ("cce", "runs on CUDA only"), ("ligre", "not one of chunked")):
+    for name, reason in (
+        ("liger", "runs on CUDA only"),
+        ("cce", "runs on CUDA only"),
+        ("ligre", "not one of chunked"),
+    ):
         with pytest.raises(ValueError, match=reason):
             model.train()(**inputs, loss_implementation=name)
     hidden, labels = torch.randn(1, 2, 40), torch.tensor([[1, -100]])
@@ -255,7 +294,10 @@ def test_the_loss_comes_from_the_logits_where_there_are_some(model):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_encoder_loss_is_masked_next_token_prediction(model, packed):
-    """Against a loop over the masked tokens: the state before each one predicts it, within its document."""
+    """Against a loop over the masked tokens:
+
+    the state before each one predicts it, within its document.
+    """
     inputs = batch()
     if packed:
         inputs |= {
@@ -263,10 +305,17 @@ def test_encoder_loss_is_masked_next_token_prediction(model, packed):
             "decoder_attention_mask": torch.tensor([[1] * 3 + [2] * 4] * B),
         }  # fmt: skip
     encoder_labels = torch.full((B, S), -100)
-    encoder_labels[0, 3], encoder_labels[0, 4], encoder_labels[1, 2], encoder_labels[2, 0] = 17, 23, 5, 9
+    encoder_labels[0, 3], encoder_labels[0, 4], encoder_labels[1, 2], encoder_labels[2, 0] = (
+        17,
+        23,
+        5,
+        9,
+    )
     plain = model.train()(**inputs).loss
     total = model(**inputs, encoder_labels=encoder_labels, encoder_loss_weight=0.7).loss
-    asked = [(0, 3, 17), (1, 2, 5)] if packed else [(0, 3, 17), (0, 4, 23), (1, 2, 5)]  # (0, 4) begins a document
+    asked = (
+        [(0, 3, 17), (1, 2, 5)] if packed else [(0, 3, 17), (0, 4, 23), (1, 2, 5)]
+    )  # (0, 4) begins a document
     states = model.eval()(**inputs).encoder_last_hidden_state
     expected = sum(
         cross_entropy(states[row, place - 1] @ model.model.shared.weight.T, torch.tensor(label))
@@ -274,7 +323,8 @@ def test_encoder_loss_is_masked_next_token_prediction(model, packed):
     )  # fmt: skip
     items = (inputs["labels"] != -100).sum()
     torch.testing.assert_close(total - plain, 0.7 * expected / items, atol=1e-5, rtol=1e-4)
-    # the control: the state of the mask itself predicting it, which is plain masked-language modelling
+    # the control: the state of the mask itself predicting it, which is plain masked-language
+    # modelling
     other = sum(
         cross_entropy(states[row, place] @ model.model.shared.weight.T, torch.tensor(label))
         for row, place, label in asked
@@ -286,23 +336,35 @@ def test_rope_on_encoder_keys_is_off_and_can_be_turned_on(model):
     inputs = batch()
     torch.manual_seed(0)
     rotated = Qwen3ForSeq2SeqLM(tiny_config(rope_on_encoder_keys=True)).eval()
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), rotated.parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(model.parameters(), rotated.parameters(), strict=True)
+    )
     assert abs(rotated(**inputs).loss - model(**inputs).loss) > 1e-4
-    torch.testing.assert_close(rotated(**inputs).loss, plain_loss(rotated, inputs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        rotated(**inputs).loss, plain_loss(rotated, inputs), atol=1e-5, rtol=0
+    )
     # the order of the source now matters to the decoder, which is what the ablation asks about
     order = torch.tensor([4, 0, 2, 1, 3, 5, 8, 6, 7])
     for m, matters in ((model, False), (rotated, True)):
         states = m.get_encoder()(inputs["input_ids"]).last_hidden_state
         ids = inputs["input_ids"][:, :3]
-        straight, permuted = (m(encoder_outputs=(s,), decoder_input_ids=ids).logits for s in (states, states[:, order]))
+        straight, permuted = (
+            m(encoder_outputs=(s,), decoder_input_ids=ids).logits
+            for s in (states, states[:, order])
+        )
         assert ((straight - permuted).abs().max() > 1e-4) == matters
     source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    generated = [rotated.generate(**source, max_new_tokens=6, use_cache=use) for use in (True, False)]
+    generated = [
+        rotated.generate(**source, max_new_tokens=6, use_cache=use) for use in (True, False)
+    ]
     assert torch.equal(*generated)
 
 
 def test_a_row_without_source_or_target_takes_nobody_elses(model):
-    """Documents are matched by row: an empty source in one row and an empty target in another are no pair."""
+    """Documents are matched by row:
+
+    an empty source in one row and an empty target in another are no pair.
+    """
     inputs = batch(padded=False)
     inputs["decoder_attention_mask"] = torch.ones(B, T, dtype=torch.long)
     inputs["attention_mask"][0] = 0
@@ -314,13 +376,19 @@ def test_a_row_without_source_or_target_takes_nobody_elses(model):
     # without a source, the target tokens see each other only
     ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])[:1]
     nothing = torch.zeros(1, S, dtype=torch.long)
-    logits = model(input_ids=inputs["input_ids"][:1], attention_mask=nothing, decoder_input_ids=ids).logits
+    logits = model(
+        input_ids=inputs["input_ids"][:1], attention_mask=nothing, decoder_input_ids=ids
+    ).logits
     expected = cross_entropy(logits[0], inputs["labels"][0], reduction="none")
     torch.testing.assert_close(output.token_losses[0], expected, atol=1e-5, rtol=0)
 
 
 def test_a_missing_embedding_is_reported_and_initialized(model, tmp_path):
-    state = {name: p for name, p in model.state_dict().items() if "shared" not in name and "embed" not in name}
+    state = {
+        name: p
+        for name, p in model.state_dict().items()
+        if "shared" not in name and "embed" not in name
+    }
     model.save_pretrained(tmp_path, state_dict=state)
     loaded, info = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
     assert "model.shared.weight" in info["missing_keys"]
@@ -360,10 +428,14 @@ def test_one_embedding_object(model, tmp_path):
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
         saved = list(tensors.keys())
-    assert [name for name in saved if "embed" in name or "shared" in name] == ["model.shared.weight"]
+    assert [name for name in saved if "embed" in name or "shared" in name] == [
+        "model.shared.weight"
+    ]
     loaded = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path)
     check(loaded)
-    for (name, mine), (other, reference) in zip(loaded.named_parameters(), model.named_parameters(), strict=True):
+    for (name, mine), (other, reference) in zip(
+        loaded.named_parameters(), model.named_parameters(), strict=True
+    ):
         assert name == other
         assert torch.equal(mine, reference)
     loaded.resize_token_embeddings(345)
@@ -444,7 +516,10 @@ def test_cached_logits_step_by_step(model):
 
 
 def test_arguments_that_nothing_reads_are_refused(model):
-    """transformers 5.24 renamed past_key_values to cache: swallowed, decoding forgot its own past."""
+    """transformers 5.24 renamed past_key_values to cache:
+
+    swallowed, decoding forgot its own past.
+    """
     inputs = batch()
     with pytest.raises(TypeError, match="unexpected argument 'cache_params'"):
         model(**inputs, cache_params=None)
@@ -460,7 +535,9 @@ def test_generation_ignores_padding(model, side):
     padded = torch.cat(order, dim=1)
     mask = torch.cat([torch.full_like(part, int(part is ids)) for part in order], dim=1)
     alone = model.generate(input_ids=ids, max_new_tokens=6)
-    assert torch.equal(model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=6), alone)
+    assert torch.equal(
+        model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=6), alone
+    )
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(model):
@@ -468,7 +545,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(model):
     model.train()
     for enable in (False, True):
         if enable:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            model.gradient_checkpointing_enable(
+                gradient_checkpointing_kwargs={"use_reentrant": False}
+            )
             assert model.model.encoder.gradient_checkpointing
             assert model.model.decoder.gradient_checkpointing
         model.zero_grad()
@@ -504,7 +583,9 @@ def test_logits_of_few_rows_are_the_ordinary_product(classes, dtype, amx, monkey
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
     torch.manual_seed(0)
     weight = torch.nn.Parameter(torch.randn(classes, 40, dtype=dtype))
-    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    tolerance = (
+        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
+    )
     for batch, length in ((1, 1), (3, 1), (2, 4), (3, 3)):
         states = torch.randn(batch, length, 40, dtype=dtype)
         expected = states.float() @ weight.float().t()

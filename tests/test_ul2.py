@@ -1,4 +1,7 @@
-"""UL2 corruption: exact inverse, budgets, rates, unbiased placement, sentinels; each with a control that fails."""
+"""UL2 corruption: exact inverse, budgets, rates, unbiased placement, sentinels;
+
+each with a control that fails.
+"""
 
 import re
 from collections import Counter
@@ -25,7 +28,7 @@ from qwen3_encdec.data.ul2 import (
     sentinels_needed,
     uncorrupt,
 )
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
 FIRST, EOS = 10_000, 9_999
@@ -74,18 +77,24 @@ def make(lengths, denoisers, preset, seed: int = 7, tokens=None, **options) -> l
     return corrupt_batch(tokens, lengths, denoisers, preset, keys, **{**IDS, **options}).split()
 
 
-@pytest.mark.parametrize("modes", [(), tuple(range(60, 60 + len(DENOISERS)))], ids=["", "mode tokens"])
+@pytest.mark.parametrize(
+    "modes", [(), tuple(range(60, 60 + len(DENOISERS)))], ids=["", "mode tokens"]
+)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_corruption_is_inverted_exactly_within_its_bounds(seed, modes):
     rng = np.random.default_rng(seed)
     lengths = np.append(np.tile(np.arange(2, 40), len(DENOISERS)), rng.integers(2, 700, 4000))
     denoisers = rng.integers(len(DENOISERS), size=len(lengths))
-    tokens = rng.integers(0, 50, lengths.sum())  # a small alphabet: repeated tokens must not confuse the inverse
+    tokens = rng.integers(
+        0, 50, lengths.sum()
+    )  # a small alphabet: repeated tokens must not confuse the inverse
     examples = make(lengths, denoisers, DENOISERS, seed, tokens, prefix_ids=modes)
     assert len(examples) == len(lengths)
     for example, text in zip(examples, np.split(tokens, np.cumsum(lengths)[:-1]), strict=True):
         denoiser, source, target = DENOISERS[example.denoiser], example.source, example.target
-        np.testing.assert_array_equal(uncorrupt(source, target, **IDS, mode_ids=modes[example.denoiser :][:1]), text)
+        np.testing.assert_array_equal(
+            uncorrupt(source, target, **IDS, mode_ids=modes[example.denoiser :][:1]), text
+        )
 
         assert source[-1] == target[-1] == EOS
         assert (source == EOS).sum() == (target == EOS).sum() == 1
@@ -108,12 +117,16 @@ def test_texts_that_follow_change_nothing_and_those_before_only_the_rounding():
     rng = np.random.default_rng(0)
     lengths, denoisers = rng.integers(2, 300, 200), rng.integers(len(DENOISERS), size=200)
     together = make(lengths, denoisers, DENOISERS)
-    for one, other in zip(make(lengths[:90], denoisers[:90], DENOISERS), together[:90], strict=True):
+    for one, other in zip(
+        make(lengths[:90], denoisers[:90], DENOISERS), together[:90], strict=True
+    ):
         np.testing.assert_array_equal(one.source, other.source)
     even = Denoiser("even", 4, 0.5)  # 8 noise tokens of 16 in 2 spans: nothing to round
     together = make([16] * 50, 0, (even,))
     for i in range(50):
-        alone = corrupt_batch(np.arange(16), np.array([16]), np.array([0]), (even,), example_keys(7, 0, [i], 0), **IDS)
+        alone = corrupt_batch(
+            np.arange(16), np.array([16]), np.array([0]), (even,), example_keys(7, 0, [i], 0), **IDS
+        )
         np.testing.assert_array_equal(alone.sources, together[i].source)
         np.testing.assert_array_equal(alone.targets, together[i].target)
     source, target = corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(5), **IDS)
@@ -123,7 +136,9 @@ def test_texts_that_follow_change_nothing_and_those_before_only_the_rounding():
 
 
 def batch_errors(seed: int) -> np.ndarray:
-    """Noise tokens and spans beyond `corruption * tokens` and that over the mean span, of each denoiser's texts."""
+    """Noise tokens and spans beyond `corruption * tokens` and that over the mean span, of each
+    denoiser's texts.
+    """
     preset = PRESETS["t5gemma2"] + PRESETS["ul2"]
     rng = np.random.default_rng(seed)
     lengths, denoisers = rng.integers(60, 900, 700), rng.integers(len(preset), size=700)
@@ -132,7 +147,10 @@ def batch_errors(seed: int) -> np.ndarray:
     for index, denoiser in enumerate(preset):
         mine = denoisers == index
         errors.append(noise[mine].sum() - denoiser.corruption * lengths[mine].sum())
-        if denoiser.mean_span in (3, 8):  # of longer ones there is at least one in texts where less is due
+        if denoiser.mean_span in (
+            3,
+            8,
+        ):  # of longer ones there is at least one in texts where less is due
             errors.append(spans[mine].sum() - noise[mine].sum() / denoiser.mean_span)
     return np.array(errors)
 
@@ -155,7 +173,9 @@ def mask_spans(tokens, mask, **ids) -> tuple[np.ndarray, np.ndarray]:
     edges = np.diff(np.pad(mask, 1).astype(np.int8))
     one, ends, spans = np.array([0]), np.array([len(tokens)]), np.array([(edges > 0).sum()])
     ids = {**ids, "prefix_ids": ()}
-    examples = ul2._write(tokens, edges, ends, spans, spanned=one == 0, denoisers=one, lead=0, **ids)
+    examples = ul2._write(
+        tokens, edges, ends, spans, spanned=one == 0, denoisers=one, lead=0, **ids
+    )
     return examples.sources, examples.targets
 
 
@@ -171,14 +191,18 @@ def test_uncorrupt_refuses_what_corrupt_cannot_make():
 
 @pytest.mark.parametrize("denoiser", PRESETS["t5gemma2"], ids=lambda d: d.name)
 def test_rates_and_span_lengths_are_unbiased(denoiser):
-    length, draws = 101, 20_000  # no rate times 101 is whole: rounding always to one side would show
+    length, draws = (
+        101,
+        20_000,
+    )  # no rate times 101 is whole: rounding always to one side would show
     targets = [example.target for example in make(np.full(draws, length), 0, (denoiser,))]
     spans = np.array([(target >= FIRST).sum() for target in targets])
     noise = np.array([len(target) - 1 for target in targets]) - spans
     assert abs(noise.mean() - length * denoiser.corruption) < 4 * 0.5 / np.sqrt(draws)
     assert set(noise) == {int(length * denoiser.corruption), int(length * denoiser.corruption) + 1}
     if denoiser.name == "R1":
-        # Before the turn the mean is 101 * .15 / 3; the turn cuts a span with probability (noise - spans) / length.
+        # Before the turn the mean is 101 * .15 / 3; the turn cuts a span with probability (noise -
+        # spans) / length.
         expected = 5.05 + (15.15 - 5.05) / length
         assert abs(spans.mean() - expected) < 4 * spans.std() / np.sqrt(draws)
 
@@ -224,7 +248,9 @@ def test_t5_never_asks_for_the_first_token_and_always_for_the_last():
 
 
 def test_t5_examples():
-    """The masks and ids of `noise_span_to_unique_sentinel` in T5's preprocessors_test, sentinels ascending."""
+    """The masks and ids of `noise_span_to_unique_sentinel` in T5's preprocessors_test, sentinels
+    ascending.
+    """
     tokens = np.arange(10, 16)
     mask = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
     source, target = mask_spans(tokens, mask, sentinel_ids=range(100, 110), eos_id=1)
@@ -242,23 +268,36 @@ def test_t5_lengths(mean_span, longest, target):
 
 
 def philox_uniform(count: int, seed: tuple[int, int]) -> np.ndarray:
-    """TensorFlow's stateless_uniform on a CPU: Philox 4x32-10, its key and counter scrambled by itself."""
+    """TensorFlow's stateless_uniform on a CPU:
+
+    Philox 4x32-10, its key and counter scrambled by itself.
+    """
 
     def philox(counter: list[int], key: list[int]) -> list[int]:
         counter, key = list(counter), list(key)
         for _ in range(10):
             a, b = counter[0] * 0xD2511F53, counter[2] * 0xCD9E8D57
-            counter = [(b >> 32) ^ counter[1] ^ key[0], b % 2**32, (a >> 32) ^ counter[3] ^ key[1], a % 2**32]
+            counter = [
+                (b >> 32) ^ counter[1] ^ key[0],
+                b % 2**32,
+                (a >> 32) ^ counter[3] ^ key[1],
+                a % 2**32,
+            ]
             key = [(key[0] + 0x9E3779B9) % 2**32, (key[1] + 0xBB67AE85) % 2**32]
         return counter
 
     mixed = philox([seed[0], 0, seed[1], 0], [0x3EC8F720, 0x02461E29])
-    words = [word for block in range(-(-count // 4)) for word in philox([block, 0, *mixed[2:]], mixed[:2])]
+    words = [
+        word
+        for block in range(-(-count // 4))
+        for word in philox([block, 0, *mixed[2:]], mixed[:2])
+    ]
     return np.array([(word % 2**23) / 2**23 for word in words[:count]])
 
 
 def test_t5s_published_mask_from_its_own_random_numbers(monkeypatch):
-    """`test_random_spans_noise_mask` of T5's preprocessors_test: length 32, density .25, mean span 2, two seeds.
+    """`test_random_spans_noise_mask` of T5's preprocessors_test: length 32, density .25, mean span
+    2, two seeds.
 
     All is ours, rounding, alternation and spelling, but for which cuts are drawn.
     """
@@ -275,7 +314,9 @@ def test_t5s_published_mask_from_its_own_random_numbers(monkeypatch):
     t5 = Denoiser("t5", 2.0, 0.25, placement="t5")
     (example,) = make([32], 0, (t5,))
     np.testing.assert_array_equal(np.isin(np.arange(32), example.target).astype(int), published)
-    monkeypatch.setattr(ul2, "_choose", lambda *args: t5_choose(*args, seeds=((3, 4), (1, 2))))  # control
+    monkeypatch.setattr(
+        ul2, "_choose", lambda *args: t5_choose(*args, seeds=((3, 4), (1, 2)))
+    )  # control
     (example,) = make([32], 0, (t5,))
     assert np.isin(np.arange(32), example.target).astype(int).tolist() != published
 
@@ -285,12 +326,16 @@ def test_golden_examples():
     preset = PRESETS["t5gemma2"]
     keys = example_keys(5, 1, 2, np.full(5, 3))
     ids = {"sentinel_ids": [90, 91, 92], "eos_id": 99}
-    examples = corrupt_batch(np.tile(np.arange(24), 5), np.full(5, 24), np.arange(5), preset, keys, **ids).split()
+    examples = corrupt_batch(
+        np.tile(np.arange(24), 5), np.full(5, 24), np.arange(5), preset, keys, **ids
+    ).split()
     made = {preset[e.denoiser].name: [e.source.tolist(), e.target.tolist()] for e in examples}
     assert made == GOLDEN
 
 
-@pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.corruption}-{d.placement}")
+@pytest.mark.parametrize(
+    "denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.corruption}-{d.placement}"
+)
 @pytest.mark.parametrize("budget", [(512, 256), (97, 64), (64, 200), (16, 16)])
 def test_raw_length_is_the_longest_that_always_fits(denoiser, budget):
     longest = raw_length(denoiser, *budget)
@@ -301,7 +346,9 @@ def test_raw_length_is_the_longest_that_always_fits(denoiser, budget):
             overflows += over
             assert not over or length > longest
     if denoiser.placement == "t5" or denoiser.mean_span is None:
-        assert overflows  # one token more does not fit; elsewhere the worst draw is too rare to wait for
+        assert (
+            overflows
+        )  # one token more does not fit; elsewhere the worst draw is too rare to wait for
 
 
 def test_too_few_sentinels_are_refused_before_anything_runs():
@@ -327,17 +374,23 @@ def test_long_contexts_need_more_sentinels():
     need = sentinels_needed(preset, 16_384, 16_384)
     assert need == 1262  # rounded up, and the turn may cut a span
     check_capacity(preset, 16_384, 16_384, need)
-    with pytest.raises(InputError, match=f"{need} sentinels .*has {need - 1}; .*--num-sentinel-tokens {need}"):
+    with pytest.raises(
+        InputError, match=f"{need} sentinels .*has {need - 1}; .*--num-sentinel-tokens {need}"
+    ):
         check_capacity(preset, 16_384, 16_384, need - 1)
     lengths = [raw_length(d, 16_384, 16_384) for d in preset]
-    for example in make(lengths, np.arange(5), preset, sentinel_ids=range(60_000, 60_000 + need), eos_id=59_999):
+    for example in make(
+        lengths, np.arange(5), preset, sentinel_ids=range(60_000, 60_000 + need), eos_id=59_999
+    ):
         assert len(example.source) <= 16_384
         assert len(example.target) <= 16_384
 
 
 def test_the_documented_needs_are_the_true_ones():
     text = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
-    header, *rows = re.findall(r"^\| (source / target|t5gemma2|ul2|t5) \|(.*)\|$", text, re.MULTILINE)
+    header, *rows = re.findall(
+        r"^\| (source / target|t5gemma2|ul2|t5) \|(.*)\|$", text, re.MULTILINE
+    )
     lengths = [tuple(map(int, cell.split("/"))) for cell in header[1].split("|")]
     for name, cells in rows:
         written = [int(cell.replace(",", "")) for cell in cells.split("|")]
@@ -352,8 +405,13 @@ def test_denoisers_are_drawn_by_weight():
 
 
 def test_each_chunk_has_a_key_of_its_own():
-    words = np.array([[0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 1, 0], [0, 1, 2, 2**63 - 1], [0, -1, 2, 3]])
-    keys = [int(example_keys(seed, epoch, [document], [chunk])[0]) for seed, epoch, document, chunk in words.tolist()]
+    words = np.array(
+        [[0, 1, 2, 3], [1, 0, 2, 3], [3, 2, 1, 0], [0, 1, 2, 2**63 - 1], [0, -1, 2, 3]]
+    )
+    keys = [
+        int(example_keys(seed, epoch, [document], [chunk])[0])
+        for seed, epoch, document, chunk in words.tolist()
+    ]
     assert len(set(keys)) == len(keys)
     assert keys == [int(example_keys(*map(int, row[:2]), row[2:3], row[3:])[0]) for row in words]
     many = example_keys(0, 0, np.repeat(np.arange(300), 300), np.tile(np.arange(300), 300))
@@ -401,7 +459,12 @@ def test_render():
     ids = tokenizer("the quick brown fox")["input_ids"]
     mask = np.zeros(len(ids), dtype=bool)
     mask[1:3] = True
-    pair = mask_spans(np.array(ids), mask, sentinel_ids=tokenizer.sentinel_token_ids, eos_id=tokenizer.eos_token_id)
+    pair = mask_spans(
+        np.array(ids),
+        mask,
+        sentinel_ids=tokenizer.sentinel_token_ids,
+        eos_id=tokenizer.eos_token_id,
+    )
     text = render(Example(*pair, 0), tokenizer, PRESETS["t5"])
     assert "[R]" in text
     assert text.count("<extra_id_0>") == 2

@@ -46,13 +46,19 @@ def test_the_encoder_loads_alone_out_of_the_encoder_decoder(model, source, tmp_p
     ragged = encoder.train()(**source).last_hidden_state  # computes no padding
     torch.testing.assert_close(ragged, reference * kept, atol=1e-5, rtol=0)
     # the control: a folder that lacks a tensor says so
-    state = {name: tensor for name, tensor in model.state_dict().items() if name != "model.encoder.norm.weight"}
+    state = {
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name != "model.encoder.norm.weight"
+    }
     model.save_pretrained(tmp_path / "torn", state_dict=state)
     _, info = Qwen3EncoderModel.from_pretrained(tmp_path / "torn", output_loading_info=True)
     assert info["missing_keys"] == {"encoder.norm.weight"}
 
 
-@pytest.mark.parametrize("head", [Qwen3EncoderForSequenceClassification, Qwen3EncoderForTokenClassification])
+@pytest.mark.parametrize(
+    "head", [Qwen3EncoderForSequenceClassification, Qwen3EncoderForTokenClassification]
+)
 def test_classification_learns_and_ignores_padding(model, source, head, tmp_path):
     model.save_pretrained(tmp_path)
     classifier, info = head.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
@@ -79,7 +85,9 @@ def test_classification_learns_and_ignores_padding(model, source, head, tmp_path
     again = head.from_pretrained(tmp_path / "classifier").eval()
     assert torch.equal(again(**source).logits, classifier.eval()(**source).logits)
     if not tokens:
-        assert isinstance(AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier"), head)
+        assert isinstance(
+            AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier"), head
+        )
 
 
 def test_lora_on_both_stacks(model, source, tmp_path):
@@ -116,9 +124,13 @@ def test_weight_only_quantization(source, bits, similar, tmp_path):
         how = quantization.Int8WeightOnlyConfig()
     else:
         how = quantization.IntxWeightOnlyConfig(torch.int4, granularity=quantization.PerGroup(32))
-    quantized = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path / "full", quantization_config=TorchAoConfig(how)).eval()
+    quantized = Qwen3ForSeq2SeqLM.from_pretrained(
+        tmp_path / "full", quantization_config=TorchAoConfig(how)
+    ).eval()
     assert type(quantized.model.encoder.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
-    assert type(quantized.model.shared.weight) is torch.nn.Parameter  # shared with the head: left whole
+    assert (
+        type(quantized.model.shared.weight) is torch.nn.Parameter
+    )  # shared with the head: left whole
     inputs = dict(source, decoder_input_ids=source["input_ids"][:, :5])
     logits = quantized(**inputs).logits
     assert torch.cosine_similarity(logits.flatten(), model(**inputs).logits.flatten(), 0) > similar
@@ -168,11 +180,17 @@ def test_export_of_a_decoder_step(model, source):
         return model(**source, decoder_input_ids=tokens[:, :length]).logits[:, -1:]
 
     output = model.model.decoder(
-        tokens[:, :4], encoder_hidden_states=states, encoder_attention_mask=source["attention_mask"], use_cache=True
+        tokens[:, :4],
+        encoder_hidden_states=states,
+        encoder_attention_mask=source["attention_mask"],
+        use_cache=True,
     )
     own, cross = (
         [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
-        for cache in (output[CACHE_FIELD].self_attention_cache, output[CACHE_FIELD].cross_attention_cache)
+        for cache in (
+            output[CACHE_FIELD].self_attention_cache,
+            output[CACHE_FIELD].cross_attention_cache,
+        )
     )
     layers = [({0: AUTO, 2: AUTO},) * 2] * 3
     shapes = ({0: AUTO}, {0: AUTO, 1: AUTO}, {0: AUTO, 1: AUTO}, layers, layers)
@@ -213,8 +231,15 @@ def test_a_saved_folder_carries_its_code(tmp_path):
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "first").glob("*.py")} == code
     expected = model.fill("Hello <extra_id_0>.", tokenizer, max_new_tokens=5)
-    environment = {**os.environ, "HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
-    for folder, again in (("first", "second"), ("second", "third")):  # what it saves carries the code on
+    environment = {
+        **os.environ,
+        "HF_MODULES_CACHE": str(tmp_path / "modules"),
+        "HF_HUB_OFFLINE": "1",
+    }
+    for folder, again in (
+        ("first", "second"),
+        ("second", "third"),
+    ):  # what it saves carries the code on
         done = subprocess.run(
             [sys.executable, "-c", REMOTE, tmp_path / folder, tmp_path / again],
             capture_output=True, text=True, env=environment,

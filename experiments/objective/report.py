@@ -23,7 +23,13 @@ DOCS = HERE.parent.parent / "docs"
 BEGIN, END = "<!-- experiments/objective/report.py writes from here -->", "<!-- to here -->"
 NOT_RUN = "not run"
 RETRIEVAL = {"MRR": "mrr", "nDCG@10": "ndcg@10"}
-CONTESTS = [("ul2", "causal"), ("ul2", "unmasked"), ("ul2", "mntp"), ("ul2+mntp", "mntp"), ("ul2+mntp", "ul2")]
+CONTESTS = [
+    ("ul2", "causal"),
+    ("ul2", "unmasked"),
+    ("ul2", "mntp"),
+    ("ul2+mntp", "mntp"),
+    ("ul2+mntp", "ul2"),
+]
 COLORS = ("#4078c0", "#d9822b", "#2f9e79", "#b5539c", "#8f7a3a")
 STYLE: Any = {
     "svg.fonttype": "path", "svg.hashsalt": "objective", "font.family": "DejaVu Sans", "font.size": 9,
@@ -35,11 +41,17 @@ Score = Callable[[dict[str, Any]], float | None]
 
 def main() -> None:
     """Write, or compare."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
     parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--docs", type=Path, default=DOCS, help="folder of results.md and the plots")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a file would change")
+    parser.add_argument(
+        "--docs", type=Path, default=DOCS, help="folder of results.md and the plots"
+    )
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit with 1 if a file would change"
+    )
     arguments = parser.parse_args()
     page = arguments.docs / "results.md"
     text = page.read_text(encoding="utf-8")
@@ -61,13 +73,18 @@ def main() -> None:
     if arguments.check and stale:
         print(f"not what the JSON files say: {', '.join(stale)}", file=sys.stderr)
         raise SystemExit(1)
-    print(f"{len(found)} pieces: {len(files) - len(stale)} of {len(files)} files are what they were")
+    print(
+        f"{len(found)} pieces: {len(files) - len(stale)} of {len(files)} files are what they were"
+    )
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
     """The pieces, by their path without its ending."""
     files = sorted(results.rglob("*.json"))
-    return {f.relative_to(results).with_suffix("").as_posix(): json.loads(f.read_text(encoding="utf-8")) for f in files}
+    return {
+        f.relative_to(results).with_suffix("").as_posix(): json.loads(f.read_text(encoding="utf-8"))
+        for f in files
+    }
 
 
 def tables(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
@@ -90,21 +107,43 @@ def tables(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
         parts.append(table(["difference, paired by seed", *columns], rows))
         rows = [[name, *(over(plan, found, size, f"score-{name}", "before", score) for score in columns.values())]
                 for name in plan["contestants"]]  # fmt: skip
-        for embedder in ("Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)"):
+        for embedder in (
+            "Causal parent (mean)",
+            "Causal parent (last)",
+            "Parent without mask (mean)",
+        ):
             own = scores(plan, embedder)
-            rows.append([embedder, *(over(plan, found, size, "score-parent", "before", s) for s in own.values())])
+            rows.append(
+                [
+                    embedder,
+                    *(over(plan, found, size, "score-parent", "before", s) for s in own.values()),
+                ]
+            )
         parts.append(table(["before it", *columns], rows))
         rows = []
         for name in ("parent", *trained(plan)):
             key = "parent" if name == "parent" else f"train-{name}"
             tokens = "tokens" if name == "parent" else "text tokens"
-            cells = [(tokens, ",.0f"), ("steps", ",.0f"), ("flops", ".2e"), ("loss", ".3f"), ("cpu seconds", ",.0f")]
-            rows.append([name, *(mean(plan, found, size, key, field, form) for field, form in cells)])
-        parts.append(table(["training", "text tokens", "steps", "FLOPs", "last loss", "processor s"], rows))
+            cells = [
+                (tokens, ",.0f"),
+                ("steps", ",.0f"),
+                ("flops", ".2e"),
+                ("loss", ".3f"),
+                ("cpu seconds", ",.0f"),
+            ]
+            rows.append(
+                [name, *(mean(plan, found, size, key, field, form) for field, form in cells)]
+            )
+        parts.append(
+            table(["training", "text tokens", "steps", "FLOPs", "last loss", "processor s"], rows)
+        )
         parts.append(table(["held-out nats a token", *DENOISERS], denoising(plan, found, size)))
     parts.append("### Baselines")
     names = ("TF-IDF", "WordLlama", "MiniLM-L6")
-    rows = [[name, *(one(found, "baselines", "before", s) for s in scores(plan, name).values())] for name in names]
+    rows = [
+        [name, *(one(found, "baselines", "before", s) for s in scores(plan, name).values())]
+        for name in names
+    ]
     parts.append(table(["without our training", *columns], rows))
     parts.append("### Ablations, one seed")
     unit = "{size}-{seed}".format(**plan["ablate"])
@@ -134,12 +173,16 @@ def trained(plan: dict[str, Any]) -> list[str]:
     reading = ("causal", "pooling")
     seen: dict[str, str] = {}
     for name, values in plan["contestants"].items():
-        seen.setdefault(json.dumps({k: v for k, v in values.items() if k not in reading}, sort_keys=True), name)
+        seen.setdefault(
+            json.dumps({k: v for k, v in values.items() if k not in reading}, sort_keys=True), name
+        )
     return list(seen.values())
 
 
 def scores(plan: dict[str, Any], embedder: str | None = None) -> dict[str, Score]:
-    """Columns: how each score is found in what the suite returned, of an embedder or of the only one."""
+    """Columns: how each score is found in what the suite returned, of an embedder or of the only
+    one.
+    """
 
     def pick(of: dict[str, Any]) -> dict[str, Any]:
         return of.get(embedder, {}) if embedder else next(iter(of.values()), {})
@@ -150,14 +193,21 @@ def scores(plan: dict[str, Any], embedder: str | None = None) -> dict[str, Score
     def main_score(task: str, found: dict[str, Any]) -> float | None:
         return pick(found["tasks"].get(task, {}).get("scores", {})).get("score")
 
-    columns: dict[str, Score] = {f"package-docs {label}": partial(retrieval, key) for label, key in RETRIEVAL.items()}
+    columns: dict[str, Score] = {
+        f"package-docs {label}": partial(retrieval, key) for label, key in RETRIEVAL.items()
+    }
     for task in plan["evaluation"]["tasks"]:
         columns[f"{task}{' R@1' if task == 'package-docs' else ''}"] = partial(main_score, task)
     return columns
 
 
 def seeds(
-    plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, piece: str, stage: str, score: Score
+    plan: dict[str, Any],
+    found: dict[str, dict[str, Any]],
+    size: str,
+    piece: str,
+    stage: str,
+    score: Score,
 ) -> dict[int, float]:
     """A score by seed, of the seeds that have it."""
     pieces = {seed: found.get(f"{size}-{seed}/{slug(piece)}") for seed in plan["seeds"]}
@@ -166,7 +216,12 @@ def seeds(
 
 
 def difference(
-    plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, first: str, second: str, score: Score
+    plan: dict[str, Any],
+    found: dict[str, dict[str, Any]],
+    size: str,
+    first: str,
+    second: str,
+    score: Score,
 ) -> list[float]:
     """A score of one contestant over another's, by seed."""
     a, b = (seeds(plan, found, size, f"score-{name}", "after", score) for name in (first, second))
@@ -177,7 +232,9 @@ def interval(values: Sequence[float]) -> float | None:
     """Half the 95 % interval of a mean over seeds, by Student's t; None of a single one."""
     if len(values) < 2:
         return None
-    return float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return (
+        float(student.ppf(0.975, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    )
 
 
 def spread(values: Sequence[float]) -> str:
@@ -185,11 +242,18 @@ def spread(values: Sequence[float]) -> str:
     if not values:
         return NOT_RUN
     half = interval(values)
-    return f"{statistics.fmean(values):+.3f}" + (f" ± {half:.3f}" if half is not None else " (1 seed)")
+    return f"{statistics.fmean(values):+.3f}" + (
+        f" ± {half:.3f}" if half is not None else " (1 seed)"
+    )
 
 
 def over(
-    plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, piece: str, stage: str, score: Score
+    plan: dict[str, Any],
+    found: dict[str, dict[str, Any]],
+    size: str,
+    piece: str,
+    stage: str,
+    score: Score,
 ) -> str:
     """Mean and interval of a score over seeds, in a cell."""
     values = seeds(plan, found, size, piece, stage, score)
@@ -202,7 +266,14 @@ def one(found: dict[str, dict[str, Any]], piece: str, stage: str, score: Score) 
     return NOT_RUN if value is None else f"{value:.3f}"
 
 
-def mean(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str, piece: str, field: str, form: str) -> str:
+def mean(
+    plan: dict[str, Any],
+    found: dict[str, dict[str, Any]],
+    size: str,
+    piece: str,
+    field: str,
+    form: str,
+) -> str:
     """Mean over seeds of what a training says of itself."""
     pieces = [found.get(f"{size}-{seed}/{slug(piece)}", {}) for seed in plan["seeds"]]
     values = [piece[field] for piece in pieces if field in piece]
@@ -217,13 +288,19 @@ def denoising(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str)
     for name, label in (("ul2", "initialization"), ("ul2", "trained"), ("ul2+mntp", "trained")):
         pieces = [found.get(f"{size}-{seed}/train-{name}") for seed in plan["seeds"]]
         losses = [piece["denoising"][label] for piece in pieces if piece]
-        cells = [f"{statistics.fmean(loss[d] for loss in losses):.3f}" if losses else NOT_RUN for d in DENOISERS]
+        cells = [
+            f"{statistics.fmean(loss[d] for loss in losses):.3f}" if losses else NOT_RUN
+            for d in DENOISERS
+        ]
         rows.append([label if label == "initialization" else name, *cells])
     return rows
 
 
 def held_out(found: dict[str, dict[str, Any]], piece: str) -> str:
-    """Mean held-out loss over the denoisers; a contestant without a training of its own has ul2's."""
+    """Mean held-out loss over the denoisers;
+
+    a contestant without a training of its own has ul2's.
+    """
     if piece not in found:
         return "as ul2" if piece.endswith("last-pooling") else NOT_RUN
     return f"{statistics.fmean(found[piece]['denoising']['trained'].values()):.3f}"
@@ -253,12 +330,20 @@ def provenance(found: dict[str, dict[str, Any]]) -> str:
     facts = [piece["provenance"] for piece in found.values()]
     if not facts:
         return f"Command, commit and hardware of these figures: {NOT_RUN}."
-    lines = [f"{len(facts)} pieces, {sum(fact['seconds'] for fact in facts) / 3600:.1f} hours one after another."]
+    lines = [
+        f"{len(facts)} pieces, {sum(fact['seconds'] for fact in facts) / 3600:.1f} hours one after another."
+    ]
     for field in ("command", "commit", "hardware"):
         counts: dict[str, int] = {}
         for fact in facts:
-            counts[str(fact.get(field, "not recorded"))] = counts.get(str(fact.get(field, "not recorded")), 0) + 1
-        lines.append(f"{field.capitalize()}: " + "; ".join(f"`{value}` ({n})" for value, n in counts.items()) + ".")
+            counts[str(fact.get(field, "not recorded"))] = (
+                counts.get(str(fact.get(field, "not recorded")), 0) + 1
+            )
+        lines.append(
+            f"{field.capitalize()}: "
+            + "; ".join(f"`{value}` ({n})" for value, n in counts.items())
+            + "."
+        )
     return "\n".join(lines)
 
 
@@ -269,7 +354,10 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def plots(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Scores by contestant with every seed as a point, and differences with their intervals: SVG by file name."""
+    """Scores by contestant with every seed as a point, and differences with their intervals:
+
+    SVG by file name.
+    """
     columns = {name: score for name, score in scores(plan).items() if name != "package-docs R@1"}
     sizes = [size for size in plan["sizes"] if begun(found, size)] or list(plan["sizes"])
     scored: dict[str, str] = {}
@@ -281,7 +369,11 @@ def plots(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, s
                 for j, (label, score) in enumerate(columns.items()):
                     axes = grid[i][j]
                     axes.set_title(label.replace("package-docs ", "package-docs\n"), fontsize=8)
-                    names = list(plan["contestants"]) if kind == "scores" else [f"{a} -\n{b}" for a, b in CONTESTS]
+                    names = (
+                        list(plan["contestants"])
+                        if kind == "scores"
+                        else [f"{a} -\n{b}" for a, b in CONTESTS]
+                    )
                     for k in range(len(names)):
                         if kind == "scores":
                             piece = f"score-{list(plan['contestants'])[k]}"
@@ -291,10 +383,19 @@ def plots(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, s
                         if values:
                             color = COLORS[k % len(COLORS)]
                             axes.errorbar(
-                                statistics.fmean(values), k, xerr=interval(values) or 0, fmt="o", color=color, ms=4
+                                statistics.fmean(values),
+                                k,
+                                xerr=interval(values) or 0,
+                                fmt="o",
+                                color=color,
+                                ms=4,
                             )
-                            axes.plot(values, [k + 0.25] * len(values), ".", color=color, alpha=0.5, ms=4)
-                    axes.set_yticks(range(len(names)), names if j == 0 else [""] * len(names), fontsize=7)
+                            axes.plot(
+                                values, [k + 0.25] * len(values), ".", color=color, alpha=0.5, ms=4
+                            )
+                    axes.set_yticks(
+                        range(len(names)), names if j == 0 else [""] * len(names), fontsize=7
+                    )
                     axes.set_ylim(len(names) - 0.5, -0.5)
                     axes.tick_params(axis="x", labelsize=6)
                     if kind == "differences":

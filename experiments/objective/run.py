@@ -1,10 +1,11 @@
-"""Does a UL2-trained encoder beat its causal parent, the unmasked parent and MNTP at equal tokens? See docs/results.md.
+"""Does a UL2-trained encoder beat its causal parent, the unmasked parent and MNTP at equal tokens?
+See docs/results.md.
 
     python experiments/objective/run.py --jobs 2
 
-Each piece (a parent, a training, a score) writes one JSON file under results/ when it is finished and is not done
-again while that file holds the plan's settings; weights lie in runs/. So the command can be stopped at any time and
-given again, and a stop costs at most one piece of each job.
+Each piece (a parent, a training, a score) writes one JSON file under results/ when it is finished
+and is not done again while that file holds the plan's settings; weights lie in runs/. So the
+command can be stopped at any time and given again, and a stop costs at most one piece of each job.
 """
 
 import argparse
@@ -34,7 +35,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
 
-from qwen3_encdec.files import InputError, read_json, write_json  # noqa: E402
+from qwen3_encdec.folders import InputError, read_json, write_json  # noqa: E402
 
 BLOCK = 256
 FAMILY = 200  # most man pages whose names begin alike: thousands of one tool are one text
@@ -64,11 +65,15 @@ class Contestant:
 class Unit:
     """One size and seed: its parent, its trainings and its scores."""
 
-    def __init__(self, plan: dict[str, Any], size: str, seed: int, results: Path, runs: Path) -> None:
+    def __init__(
+        self, plan: dict[str, Any], size: str, seed: int, results: Path, runs: Path
+    ) -> None:
         self.plan, self.seed, self.name = plan, seed, f"{size}-{seed}"
         self.sizes = plan["sizes"][size]
         self.results, self.runs = results / self.name, runs / self.name
-        self.contestants = {name: Contestant(**values) for name, values in plan["contestants"].items()}
+        self.contestants = {
+            name: Contestant(**values) for name, values in plan["contestants"].items()
+        }
         ablations = {name: Contestant(**values) for name, values in plan["ablations"].items()}
         self.all = self.contestants | ablations
 
@@ -81,11 +86,16 @@ class Unit:
         return [documents[i] for i in order[:half]], [documents[i] for i in order[half:]]
 
     def parent(self) -> Path:
-        """The causal parent, and beside it branch.jsonl: the documents that every branch reads, once."""
+        """The causal parent, and beside it branch.jsonl:
+
+        the documents that every branch reads, once.
+        """
         from qwen3_encdec.demo.parent import parent_tokenizer, train_causal_parent
 
         folder, sizes, branch = self.runs / "parent", self.plan["parent"], self.plan["branch"]
-        with self._piece("parent", self.runs / "branch.jsonl", parent=sizes, tokens=branch["tokens"]) as record:
+        with self._piece(
+            "parent", self.runs / "branch.jsonl", parent=sizes, tokens=branch["tokens"]
+        ) as record:
             if record is None:
                 return folder
             tokenizer = parent_tokenizer(self.plan["corpus"]["num_ranks"])
@@ -101,14 +111,27 @@ class Unit:
                     break
             lines = "".join(json.dumps({"text": text}) + "\n" for text in taken)
             (self.runs / "branch.jsonl").write_text(lines, encoding="utf-8")
-            texts = sorted(self.texts[0] + self.texts[1])  # as many need not be the same: man pages are the machine's
+            texts = sorted(
+                self.texts[0] + self.texts[1]
+            )  # as many need not be the same: man pages are the machine's
             digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
-            record["corpus"] = {"documents": len(texts), "branch documents": len(taken), "sha256": digest}
+            record["corpus"] = {
+                "documents": len(texts),
+                "branch documents": len(taken),
+                "sha256": digest,
+            }
         return folder
 
     def training(self, name: str) -> str:
-        """The first of the contestants that share this one's training: they differ in how they are read."""
-        return next(other for other, contestant in self.all.items() if contestant.trained == self.all[name].trained)
+        """The first of the contestants that share this one's training:
+
+        they differ in how they are read.
+        """
+        return next(
+            other
+            for other, contestant in self.all.items()
+            if contestant.trained == self.all[name].trained
+        )
 
     def train(self, name: str) -> Path:
         """The branch of a contestant: a causal Qwen3, an encoder (MNTP) or a run (UL2)."""
@@ -117,7 +140,9 @@ class Unit:
         parent, folder = self.parent(), self.runs / f"train-{name.replace(' ', '-')}"
         keys = ("branch", "ul2", "parent") if contestant.branch == "ul2" else ("branch", "parent")
         settings = {key: self.plan[key] for key in keys}
-        with self._piece(f"train {name}", folder / "done", contestant=asdict(contestant), **settings) as record:
+        with self._piece(
+            f"train {name}", folder / "done", contestant=asdict(contestant), **settings
+        ) as record:
             if record is not None:
                 kinds = {"causal": self._causal, "mntp": self._mntp, "ul2": self._ul2}
                 began = time.monotonic()
@@ -132,7 +157,7 @@ class Unit:
         "parent" is the parent as it is: mean and last token, and without its mask.
         """
         from qwen3_encdec.data.package_docs import summary_pairs
-        from qwen3_encdec.finetuning import finetune
+        from qwen3_encdec.embedding.finetune import finetune
 
         with self._piece(f"score {name}", **self._score_settings(name)) as record:
             if record is None:
@@ -165,15 +190,19 @@ class Unit:
 
         asked = self.plan["evaluation"]
         return evaluate_retrieval(
-            encoders, tasks=asked["tasks"], num_queries=asked["num_queries"], outside=False, **options
+            encoders,
+            tasks=asked["tasks"],
+            num_queries=asked["num_queries"],
+            outside=False,
+            **options,
         )
 
     def _encoder(self, name: str, folder: Path) -> None:
         """What a contestant's training left, as a sentence-transformers folder."""
+        from qwen3_encdec.conversion.extract import extract_encoder
+        from qwen3_encdec.conversion.initialize import initialize
         from qwen3_encdec.demo.parent import causal_embedder
-        from qwen3_encdec.extraction import extract_encoder
-        from qwen3_encdec.files import copy_without_weights, new_folder
-        from qwen3_encdec.initialization import initialize
+        from qwen3_encdec.folders import copy_without_weights, new_folder
 
         contestant, trained = self.all[name], self.train(name)
         if contestant.causal:
@@ -181,7 +210,9 @@ class Unit:
         elif contestant.branch == "mntp":
             with new_folder(folder, "encoder", source=str(trained)) as building:
                 copy_without_weights(trained, building)
-                (building / "model.safetensors").write_bytes((trained / "model.safetensors").read_bytes())
+                (building / "model.safetensors").write_bytes(
+                    (trained / "model.safetensors").read_bytes()
+                )
         else:
             if contestant.branch == "causal":
                 initialize(trained, self.runs / "unmasked-init", seed=self.seed)
@@ -205,11 +236,16 @@ class Unit:
         from transformers import AutoTokenizer, Qwen3ForCausalLM
 
         from qwen3_encdec.demo.parent import fit
-        from qwen3_encdec.files import new_folder
+        from qwen3_encdec.folders import new_folder
 
-        model, tokenizer = Qwen3ForCausalLM.from_pretrained(parent), AutoTokenizer.from_pretrained(parent)
+        model, tokenizer = (
+            Qwen3ForCausalLM.from_pretrained(parent),
+            AutoTokenizer.from_pretrained(parent),
+        )
         blocks, sizes = self._blocks(tokenizer), self.plan["branch"]
-        losses = fit(model.model, blocks, steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"])
+        losses = fit(
+            model.model, blocks, steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"]
+        )
         with new_folder(folder, "causal branch", source=str(parent)) as building:
             model.save_pretrained(building)
             tokenizer.save_pretrained(building)
@@ -219,26 +255,38 @@ class Unit:
         from safetensors.torch import save_file
         from transformers import AutoTokenizer, Qwen3Model
 
-        from qwen3_encdec.data.masking import mask_token_id
+        from qwen3_encdec.conversion.extract import extract_encoder
+        from qwen3_encdec.conversion.initialize import initialize
+        from qwen3_encdec.data.collate import mask_token_id
         from qwen3_encdec.demo.parent import fit
-        from qwen3_encdec.extraction import extract_encoder
-        from qwen3_encdec.files import copy_without_weights, new_folder
-        from qwen3_encdec.initialization import initialize
+        from qwen3_encdec.folders import copy_without_weights, new_folder
 
         initialize(parent, self.runs / "mntp-init", seed=self.seed)
         extract_encoder(self.runs / "mntp-init", self.runs / "mntp-start")
         body = Qwen3Model.from_pretrained(self.runs / "mntp-start")
         mask_id = mask_token_id(AutoTokenizer.from_pretrained(self.runs / "mntp-start"))
         blocks, sizes = self._blocks(AutoTokenizer.from_pretrained(parent)), self.plan["branch"]
-        losses = fit(body, blocks, steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"], mask_id=mask_id)
+        losses = fit(
+            body,
+            blocks,
+            steps=steps(sizes),
+            batch_size=sizes["batch_size"],
+            lr=sizes["lr"],
+            mask_id=mask_id,
+        )
         with new_folder(folder, "encoder", source=str(self.runs / "mntp-start")) as building:
             copy_without_weights(self.runs / "mntp-start", building)
             save_file({k: v.contiguous() for k, v in body.state_dict().items()}, building / "model.safetensors",
                       metadata={"format": "pt"})  # fmt: skip
         return self._read(body, blocks, losses, asked=MASKED, seen=1.0)
 
-    def _read(self, body: Any, blocks: np.ndarray, losses: list[float], asked: float, seen: float) -> dict[str, Any]:
-        """What a training on blocks read and cost; `asked` of the tokens are predicted, each from `seen` of a block."""
+    def _read(
+        self, body: Any, blocks: np.ndarray, losses: list[float], asked: float, seen: float
+    ) -> dict[str, Any]:
+        """What a training on blocks read and cost;
+
+        `asked` of the tokens are predicted, each from `seen` of a block.
+        """
         rows = len(losses) * self.plan["branch"]["batch_size"]
         text = int((np.resize(blocks, (rows, BLOCK)) < self.plan["corpus"]["num_ranks"]).sum())
         head = body.embed_tokens.weight.numel()
@@ -247,16 +295,21 @@ class Unit:
         attention = 12 * c.num_attention_heads * c.head_dim * c.num_hidden_layers * BLOCK * seen
         tail = max(1, len(losses) // 10)
         flops = rows * BLOCK * (6 * (layers + asked * head) + attention)
-        return {"text tokens": text, "steps": len(losses), "flops": flops, "loss": float(np.mean(losses[-tail:]))}
+        return {
+            "text tokens": text,
+            "steps": len(losses),
+            "flops": flops,
+            "loss": float(np.mean(losses[-tail:])),
+        }
 
     def _ul2(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
+        from qwen3_encdec.conversion.initialize import initialize
         from qwen3_encdec.data.config import DataConfig
         from qwen3_encdec.data.stream import build_stream
         from qwen3_encdec.data.ul2 import PRESETS
         from qwen3_encdec.evaluation.suite import evaluate_denoising
-        from qwen3_encdec.initialization import initialize
-        from qwen3_encdec.loading import load_config, load_tokenizer
-        from qwen3_encdec.training import budget
+        from qwen3_encdec.folders import load_config, load_tokenizer
+        from qwen3_encdec.training import plan as budget
         from qwen3_encdec.training.config import TrainingConfig
         from qwen3_encdec.training.loop import train_to_the_end
 
@@ -264,21 +317,30 @@ class Unit:
         layers = round(contestant.decoder_share * self.sizes["num_hidden_layers"])
         initialize(parent, init, num_decoder_layers=layers, seed=self.seed)
         if contestant.rope_on_encoder_keys:
-            write_json(init / "config.json", read_json(init / "config.json") | {"rope_on_encoder_keys": True})
+            write_json(
+                init / "config.json",
+                read_json(init / "config.json") | {"rope_on_encoder_keys": True},
+            )
         if contestant.random_sentinels:
             redraw_sentinels(init, self.seed)
         preset = [asdict(denoiser) for denoiser in PRESETS["t5gemma2"]]
         preset = [d | ({"weight": contestant.s_weight} if d["name"] == "S" else {}) for d in preset]
         lengths = {"source_length": ul2["source_length"], "target_length": ul2["target_length"]}
         data = DataConfig(
-            inputs=[str(self.runs / "branch.jsonl")], heldout_every=10**9, preset=preset, seed=self.seed, **lengths
+            inputs=[str(self.runs / "branch.jsonl")],
+            heldout_every=10**9,
+            preset=preset,
+            seed=self.seed,
+            **lengths,
         )
         tokenizer, rows, text = load_tokenizer(init), 0, 0
         blocks = self._blocks(tokenizer)
         wanted = int((blocks < self.plan["corpus"]["num_ranks"]).sum())
         for row in build_stream(data, tokenizer):
             text += sum(
-                int((ids < self.plan["corpus"]["num_ranks"]).sum()) for e in row for ids in (e.source, e.target)
+                int((ids < self.plan["corpus"]["num_ranks"]).sum())
+                for e in row
+                for ids in (e.source, e.target)
             )
             rows += 1
             if text >= wanted and rows % ul2["batch_size"] == 0:
@@ -294,7 +356,9 @@ class Unit:
         if (folder / "checkpoint").is_symlink():
             (folder / "checkpoint").unlink()
         (folder / "checkpoint").symlink_to(checkpoint.resolve())
-        last = json.loads((folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1])
+        last = json.loads(
+            (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        )
         read, examples, model_config = (
             [last["source_tokens"], last["target_tokens"]],
             last["examples"],
@@ -304,7 +368,9 @@ class Unit:
         flops = budget.flops(model_config, counts, read[0] / examples, read[1] / examples, examples)
         masked = MASKED * read[0] if contestant.mntp_weight else 0
         examined, heldout = self.plan["evaluation"]["num_examples"], DataConfig(**lengths)
-        found = evaluate_denoising({"initialization": init, "trained": checkpoint}, num_examples=examined, data=heldout)
+        found = evaluate_denoising(
+            {"initialization": init, "trained": checkpoint}, num_examples=examined, data=heldout
+        )
         return {
             "text tokens": text, "steps": config.max_steps, "flops": flops + 6 * masked * counts.embedding,
             "source tokens": read[0], "target tokens": read[1], "loss": last["loss"],
@@ -312,8 +378,13 @@ class Unit:
         }  # fmt: skip
 
     @contextmanager
-    def _piece(self, name: str, needed: Path | None = None, **settings: Any) -> Iterator[dict[str, Any] | None]:
-        """A record to fill, written when the block ends; None if it is there already, and `needed` with it."""
+    def _piece(
+        self, name: str, needed: Path | None = None, **settings: Any
+    ) -> Iterator[dict[str, Any] | None]:
+        """A record to fill, written when the block ends;
+
+        None if it is there already, and `needed` with it.
+        """
         file, settings = self._place(name, settings)
         with piece(file, needed, self.runs, settings) as record:
             yield record
@@ -330,7 +401,9 @@ def is_done(file: Path, settings: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def piece(file: Path, needed: Path | None, runs: Path, settings: dict[str, Any]) -> Iterator[dict[str, Any] | None]:
+def piece(
+    file: Path, needed: Path | None, runs: Path, settings: dict[str, Any]
+) -> Iterator[dict[str, Any] | None]:
     """See `Unit._piece`."""
     from qwen3_encdec.evaluation.suite import provenance
 
@@ -344,7 +417,12 @@ def piece(file: Path, needed: Path | None, runs: Path, settings: dict[str, Any])
         yield record
     facts = provenance(started=started)
     facts["command"] = re.sub(r" --piece ('[^']*'|\S+)", "", facts["command"])
-    record = {"settings": settings, **record, "cpu seconds": round(time.process_time() - cpu, 1), "provenance": facts}
+    record = {
+        "settings": settings,
+        **record,
+        "cpu seconds": round(time.process_time() - cpu, 1),
+        "provenance": facts,
+    }
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, record)
     print(f"{runs.name:9} {file.stem:32} {facts['seconds']:8.1f} s", flush=True)
@@ -356,7 +434,9 @@ def steps(sizes: dict[str, Any]) -> int:
 
 
 def corpus(num_ranks: int, man_pages: int, man_characters: int) -> list[str]:
-    """Docstrings of the training packages, and man pages where there are some, evenly over all of them."""
+    """Docstrings of the training packages, and man pages where there are some, evenly over all of
+    them.
+    """
     from qwen3_encdec.data.package_docs import package_docs
 
     documents = [document.text for document in package_docs("train")]
@@ -366,7 +446,9 @@ def corpus(num_ranks: int, man_pages: int, man_characters: int) -> list[str]:
     files = [file for family in families.values() for file in family[:FAMILY]]
     for file in files[:: max(1, len(files) // man_pages)][:man_pages] if man_pages else []:
         try:
-            text = plain(gzip.decompress(file.read_bytes()).decode("utf-8", errors="ignore"))[:man_characters]
+            text = plain(gzip.decompress(file.read_bytes()).decode("utf-8", errors="ignore"))[
+                :man_characters
+            ]
         except OSError:
             continue
         if len(text) > 200:
@@ -375,7 +457,10 @@ def corpus(num_ranks: int, man_pages: int, man_characters: int) -> list[str]:
 
 
 def plain(roff: str) -> str:
-    """The words of a man page: requests go, but for those whose arguments are text; so do escapes."""
+    """The words of a man page:
+
+    requests go, but for those whose arguments are text; so do escapes.
+    """
     lines, skipping = [], False
     for line in roff.splitlines():
         if re.match(r"['.]\s*(de|ie|if|el|ig)\b", line):
@@ -393,10 +478,13 @@ def plain(roff: str) -> str:
 
 
 def redraw_sentinels(folder: Path, seed: int) -> None:
-    """The ablation of sentinel initialisation: rows drawn as the rest of a fresh model is, not the mean of the rows."""
+    """The ablation of sentinel initialisation:
+
+    rows drawn as the rest of a fresh model is, not the mean of the rows.
+    """
     import torch
 
-    from qwen3_encdec.loading import load_model
+    from qwen3_encdec.folders import load_model
 
     model = load_model(folder)
     rows = model.model.shared.weight.data[-model.config.num_sentinel_tokens :]
@@ -405,7 +493,9 @@ def redraw_sentinels(folder: Path, seed: int) -> None:
 
 
 def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> dict[str, Any]:
-    """The plan with `scale` times the tokens, contrastive steps and queries, for the named sizes and seeds or all."""
+    """The plan with `scale` times the tokens, contrastive steps and queries, for the named sizes
+    and seeds or all.
+    """
     plan = yaml.safe_load(file.read_text(encoding="utf-8"))
     for name in sizes:
         if name not in plan["sizes"]:
@@ -421,7 +511,8 @@ def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> d
 
 
 def pieces(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> dict[str, list[str]]:
-    """The pieces that are missing and those whose weights they need, each with the pieces that go before it.
+    """The pieces that are missing and those whose weights they need, each with the pieces that go
+    before it.
 
     A piece is "baselines" or "SIZE-SEED KIND CONTESTANT".
     """
@@ -457,7 +548,9 @@ def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
         asked = plan["evaluation"]
         with piece(results / "baselines.json", None, runs, asked) as record:
             if record is not None:
-                record["before"] = evaluate_retrieval({}, tasks=asked["tasks"], num_queries=asked["num_queries"])
+                record["before"] = evaluate_retrieval(
+                    {}, tasks=asked["tasks"], num_queries=asked["num_queries"]
+                )
         return
     place, kind, name = job.split(" ", 2)
     size, seed = place.rsplit("-", 1)
@@ -472,16 +565,30 @@ def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
 
 def main() -> None:
     """Walk the plan, several jobs at a time, and stop them all when one fails or this is stopped."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="JSON, committed")
-    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "objective", help="weights, not committed")
-    parser.add_argument("--scale", type=float, default=1.0, help="share of its tokens, steps and queries")
-    parser.add_argument("--size", action="append", default=[], help="only this size; may be repeated")
-    parser.add_argument("--seed", action="append", default=[], type=int, help="only this seed; may be repeated")
+    parser.add_argument(
+        "--runs", type=Path, default=ROOT / "runs" / "objective", help="weights, not committed"
+    )
+    parser.add_argument(
+        "--scale", type=float, default=1.0, help="share of its tokens, steps and queries"
+    )
+    parser.add_argument(
+        "--size", action="append", default=[], help="only this size; may be repeated"
+    )
+    parser.add_argument(
+        "--seed", action="append", default=[], type=int, help="only this seed; may be repeated"
+    )
     parser.add_argument("--no-ablations", action="store_true")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
-    parser.add_argument("--jobs", type=int, default=1, help="pieces at a time, each with its share of the cores")
+    parser.add_argument(
+        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
+    )
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="pieces at a time, each with its share of the cores"
+    )
     parser.add_argument("--piece", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     try:
@@ -519,7 +626,9 @@ def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
             for job in [job for job, before in waiting.items() if done.issuperset(before)]:
                 if len(running) < arguments.jobs:
                     del waiting[job]
-                    running[job] = subprocess.Popen([sys.executable, *sys.argv, "--piece", job], env=environment)
+                    running[job] = subprocess.Popen(
+                        [sys.executable, *sys.argv, "--piece", job], env=environment
+                    )
             time.sleep(0.2)
             for job in [job for job, process in running.items() if process.poll() is not None]:
                 if code := running.pop(job).returncode:

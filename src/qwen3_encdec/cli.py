@@ -1,6 +1,7 @@
 """The command line: `qwen3-encdec COMMAND`, and the same functions behind `scripts/`.
 
-Each command imports what it needs itself, so that an extra is asked for only by the command that uses it. What a
+Each command imports what it needs itself, so that an extra is asked for only by the command that
+uses it. What a
 user can mend is an `InputError`: one sentence on standard error, exit code 2, no traceback.
 """
 
@@ -13,8 +14,8 @@ from typing import Annotated
 
 import typer
 
-from .files import InputError, check_output, new_folder
-from .training.command import train
+from qwen3_encdec.folders import InputError, check_output, new_folder
+from qwen3_encdec.training.command import train
 
 app = typer.Typer(
     help="Turn a dense Qwen3 checkpoint into an encoder-decoder, train it on UL2, take out a text encoder.",
@@ -52,12 +53,16 @@ Sentinels = Annotated[int, typer.Option(min=0, help="How many <extra_id_N> token
 @app.command()
 def tokenizer(
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    base: Annotated[str | None, typer.Option(help="Qwen3 folder or hub id; default: the packaged vocabulary.")] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Qwen3 folder or hub id; default: the packaged vocabulary.")
+    ] = None,
     num_sentinel_tokens: Sentinels = 100,
-    num_ranks: Annotated[int | None, typer.Option(help="Keep the first N entries of the BPE, for toy models.")] = None,
+    num_ranks: Annotated[
+        int | None, typer.Option(help="Keep the first N entries of the BPE, for toy models.")
+    ] = None,
 ) -> None:
     """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
-    from .tokenization_qwen3_encdec import build_tokenizer
+    from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
     if base is not None and not Path(base).is_dir() and base.startswith(("/", ".", "~")):
         raise InputError(f"base {base} does not exist")
@@ -86,7 +91,7 @@ def initialize(
     seed: Annotated[int, typer.Option(help="Of the noise on the sentinel rows.")] = 0,
 ) -> None:
     """Make the encoder-decoder of a dense Qwen3 checkpoint, and prove that it computes the same."""
-    from . import initialization
+    from qwen3_encdec.conversion import initialize as initialization
 
     report = initialization.initialize(
         qwen3_model,
@@ -102,15 +107,25 @@ def initialize(
 
 @app.command()
 def extract(
-    checkpoint: Annotated[Path, typer.Option(help="Encoder-decoder folder, step-* checkpoint or run folder.")],
+    checkpoint: Annotated[
+        Path, typer.Option(help="Encoder-decoder folder, step-* checkpoint or run folder.")
+    ],
     output_dir: Annotated[Path, typer.Option(help="Folder to write.")],
-    pooling: Annotated[Pooling, typer.Option(help="What a sentence's embedding is made of.")] = Pooling.mean,
-    average_last: Annotated[int, typer.Option(help="Average the weights of the newest N checkpoints.")] = 1,
-    ema: Annotated[bool, typer.Option("--ema", help="Take the running average that ema_decay kept.")] = False,
-    max_seq_length: Annotated[int, typer.Option(help="Tokens after which a text is truncated.")] = 512,
+    pooling: Annotated[
+        Pooling, typer.Option(help="What a sentence's embedding is made of.")
+    ] = Pooling.mean,
+    average_last: Annotated[
+        int, typer.Option(help="Average the weights of the newest N checkpoints.")
+    ] = 1,
+    ema: Annotated[
+        bool, typer.Option("--ema", help="Take the running average that ema_decay kept.")
+    ] = False,
+    max_seq_length: Annotated[
+        int, typer.Option(help="Tokens after which a text is truncated.")
+    ] = 512,
 ) -> None:
     """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
-    from .extraction import extract_encoder
+    from qwen3_encdec.conversion.extract import extract_encoder
 
     report = extract_encoder(
         checkpoint,
@@ -125,60 +140,86 @@ def extract(
 
 @app.command()
 def prepare_data(
-    tokenizer: Annotated[Path, typer.Option(help="Tokenizer folder: of a model, or of `qwen3-encdec tokenizer`.")],
+    tokenizer: Annotated[
+        Path, typer.Option(help="Tokenizer folder: of a model, or of `qwen3-encdec tokenizer`.")
+    ],
     input: Annotated[
         list[str] | None,
         typer.Option(
             help="File, folder or glob of jsonl, parquet or text (.gz and .zst too), or package-docs; may be repeated."
         ),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="Hub dataset, as ORG/NAME or ORG/NAME:CONFIG.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="Hub dataset, as ORG/NAME or ORG/NAME:CONFIG.")
+    ] = None,
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     output: Annotated[
         Path | None,
-        typer.Option(help="Folder to write the tokenized corpus to; with --analyze-only, the page [runs/ul2-data]."),
+        typer.Option(
+            help="Folder to write the tokenized corpus to; with --analyze-only, the page [runs/ul2-data]."
+        ),
     ] = None,
     min_tokens: Annotated[int, typer.Option(min=2, help="Leave out shorter documents.")] = 8,
     max_tokens: Annotated[
         int | None, typer.Option(help="Leave out longer documents from the tokenized corpus.")
     ] = None,
     deduplicate: Annotated[
-        Deduplicate, typer.Option(help="Leave out copies from the tokenized corpus: exact, or alike by minhash too.")
+        Deduplicate,
+        typer.Option(
+            help="Leave out copies from the tokenized corpus: exact, or alike by minhash too."
+        ),
     ] = Deduplicate.no,
-    processes: Annotated[int | None, typer.Option(min=1, help="Processes that tokenize; default: all.")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes that tokenize; default: all.")
+    ] = None,
     preset: Annotated[
-        str, typer.Option(help="Mixture of denoisers: t5gemma2, ul2, t5, or a .yaml file that lists your own.")
+        str,
+        typer.Option(
+            help="Mixture of denoisers: t5gemma2, ul2, t5, or a .yaml file that lists your own."
+        ),
     ] = "t5gemma2",
     source_length: Annotated[int, typer.Option(help="Most source tokens in a row.")] = 512,
     target_length: Annotated[int, typer.Option(help="Most target tokens in a row.")] = 256,
     packing: Annotated[bool, typer.Option(help="Several examples in a row.")] = True,
-    mode_tokens: Annotated[bool, typer.Option(help="Begin sources with a token for R, X or S.")] = False,
+    mode_tokens: Annotated[
+        bool, typer.Option(help="Begin sources with a token for R, X or S.")
+    ] = False,
     seed: Annotated[int, typer.Option(help="Decides order and corruption.")] = 0,
     num_examples: Annotated[int, typer.Option(min=1, help="Examples to measure.")] = 10_000,
     show: Annotated[int, typer.Option(min=0, help="Examples of each denoiser to print.")] = 0,
     analyze_only: Annotated[
-        bool, typer.Option("--analyze-only", help="Measure and draw; tokenize nothing. So it is without --output.")
+        bool,
+        typer.Option(
+            "--analyze-only", help="Measure and draw; tokenize nothing. So it is without --output."
+        ),
     ] = False,
 ) -> None:
-    """Tokenize a corpus once and for all (--output), or show what UL2 makes of it: shares, lengths, rates, speed."""
-    from .data.config import DataConfig, read_preset
-    from .loading import load_tokenizer
+    """Tokenize a corpus once and for all (--output), or show what UL2 makes of it:
+
+    shares, lengths, rates, speed.
+    """
+    from qwen3_encdec.data.config import DataConfig, read_preset
+    from qwen3_encdec.folders import load_tokenizer
 
     if input and dataset:
         raise InputError("give --input or --dataset, not both")
     inputs = input or ([dataset] if dataset else ["package-docs"])
     if output is not None and not analyze_only:
-        from .data.preparation import Preparation, prepare
+        from qwen3_encdec.data.prepare import Preparation, prepare
 
         what = Preparation(
-            inputs, text_column, min_tokens=min_tokens, max_tokens=max_tokens, deduplicate=deduplicate.value
+            inputs,
+            text_column,
+            min_tokens=min_tokens,
+            max_tokens=max_tokens,
+            deduplicate=deduplicate.value,
         )
         counts = prepare(what, load_tokenizer(tokenizer), output, processes)
         print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
         print(f"wrote {output}: train on it with data.inputs=[{output}]")
         return
-    from .data.analysis import analyze
-    from .data.page import write_page
+    from qwen3_encdec.data.analysis import analyze
+    from qwen3_encdec.reports.data import write_page
 
     page = check_output(output or Path("runs/ul2-data"), "data report")
     config = DataConfig(
@@ -204,10 +245,17 @@ app.command()(train)
 
 @app.command()
 def evaluate(
-    model: Annotated[Path, typer.Option(help="Encoder-decoder, checkpoint or run folder; or an extracted encoder.")],
+    model: Annotated[
+        Path,
+        typer.Option(help="Encoder-decoder, checkpoint or run folder; or an extracted encoder."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write: metrics.json, report.html.")],
-    parent: Annotated[str | None, typer.Option(help="Causal Qwen3 an encoder comes from, for the baselines.")] = None,
-    initialization: Annotated[Path | None, typer.Option(help="What an encoder-decoder was trained from.")] = None,
+    parent: Annotated[
+        str | None, typer.Option(help="Causal Qwen3 an encoder comes from, for the baselines.")
+    ] = None,
+    initialization: Annotated[
+        Path | None, typer.Option(help="What an encoder-decoder was trained from.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -216,21 +264,31 @@ def evaluate(
         ),
     ] = None,
     mteb: Annotated[
-        list[str] | None, typer.Option(help='An mteb task or benchmark, as "MTEB(eng, v2)"; may be repeated.')
+        list[str] | None,
+        typer.Option(help='An mteb task or benchmark, as "MTEB(eng, v2)"; may be repeated.'),
     ] = None,
-    num_queries: Annotated[int, typer.Option(min=1, help="Most queries or test texts of each task.")] = 3000,
-    num_examples: Annotated[int, typer.Option(min=1, help="Held-out texts under each denoiser.")] = 64,
+    num_queries: Annotated[
+        int, typer.Option(min=1, help="Most queries or test texts of each task.")
+    ] = 3000,
+    num_examples: Annotated[
+        int, typer.Option(min=1, help="Held-out texts under each denoiser.")
+    ] = 64,
     seed: Annotated[int, typer.Option(help="Chooses the queries.")] = 0,
 ) -> None:
-    """Evaluate beside the baselines: denoising loss and infilling, or retrieval, classes, similarity and geometry."""
-    from .evaluation import suite
+    """Evaluate beside the baselines:
+
+    denoising loss and infilling, or retrieval, classes, similarity and geometry.
+    """
+    from qwen3_encdec.reports import evaluation as suite
 
     metrics = suite.evaluate(
         model,
         output,
         parent=parent,
         initialization=initialization,
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()] if tasks is not None else list(suite.TASKS),
+        tasks=[name.strip() for name in tasks.split(",") if name.strip()]
+        if tasks is not None
+        else list(suite.TASKS),
         mteb=mteb or (),
         num_queries=num_queries,
         num_examples=num_examples,
@@ -242,11 +300,18 @@ def evaluate(
 
 @app.command()
 def report(
-    runs: Annotated[list[Path], typer.Argument(help="Folders of training runs, evaluations or demos.")],
-    output: Annotated[Path, typer.Option(help="Folder to write: report.html and model_card.md.")] = Path("runs/report"),
+    runs: Annotated[
+        list[Path], typer.Argument(help="Folders of training runs, evaluations or demos.")
+    ],
+    output: Annotated[
+        Path, typer.Option(help="Folder to write: report.html and model_card.md.")
+    ] = Path("runs/report"),
 ) -> None:
-    """Put several runs on one page: curves, scores with intervals, infilled gaps, maps; and a model card."""
-    from .evaluation.comparison import compare
+    """Put several runs on one page:
+
+    curves, scores with intervals, infilled gaps, maps; and a model card.
+    """
+    from qwen3_encdec.reports.comparison import compare
 
     compare(runs, output)
     print(f"wrote {output / 'report.html'} and {output / 'model_card.md'}")
@@ -256,28 +321,43 @@ def report(
 def finetune(
     model: Annotated[Path, typer.Option(help="Encoder folder.")],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    config: Annotated[Path | None, typer.Option(help="YAML; configs/finetune.yaml has all keys.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="YAML; configs/finetune.yaml has all keys.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
+    ] = None,
 ) -> None:
-    """Make an embedding model of an encoder, by sentence-transformers' losses on pairs or triplets of texts."""
-    from .finetuning import FinetuneConfig
-    from .finetuning import finetune as run_finetuning
-    from .training.config import load_dataclass
+    """Make an embedding model of an encoder, by sentence-transformers' losses on pairs or triplets
+    of texts.
+    """
+    from qwen3_encdec.embedding.finetune import FinetuneConfig
+    from qwen3_encdec.embedding.finetune import finetune as run_finetuning
+    from qwen3_encdec.training.config import load_dataclass
 
-    result = run_finetuning(model, output, config=load_dataclass(FinetuneConfig, config, settings or ()))
+    result = run_finetuning(
+        model, output, config=load_dataclass(FinetuneConfig, config, settings or ())
+    )
     print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples\nwrote {output}")
 
 
 @app.command()
 def soup(
-    model: Annotated[list[Path], typer.Option(help="Encoder folder; repeat it. Or, not first, their causal parent.")],
+    model: Annotated[
+        list[Path],
+        typer.Option(help="Encoder folder; repeat it. Or, not first, their causal parent."),
+    ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
-    weights: Annotated[str | None, typer.Option(help="Share of each model, as 0.7,0.3; default: equal.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Share of each model, as 0.7,0.3; default: equal.")
+    ] = None,
     method: Annotated[str, typer.Option(help="linear, or slerp of two.")] = "linear",
-    evaluate: Annotated[bool, typer.Option("--evaluate", help="Retrieval of every input and the result.")] = False,
+    evaluate: Annotated[
+        bool, typer.Option("--evaluate", help="Retrieval of every input and the result.")
+    ] = False,
 ) -> None:
     """Average the weights of several encoders, or go part of the way from one to another."""
-    from . import merging
+    from qwen3_encdec.conversion import merge as merging
 
     try:
         shares = None if weights is None else [float(share) for share in weights.split(",")]
@@ -286,33 +366,51 @@ def soup(
     merging.soup(model, output, weights=shares, method=method)
     print(f"wrote {output}")
     if evaluate:
-        print(merging.compare(model, output))
+        from qwen3_encdec.reports.evaluation import compare_soup
+
+        print(compare_soup(model, output))
 
 
-PromptName = Annotated[str | None, typer.Option(help="Put the folder's prompt of this name before every text.")]
-AnyModel = Annotated[Path, typer.Option(help="Encoder folder; or an encoder-decoder, whose encoder is taken.")]
-ComputeDtype = Annotated[Dtype | None, typer.Option(help="Default: bfloat16 where it is native, else float32.")]
+PromptName = Annotated[
+    str | None, typer.Option(help="Put the folder's prompt of this name before every text.")
+]
+AnyModel = Annotated[
+    Path, typer.Option(help="Encoder folder; or an encoder-decoder, whose encoder is taken.")
+]
+ComputeDtype = Annotated[
+    Dtype | None, typer.Option(help="Default: bfloat16 where it is native, else float32.")
+]
 
 
 @app.command()
 def embed(
     model: AnyModel,
-    input: Annotated[str, typer.Option(help="File of .txt, .jsonl or .parquet (.gz, .zst too), a folder, or - .")],
+    input: Annotated[
+        str, typer.Option(help="File of .txt, .jsonl or .parquet (.gz, .zst too), a folder, or - .")
+    ],
     output: Annotated[Path, typer.Option(help="File to write: .npy or .parquet.")],
     text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
     prompt_name: PromptName = None,
-    precision: Annotated[str, typer.Option(help="float32, int8 (ranges are written beside) or binary.")] = "float32",
+    precision: Annotated[
+        str, typer.Option(help="float32, int8 (ranges are written beside) or binary.")
+    ] = "float32",
     ranges: Annotated[Path | None, typer.Option(help="Ranges of an earlier int8 file.")] = None,
-    dimensions: Annotated[int | None, typer.Option(help="Keep this many, of a Matryoshka model.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Tokens after which a text is cut.")] = None,
+    dimensions: Annotated[
+        int | None, typer.Option(help="Keep this many, of a Matryoshka model.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens after which a text is cut.")
+    ] = None,
     dtype: ComputeDtype = None,
-    processes: Annotated[int, typer.Option(min=1, help="Processes; on a CPU they share its cores.")] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, help="Processes; on a CPU they share its cores.")
+    ] = 1,
 ) -> None:
     """Texts of a file to embeddings in another, in their order."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import torch
 
-    from .embedding import embed_file
+    from qwen3_encdec.embedding.encoder import embed_file
 
     done = embed_file(
         model,
@@ -337,7 +435,7 @@ def similarity(
     prompt_name: PromptName = None,
 ) -> None:
     """Print the cosines of texts with each other."""
-    from .embedding import TextEncoder, similarity_table
+    from qwen3_encdec.embedding.encoder import TextEncoder, similarity_table
 
     print(similarity_table(TextEncoder(model), texts, prompt_name))
 
@@ -352,10 +450,12 @@ def serve(
     """Answer OpenAI's /v1/embeddings, for one machine and a few clients."""
     import torch
 
-    from .embedding import TextEncoder
-    from .server import make_server
+    from qwen3_encdec.embedding.encoder import TextEncoder
+    from qwen3_encdec.embedding.serve import make_server
 
-    server = make_server(TextEncoder(model, dtype=getattr(torch, dtype.value) if dtype else None), host, port)
+    server = make_server(
+        TextEncoder(model, dtype=getattr(torch, dtype.value) if dtype else None), host, port
+    )
     print(f"http://{host}:{server.server_port}/v1/embeddings", flush=True)
     with server:
         server.serve_forever()
@@ -365,12 +465,18 @@ def serve(
 def export(
     model: AnyModel,
     to: Annotated[
-        str, typer.Option(help="safetensors, onnx, onnx-int8, openvino, gguf, gguf-f16 or gguf-q8_0.", metavar="FORM")
+        str,
+        typer.Option(
+            help="safetensors, onnx, onnx-int8, openvino, gguf, gguf-f16 or gguf-q8_0.",
+            metavar="FORM",
+        ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Write an encoder for other runtimes, if what they compute of it is what our own encoder computes."""
-    from .export import export_encoder
+    """Write an encoder for other runtimes, if what they compute of it is what our own encoder
+    computes.
+    """
+    from qwen3_encdec.embedding.export import export_encoder
 
     print(f"{export_encoder(model, to, output)}\nwrote {output}")
 
@@ -379,12 +485,18 @@ def export(
 def check_endpoint(
     url: Annotated[str, typer.Argument(help="Of an OpenAI-compatible server, or of a /embed.")],
     model: Annotated[
-        Path | None, typer.Option(help="Encoder folder it is meant to serve: makes the answer exact.")
+        Path | None,
+        typer.Option(help="Encoder folder it is meant to serve: makes the answer exact."),
     ] = None,
-    name: Annotated[str | None, typer.Option(help="Of the model in requests; default: the first it lists.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Of the model in requests; default: the first it lists.")
+    ] = None,
 ) -> None:
-    """Tell from its answers whether a server embeds bidirectionally; exit code 0 if so, 1 if not, 3 if unclear."""
-    from .endpoint import check_endpoint
+    """Tell from its answers whether a server embeds bidirectionally;
+
+    exit code 0 if so, 1 if not, 3 if unclear.
+    """
+    from qwen3_encdec.embedding.probe import check_endpoint
 
     verdict = check_endpoint(url, model, name)
     print(verdict)
@@ -393,14 +505,19 @@ def check_endpoint(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder to write; a former demo there is replaced.")] = Path("runs/demo"),
+    output: Annotated[
+        Path, typer.Option(help="Folder to write; a former demo there is replaced.")
+    ] = Path("runs/demo"),
     qwen3_model: Annotated[
-        str | None, typer.Option(help="Start from this Qwen3 (folder or hub id) instead of training a nano one.")
+        str | None,
+        typer.Option(
+            help="Start from this Qwen3 (folder or hub id) instead of training a nano one."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every stage.")] = 0,
 ) -> None:
     """Walk the whole road on the docstrings of the installed packages, in minutes on a CPU."""
-    from .demo.road import run_demo
+    from qwen3_encdec.demo.road import run_demo
 
     run_demo(output, qwen3_model=qwen3_model, seed=seed)
 
@@ -423,8 +540,14 @@ def _guard(application: typer.Typer) -> None:
     try:
         application()
     except InputError as error:
-        # From a DataLoader's worker the sentence comes wrapped in that process's traceback, as its last line.
-        sentence = str(error).strip().splitlines()[-1].removeprefix(f"{InputError.__module__}.InputError: ")
+        # From a DataLoader's worker the sentence comes wrapped in that process's traceback, as its
+        # last line.
+        sentence = (
+            str(error)
+            .strip()
+            .splitlines()[-1]
+            .removeprefix(f"{InputError.__module__}.InputError: ")
+        )
         print(f"error: {sentence}", file=sys.stderr)
         sys.exit(2)
     except ModuleNotFoundError as error:

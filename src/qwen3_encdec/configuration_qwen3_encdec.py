@@ -2,8 +2,9 @@
 # Licensed under the Apache License, Version 2.0.
 """Configuration of the Qwen3 encoder-decoder.
 
-One flat configuration serves both stacks: encoder and decoder come from the same Qwen3 checkpoint and differ only
-in their attention and, if asked for, in their number of layers. The defaults are Qwen3-0.6B with 100 sentinels.
+One flat configuration serves both stacks: encoder and decoder come from the same Qwen3 checkpoint
+and differ only in their attention and, if asked for, in their number of layers. The defaults are
+Qwen3-0.6B with 100 sentinels.
 """
 
 import copy
@@ -31,7 +32,8 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
 
     Args:
         vocab_size: Rows of the one shared embedding matrix, sentinels included.
-        num_sentinel_tokens: `<extra_id_0>` ... are the last `num_sentinel_tokens` ids of the vocabulary.
+        num_sentinel_tokens: `<extra_id_0>` ... are the last `num_sentinel_tokens` ids of the
+            vocabulary.
         hidden_size: Width E of the residual stream, the same in encoder and decoder.
         intermediate_size: Width of the gated MLP.
         num_hidden_layers: Encoder layers.
@@ -46,17 +48,20 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         rope_parameters: As in transformers; `{"rope_type": "default", "rope_theta": 1e6}` in Qwen3.
         attention_bias: Biases in the attention projections; off in Qwen3.
         attention_dropout: Dropout on the attention weights while training.
-        rope_on_encoder_keys: Rotate encoder keys in merged attention by their source positions; an ablation.
+        rope_on_encoder_keys: Rotate encoder keys in merged attention by their source positions; an
+            ablation.
         use_cache: Whether the decoder returns its key/value cache outside training.
         pad_token_id: `<|endoftext|>`; None in a vocabulary too small to have it.
         eos_token_id: `<|im_end|>`; differs from the padding, so that masking labels never hides an EOS. None like it.
-        decoder_start_token_id: What the decoder sees before its first target token; the padding token.
+        decoder_start_token_id: What the decoder sees before its first target token; the padding
+            token.
         bos_token_id: None, Qwen3 has no BOS; accepted so that transformers can pass it.
         tie_word_embeddings: Always True: encoder input, decoder input and LM head are one matrix.
         is_encoder_decoder: Always True.
 
     Raises:
-        ValueError: a field that no code reads, sizes that do not fit, or token ids outside the vocabulary.
+        ValueError: a field that no code reads, sizes that do not fit, or token ids outside the
+            vocabulary.
     """
 
     model_type = "qwen3_encdec"
@@ -115,7 +120,9 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         self.hidden_size = hidden_size
         self.intermediate_size = intermediate_size
         self.num_hidden_layers = num_hidden_layers
-        self.num_decoder_layers = num_hidden_layers if num_decoder_layers is None else num_decoder_layers
+        self.num_decoder_layers = (
+            num_hidden_layers if num_decoder_layers is None else num_decoder_layers
+        )
         self.num_attention_heads = num_attention_heads
         self.num_key_value_heads = num_key_value_heads
         self.head_dim = head_dim
@@ -131,7 +138,9 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
         self.bos_token_id = bos_token_id
-        self.decoder_start_token_id = pad_token_id if decoder_start_token_id is None else decoder_start_token_id
+        self.decoder_start_token_id = (
+            pad_token_id if decoder_start_token_id is None else decoder_start_token_id
+        )
         self.tie_word_embeddings = tie_word_embeddings
         self.is_encoder_decoder = is_encoder_decoder
         self._check()
@@ -145,8 +154,12 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             **kwargs,
         )
 
-    def get_text_config(self, decoder: bool | None = None, encoder: bool | None = None) -> "Qwen3EncoderDecoderConfig":
-        """This configuration; for `decoder`, with the decoder's number of layers, which sizes its cache."""
+    def get_text_config(
+        self, decoder: bool | None = None, encoder: bool | None = None
+    ) -> "Qwen3EncoderDecoderConfig":
+        """This configuration; for `decoder`, with the decoder's number of layers, which sizes its
+        cache.
+        """
         if not decoder or encoder or self.num_decoder_layers == self.num_hidden_layers:
             return self
         config = copy.copy(self)
@@ -154,7 +167,9 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: fields of this model and of transformers, not what else was set on the object."""
+        """What is saved: fields of this model and of transformers, not what else was set on the
+        object.
+        """
         known = set(inspect.signature(type(self).__init__).parameters) | _known_to_transformers()
         saved = {name: value for name, value in super().to_dict().items() if name in known}
         return saved | {"tie_word_embeddings": True}
@@ -164,7 +179,9 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         for name in sorted(given - fields - _known_to_transformers()):
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"configuration field {name!r} is not read by any code of this model{hint}")
+            raise ValueError(
+                f"configuration field {name!r} is not read by any code of this model{hint}"
+            )
 
     def _check(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -173,13 +190,21 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
                 f"num_attention_heads={self.num_attention_heads}"
             )
         if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of dimensions")
+            raise ValueError(
+                f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of dimensions"
+            )
         if not self.tie_word_embeddings:
-            raise ValueError("tie_word_embeddings=False: encoder input, decoder input and LM head are one matrix here")
+            raise ValueError(
+                "tie_word_embeddings=False: encoder input, decoder input and LM head are one matrix here"
+            )
         if not self.is_encoder_decoder:
-            raise ValueError("is_encoder_decoder=False: the encoder alone is the class Qwen3EncoderModel")
+            raise ValueError(
+                "is_encoder_decoder=False: the encoder alone is the class Qwen3EncoderModel"
+            )
         if not 0 <= self.num_sentinel_tokens < self.vocab_size:
-            raise ValueError(f"num_sentinel_tokens={self.num_sentinel_tokens} in a vocabulary of {self.vocab_size}")
+            raise ValueError(
+                f"num_sentinel_tokens={self.num_sentinel_tokens} in a vocabulary of {self.vocab_size}"
+            )
         for name in ("pad_token_id", "decoder_start_token_id"):
             token = getattr(self, name)
             if token is not None and not 0 <= token < self.vocab_size:
@@ -196,17 +221,22 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         return range(self.vocab_size - self.num_sentinel_tokens, self.vocab_size)
 
     @classmethod
-    def from_qwen3_config(cls, config: PreTrainedConfig, **changes: Any) -> "Qwen3EncoderDecoderConfig":
+    def from_qwen3_config(
+        cls, config: PreTrainedConfig, **changes: Any
+    ) -> "Qwen3EncoderDecoderConfig":
         """The encoder-decoder configuration of a dense Qwen3 `config` (0.6B to 32B).
 
-        Sentinels are appended to the source vocabulary: `vocab_size` grows by `num_sentinel_tokens`. `changes`
-        override single fields (`num_sentinel_tokens`, `num_decoder_layers`, token ids, ...).
+        Sentinels are appended to the source vocabulary: `vocab_size` grows by
+        `num_sentinel_tokens`. `changes` override single fields (`num_sentinel_tokens`,
+        `num_decoder_layers`, token ids, ...).
 
         Raises:
             ValueError: `config` is not a dense Qwen3, or it has sliding-window layers.
         """
         if config.model_type != "qwen3":
-            raise ValueError(f"model_type {config.model_type!r} is not a dense Qwen3 (model_type 'qwen3')")
+            raise ValueError(
+                f"model_type {config.model_type!r} is not a dense Qwen3 (model_type 'qwen3')"
+            )
         if "sliding_attention" in (getattr(config, "layer_types", None) or []):
             raise ValueError(
                 "this Qwen3 has sliding-window layers; merged attention needs full attention in every layer"

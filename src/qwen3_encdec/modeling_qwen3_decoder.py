@@ -2,13 +2,15 @@
 # Licensed under the Apache License, Version 2.0.
 """The decoder: Qwen3 whose one attention module does self- and cross-attention together.
 
-Departures from transformers' Qwen3, after T5Gemma 2 (`modeling_t5gemma2.py` in transformers; arXiv 2512.14856):
+Departures from transformers' Qwen3, after T5Gemma 2 (`modeling_t5gemma2.py` in transformers; arXiv
+2512.14856):
 
 - merged attention: the same q/k/v/o projections and one softmax over encoder and decoder keys;
-- q_norm and k_norm apply to everything, RoPE to decoder queries and keys only. Encoder keys are not rotated: the
-  source is a set of states whose order is already in them;
-- keys are laid out encoder first. T5Gemma 2 puts the decoder first and needs a dense mask; with the encoder first
-  the mask is exactly causal, aligned to the bottom right (S = 3 source tokens, T = 4 target tokens):
+- q_norm and k_norm apply to everything, RoPE to decoder queries and keys only. Encoder keys are not
+  rotated: the source is a set of states whose order is already in them;
+- keys are laid out encoder first. T5Gemma 2 puts the decoder first and needs a dense mask; with the
+  encoder first the mask is exactly causal, aligned to the bottom right (S = 3 source tokens, T = 4
+  target tokens):
 
               encoder   decoder
               0 1 2     0 1 2 3
@@ -17,8 +19,9 @@ Departures from transformers' Qwen3, after T5Gemma 2 (`modeling_t5gemma2.py` in 
     query 2   1 1 1     1 1 1 0
     query 3   1 1 1     1 1 1 1
 
-Shapes: B batch, S source length, T target length, P target tokens in the cache before this call, N target and M
-source tokens of a ragged batch, H query heads, K key/value heads, D head dimension, E hidden size.
+Shapes: B batch, S source length, T target length, P target tokens in the cache before this call, N
+target and M source tokens of a ragged batch, H query heads, K key/value heads, D head dimension, E
+hidden size.
 """
 
 import inspect
@@ -63,7 +66,8 @@ _CAUSAL_MASK_OPTIONS = inspect.signature(create_causal_mask).parameters
 
 
 class MergedSegments:
-    """How the keys of a ragged batch interleave: document by document, its M source then its N target tokens.
+    """How the keys of a ragged batch interleave: document by document, its M source then its N
+    target tokens.
 
     Attributes:
         source, target: segments of the encoder and of the decoder tokens.
@@ -92,16 +96,22 @@ class MergedSegments:
 class MergedLayer(DynamicLayer):
     """The keys of one decoder layer behind those of the encoder in one buffer with room to grow.
 
-    A decoding step writes one token and attends to a view, where concatenating the two caches would copy the whole
-    source in every layer of every step. `keys` and `values` of this layer and of the encoder's are views into the
-    buffer; whatever replaces them (reordering beams, cropping, selecting rows) is noticed by the next step.
+    A decoding step writes one token and attends to a view, where concatenating the two caches would
+    copy the whole source in every layer of every step. `keys` and `values` of this layer and of the
+    encoder's are views into the buffer; whatever replaces them (reordering beams, cropping,
+    selecting rows) is noticed by the next step.
     """
 
     # In a slot: transformers' exporters take every tensor in a layer's __dict__ for its state.
     __slots__ = ("buffers",)
 
-    def extend(self, key: torch.Tensor, value: torch.Tensor, source: DynamicLayer) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append decoder keys and values [B, K, T, D]; returns all keys and values, [B, K, S + P + T, D]."""
+    def extend(
+        self, key: torch.Tensor, value: torch.Tensor, source: DynamicLayer
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append decoder keys and values [B, K, T, D];
+
+        returns all keys and values, [B, K, S + P + T, D].
+        """
         begin, past = source.keys.shape[2], self.get_seq_length()
         end = begin + past + key.shape[2]
         if not self.is_initialized:
@@ -109,7 +119,9 @@ class MergedLayer(DynamicLayer):
         if not self._continues(source, begin, past, end):
             room = begin + max(64, 2 * (end - begin))
             held = ((source.keys, self.keys), (source.values, self.values))  # type: ignore[has-type]
-            self.buffers = [new.new_empty(*new.shape[:2], room, new.shape[3]) for new in (key, value)]
+            self.buffers = [
+                new.new_empty(*new.shape[:2], room, new.shape[3]) for new in (key, value)
+            ]
             for buffer, (encoded, decoded) in zip(self.buffers, held, strict=True):
                 buffer[:, :, :begin] = encoded
                 if past:
@@ -125,7 +137,9 @@ class MergedLayer(DynamicLayer):
         if not past or not hasattr(self, "buffers") or end > self.buffers[0].shape[2]:
             return False
         starts = [buffer[:, :, place].data_ptr() for buffer in self.buffers for place in (0, begin)]
-        return starts == [held.data_ptr() for held in (source.keys, self.keys, source.values, self.values)]
+        return starts == [
+            held.data_ptr() for held in (source.keys, self.keys, source.values, self.values)
+        ]
 
 
 class Qwen3MergedAttention(Qwen3Attention):
@@ -151,32 +165,46 @@ class Qwen3MergedAttention(Qwen3Attention):
         Args:
             hidden_states: [B, T, E], or [1, N, E] with `segments`.
             position_embeddings: cos and sin of the decoder positions, each [B, T, D].
-            encoder_hidden_states: [B, S, E], or [1, M, E] with `segments`; not read once the cache holds its keys.
-            merged_mask: [B, 1, T, S + P + T] or what the backend takes instead; None is bottom-right causal.
+            encoder_hidden_states: [B, S, E], or [1, M, E] with `segments`; not read once the cache
+                holds its keys.
+            merged_mask: [B, 1, T, S + P + T] or what the backend takes instead; None is
+                bottom-right causal.
             encoder_position_embeddings: rotates encoder keys too; None leaves them as they are.
 
         Returns:
-            Output [B, T, E]; self-attention weights [B, H, T, P + T] and cross-attention weights [B, H, T, S], which
-            sum to 1 together, or None where the backend does not return weights.
+            Output [B, T, E]; self-attention weights [B, H, T, P + T] and cross-attention weights
+            [B, H, T, S], which sum to 1 together, or None where the backend does not return
+            weights.
         """
         query, key, value = project_heads(self, hidden_states)  # (B, H, T, D), (B, K, T, D)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         source: tuple[torch.Tensor, torch.Tensor] | None = None
         if cache is None:
-            source = self._encoder_keys(encoder_hidden_states, encoder_position_embeddings)  # (B, K, S, D)
+            source = self._encoder_keys(
+                encoder_hidden_states, encoder_position_embeddings
+            )  # (B, K, S, D)
         else:
             cross = cache.cross_attention_cache
             if not cache.is_updated.get(self.layer_idx):
-                cross.update(*self._encoder_keys(encoder_hidden_states, encoder_position_embeddings), self.layer_idx)
+                cross.update(
+                    *self._encoder_keys(encoder_hidden_states, encoder_position_embeddings),
+                    self.layer_idx,
+                )
                 cache.is_updated[self.layer_idx] = True
             source_layer = cross.layers[self.layer_idx]
             own = cache.self_attention_cache
             if _can_merge(own, self.layer_idx):
-                key, value = own.layers[self.layer_idx].extend(key, value, source_layer)  # (B, K, S + P + T, D)
+                key, value = own.layers[self.layer_idx].extend(
+                    key, value, source_layer
+                )  # (B, K, S + P + T, D)
             else:
                 options = {}
-                if "cache_position" in _CAUSAL_MASK_OPTIONS:  # before transformers 5.4 a static cache does not count
-                    places = torch.arange(key.shape[2], device=key.device) + own.get_seq_length(self.layer_idx)
+                if (
+                    "cache_position" in _CAUSAL_MASK_OPTIONS
+                ):  # before transformers 5.4 a static cache does not count
+                    places = torch.arange(key.shape[2], device=key.device) + own.get_seq_length(
+                        self.layer_idx
+                    )
                     options = {"cache_kwargs": {"cache_position": places}}
                 key, value = own.update(key, value, self.layer_idx, **options)
                 source = source_layer.keys, source_layer.values
@@ -185,7 +213,11 @@ class Qwen3MergedAttention(Qwen3Attention):
 
         layout = None
         if segments is not None:
-            key, value, layout = key[:, :, segments.key_order], value[:, :, segments.key_order], segments.layout
+            key, value, layout = (
+                key[:, :, segments.key_order],
+                value[:, :, segments.key_order],
+                segments.layout,
+            )
         output, weights = attend(self, query, key, value, merged_mask, layout, causal=True)
         output = project(self.o_proj, output.flatten(2))
         if weights is None:
@@ -202,7 +234,10 @@ class Qwen3MergedAttention(Qwen3Attention):
 
 
 def _can_merge(cache: DynamicCache, layer_idx: int) -> bool:
-    """Whether a step may write into the buffer: not where a gradient or a graph would hold on to what was there."""
+    """Whether a step may write into the buffer:
+
+    not where a gradient or a graph would hold on to what was there.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling():
         return False
     return layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], MergedLayer)
@@ -218,10 +253,14 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def forward(self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs) -> torch.Tensor:
+    def forward(
+        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs
+    ) -> torch.Tensor:
         """[B, T, E] -> [B, T, E]; `kwargs` are those of `Qwen3MergedAttention.forward`."""
         attended, _, _ = self.self_attn(
-            self.input_layernorm(hidden_states), encoder_hidden_states=encoder_hidden_states, **kwargs
+            self.input_layernorm(hidden_states),
+            encoder_hidden_states=encoder_hidden_states,
+            **kwargs,
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
@@ -232,7 +271,9 @@ class Qwen3MergedDecoderMLP(Qwen3MLP):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[B, T, E] -> [B, T, E]."""
-        return project(self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x))
+        return project(
+            self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x)
+        )
 
 
 class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
@@ -250,8 +291,12 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None):
         super().__init__(config)
-        self.embed_tokens = embed_tokens or nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(Qwen3MergedDecoderLayer(config, i) for i in range(config.num_decoder_layers))
+        self.embed_tokens = embed_tokens or nn.Embedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id
+        )
+        self.layers = nn.ModuleList(
+            Qwen3MergedDecoderLayer(config, i) for i in range(config.num_decoder_layers)
+        )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -294,10 +339,14 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             raise ValueError("give exactly one of decoder input ids and decoder input embeddings")
         if encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_hidden_states")
-        if isinstance(attention_mask, dict):  # what generate() makes ahead for a static cache, by layer type
+        if isinstance(
+            attention_mask, dict
+        ):  # what generate() makes ahead for a static cache, by layer type
             attention_mask = attention_mask["full_attention"]
         if segments is None and (is_packed(attention_mask) or is_packed(encoder_attention_mask)):
-            raise ValueError("a mask holds several documents a row: pass labels to the whole model to keep them apart")
+            raise ValueError(
+                "a mask holds several documents a row: pass labels to the whole model to keep them apart"
+            )
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         refuse_unknown(kwargs)
         cache = one_cache(cache, past_key_values)
@@ -318,7 +367,9 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             position_ids = torch.arange(states.shape[1], device=states.device)[None] + seen
         mask = None
         if segments is None:
-            mask = self._merged_mask(states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache)
+            mask = self._merged_mask(
+                states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache
+            )
         else:
             segments.layout.prepare(self.config._attn_implementation)
         position_embeddings = self.rotary_emb(states, position_ids)
@@ -337,7 +388,9 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
                 segments=segments,
                 cache=cache,
             )
-        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=self.norm(states), **{CACHE_FIELD: cache})
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.norm(states), **{CACHE_FIELD: cache}
+        )
 
     def _merge_layers(self, cache: EncoderDecoderCache) -> None:
         """Give an empty dynamic cache its merged layers."""
@@ -347,9 +400,11 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
             own.layers[:] = [MergedLayer() for _ in self.layers]
 
     def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, cache):
-        """The mask of [encoder ; decoder] keys for the backend; None where bottom-right causal is all there is to say.
+        """The mask of [encoder ; decoder] keys for the backend; None where bottom-right causal is
+        all there is to say.
 
-        It is an ordinary causal mask over a past that begins with the source, so transformers' builder makes it.
+        It is an ordinary causal mask over a past that begins with the source, so transformers'
+        builder makes it.
         """
         batch, length, _ = states.shape
         source = encoder_states.shape[1]
@@ -369,12 +424,16 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
                 attention_mask = states.new_ones(batch, keys, dtype=torch.long)
             if encoder_mask is None:
                 encoder_mask = states.new_ones(batch, source, dtype=torch.long)
-            attention_mask = torch.cat([encoder_mask.expand(batch, -1), attention_mask.to(encoder_mask)], dim=1)
+            attention_mask = torch.cat(
+                [encoder_mask.expand(batch, -1), attention_mask.to(encoder_mask)], dim=1
+            )
         options = {CACHE_FIELD: past, "allow_is_causal_skip": False, "cache_position": positions}
         options = {name: value for name, value in options.items() if name in _CAUSAL_MASK_OPTIONS}
         return create_causal_mask(self.config, states, attention_mask, position_ids=None, **options)
 
-    def _before_own_mask(self, mask: torch.Tensor, encoder_mask: torch.Tensor | None, source: int) -> torch.Tensor:
+    def _before_own_mask(
+        self, mask: torch.Tensor, encoder_mask: torch.Tensor | None, source: int
+    ) -> torch.Tensor:
         """A caller's own [B, 1, T, P + T] mask, bool or additive, with the source before it."""
         seen = torch.ones(*mask.shape[:3], source, dtype=torch.bool, device=mask.device)
         if encoder_mask is not None:
@@ -387,7 +446,10 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
 
 
 class _SourceThenPast:
-    """A cache as the mask builder should see it: the source tokens come first and are past to every target token."""
+    """A cache as the mask builder should see it:
+
+    the source tokens come first and are past to every target token.
+    """
 
     def __init__(self, cache: DynamicCache | None, source: int):
         self.cache, self.source = cache, source
@@ -400,7 +462,10 @@ class _SourceThenPast:
     get_query_offset = get_seq_length
 
     def get_mask_sizes(self, queries, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys and their offset; `queries` is their number, or their positions before transformers 5.4."""
+        """Keys and their offset;
+
+        `queries` is their number, or their positions before transformers 5.4.
+        """
         if self.cache is None:
             return self.source + (queries if isinstance(queries, int) else queries.shape[0]), 0
         length, offset = self.cache.get_mask_sizes(queries, layer_idx)

@@ -2,12 +2,15 @@
 # Licensed under the Apache License, Version 2.0.
 """Encoder, decoder and one embedding matrix: `Qwen3ForSeq2SeqLM`.
 
-- One embedding module serves encoder input, decoder input and, as a plain matrix product, the LM head. It is one
-  object, not two modules that share a parameter: FSDP2 shards it once and it is saved once.
-- With labels, only real tokens are computed (padding costs nothing, packed rows stay apart), the right shift
-  happens here and nowhere else, and the loss over the large vocabulary is taken chunk by chunk in fp32.
+- One embedding module serves encoder input, decoder input and, as a plain matrix product, the LM
+  head. It is one object, not two modules that share a parameter: FSDP2 shards it once and it is
+  saved once.
+- With labels, only real tokens are computed (padding costs nothing, packed rows stay apart), the
+  right shift happens here and nowhere else, and the loss over the large vocabulary is taken chunk
+  by chunk in fp32.
 
-Shapes: B batch, S source length, T target length, N real target tokens, V vocabulary, E hidden size.
+Shapes: B batch, S source length, T target length, N real target tokens, V vocabulary, E hidden
+size.
 """
 
 from dataclasses import dataclass
@@ -43,7 +46,10 @@ IGNORED = -100
 
 @dataclass
 class Qwen3Seq2SeqLMOutput(Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` and `token_losses`: [B, T] fp32 negative log-likelihoods in nats, detached, 0 where ignored."""
+    """`Seq2SeqLMOutput` and `token_losses`:
+
+    [B, T] fp32 negative log-likelihoods in nats, detached, 0 where ignored.
+    """
 
     token_losses: torch.Tensor | None = None
 
@@ -127,11 +133,12 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         )
 
     def look_up(self, *ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Embeddings [..., E] of each [...] int64, and last the [V, E] matrix that the head is to multiply by.
+        """Embeddings [..., E] of each [...] int64, and last the [V, E] matrix that the head is to
+        multiply by.
 
-        The gradients of embeddings taken here are added to that of the head's product, row by row, where autograd
-        makes a matrix of zeros for each. Not on CUDA, where it has not been measured, nor where somebody has wrapped,
-        hooked or sharded the embedding.
+        The gradients of embeddings taken here are added to that of the head's product, row by row,
+        where autograd makes a matrix of zeros for each. Not on CUDA, where it has not been
+        measured, nor where somebody has wrapped, hooked or sharded the embedding.
         """
         shared = self.shared
         touched = shared._forward_hooks or shared._forward_pre_hooks or "forward" in vars(shared)
@@ -141,9 +148,16 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         return _LookUp.apply(shared.weight, shared.padding_idx, *ids)
 
     def forward_ragged(
-        self, inputs_embeds: torch.Tensor, source: Segments, decoder_inputs_embeds: torch.Tensor, target: Segments
+        self,
+        inputs_embeds: torch.Tensor,
+        source: Segments,
+        decoder_inputs_embeds: torch.Tensor,
+        target: Segments,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute rows of real tokens: [1, M, E] and [1, N, E] -> target states [1, N, E], source states [1, M, E]."""
+        """Compute rows of real tokens:
+
+        [1, M, E] and [1, N, E] -> target states [1, N, E], source states [1, M, E].
+        """
         merged = MergedSegments(source, target)
         encoded = self.encoder(inputs_embeds=inputs_embeds, segments=source).last_hidden_state
         decoded = self.decoder(
@@ -213,32 +227,45 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 
         Args:
             input_ids: [B, S] int64 source.
-            attention_mask: [B, S]; 0 padding, 1 real. In packed rows, with labels, k is the k-th document of the row.
-                Masks may stay on the CPU: then, in training, no step waits for the GPU to say how rows are divided.
+            attention_mask: [B, S]; 0 padding, 1 real. In packed rows, with labels, k is the k-th
+                document of the row. Masks may stay on the CPU: then, in training, no step waits for
+                the GPU to say how rows are divided.
             labels: [B, T] int64 target, not shifted; -100 is ignored.
-            decoder_attention_mask: [B, T] like `attention_mask`; without it, a row's target ends with its last label.
-            num_items_in_batch: label tokens of the whole optimizer step, over micro-batches and ranks: the loss is
-                the sum over label tokens divided by it. None divides by this call's own label tokens.
-            encoder_labels: [B, S] int64, for an auxiliary masked next-token loss on the encoder (MNTP, arXiv
-                2404.05961): the original id where `input_ids` has a mask, else -100. As in a causal model, the state
-                before a token predicts it, and the first token of a document cannot be asked for.
-            encoder_loss_weight: of the sum over encoder labels, which is added to the sum over labels.
-            z_loss: coefficient of the squared log-sum-exp of a token's logits (PaLM, arXiv 2204.02311, section 5).
+            decoder_attention_mask: [B, T] like `attention_mask`; without it, a row's target ends
+                with its last label.
+            num_items_in_batch: label tokens of the whole optimizer step, over micro-batches and
+                ranks: the loss is the sum over label tokens divided by it. None divides by this
+                call's own label tokens.
+            encoder_labels: [B, S] int64, for an auxiliary masked next-token loss on the encoder
+                (MNTP, arXiv 2404.05961): the original id where `input_ids` has a mask, else -100.
+                As in a causal model, the state before a token predicts it, and the first token of a
+                document cannot be asked for.
+            encoder_loss_weight: of the sum over encoder labels, which is added to the sum over
+                labels.
+            z_loss: coefficient of the squared log-sum-exp of a token's logits (PaLM, arXiv
+                2204.02311, section 5).
             label_smoothing: share of the target spread over the whole vocabulary.
-            loss_implementation: "chunked"; on CUDA also "liger" or "cce", where that package is installed.
-            return_logits: whether to compute [B, T, V] logits beside the loss; by default outside training only.
+            loss_implementation: "chunked"; on CUDA also "liger" or "cce", where that package is
+                installed.
+            return_logits: whether to compute [B, T, V] logits beside the loss; by default outside
+                training only.
             logits_to_keep: logits of the last positions only; 0 keeps all.
 
         Returns:
-            `loss` (fp32 scalar) and `token_losses` with labels (none with "liger"); `logits`; cache, states and
-            attentions as asked. Where logits are returned, the loss is taken from them.
+            `loss` (fp32 scalar) and `token_losses` with labels (none with "liger"); `logits`;
+                cache, states and attentions as asked. Where logits are returned, the loss is taken from
+                them.
 
         Raises:
-            ValueError: no decoder input, or rows with different numbers of source and target documents.
+            ValueError: no decoder input, or rows with different numbers of source and target
+                documents.
         """
         cache = one_cache(cache, past_key_values)
         given = attention_mask, decoder_attention_mask
-        if device := next((part.device for part in (labels, decoder_input_ids, input_ids) if part is not None), None):
+        if device := next(
+            (part.device for part in (labels, decoder_input_ids, input_ids) if part is not None),
+            None,
+        ):
             attention_mask, decoder_attention_mask = (
                 move(mask, device) if isinstance(mask, torch.Tensor) else mask for mask in given
             )
@@ -260,12 +287,20 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                     source = Segments.from_mask(source_mask, device)
                     target = Segments.from_mask(target_mask, device)
                     labels = labels.masked_fill(move(target_mask == 0, labels.device), IGNORED)
-                    input_ids, decoder_input_ids = source.gather(input_ids), target.gather(decoder_input_ids)
-            # The same calls whatever the rows of a rank are like, since those of a sharded embedding are collective.
-            inputs_embeds, decoder_inputs_embeds, matrix = self.model.look_up(input_ids, decoder_input_ids)
+                    input_ids, decoder_input_ids = (
+                        source.gather(input_ids),
+                        target.gather(decoder_input_ids),
+                    )
+            # The same calls whatever the rows of a rank are like, since those of a sharded
+            # embedding are collective.
+            inputs_embeds, decoder_inputs_embeds, matrix = self.model.look_up(
+                input_ids, decoder_input_ids
+            )
             input_ids = decoder_input_ids = None
             if source is not None and target is not None:
-                states, encoded = self.model.forward_ragged(inputs_embeds, source, decoder_inputs_embeds, target)
+                states, encoded = self.model.forward_ragged(
+                    inputs_embeds, source, decoder_inputs_embeds, target
+                )
                 outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
         if target is None:
             outputs = self.model(
@@ -296,7 +331,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
             if logits is not None and not logits_to_keep:
-                loss, token_losses = dense_cross_entropy(logits, labels, num_items_in_batch, **options)
+                loss, token_losses = dense_cross_entropy(
+                    logits, labels, num_items_in_batch, **options
+                )
             else:
                 flat_labels = labels if target is None else target.gather(labels)
                 loss, token_losses = linear_cross_entropy(
@@ -306,11 +343,20 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                     token_losses = target.scatter(token_losses)
         if loss is not None and encoder_labels is not None:
             wanted = encoder_labels if source is None else source.gather(encoder_labels)
-            places = torch.arange(wanted.shape[1], device=wanted.device) if source is None else source.position_ids
+            places = (
+                torch.arange(wanted.shape[1], device=wanted.device)
+                if source is None
+                else source.position_ids
+            )
             wanted = wanted.masked_fill(places == 0, IGNORED).roll(-1, dims=-1)
             kept = wanted != IGNORED  # few of them
             encoder_loss, _ = linear_cross_entropy(
-                loss_implementation, encoded[kept], matrix, wanted[kept], num_items_in_batch, **options
+                loss_implementation,
+                encoded[kept],
+                matrix,
+                wanted[kept],
+                num_items_in_batch,
+                **options,
             )
             loss = loss + encoder_loss_weight * encoder_loss
         return Qwen3Seq2SeqLMOutput(
@@ -330,9 +376,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     def fill(self, text: str | list[str], tokenizer: Any, **generate_options: Any) -> Any:
         """Fill the `<extra_id_N>` of a text with what the model generates for them.
 
-        The model answers `<extra_id_0> first span <extra_id_1> second span ...`; spans may come in any order, one
-        that it repeats counts the first time, one that it leaves out stays as it is in the text. Every other control
-        token that the text spells is text.
+        The model answers `<extra_id_0> first span <extra_id_1> second span ...`; spans may come in
+        any order, one that it repeats counts the first time, one that it leaves out stays as it is
+        in the text. Every other control token that the text spells is text.
 
         Args:
             text: One text or a list of texts.
@@ -349,7 +395,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         batch = tokenizer.encode_with_sentinels(texts).to(self.device)
         generated = self.generate(**batch, **{"max_new_tokens": 256, **generate_options})
         copies = len(generated) // len(texts)
-        filled = [tokenizer.put_spans(texts[n // copies], ids) for n, ids in enumerate(generated.tolist())]
+        filled = [
+            tokenizer.put_spans(texts[n // copies], ids) for n, ids in enumerate(generated.tolist())
+        ]
         return filled[0] if isinstance(text, str) and copies == 1 else filled
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
@@ -357,7 +405,10 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         return self._shift_right(labels, None)
 
     def _shift_right(self, labels: torch.Tensor, segment_mask: torch.Tensor | None) -> torch.Tensor:
-        """Shift each document of each row by one, putting the start token before it; ignored labels become padding."""
+        """Shift each document of each row by one, putting the start token before it;
+
+        ignored labels become padding.
+        """
         shifted = labels.roll(1, dims=-1)
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id or 0)
         first = torch.zeros_like(labels, dtype=torch.bool)
@@ -392,7 +443,9 @@ class _LookUp(torch.autograd.Function):
 
 
 def _target_mask(labels: torch.Tensor) -> torch.Tensor:
-    """[B, T] labels -> 1 up to a row's last label and at its first place, so that no row is without a target."""
+    """[B, T] labels -> 1 up to a row's last label and at its first place, so that no row is without
+    a target.
+    """
     real = (labels != IGNORED).long()
     mask = real.flip(-1).cummax(-1).values.flip(-1)
     mask[:, 0] = 1
@@ -402,12 +455,15 @@ def _target_mask(labels: torch.Tensor) -> torch.Tensor:
 def vocabulary_logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     """[B, T, E] states and the [V, E] embedding -> [B, T, V] logits.
 
-    A decoding step has a few rows for a matrix of a gigabyte, so reading it is what it costs. On a CPU the ordinary
-    product reads it about twice, in fp32 and with AMX; other forms of it do so once.
+    A decoding step has a few rows for a matrix of a gigabyte, so reading it is what it costs. On a
+    CPU the ordinary product reads it about twice, in fp32 and with AMX; other forms of it do so
+    once.
     """
     if are_few_rows(states, weight):
         several = states.numel() > states.shape[-1]
-        if weight.dtype == torch.float32 or (several and torch.cpu.get_capabilities().get("amx_bf16")):
+        if weight.dtype == torch.float32 or (
+            several and torch.cpu.get_capabilities().get("amx_bf16")
+        ):
             return multiply_few_rows(states, weight)
     return nn.functional.linear(states, weight)
 
@@ -421,18 +477,24 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     label_smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cross-entropy of `hidden @ weight.T` by `chunked_cross_entropy` or by another project's CUDA kernel.
+    """Cross-entropy of `hidden @ weight.T` by `chunked_cross_entropy` or by another project's CUDA
+    kernel.
 
     Raises:
-        ValueError: the implementation is not known, not installed, needs CUDA, or cannot do what is asked for.
+        ValueError: the implementation is not known, not installed, needs CUDA, or cannot do what is
+            asked for.
     """
     if implementation == "chunked":
         return chunked_cross_entropy(hidden, weight, labels, num_items, z_loss, label_smoothing)
     packages = {"liger": "liger-kernel", "cce": "cut-cross-entropy"}
     if implementation not in packages:
-        raise ValueError(f"loss_implementation={implementation!r} is not one of chunked, {', '.join(packages)}")
+        raise ValueError(
+            f"loss_implementation={implementation!r} is not one of chunked, {', '.join(packages)}"
+        )
     if not hidden.is_cuda:
-        raise ValueError(f"loss_implementation={implementation!r} runs on CUDA only; 'chunked' runs everywhere")
+        raise ValueError(
+            f"loss_implementation={implementation!r} runs on CUDA only; 'chunked' runs everywhere"
+        )
     dtype = _compute_dtype(hidden)
     flat, flat_labels = hidden.flatten(0, -2).to(dtype), labels.flatten()
     weight = weight.to(dtype)
@@ -441,7 +503,10 @@ def linear_cross_entropy(
     try:
         if implementation == "liger":
             loss = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(
-                ignore_index=IGNORED, reduction="sum", lse_square_scale=z_loss, label_smoothing=label_smoothing
+                ignore_index=IGNORED,
+                reduction="sum",
+                lse_square_scale=z_loss,
+                label_smoothing=label_smoothing,
             )
             return loss(weight, flat, flat_labels).float() / num_items, None
         cut_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
@@ -451,7 +516,9 @@ def linear_cross_entropy(
         ) from None
     if z_loss or label_smoothing:
         raise ValueError("loss_implementation='cce' has neither z_loss nor label_smoothing")
-    losses = cut_cross_entropy(flat, weight, flat_labels, ignore_index=IGNORED, reduction="none").float()
+    losses = cut_cross_entropy(
+        flat, weight, flat_labels, ignore_index=IGNORED, reduction="none"
+    ).float()
     return losses.sum() / num_items, losses.detach().view(labels.shape)
 
 
@@ -485,9 +552,10 @@ def chunked_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Cross-entropy of `hidden @ weight.T` without ever holding all the logits.
 
-    Logits and log-sum-exp are fp32 whatever the dtype of the product; gradients are formed in the forward pass,
-    chunk by chunk, as in Liger's and Apple's fused losses, and become that of the weight in place: a second backward
-    pass through the same loss (`retain_graph`) raises RuntimeError.
+    Logits and log-sum-exp are fp32 whatever the dtype of the product; gradients are formed in the
+    forward pass, chunk by chunk, as in Liger's and Apple's fused losses, and become that of the
+    weight in place: a second backward pass through the same loss (`retain_graph`) raises
+    RuntimeError.
 
     Args:
         hidden: [..., E].
@@ -499,8 +567,8 @@ def chunked_cross_entropy(
         chunk: tokens whose logits exist at a time; by default what suits the device.
 
     Returns:
-        Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every token in the shape
-        of `labels`, without z-loss and smoothing, 0 where ignored.
+        Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every
+        token in the shape of `labels`, without z-loss and smoothing, 0 where ignored.
     """
     states, flat = hidden.flatten(0, -2), labels.flatten()
     if num_items is None:
@@ -509,16 +577,23 @@ def chunked_cross_entropy(
         num_items = num_items.to(hidden.device)
     chunk = chunk or loss_chunk(hidden.device.type)
     if hidden.is_cuda:  # to know which are ignored, the CPU would have to wait
-        total, losses = _ChunkedCrossEntropy.apply(states, weight, flat, chunk, z_loss, label_smoothing)
+        total, losses = _ChunkedCrossEntropy.apply(
+            states, weight, flat, chunk, z_loss, label_smoothing
+        )
         return total / num_items, losses.view(labels.shape)
     kept = (flat != IGNORED).nonzero().squeeze(1)
-    total, losses = _ChunkedCrossEntropy.apply(states[kept], weight, flat[kept], chunk, z_loss, label_smoothing)
+    total, losses = _ChunkedCrossEntropy.apply(
+        states[kept], weight, flat[kept], chunk, z_loss, label_smoothing
+    )
     token_losses = losses.new_zeros(flat.shape).index_copy(0, kept, losses).view(labels.shape)
     return total / num_items, token_losses
 
 
 def loss_chunk(device_type: str) -> int:
-    """Tokens whose logits exist at a time. A chunk reads and writes the whole matrix' gradient, which a GPU notices."""
+    """Tokens whose logits exist at a time.
+
+    A chunk reads and writes the whole matrix' gradient, which a GPU notices.
+    """
     return 2048 if device_type == "cuda" else 512
 
 
@@ -547,7 +622,10 @@ def _form_gradient(
     if z_loss:
         extra = extra + z_loss * log_sum.square().masked_fill(~kept[:, None], 0.0).sum()
     if smoothing:
-        extra = extra + smoothing * (of_target.squeeze(1) - log_probs.mean(1)).masked_fill(~kept, 0.0).sum()
+        extra = (
+            extra
+            + smoothing * (of_target.squeeze(1) - log_probs.mean(1)).masked_fill(~kept, 0.0).sum()
+        )
     if not gradients:
         return losses, extra
     if torch.compiler.is_compiling():  # one pass over the logits, another to write the gradient
@@ -586,26 +664,40 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             else:
                 matrix = weight.to(dtype)
             losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-            extra = torch.zeros((), dtype=torch.float32, device=hidden.device)  # of z-loss and smoothing
+            extra = torch.zeros(
+                (), dtype=torch.float32, device=hidden.device
+            )  # of z-loss and smoothing
             hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            weight_grad = torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            weight_grad = (
+                torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+            )
             # On a CPU in slices that stay in cache while they are added; on a GPU at once.
             rows = 4096 if kind == "cpu" else len(matrix)
-            form_gradient = _compiled_form_gradient() if hidden.is_cuda and find_spec("triton") else _form_gradient
+            form_gradient = (
+                _compiled_form_gradient()
+                if hidden.is_cuda and find_spec("triton")
+                else _form_gradient
+            )
             for start in range(0, hidden.shape[0], chunk):
                 part = slice(start, start + chunk)
                 states = hidden[part].to(dtype)
                 logits = states @ matrix.T  # (chunk, V)
-                losses[part], more = form_gradient(logits[:, :classes], labels[part], z_loss, smoothing, gradients)
+                losses[part], more = form_gradient(
+                    logits[:, :classes], labels[part], z_loss, smoothing, gradients
+                )
                 extra += more
                 if hidden_grad is not None:
                     hidden_grad[part] = logits @ matrix
                 if weight_grad is not None and dtype == torch.float32:
                     torch.addmm(weight_grad, logits.T, states, out=weight_grad)
                 elif weight_grad is not None:
-                    for total, columns in zip(weight_grad.split(rows), logits.split(rows, dim=1), strict=True):
+                    for total, columns in zip(
+                        weight_grad.split(rows), logits.split(rows, dim=1), strict=True
+                    ):
                         total += columns.T @ states
-        if weight_grad is not None:  # no view: autograd adds to it in place only if nothing else holds its storage
+        if (
+            weight_grad is not None
+        ):  # no view: autograd adds to it in place only if nothing else holds its storage
             weight_grad = weight_grad[:classes].detach()
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype

@@ -6,11 +6,11 @@ Departures from transformers' Qwen3:
 
 - attention is bidirectional: a token sees every token of its document;
 - there is no key/value cache;
-- a batch may be ragged: its real tokens laid out as one row, so that padding costs nothing and several documents
-  can share a row without seeing each other (`Segments`).
+- a batch may be ragged: its real tokens laid out as one row, so that padding costs nothing and
+  several documents can share a row without seeing each other (`Segments`).
 
-Shapes: B batch, S source length, N real tokens of a ragged batch, H query heads, K key/value heads, D head
-dimension, E hidden size.
+Shapes: B batch, S source length, N real tokens of a ragged batch, H query heads, K key/value heads,
+D head dimension, E hidden size.
 """
 
 import inspect
@@ -46,11 +46,14 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 
-# transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs; both names are understood here.
+# transformers 5.24 renamed `past_key_values` to `cache`, in arguments and in outputs; both names
+# are understood here.
 _OUTPUT_FIELDS = BaseModelOutputWithPastAndCrossAttentions.__dataclass_fields__
 CACHE_FIELD = "cache" if "cache" in _OUTPUT_FIELDS else "past_key_values"
 # torch 2.11 takes fewer key heads than query heads without being told.
-_VARLEN_OPTIONS: Any = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_VARLEN_OPTIONS: Any = (
+    {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+)
 _HAS_MKL = torch.backends.mkl.is_available()
 _PASSED_BY_TRANSFORMERS = {
     "cache_position", "logits_to_keep", "output_attentions", "output_hidden_states", "return_dict", "use_cache",
@@ -61,8 +64,8 @@ _PASSED_BY_TRANSFORMERS = {
 class Segments:
     """Where the documents of a [B, L] batch lie, for computing on its real tokens only.
 
-    Built from a segment mask: 0 is padding, k >= 1 the k-th document of that row; an ordinary 0/1 attention mask is
-    the case of one document a row. Positions restart with every document:
+    Built from a segment mask: 0 is padding, k >= 1 the k-th document of that row; an ordinary 0/1
+    attention mask is the case of one document a row. Positions restart with every document:
 
         mask       1 1 1 2 2 0        index      0 1 2 3 4 6 7
                    1 1 0 0 0 0        documents  1 1 1 2 2 4 4
@@ -70,8 +73,8 @@ class Segments:
 
     Attributes:
         index: [N] int64, place of each real token in the flattened [B * L] batch.
-        documents: [N] int64, ascending; the same number for the same (row, segment) on both sides of a batch. Where
-            the mask is: on a CPU, nobody waits for a GPU to read from it.
+        documents: [N] int64, ascending; the same number for the same (row, segment) on both sides
+            of a batch. Where the mask is: on a CPU, nobody waits for a GPU to read from it.
         position_ids: [1, N] int64.
         shape: (B, L) of the batch.
     """
@@ -83,7 +86,8 @@ class Segments:
 
     @classmethod
     def from_mask(cls, mask: torch.Tensor, device: torch.device | None = None) -> "Segments":
-        """The segments of a [B, L] integer or bool mask, for tensors on `device` (the mask's own by default).
+        """The segments of a [B, L] integer or bool mask, for tensors on `device` (the mask's own by
+        default).
 
         A document's tokens must be contiguous up to padding.
         """
@@ -91,7 +95,9 @@ class Segments:
         batch, length = mask.shape
         rows, columns = mask.nonzero(as_tuple=True)  # (N,)
         documents = (rows << 32) + mask[rows, columns]
-        _, inverse, counts = torch.unique_consecutive(documents, return_inverse=True, return_counts=True)
+        _, inverse, counts = torch.unique_consecutive(
+            documents, return_inverse=True, return_counts=True
+        )
         first = counts.cumsum(0) - counts  # place in the row of N where each document begins
         positions = columns - columns[first][inverse]
         device = mask.device if device is None else device
@@ -114,13 +120,15 @@ class Segments:
 
 
 class RaggedLayout:
-    """Which keys each query of a ragged row sees: those of its own document, an interval of the keys.
+    """Which keys each query of a ragged row sees: those of its own document, an interval of the
+    keys.
 
     Args:
         query_documents: [N] int64, the document of each query, ascending.
         key_documents: [M] int64, the same for the keys; every document of the queries is there.
-        causal: aligned to the bottom right: the last query of a document sees all of its keys, the one before it all
-            but the last, and so on. False lets every query see all keys of its document.
+        causal: aligned to the bottom right: the last query of a document sees all of its keys, the
+            one before it all but the last, and so on. False lets every query see all keys of its
+            document.
         device: where attention is computed; by default where the documents are.
     """
 
@@ -136,18 +144,26 @@ class RaggedLayout:
         documents, lengths = torch.unique_consecutive(query_documents, return_counts=True)
         starts = torch.searchsorted(key_documents, documents)
         ends = torch.searchsorted(key_documents, documents, right=True)
-        self._starts, self._ends, self._lengths = (move(bounds, device) for bounds in (starts, ends, lengths))
-        # A compiled layer reads what is here already, so that nothing in it depends on how the row is divided.
+        self._starts, self._ends, self._lengths = (
+            move(bounds, device) for bounds in (starts, ends, lengths)
+        )
+        # A compiled layer reads what is here already, so that nothing in it depends on how the row
+        # is divided.
         self.query_lengths: list[int] = lengths.tolist()
         self.key_lengths: list[int] = (ends - starts).tolist()
         self.longest_query, self.longest_key = max(self.query_lengths), max(self.key_lengths)
-        queries, keys = (F.pad(part.cumsum(0), (1, 0)).to(torch.int32) for part in (lengths, ends - starts))
+        queries, keys = (
+            F.pad(part.cumsum(0), (1, 0)).to(torch.int32) for part in (lengths, ends - starts)
+        )
         # Where documents begin and end, each [documents + 1].
         self.cumulative = move(queries, device), move(keys, device)
         self.mask: Any = None
 
     def prepare(self, backend: str) -> Any:
-        """Make `mask`, once, for a backend that wants one: FlexAttention's block mask, or [1, 1, N, M] bool."""
+        """Make `mask`, once, for a backend that wants one:
+
+        FlexAttention's block mask, or [1, 1, N, M] bool.
+        """
         if self.mask is not None or backend == "sdpa" or "flash" in backend:
             return self.mask
         first, last = self.interval()
@@ -164,8 +180,12 @@ class RaggedLayout:
         return self.mask
 
     def interval(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """First key that each query sees, and the first after them that it does not, each [N] int64."""
-        first, last = (bound.repeat_interleave(self._lengths) for bound in (self._starts, self._ends))
+        """First key that each query sees, and the first after them that it does not, each [N]
+        int64.
+        """
+        first, last = (
+            bound.repeat_interleave(self._lengths) for bound in (self._starts, self._ends)
+        )
         if self.causal:
             query_end = self._lengths.cumsum(0).repeat_interleave(self._lengths)
             last = last - (query_end - 1 - torch.arange(len(query_end), device=last.device))
@@ -173,7 +193,9 @@ class RaggedLayout:
 
 
 def move(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy on `device`, if it is not there already, that does not wait for what the device is doing."""
+    """A copy on `device`, if it is not there already, that does not wait for what the device is
+    doing.
+    """
     if tensor.device.type == "cpu" and device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -185,14 +207,20 @@ def is_ragged(mask: torch.Tensor | None) -> bool:
 
 
 def is_packed(mask: torch.Tensor | None) -> bool:
-    """Whether a [B, L] mask holds several documents a row. Never asked while compiling: it reads the values."""
+    """Whether a [B, L] mask holds several documents a row.
+
+    Never asked while compiling: it reads the values.
+    """
     if mask is None or mask.dim() != 2 or mask.dtype == torch.bool or torch.compiler.is_compiling():
         return False
     return bool((mask > 1).any())
 
 
 def refuse_unknown(arguments: dict) -> None:
-    """Raise TypeError for arguments that nothing reads: a renamed one must not be dropped in silence."""
+    """Raise TypeError for arguments that nothing reads:
+
+    a renamed one must not be dropped in silence.
+    """
     if unknown := sorted(arguments.keys() - _PASSED_BY_TRANSFORMERS):
         raise TypeError(f"unexpected argument {unknown[0]!r}")
 
@@ -202,7 +230,9 @@ def one_cache(cache: Any, past_key_values: Any) -> Any:
     if past_key_values is None:
         return cache
     if CACHE_FIELD == "cache":
-        warnings.warn("`past_key_values` is deprecated, use `cache` instead", FutureWarning, stacklevel=3)
+        warnings.warn(
+            "`past_key_values` is deprecated, use `cache` instead", FutureWarning, stacklevel=3
+        )
     return past_key_values if cache is None else cache
 
 
@@ -226,21 +256,25 @@ def attend(
     | flex_attention         | block mask                       | `RaggedLayout.mask`, a block mask                  |
     | registered elsewhere   | as transformers masks it         | `RaggedLayout.mask`                                |
 
-    A backend that is not installed is refused by transformers when the model is made or told to use it.
+    A backend that is not installed is refused by transformers when the model is made or told to use
+    it.
 
     Args:
         module: knows `config`, `scaling`, `attention_dropout`, `num_key_value_groups`, `training`.
         query: [B, H, T, D].
         key, value: [B, K, L, D] with L >= T.
-        mask: what transformers' mask builders make for the backend; None with `causal` is aligned to the bottom
-            right, query i seeing keys 0 ... L - T + i.
+        mask: what transformers' mask builders make for the backend; None with `causal` is aligned
+            to the bottom right, query i seeing keys 0 ... L - T + i.
         layout: B is 1 and the row is ragged; `mask` and `causal` are not read.
 
     Returns:
         [B, T, H, D], and the weights [B, H, T, L] where the backend returns them.
     """
     backend = module.config._attn_implementation
-    query, key = query.to(value.dtype), key.to(value.dtype)  # under autocast, the norms and rotation left them in fp32
+    query, key = (
+        query.to(value.dtype),
+        key.to(value.dtype),
+    )  # under autocast, the norms and rotation left them in fp32
     dropout = module.attention_dropout if module.training else 0.0
     options: dict[str, Any] = {"scaling": module.scaling, "dropout": dropout, "is_causal": causal}
     if backend == "sdpa":
@@ -249,15 +283,26 @@ def attend(
         if mask is None and causal and query.shape[2] > 1:
             mask = bottom_right_causal_bias(query.shape[2], key.shape[2], query)
         if query.shape[2] == 1:
-            # Heads that share a key as queries of one head: each key is then read once, and by a matrix kernel.
+            # Heads that share a key as queries of one head: each key is then read once, and by a
+            # matrix kernel.
             grouped = query.view(*key.shape[:2], -1, query.shape[-1])
-            if mask is None and not dropout and query.device.type == "cpu" and query.dtype == torch.float32:
-                # Products read a long past faster than the fused kernel. Half precision would round before the softmax.
+            if (
+                mask is None
+                and not dropout
+                and query.device.type == "cpu"
+                and query.dtype == torch.float32
+            ):
+                # Products read a long past faster than the fused kernel. Half precision would round
+                # before the softmax.
                 output = (key @ (grouped * module.scaling).mT).mT.softmax(-1) @ value
             else:
-                output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=module.scaling)
+                output = F.scaled_dot_product_attention(
+                    grouped, key, value, mask, dropout, scale=module.scaling
+                )
             return output.reshape(query.shape).transpose(1, 2), None
-        output = F.scaled_dot_product_attention(query, key, value, mask, dropout, scale=module.scaling, enable_gqa=True)
+        output = F.scaled_dot_product_attention(
+            query, key, value, mask, dropout, scale=module.scaling, enable_gqa=True
+        )
         return output.transpose(1, 2), None
     if "flash" in backend and layout is not None:
         queries, keys = layout.cumulative
@@ -275,9 +320,11 @@ def attend(
 
 
 def bottom_right_causal_bias(queries: int, keys: int, like: torch.Tensor) -> torch.Tensor:
-    """What makes scaled_dot_product_attention causal with query i seeing keys 0 ... keys - queries + i.
+    """What makes scaled_dot_product_attention causal with query i seeing keys 0 ... keys - queries
+    + i.
 
-    On CUDA no tensor is made, the flash kernel is told; on a CPU an additive matrix is the fastest form.
+    On CUDA no tensor is made, the flash kernel is told; on a CPU an additive matrix is the fastest
+    form.
     """
     if like.is_cuda:
         return causal_lower_right(queries, keys)
@@ -286,10 +333,14 @@ def bottom_right_causal_bias(queries: int, keys: int, like: torch.Tensor) -> tor
 
 
 def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, float("-inf"))
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(
+        ~seen, float("-inf")
+    )
 
 
-def _ragged_sdpa(query, key, value, layout: RaggedLayout, scaling: float, dropout: float) -> torch.Tensor:
+def _ragged_sdpa(
+    query, key, value, layout: RaggedLayout, scaling: float, dropout: float
+) -> torch.Tensor:
     """[1, H, N, D] -> [1, N, H, D]."""
     if _has_varlen(query, dropout):
         queries, keys = layout.cumulative
@@ -315,7 +366,9 @@ def _has_varlen(query: torch.Tensor, dropout: float) -> bool:
 
 
 @torch.compiler.disable  # a graph of its own for every division of the row
-def _by_document(query, key, value, layout: RaggedLayout, scaling: float, dropout: float) -> torch.Tensor:
+def _by_document(
+    query, key, value, layout: RaggedLayout, scaling: float, dropout: float
+) -> torch.Tensor:
     biases: dict[tuple[int, int], torch.Tensor | None] = {}
     outputs = []
     for q, k, v in zip(
@@ -326,8 +379,14 @@ def _by_document(query, key, value, layout: RaggedLayout, scaling: float, dropou
     ):
         shape = (q.shape[2], k.shape[2])
         if shape not in biases:
-            biases[shape] = bottom_right_causal_bias(*shape, query) if layout.causal and shape[0] > 1 else None
-        outputs.append(F.scaled_dot_product_attention(q, k, v, biases[shape], dropout, scale=scaling, enable_gqa=True))
+            biases[shape] = (
+                bottom_right_causal_bias(*shape, query) if layout.causal and shape[0] > 1 else None
+            )
+        outputs.append(
+            F.scaled_dot_product_attention(
+                q, k, v, biases[shape], dropout, scale=scaling, enable_gqa=True
+            )
+        )
     return torch.cat(outputs, dim=2).transpose(1, 2)
 
 
@@ -346,7 +405,10 @@ class Qwen3EncoderAttention(Qwen3Attention):
         segments: Segments | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, S, E] -> [B, S, E] and weights [B, H, S, S] or None; with `segments`, [1, N, E] -> [1, N, E]."""
+        """[B, S, E] -> [B, S, E] and weights [B, H, S, S] or None;
+
+        with `segments`, [1, N, E] -> [1, N, E].
+        """
         query, key, value = project_heads(self, hidden_states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         layout = None if segments is None else segments.layout
@@ -355,12 +417,16 @@ class Qwen3EncoderAttention(Qwen3Attention):
 
 
 def are_few_rows(states: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Whether [..., E] states and `weight` are a decoding step's on an x86 CPU: 1 to 8 rows, no gradient, no autocast.
+    """Whether [..., E] states and `weight` are a decoding step's on an x86 CPU: 1 to 8 rows, no
+    gradient, no autocast.
 
-    Their product costs what reading the weight costs, and the ordinary form of it reads on one core or twice.
+    Their product costs what reading the weight costs, and the ordinary form of it reads on one core
+    or twice.
     """
     return (
-        not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # what is recorded must do for many rows
+        not (
+            torch.compiler.is_compiling() or torch.jit.is_tracing()
+        )  # what is recorded must do for many rows
         and not (torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"))
         and 0 < states.numel() <= 8 * states.shape[-1]
         and states.device.type == "cpu"
@@ -370,9 +436,11 @@ def are_few_rows(states: torch.Tensor, weight: torch.Tensor) -> bool:
 
 
 def multiply_few_rows(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[..., E] states and the [O, E] weight -> [..., O]: the ordinary product in the form that is fastest on a CPU.
+    """[..., E] states and the [O, E] weight -> [..., O]: the ordinary product in the form that is
+    fastest on a CPU.
 
-    In fp32 that depends on the number of rows; otherwise, with AMX, it is weight times rows. Not always contiguous.
+    In fp32 that depends on the number of rows; otherwise, with AMX, it is weight times rows. Not
+    always contiguous.
     """
     rows, size = states.flatten(0, -2), 64  # (R, E)
     if weight.dtype != torch.float32 or 1 < len(rows) <= 4 or len(weight) < size:
@@ -380,7 +448,9 @@ def multiply_few_rows(states: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
     else:
         blocks = len(weight) // size
         head, rest = weight[: blocks * size], weight[blocks * size :]
-        output = torch.bmm(rows.expand(blocks, -1, -1), head.view(blocks, size, -1).transpose(1, 2))  # (O / 64, R, 64)
+        output = torch.bmm(
+            rows.expand(blocks, -1, -1), head.view(blocks, size, -1).transpose(1, 2)
+        )  # (O / 64, R, 64)
         output = output.transpose(0, 1).reshape(len(rows), -1)
         if len(rest):
             output = torch.cat([output, F.linear(rows, rest)], dim=1)
@@ -388,9 +458,11 @@ def multiply_few_rows(states: torch.Tensor, weight: torch.Tensor) -> torch.Tenso
 
 
 def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
-    """`linear(states)`, [..., E] -> [..., O], by `multiply_few_rows` where that is the same and faster.
+    """`linear(states)`, [..., E] -> [..., O], by `multiply_few_rows` where that is the same and
+    faster.
 
-    It is the same for an `nn.Linear` in fp32 without bias that nobody has wrapped, quantized or hooked.
+    It is the same for an `nn.Linear` in fp32 without bias that nobody has wrapped, quantized or
+    hooked.
     """
     if (
         states.dtype != torch.float32
@@ -403,18 +475,26 @@ def project(linear: nn.Module, states: torch.Tensor) -> torch.Tensor:
         or "forward" in vars(linear)  # as accelerate replaces it
     ):
         return linear(states)
-    # Contiguous, since attention is slower with a query that is not than it is with the ordinary product.
+    # Contiguous, since attention is slower with a query that is not than it is with the ordinary
+    # product.
     return multiply_few_rows(states, linear.weight).contiguous()
 
 
-def project_heads(attention: Qwen3Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """[B, L, E] -> normalized query [B, H, L, D] and key [B, K, L, D], and value [B, K, L, D]; none is rotated."""
+def project_heads(
+    attention: Qwen3Attention, states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """[B, L, E] -> normalized query [B, H, L, D] and key [B, K, L, D], and value [B, K, L, D];
+
+    none is rotated.
+    """
     heads = (*states.shape[:-1], -1, attention.head_dim)
     query = attention.q_norm(project(attention.q_proj, states).view(heads)).transpose(1, 2)
     return query, *project_keys(attention, states)
 
 
-def project_keys(attention: Qwen3Attention, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def project_keys(
+    attention: Qwen3Attention, states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, L, E] -> normalized key and value, each [B, K, L, D]."""
     heads = (*states.shape[:-1], -1, attention.head_dim)
     key = attention.k_norm(project(attention.k_proj, states).view(heads)).transpose(1, 2)
@@ -445,21 +525,32 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     _can_compile_fullgraph = True
 
     def init_parallel_plans(self) -> None:
-        """The configuration's plan is for the whole model: keep what is said of the stacks that this one has."""
+        """The configuration's plan is for the whole model:
+
+        keep what is said of the stacks that this one has.
+        """
         super().init_parallel_plans()
-        stacks = {name for name, module in self.named_modules() if isinstance(module, PreTrainedModel)}
+        stacks = {
+            name for name, module in self.named_modules() if isinstance(module, PreTrainedModel)
+        }
         self._tp_plan: dict[str, str] = {
-            name: style for name, style in self._tp_plan.items() if name.partition(".layers.")[0] in stacks
+            name: style
+            for name, style in self._tp_plan.items()
+            if name.partition(".layers.")[0] in stacks
         }
 
     def _wants_more(self, arguments: dict) -> bool:
-        """Whether a call asks for more than the last states, such as those of every layer or attention weights."""
+        """Whether a call asks for more than the last states, such as those of every layer or
+        attention weights.
+        """
         return bool(arguments or self.config.output_hidden_states or self.config.output_attentions)
 
     def mark_tied_weights_as_initialized(self, loading_info: Any = None) -> None:
-        """The tied names are one parameter here: none is missing once it is loaded, all are to be initialized if not.
+        """The tied names are one parameter here: none is missing once it is loaded, all are to be
+        initialized if not.
 
-        transformers would mark the copies of an untied model, and so the matrix itself, missing or not.
+        transformers would mark the copies of an untied model, and so the matrix itself, missing or
+        not.
         """
         if loading_info is not None:
             loading_info.missing_keys = {
@@ -483,8 +574,12 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None):
         super().__init__(config)
-        self.embed_tokens = embed_tokens or nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.layers = nn.ModuleList(Qwen3EncoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.embed_tokens = embed_tokens or nn.Embedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id
+        )
+        self.layers = nn.ModuleList(
+            Qwen3EncoderLayer(config, i) for i in range(config.num_hidden_layers)
+        )
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
@@ -500,13 +595,15 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
         segments: Segments | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutput:
-        """Encode a padded batch, or, with `segments`, the ragged row that `Segments.gather` makes of one.
+        """Encode a padded batch, or, with `segments`, the ragged row that `Segments.gather` makes
+        of one.
 
         Args:
             input_ids: [B, S] int64.
-            attention_mask: [B, S], 1 real and 0 padding; or a [B, 1, S, S] mask that is used as it is.
-            position_ids: [B, S]; counted from 0 along the row by default (rotary embeddings are relative, so left
-                padding needs no other).
+            attention_mask: [B, S], 1 real and 0 padding; or a [B, 1, S, S] mask that is used as it
+                is.
+            position_ids: [B, S]; counted from 0 along the row by default (rotary embeddings are
+                relative, so left padding needs no other).
             inputs_embeds: [B, S, E] in place of `input_ids`.
 
         Returns:
@@ -523,7 +620,9 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
         states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         if position_ids is None:
             position_ids = (
-                segments.position_ids if segments else torch.arange(states.shape[1], device=states.device)[None]
+                segments.position_ids
+                if segments
+                else torch.arange(states.shape[1], device=states.device)[None]
             )
         mask = None
         if segments is None:
@@ -543,7 +642,10 @@ class Qwen3Encoder(Qwen3EncoderDecoderPreTrainedModel):
 
 
 class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
-    """The encoder of an encoder-decoder on its own; loads from its folder and leaves the decoder there."""
+    """The encoder of an encoder-decoder on its own;
+
+    loads from its folder and leaves the decoder there.
+    """
 
     _tied_weights_keys = {"encoder.embed_tokens.weight": "shared.weight"}  # noqa: RUF012
     _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # noqa: RUF012
@@ -571,7 +673,12 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutput:
         """[B, S] -> `last_hidden_state` [B, S, E]; in training, padding is not computed."""
-        if self.training and input_ids is not None and attention_mask is not None and not self._wants_more(kwargs):
+        if (
+            self.training
+            and input_ids is not None
+            and attention_mask is not None
+            and not self._wants_more(kwargs)
+        ):
             segments = Segments.from_mask(attention_mask)
             states = self.encoder(segments.gather(input_ids), segments=segments).last_hidden_state
             return BaseModelOutput(last_hidden_state=segments.scatter(states))
@@ -609,7 +716,10 @@ class Qwen3EncoderForSequenceClassification(_Qwen3EncoderClassifier):
         labels: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> SequenceClassifierOutput:
-        """`logits` [B, num_labels]; `labels` [B] int64, or float for regression and for several labels a text."""
+        """`logits` [B, num_labels];
+
+        `labels` [B] int64, or float for regression and for several labels a text.
+        """
         output = self.model(input_ids, attention_mask, inputs_embeds, return_dict=True, **kwargs)
         states = output.last_hidden_state
         if attention_mask is None:

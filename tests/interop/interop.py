@@ -1,10 +1,12 @@
-"""One encoder folder in every runtime: cosine to our own encoder, the least and the mean of 32 texts.
+"""One encoder folder in every runtime: cosine to our own encoder, the least and the mean of 32
+texts.
 
     make interop    # installs the runtimes, then runs this
 
-The encoder is a nano one with random weights, wide enough that attention decides; the texts have 1 to 2,000 tokens and
-go in padded batches of 8. The control reads the same folder causally. transformers 5.1, which takes the folder for a
-causal model, must refuse it. Exit code 1 if a runtime is missing, fails, or is not as close as it must be.
+The encoder is a nano one with random weights, wide enough that attention decides; the texts have 1
+to 2,000 tokens and go in padded batches of 8. The control reads the same folder causally.
+transformers 5.1, which takes the folder for a causal model, must refuse it. Exit code 1 if a
+runtime is missing, fails, or is not as close as it must be.
 """
 
 import argparse
@@ -20,12 +22,18 @@ import torch
 from transformers import AutoModel, AutoTokenizer, Qwen3Config, Qwen3ForCausalLM
 from transformers.utils import logging
 
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.demo.parent import parent_tokenizer
-from qwen3_encdec.embedding import TextEncoder
-from qwen3_encdec.export import FORMS, causal_embeddings, embed_padded, export_encoder, sample_texts
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import read_json, write_json
-from qwen3_encdec.initialization import initialize
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.embedding.export import (
+    FORMS,
+    causal_embeddings,
+    embed_padded,
+    export_encoder,
+    sample_texts,
+)
+from qwen3_encdec.folders import read_json, write_json
 
 EXACT, HALF, BYTES, CAUSAL = 0.99999, 0.9999, 0.999, 0.9
 SENTENCE_TRANSFORMERS = """
@@ -69,12 +77,16 @@ def make_encoder(root: Path) -> Path:
     return root / "encoder"
 
 
-def in_process(command: list, arguments: list, texts: list[str], cwd: Path | None = None) -> np.ndarray:
+def in_process(
+    command: list, arguments: list, texts: list[str], cwd: Path | None = None
+) -> np.ndarray:
     """What another process makes of the texts."""
     with tempfile.TemporaryDirectory() as scratch:
         source, output = Path(scratch) / "texts.json", Path(scratch) / "rows.json"
         write_json(source, texts)
-        done = subprocess.run([*command, *arguments, source, output], capture_output=True, text=True, cwd=cwd)
+        done = subprocess.run(
+            [*command, *arguments, source, output], capture_output=True, text=True, cwd=cwd
+        )
         if done.returncode:
             error = done.stderr[max(done.stderr.rfind("\n", 0, done.stderr.rfind("Error:")), 0) :]
             raise RuntimeError(" ".join(error.split())[:200] or f"exit code {done.returncode}")
@@ -89,8 +101,12 @@ def least_and_mean(found: np.ndarray, expected: np.ndarray) -> tuple[float, floa
 
 def main() -> int:
     """Print the table; 0 if all of it is right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runtimes", type=Path, default=Path(".venv/interop"), help="where `make interop` installs")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--runtimes", type=Path, default=Path(".venv/interop"), help="where `make interop` installs"
+    )
     parser.add_argument("--output", type=Path, help="also write the figures as JSON")
     options = parser.parse_args()
     runtimes: Path = options.runtimes.absolute()
@@ -104,8 +120,12 @@ def main() -> int:
         expected = ours.encode(texts)
 
         def stock(implementation: str) -> Rows:
-            model = AutoModel.from_pretrained(encoder, dtype=torch.float32, attn_implementation=implementation).eval()
-            return lambda: embed_padded(encoder, lambda ids, mask: model(ids, mask).last_hidden_state, 8, texts)
+            model = AutoModel.from_pretrained(
+                encoder, dtype=torch.float32, attn_implementation=implementation
+            ).eval()
+            return lambda: embed_padded(
+                encoder, lambda ids, mask: model(ids, mask).last_hidden_state, 8, texts
+            )
 
         def environment(name: str) -> Rows:
             command = [runtimes / name / "bin/python", "-c", SENTENCE_TRANSFORMERS]
@@ -127,7 +147,11 @@ def main() -> int:
         rows: list[tuple[str, float, Rows]] = [
             (f"transformers {versions.get('transformers')}, eager", EXACT, stock("eager")),
             (f"transformers {versions.get('transformers')}, sdpa", EXACT, stock("sdpa")),
-            (f"sentence-transformers {versions.get('sentence-transformers')}", EXACT, exported("safetensors")),
+            (
+                f"sentence-transformers {versions.get('sentence-transformers')}",
+                EXACT,
+                exported("safetensors"),
+            ),
             ("sentence-transformers 5", EXACT, environment("sentence-transformers-5")),
             (f"onnxruntime {versions.get('onnxruntime')} fp32", EXACT, exported("onnx")),
             (f"onnxruntime {versions.get('onnxruntime')} int8", BYTES, exported("onnx-int8")),
@@ -143,9 +167,14 @@ def main() -> int:
         def line(name: str, least: float, mean: float, wanted: str, right: bool) -> None:
             figures[name] = {"least": least, "mean": mean, "wanted": wanted}
             failed.extend([name] * (not right))
-            print(f"{name:40}{least:14.7f}{mean:11.7f}  {wanted:>10} {'ok' if right else 'FAILED'}", flush=True)
+            print(
+                f"{name:40}{least:14.7f}{mean:11.7f}  {wanted:>10} {'ok' if right else 'FAILED'}",
+                flush=True,
+            )
 
-        print(f"{len(texts)} texts of {min(tokens)} to {max(tokens):,} tokens and EOS, in padded batches of 8")
+        print(
+            f"{len(texts)} texts of {min(tokens)} to {max(tokens):,} tokens and EOS, in padded batches of 8"
+        )
         print(f"{'runtime':40}{'least cosine':>14}{'mean':>11}  {'wanted':>10}")
         for name, limit, embed in rows:
             try:
@@ -158,8 +187,8 @@ def main() -> int:
         least, mean = least_and_mean(causal_embeddings(encoder, texts), expected)
         line("control: read causally", least, mean, f"< {CAUSAL}", mean < CAUSAL)
 
-        # transformers 5.1 reads the folder causally: `requirements` make sentence-transformers refuse it there, and
-        # without them, the control, it would embed.
+        # transformers 5.1 reads the folder causally: `requirements` make sentence-transformers
+        # refuse it there, and without them, the control, it would embed.
         old = "sentence-transformers 6 on transformers 5.1"
         try:
             environment("transformers-5.1")()
@@ -170,12 +199,19 @@ def main() -> int:
         print(f"{old}: {'refused' if right else 'FAILED'}: {said}")
         failed += [old] * (not right)
         settings = encoder / "config_sentence_transformers.json"
-        write_json(settings, {key: value for key, value in read_json(settings).items() if key != "requirements"})
+        write_json(
+            settings,
+            {key: value for key, value in read_json(settings).items() if key != "requirements"},
+        )
         least, mean = least_and_mean(environment("transformers-5.1")(), expected)
         line("control: it without the requirement", least, mean, f"< {CAUSAL}", mean < CAUSAL)
     if options.output:
         write_json(options.output, {"rows": figures, "failed": failed})
-    print(f"failed: {', '.join(failed)}" if failed else f"all of {len(rows)} runtimes read one encoder alike")
+    print(
+        f"failed: {', '.join(failed)}"
+        if failed
+        else f"all of {len(rows)} runtimes read one encoder alike"
+    )
     return int(bool(failed))
 
 

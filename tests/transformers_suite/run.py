@@ -1,12 +1,15 @@
-"""Run transformers' common test suites over T5Gemma 2 and over our classes, and compare test by test.
+"""Run transformers' common test suites over T5Gemma 2 and over our classes, and compare test by
+test.
 
-Compared is the encoder-decoder; the encoder alone and its heads, for which T5Gemma 2 has no match, are to pass too.
+Compared is the encoder-decoder; the encoder alone and its heads, for which T5Gemma 2 has no match,
+are to pass too.
 
     python tests/transformers_suite/run.py CHECKOUT [pytest options]
 
-CHECKOUT is a clone of transformers at the tag of the installed version; it needs `pip install parameterized`. Exit
-status 1 if one of our tests fails, if T5Gemma 2 passes one that we skip, or if we pass fewer; pytest's own if it broke
-off. RUN_SLOW=1 in the environment adds the slow tests, torch.export among them.
+CHECKOUT is a clone of transformers at the tag of the installed version; it needs `pip install
+parameterized`. Exit status 1 if one of our tests fails, if T5Gemma 2 passes one that we skip, or if
+we pass fewer; pytest's own if it broke off. RUN_SLOW=1 in the environment adds the slow tests,
+torch.export among them.
 """
 
 import os
@@ -19,18 +22,28 @@ import pytest
 
 OURS, ALONE, THEIRS = "Qwen3EncoderDecoderModelTest", "Qwen3EncoderModelTest", "T5Gemma2ModelTest"
 FOLDERS = ("t5gemma2", "qwen3_encdec")
-NOT_FOR_US = {"test_internal_model_config_and_subconfig_are_same": "needs a configuration with sub-configurations"}
+NOT_FOR_US = {
+    "test_internal_model_config_and_subconfig_are_same": "needs a configuration with sub-configurations"
+}
 
 
 class Outcomes:
-    """A pytest plugin that keeps each test's outcome: class -> test -> passed, failed or skipped."""
+    """A pytest plugin that keeps each test's outcome:
+
+    class -> test -> passed, failed or skipped.
+    """
 
     def __init__(self) -> None:
         self.by_class: dict[str, dict[str, str]] = {THEIRS: {}, OURS: {}, ALONE: {}}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        """Keep what decided a test. A failed subtest fails its test; pytest itself would count the two apart."""
-        if not report.failed and (type(report) is not pytest.TestReport or (report.when != "call" and report.passed)):
+        """Keep what decided a test.
+
+        A failed subtest fails its test; pytest itself would count the two apart.
+        """
+        if not report.failed and (
+            type(report) is not pytest.TestReport or (report.when != "call" and report.passed)
+        ):
             return
         _, group, name = report.nodeid.split("::")
         outcomes = self.by_class[group]
@@ -41,7 +54,10 @@ class Outcomes:
 def main() -> int:
     """Copy our test file into the checkout, run both models' tests there, print the table."""
     if len(sys.argv) < 2 or not Path(sys.argv[1], "tests/test_modeling_common.py").is_file():
-        print("give a checkout of transformers: python tests/transformers_suite/run.py CHECKOUT", file=sys.stderr)
+        print(
+            "give a checkout of transformers: python tests/transformers_suite/run.py CHECKOUT",
+            file=sys.stderr,
+        )
         return 2
     checkout = Path(sys.argv[1]).resolve()
     package = checkout / "tests/models/qwen3_encdec"
@@ -53,7 +69,9 @@ def main() -> int:
     outcomes = Outcomes()
     files = [f"tests/models/{model}/test_modeling_{model}.py" for model in FOLDERS]
     # Not the integration tests, which download checkpoints.
-    status = pytest.main([*files, "-q", "-k", "ModelTest and not Integration", *sys.argv[2:]], plugins=[outcomes])
+    status = pytest.main(
+        [*files, "-q", "-k", "ModelTest and not Integration", *sys.argv[2:]], plugins=[outcomes]
+    )
     if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return int(status)  # it broke off, and what it has not run would not be missed
 
@@ -75,7 +93,11 @@ def main() -> int:
     ]
     for name in failed:
         print(f"we fail {name}")
-    ahead = sum(ours[name] == "passed" for name in common) >= sum(theirs[name] == "passed" for name in common) > 0
+    ahead = (
+        sum(ours[name] == "passed" for name in common)
+        >= sum(theirs[name] == "passed" for name in common)
+        > 0
+    )
     return int(bool(failed) or not ahead or not set(behind) <= NOT_FOR_US.keys())
 
 

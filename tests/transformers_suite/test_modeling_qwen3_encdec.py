@@ -1,6 +1,7 @@
 """transformers' own common test suites over our classes.
 
-To be run inside a checkout of transformers, as tests/models/qwen3_encdec/test_modeling_qwen3_encdec.py; see run.py.
+To be run inside a checkout of transformers, as
+tests/models/qwen3_encdec/test_modeling_qwen3_encdec.py; see run.py.
 """
 
 import unittest
@@ -25,16 +26,23 @@ from ...generation.test_utils import GenerationTesterMixin
 from ...test_configuration_common import ConfigTester
 from ...test_modeling_common import ModelTesterMixin, ids_tensor
 
-# The suites know by name which class has no loss and which takes the labels of a sequence-to-sequence model.
+# The suites know by name which class has no loss and which takes the labels of a
+# sequence-to-sequence model.
 modeling_auto.MODEL_MAPPING_NAMES["qwen3_encdec"] = "Qwen3EncoderDecoderModel"
 modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES["qwen3_encdec"] = "Qwen3ForSeq2SeqLM"
 modeling_auto.MODEL_MAPPING_NAMES["qwen3_encdec_encoder"] = "Qwen3EncoderModel"
-modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["qwen3_encdec"] = "Qwen3EncoderForSequenceClassification"
-modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["qwen3_encdec"] = "Qwen3EncoderForTokenClassification"
+modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES["qwen3_encdec"] = (
+    "Qwen3EncoderForSequenceClassification"
+)
+modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES["qwen3_encdec"] = (
+    "Qwen3EncoderForTokenClassification"
+)
 
 
 class Qwen3EncoderDecoderModelTester:
-    """Odd sizes: source longer than target, heads wider than hidden / heads, masks with holes and empty rows."""
+    """Odd sizes: source longer than target, heads wider than hidden / heads, masks with holes and
+    empty rows.
+    """
 
     is_training = True
     batch_size = 13
@@ -69,7 +77,9 @@ class Qwen3EncoderDecoderModelTester:
         source = [self.batch_size, self.encoder_seq_length]
         target = [self.batch_size, self.seq_length]
         decoder_input_ids = ids_tensor(target, self.vocab_size - 3) + 3
-        decoder_input_ids[:, 0] = config.decoder_start_token_id  # or generate() puts it there and the mask is too short
+        decoder_input_ids[:, 0] = (
+            config.decoder_start_token_id
+        )  # or generate() puts it there and the mask is too short
         return config, {
             "input_ids": ids_tensor(source, self.vocab_size - 3) + 3,
             "attention_mask": ids_tensor(source, 2),
@@ -79,12 +89,18 @@ class Qwen3EncoderDecoderModelTester:
 
 
 class OurModelTesterMixin(ModelTesterMixin):
-    test_can_init_all_missing_weights_before_2023 = True  # that is: whatever the year in the file's header
+    test_can_init_all_missing_weights_before_2023 = (
+        True  # that is: whatever the year in the file's header
+    )
 
     def setUp(self):
         self.model_tester = self.model_tester_class(self)
         self.config_tester = ConfigTester(
-            self, config_class=Qwen3EncoderDecoderConfig, hidden_size=37, vocab_size=99, num_sentinel_tokens=5
+            self,
+            config_class=Qwen3EncoderDecoderConfig,
+            hidden_size=37,
+            vocab_size=99,
+            num_sentinel_tokens=5,
         )
 
     def test_config(self):
@@ -97,7 +113,9 @@ class Qwen3EncoderDecoderModelTest(OurModelTesterMixin, GenerationTesterMixin, u
     all_model_classes = (Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM)
     is_encoder_decoder = True
 
-    @unittest.skip("the weights on encoder and on decoder keys are views of joint ones, which the output comes from")
+    @unittest.skip(
+        "the weights on encoder and on decoder keys are views of joint ones, which the output comes from"
+    )
     def test_retain_grad_hidden_states_attentions(self):
         pass
 
@@ -110,13 +128,16 @@ class Qwen3EncoderDecoderModelTest(OurModelTesterMixin, GenerationTesterMixin, u
         torch.testing.assert_close(model(**inputs, logits_to_keep=2).logits, logits[:, -2:])
 
     def test_custom_4d_attention_mask(self):
-        """Three continuations of one prefix as three rows, and as one row whose mask keeps them apart."""
+        """Three continuations of one prefix as three rows, and as one row whose mask keeps them
+        apart.
+        """
         config, _ = self.model_tester.prepare_config_and_inputs_for_common()
         model = Qwen3ForSeq2SeqLM(config).to(torch_device).eval()
         source = ids_tensor([1, 5], self.model_tester.vocab_size)
         prefix, ends = ids_tensor([1, 3], 99), ids_tensor([3, 1], 99)
         rows = model(
-            input_ids=source.expand(3, -1), decoder_input_ids=torch.cat([prefix.expand(3, -1), ends], dim=1)
+            input_ids=source.expand(3, -1),
+            decoder_input_ids=torch.cat([prefix.expand(3, -1), ends], dim=1),
         ).logits[:, -1]
         mask = torch.ones(6, 6, dtype=torch.bool, device=torch_device).tril()
         mask[4, 3] = mask[5, 3] = mask[5, 4] = False
@@ -131,7 +152,9 @@ class Qwen3EncoderDecoderModelTest(OurModelTesterMixin, GenerationTesterMixin, u
 
         torch.testing.assert_close(one_row(mask), rows, rtol=1e-4, atol=1e-5)
         with pytest.raises(AssertionError):
-            torch.testing.assert_close(one_row(torch.ones_like(mask).tril()), rows, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(
+                one_row(torch.ones_like(mask).tril()), rows, rtol=1e-4, atol=1e-5
+            )
 
 
 class Qwen3EncoderModelTester(Qwen3EncoderDecoderModelTester):
@@ -141,8 +164,9 @@ class Qwen3EncoderModelTester(Qwen3EncoderDecoderModelTester):
 
     def get_config(self):
         config = super().get_config()
-        # As T5's encoder-only tester gives it; our configuration overrides the argument, so it is set afterwards. The
-        # common suite asks it whether outputs and inputs have the prefixes `encoder_` and `decoder_`.
+        # As T5's encoder-only tester gives it; our configuration overrides the argument, so it is
+        # set afterwards. The common suite asks it whether outputs and inputs have the prefixes
+        # `encoder_` and `decoder_`.
         config.is_encoder_decoder = False
         return config
 

@@ -10,18 +10,21 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
+from qwen3_encdec.data.collate import Row, fewest_rows
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.packing import Row, fewest_rows
 from qwen3_encdec.data.stream import UL2Stream
 from qwen3_encdec.data.ul2 import Example, Preset, render
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 
 _POSITIONS = 20
 
 
 @dataclass(frozen=True)
 class DenoiserReport:
-    """What one denoiser did: shares of all examples and of all target tokens, lengths as (mean, most)."""
+    """What one denoiser did:
+
+    shares of all examples and of all target tokens, lengths as (mean, most).
+    """
 
     name: str
     nominal_share: float
@@ -52,11 +55,16 @@ class Analysis:
     shown: list[str]
     """Examples as text."""
     sizes: np.ndarray
-    """Source length, target length, sentinels and index of the denoiser of every example, int64 (examples, 4)."""
+    """Source length, target length, sentinels and index of the denoiser of every example, int64
+    (examples, 4).
+    """
     fills: np.ndarray
     """Filled share of each row's source and target budget, (rows, 2)."""
     noise_by_position: np.ndarray
-    """Share of noise tokens by twentieth of the text, (denoisers, 20); NaN where there was no text of 20 tokens."""
+    """Share of noise tokens by twentieth of the text, (denoisers, 20);
+
+    NaN where there was no text of 20 tokens.
+    """
     progress: np.ndarray
     """Seconds since the start and tokens made so far, after every 64 rows."""
 
@@ -80,11 +88,17 @@ class Analysis:
     def totals(self) -> list[tuple[str, str]]:
         """Names and figures of the whole sample."""
         number = {
-            name: f"{self.counts.get(name, 0):,}" for name in ("documents", "used", "refused", "heldout", "tokens")
+            name: f"{self.counts.get(name, 0):,}"
+            for name in ("documents", "used", "refused", "heldout", "tokens")
         }
         (source, target), fuller = self.fills.mean(axis=0), self.fills.max(axis=1).mean()
         return [
-            ("documents", "{documents} = {used} used + {refused} refused + {heldout} held out".format(**number)),
+            (
+                "documents",
+                "{documents} = {used} used + {refused} refused + {heldout} held out".format(
+                    **number
+                ),
+            ),
             ("tokens", f"{number['tokens']} of text"),
             ("rows", f"{self.rows:,} with {self.examples:,} examples"),
             (
@@ -95,12 +109,17 @@ class Analysis:
                 "packing efficiency",
                 f"{self.packing_efficiency:.1%}: the fewest rows that any packing needs, over these",
             ),
-            ("speed", f"{self.tokens_per_second:,.0f} tokens/s in one process, encoding with {self.encoder}"),
+            (
+                "speed",
+                f"{self.tokens_per_second:,.0f} tokens/s in one process, encoding with {self.encoder}",
+            ),
         ]
 
     def print(self, console: Console | None = None) -> None:
         """Tables for a human."""
-        console = console or Console(width=None if sys.stdout.isatty() else 110)  # 80 would cut the table in a pipe
+        console = console or Console(
+            width=None if sys.stdout.isatty() else 110
+        )  # 80 would cut the table in a pipe
         table = Table(title="nominal values in brackets; lengths are mean ≤ most")
         header, rows = self.table
         for heading in header:
@@ -115,9 +134,13 @@ class Analysis:
 
 
 def analyze(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_examples: int = 10_000, show: int = 2
+    config: DataConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    num_examples: int = 10_000,
+    show: int = 2,
 ) -> Analysis:
-    """Draw about `num_examples` examples (at most one epoch) and measure them; `show` of each denoiser are rendered.
+    """Draw about `num_examples` examples (at most one epoch) and measure them; `show` of each
+    denoiser are rendered.
 
     Raises InputError as the stream does.
     """
@@ -135,17 +158,24 @@ def analyze(
             break
     seconds = time.perf_counter() - start
     if not rows:
-        raise InputError(f"there is no example in {', '.join(config.inputs)}: {dict(stream.counts)}")
+        raise InputError(
+            f"there is no example in {', '.join(config.inputs)}: {dict(stream.counts)}"
+        )
     examples = [example for row in rows for example in row]
     is_sentinel = [np.isin(example.source, stream.sentinel_ids) for example in examples]
     sizes = np.array(
-        [(len(e.source), len(e.target), s.sum(), e.denoiser) for e, s in zip(examples, is_sentinel, strict=True)]
+        [
+            (len(e.source), len(e.target), s.sum(), e.denoiser)
+            for e, s in zip(examples, is_sentinel, strict=True)
+        ]
     )
     drawn_from = sizes[:, 3]
     noise = np.zeros((len(config.denoisers), 2, _POSITIONS))
     for example in examples:
         noise[example.denoiser] += _noise_by_position(example, stream)
-    of_each = [[e for e in examples if e.denoiser == i][:show] for i in range(len(config.denoisers))]
+    of_each = [
+        [e for e in examples if e.denoiser == i][:show] for i in range(len(config.denoisers))
+    ]
     reason = stream.encode.fallback_reason
     return Analysis(
         denoisers=[
@@ -155,12 +185,17 @@ def analyze(
         counts=dict(stream.counts),
         rows=len(rows),
         examples=len(examples),
-        packing_efficiency=fewest_rows(examples, config.source_length, config.target_length) / len(rows),
+        packing_efficiency=fewest_rows(examples, config.source_length, config.target_length)
+        / len(rows),
         tokens_per_second=tokens / seconds,
         encoder=stream.encode.name if reason is None else f"tokenizers ({reason})",
-        shown=[render(example, tokenizer, config.denoisers) for some in of_each for example in some],
+        shown=[
+            render(example, tokenizer, config.denoisers) for some in of_each for example in some
+        ],
         sizes=sizes,
-        fills=np.array([(sum(len(e.source) for e in row), sum(len(e.target) for e in row)) for row in rows])
+        fills=np.array(
+            [(sum(len(e.source) for e in row), sum(len(e.target) for e in row)) for row in rows]
+        )
         / (config.source_length, config.target_length),
         noise_by_position=noise[:, 0] / np.where(noise[:, 1] > 0, noise[:, 1], np.nan),
         progress=np.array(progress).reshape(-1, 2),
@@ -185,8 +220,11 @@ def _noise_by_position(example: Example, stream: UL2Stream) -> np.ndarray:
     return np.stack([np.bincount(position, weights, _POSITIONS) for weights in (noise, None)])
 
 
-def _report(preset: Preset, index: int, chosen: np.ndarray, sizes: np.ndarray, lead: int) -> DenoiserReport:
-    """`sizes` holds source length, target length and sentinels of every example; `chosen` says which count.
+def _report(
+    preset: Preset, index: int, chosen: np.ndarray, sizes: np.ndarray, lead: int
+) -> DenoiserReport:
+    """`sizes` holds source length, target length and sentinels of every example; `chosen` says
+    which count.
 
     `lead` is the number of mode tokens of a source.
     """

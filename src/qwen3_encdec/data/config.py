@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from qwen3_encdec.data.ul2 import Preset, raw_length, resolve_preset
-from qwen3_encdec.files import InputError, read_yaml
+from qwen3_encdec.folders import InputError, read_yaml
 
 MODES = ("R", "X", "S")
 
@@ -23,26 +23,44 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything that decides which examples there are; nothing here says how fast or where they are made."""
+    """Everything that decides which examples there are;
+
+    nothing here says how fast or where they are made.
+    """
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
-    """Files, folders or globs of .jsonl, .txt (one document a line; both also .gz or .zst) or .parquet; a folder that
-    prepare-data wrote; a hub dataset as ORG/NAME or ORG/NAME:CONFIG; or package-docs, the docstrings of the installed
-    Python packages."""
+    """Files, folders or globs of .jsonl, .txt (one document a line; both also .gz or .zst) or
+    .parquet; a folder that prepare-data wrote; a hub dataset as ORG/NAME or ORG/NAME:CONFIG; or
+    package-docs, the docstrings of the installed Python packages.
+    """
     mixture: list[dict] = field(default_factory=list)
-    """Instead of inputs: sources as {inputs: [...], weight: 1, text_column: text}; weight is a share of the tokens."""
+    """Instead of inputs: sources as {inputs:
+
+    [...], weight: 1, text_column: text}; weight is a share of the tokens.
+    """
     text_column: str = "text"
     """Field of a JSON line, column of a parquet file or hub dataset that holds the text."""
     hub_split: str = "train"
     """Split to read of a hub dataset."""
     heldout_inputs: list[str] = field(default_factory=list)
-    """Inputs for evaluation. Without any, package-docs holds packages out and other inputs 1 in heldout_every."""
+    """Inputs for evaluation.
+
+    Without any, package-docs holds packages out and other inputs 1 in heldout_every.
+    """
     heldout_every: int = 100
-    """Without heldout_inputs, one document in so many is kept from training, chosen by a hash of its text."""
+    """Without heldout_inputs, one document in so many is kept from training, chosen by a hash of
+    its text.
+    """
     preset: str | list[dict] = "t5gemma2"
-    """Mixture of denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
+    """Mixture of denoisers:
+
+    t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}.
+    """
     mode_tokens: bool = False
-    """Begin each source with a token for its kind of denoiser, the first letter of its name: R, X or S."""
+    """Begin each source with a token for its kind of denoiser, the first letter of its name:
+
+    R, X or S.
+    """
     source_length: int = 512
     """Most source tokens in a row, sentinels, mode token and EOS counted."""
     target_length: int = 256
@@ -50,19 +68,27 @@ class DataConfig:
     min_tokens: int = 8
     """Shorter documents are refused and counted, and no chunk of a document is shorter."""
     packing: bool | Literal["buckets"] = True
-    """Put several examples in a row, isolated from each other; false is one example a row, buckets is one example a
-    row with rows of like length after each other."""
+    """Put several examples in a row, isolated from each other; false is one example a row, buckets
+    is one example a row with rows of like length after each other.
+    """
     seed: int = 0
     """Decides order and corruption."""
     accept_changes: bool = False
-    """Resume although the corpus, the tokenizer or these settings are no longer the checkpoint's: at a new epoch."""
+    """Resume although the corpus, the tokenizer or these settings are no longer the checkpoint's:
+
+    at a new epoch.
+    """
 
     def __post_init__(self) -> None:
         for source in self.sources:
             if not source.inputs:
-                raise InputError("data.inputs is empty; name at least one file, folder, hub dataset or package-docs")
+                raise InputError(
+                    "data.inputs is empty; name at least one file, folder, hub dataset or package-docs"
+                )
             if not 0 < source.weight < float("inf"):
-                raise InputError(f"data.mixture: weight={source.weight} of {', '.join(source.inputs)} is not positive")
+                raise InputError(
+                    f"data.mixture: weight={source.weight} of {', '.join(source.inputs)} is not positive"
+                )
         if self.min_tokens < 2:
             raise InputError(f"data.min_tokens={self.min_tokens} is below 2")
         if self.heldout_every < 2:
@@ -79,7 +105,9 @@ class DataConfig:
                     f"{denoiser.name} takes at source_length={self.source_length}, target_length={self.target_length}"
                 )
             if self.mode_tokens and denoiser.name[:1] not in MODES:
-                raise InputError(f"data.mode_tokens: denoiser {denoiser.name!r} does not begin with R, X or S")
+                raise InputError(
+                    f"data.mode_tokens: denoiser {denoiser.name!r} does not begin with R, X or S"
+                )
 
     @property
     def denoisers(self) -> Preset:
@@ -90,7 +118,9 @@ class DataConfig:
     def raw_lengths(self) -> list[int]:
         """The longest text that each denoiser may take."""
         source_length = self.source_length - self.mode_tokens
-        return [raw_length(denoiser, source_length, self.target_length) for denoiser in self.denoisers]
+        return [
+            raw_length(denoiser, source_length, self.target_length) for denoiser in self.denoisers
+        ]
 
     @property
     def sources(self) -> list[Source]:
@@ -100,15 +130,20 @@ class DataConfig:
         try:
             sources = [Source(**{"text_column": self.text_column, **item}) for item in self.mixture]
         except TypeError as error:
-            raise InputError(f"data.mixture: {error} (a source has inputs, weight, text_column)") from None
+            raise InputError(
+                f"data.mixture: {error} (a source has inputs, weight, text_column)"
+            ) from None
         for source in sources:
             if not isinstance(source.inputs, list) or not isinstance(source.weight, int | float):
-                raise InputError(f"data.mixture: {source} needs a list of inputs and a number as its weight")
+                raise InputError(
+                    f"data.mixture: {source} needs a list of inputs and a number as its weight"
+                )
         return sources
 
 
 def read_preset(preset: str) -> str | list[dict]:
-    """A preset as a command names it, for `DataConfig.preset`: its name, or a YAML file with a list of denoisers.
+    """A preset as a command names it, for `DataConfig.preset`: its name, or a YAML file with a list
+    of denoisers.
 
     Raises InputError if the file is not there or holds anything else.
     """
@@ -116,5 +151,7 @@ def read_preset(preset: str) -> str | list[dict]:
         return preset
     found = read_yaml(preset, "preset")
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise InputError(f"preset {preset} is not a list of {{name, mean_span, corruption, weight, placement}}")
+        raise InputError(
+            f"preset {preset} is not a list of {{name, mean_span, corruption, weight, placement}}"
+        )
     return found

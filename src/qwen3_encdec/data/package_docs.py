@@ -1,7 +1,7 @@
 """Docstrings of the installed Python packages: a real English corpus that needs no download.
 
-Files are parsed, never imported or run. A tenth of the packages is held out by a hash of the package's name, so that
-training never sees what evaluation asks.
+Files are parsed, never imported or run. A tenth of the packages is held out by a hash of the
+package's name, so that training never sees what evaluation asks.
 """
 
 import ast
@@ -24,8 +24,19 @@ from typing import Literal, NamedTuple
 _MIN_CHARACTERS = 40
 _HELDOUT_ONE_IN = 10
 _SPLIT_SALT = 1
-# Tests say little; vendored copies of other packages would carry train texts into the held-out split.
-_SKIPPED_FOLDERS = {"test", "tests", "_test", "_tests", "testing", "_vendor", "_vendored", "vendor", "vendored"}
+# Tests say little; vendored copies of other packages would carry train texts into the held-out
+# split.
+_SKIPPED_FOLDERS = {
+    "test",
+    "tests",
+    "_test",
+    "_tests",
+    "testing",
+    "_vendor",
+    "_vendored",
+    "vendor",
+    "vendored",
+}
 _EXCLUDED = {"qwen3_encdec"}
 _CACHE_VERSION = 2
 
@@ -44,12 +55,16 @@ class Docstring(NamedTuple):
 
 
 def package_docs(split: Split) -> list[Docstring]:
-    """All documents of a split: distinct, at least 40 characters, in an order that only the packages decide.
+    """All documents of a split: distinct, at least 40 characters, in an order that only the
+    packages decide.
 
     The first call reads every source file (seconds to a minute) and keeps the result in
-    `$XDG_CACHE_HOME/qwen3-encdec`, under a key made of the installed distributions and their versions.
+    `$XDG_CACHE_HOME/qwen3-encdec`, under a key made of the installed distributions and their
+    versions.
     """
-    return [document for document in _all_docs() if is_heldout(document.package) == (split == "heldout")]
+    return [
+        document for document in _all_docs() if is_heldout(document.package) == (split == "heldout")
+    ]
 
 
 def is_heldout(package: str) -> bool:
@@ -61,8 +76,8 @@ def is_heldout(package: str) -> bool:
 def summary_pairs(split: Split) -> list[tuple[str, str]]:
     """Pairs of a docstring's summary line and its body, for retrieval and contrastive training.
 
-    A summary has at least three words and a body 40 characters. A summary or body that occurs twice, in either
-    split, has no single right answer, so that all its pairs are left out.
+    A summary has at least three words and a body 40 characters. A summary or body that occurs
+    twice, in either split, has no single right answer, so that all its pairs are left out.
     """
     pairs = []
     for document in _all_docs():
@@ -75,7 +90,8 @@ def summary_pairs(split: Split) -> list[tuple[str, str]]:
     return [
         (summary, body)
         for package, summary, body in pairs
-        if summaries[summary.casefold()] == bodies[body] == 1 and is_heldout(package) == (split == "heldout")
+        if summaries[summary.casefold()] == bodies[body] == 1
+        and is_heldout(package) == (split == "heldout")
     ]
 
 
@@ -101,12 +117,19 @@ def _all_docs() -> list[Docstring]:
 
 
 def _scan(installed: list[Distribution]) -> list[Docstring]:
-    """Parse all source files in parallel; of equal texts the first in order of their names stays."""
+    """Parse all source files in parallel;
+
+    of equal texts the first in order of their names stays.
+    """
     paths = sorted({path for distribution in installed for path in _source_files(distribution)})
     processes = os.cpu_count() or 1
     with ThreadPoolExecutor(processes) as pool:
         found = [
-            d for part in pool.map(_scan_in_a_process, (paths[i::processes] for i in range(processes))) for d in part
+            d
+            for part in pool.map(
+                _scan_in_a_process, (paths[i::processes] for i in range(processes))
+            )
+            for d in part
         ]
     distinct: dict[str, Docstring] = {}
     for document in sorted(found):
@@ -115,21 +138,27 @@ def _scan(installed: list[Distribution]) -> list[Docstring]:
 
 
 def _scan_in_a_process(paths: list[tuple[str, str]]) -> list[Docstring]:
-    # This file run as a program needs the standard library only. A process pool would import, or fork, the caller.
+    # This file run as a program needs the standard library only. A process pool would import, or
+    # fork, the caller.
     command = [sys.executable, "-I", __file__]
-    result = subprocess.run(command, input=json.dumps(paths), stdout=subprocess.PIPE, text=True, check=True)
+    result = subprocess.run(
+        command, input=json.dumps(paths), stdout=subprocess.PIPE, text=True, check=True
+    )
     return [Docstring(*document) for document in json.loads(result.stdout)]
 
 
 def _source_files(distribution: Distribution) -> list[tuple[str, str]]:
-    """(path in site-packages, absolute path) of a distribution's modules, its tests and vendored copies left out."""
+    """(path in site-packages, absolute path) of a distribution's modules, its tests and vendored
+    copies left out.
+    """
     record = distribution.read_text("RECORD") or ""
     names = [row[0] for row in csv.reader(io.StringIO(record)) if row and row[0].endswith(".py")]
     parts = {name: name.split("/") for name in names}
     return [
         (name, str(distribution.locate_file(name)))
         for name in names
-        if parts[name][0] not in {"..", "bin", *_EXCLUDED} and not _SKIPPED_FOLDERS & set(parts[name][:-1])
+        if parts[name][0] not in {"..", "bin", *_EXCLUDED}
+        and not _SKIPPED_FOLDERS & set(parts[name][:-1])
     ]
 
 
@@ -165,4 +194,6 @@ def _docstrings(path: tuple[str, str]) -> list[Docstring]:
 
 
 if __name__ == "__main__":
-    json.dump([document for path in json.load(sys.stdin) for document in _docstrings(path)], sys.stdout)
+    json.dump(
+        [document for path in json.load(sys.stdin) for document in _docstrings(path)], sys.stdout
+    )

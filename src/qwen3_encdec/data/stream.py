@@ -1,14 +1,17 @@
-"""The training stream: documents to packed UL2 rows, with a state that resumes it exactly and at once.
+"""The training stream: documents to packed UL2 rows, with a state that resumes it exactly and at
+once.
 
-Everything is done block by block, a block being about a megabyte of text (see `sources`). An epoch takes the shards
-in an order of its own; epochs follow each other without end. The rows of a block are a pure function of (seed, epoch,
-shard, block), so all that has to be remembered is a place: epoch, place in the epoch's order of shards, block, and
-rows already given. To resume is to seek to that shard and make one block again.
+Everything is done block by block, a block being about a megabyte of text (see `sources`). An epoch
+takes the shards in an order of its own; epochs follow each other without end. The rows of a block
+are a pure function of (seed, epoch, shard, block), so all that has to be remembered is a place:
+epoch, place in the epoch's order of shards, block, and rows already given. To resume is to seek to
+that shard and make one block again.
 
-Blocks are dealt out to the readers (workers of ranks) by their number, so that each is read once an epoch whatever the
-number of readers. To continue with another number of readers is to deal out again what is left: `redeal` keeps, as a
-`deal`, the places at which all former readers stopped, and from these any reader can tell for any block whether it is
-done. A deal is forgotten once a reader is past all of its places.
+Blocks are dealt out to the readers (workers of ranks) by their number, so that each is read once an
+epoch whatever the number of readers. To continue with another number of readers is to deal out
+again what is left: `redeal` keeps, as a `deal`, the places at which all former readers stopped, and
+from these any reader can tell for any block whether it is done. A deal is forgotten once a reader
+is past all of its places.
 """
 
 import copy
@@ -23,10 +26,9 @@ import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
+from qwen3_encdec.data.collate import Row, bucket, pack
 from qwen3_encdec.data.config import MODES, DataConfig
-from qwen3_encdec.data.package_docs import Split
-from qwen3_encdec.data.packing import Row, bucket, pack
-from qwen3_encdec.data.sources import (
+from qwen3_encdec.data.corpus import (
     Block,
     Shard,
     Texts,
@@ -36,9 +38,17 @@ from qwen3_encdec.data.sources import (
     open_corpus,
     tokenized,
 )  # fmt: skip
+from qwen3_encdec.data.package_docs import Split
 from qwen3_encdec.data.tokenization import Encoder
-from qwen3_encdec.data.ul2 import Example, Examples, check_capacity, corrupt_batch, draw_denoisers, example_keys
-from qwen3_encdec.files import InputError
+from qwen3_encdec.data.ul2 import (
+    Example,
+    Examples,
+    check_capacity,
+    corrupt_batch,
+    draw_denoisers,
+    example_keys,
+)
+from qwen3_encdec.folders import InputError
 
 _SHARDS_PER_READER = 4
 _HELDOUT_EPOCH = -1
@@ -49,8 +59,8 @@ class UL2Stream(IterableDataset):
 
     Rows of several sources alternate such that their tokens are in the ratio of their weights.
 
-    `counts` says what became of the documents read so far: `documents` = `used` + `refused` (too short) + `heldout`,
-    and their `tokens` and `refused_tokens`. A resumed stream counts on.
+    `counts` says what became of the documents read so far: `documents` = `used` + `refused` (too
+    short) + `heldout`, and their `tokens` and `refused_tokens`. A resumed stream counts on.
     """
 
     def __init__(
@@ -72,12 +82,18 @@ class UL2Stream(IterableDataset):
         self.encode = Encoder(tokenizer)
         for shard in (shard for shards in self.sources for shard in shards):
             if isinstance(shard, TokenizedGroup) and shard.tokenizer != self.encode.fingerprint:
-                raise InputError(f"{shard.path} was prepared with another tokenizer; prepare the corpus again")
+                raise InputError(
+                    f"{shard.path} was prepared with another tokenizer; prepare the corpus again"
+                )
         fingerprint = hashlib.sha256()
         corpora = [corpus_fingerprint(shards) for shards in self.sources]
         # Where the corpus lies does not count.
         settings = dataclasses.replace(
-            config, accept_changes=False, inputs=["."], mixture=[], heldout_inputs=config.heldout_inputs and ["."]
+            config,
+            accept_changes=False,
+            inputs=["."],
+            mixture=[],
+            heldout_inputs=config.heldout_inputs and ["."],
         )
         shares = [(source.weight, source.text_column) for source in config.sources]
         for part in (settings, shares, self.encode.fingerprint, corpora):
@@ -94,16 +110,25 @@ class UL2Stream(IterableDataset):
 
     def state_at_epoch(self, epoch: int) -> dict[str, Any]:
         """The state in which every reader begins an epoch."""
-        sources = [{"place": [epoch, 0, 0, 0], "tokens": 0, "counts": {}, "deals": []} for _ in self.sources]
+        sources = [
+            {"place": [epoch, 0, 0, 0], "tokens": 0, "counts": {}, "deals": []}
+            for _ in self.sources
+        ]
         return {"stream": self.fingerprint, "reader": None, "sources": sources}
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this reader is, as JSON: for the same config, corpus, tokenizer, and number of readers."""
+        """Where this reader is, as JSON:
+
+        for the same config, corpus, tokenizer, and number of readers.
+        """
         self._settle()
         return copy.deepcopy(self._state)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state at the next iteration. Raises InputError if it is of another stream."""
+        """Continue from a state at the next iteration.
+
+        Raises InputError if it is of another stream.
+        """
         self.check(state)
         self._state, self._loaded = copy.deepcopy(state), True
         self._making = [Counter[str]() for _ in self.sources]
@@ -117,7 +142,10 @@ class UL2Stream(IterableDataset):
             )
 
     def _settle(self) -> tuple[int, int]:
-        """Make a state that is everybody's this reader's own. Returns reader and number of readers."""
+        """Make a state that is everybody's this reader's own.
+
+        Returns reader and number of readers.
+        """
         worker = get_worker_info()
         workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
         reader, readers = self.rank * workers + number, self.world_size * workers
@@ -149,15 +177,26 @@ class UL2Stream(IterableDataset):
             yield row
 
     def _read(self, number: int, reader: int, readers: int) -> Iterator[Row]:
-        """The rows of one source that this reader has still to give; its place is kept in the state."""
-        state, shards, counts = self._state["sources"][number], self.sources[number], self._making[number]
+        """The rows of one source that this reader has still to give;
+
+        its place is kept in the state.
+        """
+        state, shards, counts = (
+            self._state["sources"][number],
+            self.sources[number],
+            self._making[number],
+        )
         fruitless, patience = 0, min(20 * len(shards), 1000)
         while self.epochs is None or state["place"][0] < self.epochs:
             epoch, begin, *_ = state["place"]
-            order = np.random.default_rng([self.config.seed, epoch, number]).permutation(len(shards))
+            order = np.random.default_rng([self.config.seed, epoch, number]).permutation(
+                len(shards)
+            )
             for position, shard in enumerate(order[begin:].tolist(), begin):
 
-                def rows_given(block: int, place: tuple[int, int] = (epoch, position)) -> int | None:
+                def rows_given(
+                    block: int, place: tuple[int, int] = (epoch, position)
+                ) -> int | None:
                     return _rows_given(state, len(shards), [*place, block], reader, readers)
 
                 whole = _dealt_whole(len(shards), max(readers, *map(len, state["deals"]), 0))
@@ -167,7 +206,9 @@ class UL2Stream(IterableDataset):
                     fruitless = 0 if rows else fruitless + 1
                     if fruitless >= patience:
                         inputs = ", ".join(self.config.sources[number].inputs)
-                        raise InputError(f"reader {reader} of {readers} got no example out of {inputs}: {dict(counts)}")
+                        raise InputError(
+                            f"reader {reader} of {readers} got no example out of {inputs}: {dict(counts)}"
+                        )
                     for given, row in enumerate(rows[skipped:], skipped + 1):
                         state["place"] = [epoch, position, block, given]
                         yield row
@@ -175,7 +216,9 @@ class UL2Stream(IterableDataset):
                     state["counts"] = dict(Counter(state["counts"]) + counts)
                     counts.clear()
                 state["place"] = [epoch, position + 1, 0, 0]
-                state["deals"] = [places for places in state["deals"] if max(places) > state["place"]]
+                state["deals"] = [
+                    places for places in state["deals"] if max(places) > state["place"]
+                ]
             state["place"] = [epoch + 1, 0, 0, 0]
 
     def _rows(self, number: int, documents: Block, epoch: int, shard: int, block: int) -> list[Row]:
@@ -188,13 +231,17 @@ class UL2Stream(IterableDataset):
         if self.config.packing == "buckets":
             return bucket(examples, rng)
         budgets = self.config.source_length, self.config.target_length
-        rows = pack(examples, *budgets) if self.config.packing else [[example] for example in examples]
+        rows = (
+            pack(examples, *budgets) if self.config.packing else [[example] for example in examples]
+        )
         return [rows[i] for i in rng.permutation(len(rows))]
 
     def _usable(self, number: int, block: Block, shard: Shard) -> Tokenized:
         """Tokenize; take out and count what is held out or too short."""
         counts = self._making[number]
-        documents, held = tokenized(block, self.encode.batch, _other_split(self.config, shard, "train"))
+        documents, held = tokenized(
+            block, self.encode.batch, _other_split(self.config, shard, "train")
+        )
         short = documents.lengths < self.config.min_tokens
         counts["documents"] += len(held)
         counts["heldout"] += int(held.sum())
@@ -210,8 +257,8 @@ class UL2Stream(IterableDataset):
     ) -> Examples:
         """Cut documents into chunks, each as long as its denoiser may take, and corrupt them.
 
-        `tokens` has all documents one after another. No token is lost: where less than `min_tokens` would remain,
-        the chunk before is cut shorter.
+        `tokens` has all documents one after another. No token is lost: where less than `min_tokens`
+        would remain, the chunk before is cut shorter.
         """
         least, longest = self.config.min_tokens, np.array(self.config.raw_lengths)
         left, rest = lengths.copy(), np.arange(len(lengths))
@@ -225,7 +272,9 @@ class UL2Stream(IterableDataset):
             chunks.append((rest, sizes, denoisers, keys))
             left[rest] -= sizes
             rest = rest[left[rest] > 0]
-        owner, sizes, denoisers, keys = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+        owner, sizes, denoisers, keys = (
+            np.concatenate(parts) for parts in zip(*chunks, strict=True)
+        )
         order = np.argsort(owner, kind="stable")
         return corrupt_batch(
             tokens,
@@ -242,20 +291,26 @@ class UL2Stream(IterableDataset):
 def build_stream(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1
 ) -> UL2Stream:
-    """The endless training stream of a rank. Raises InputError for anything wrong that can be seen at the start."""
+    """The endless training stream of a rank.
+
+    Raises InputError for anything wrong that can be seen at the start.
+    """
     return UL2Stream(config, tokenizer, rank=rank, world_size=world_size)
 
 
 def resume(stream: UL2Stream, loader: Any, loader_states: Sequence[dict[str, Any]]) -> str | None:
-    """Continue from the states of all ranks' loaders (torchdata's), whatever the number of ranks or workers was.
+    """Continue from the states of all ranks' loaders (torchdata's), whatever the number of ranks or
+    workers was.
 
-    With the same number every row follows as if nothing had happened; with another one, the same rows remain to be
-    given. Returns a phrase about what is not as before, if anything.
+    With the same number every row follows as if nothing had happened; with another one, the same
+    rows remain to be given. Returns a phrase about what is not as before, if anything.
 
     Raises InputError if the data is not the same, unless `data.accept_changes`.
     """
     states = [state for loader_state in loader_states for state in reader_states(loader_state)]
-    if stream.config.accept_changes and any(state["stream"] != stream.fingerprint for state in states):
+    if stream.config.accept_changes and any(
+        state["stream"] != stream.fingerprint for state in states
+    ):
         epoch = 1 + max(source["place"][0] for state in states for source in state["sources"])
         stream.load_state_dict(stream.state_at_epoch(epoch))
         return f"the data has changed and begins anew at epoch {epoch}"
@@ -283,7 +338,9 @@ def redeal(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     states = sorted(states, key=lambda state: state["reader"])
     readers = len(states)
     if [state["reader"] for state in states] != [[reader, readers] for reader in range(readers)]:
-        raise InputError(f"these are not the places of all readers: {[state['reader'] for state in states]}")
+        raise InputError(
+            f"these are not the places of all readers: {[state['reader'] for state in states]}"
+        )
     if len({state["stream"] for state in states}) > 1:
         raise InputError("the saved places in the data are of different streams")
     sources = []
@@ -294,7 +351,9 @@ def redeal(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
             if deal not in deals:
                 deals.append(deal)
         counts = sum((Counter(part["counts"]) for part in parts), Counter[str]())
-        sources.append({"place": [*min(places)[:3], 0], "tokens": 0, "counts": dict(counts), "deals": deals})
+        sources.append(
+            {"place": [*min(places)[:3], 0], "tokens": 0, "counts": dict(counts), "deals": deals}
+        )
     return {"stream": states[0]["stream"], "reader": None, "sources": sources}
 
 
@@ -302,7 +361,9 @@ def _dealt_whole(shards: int, readers: int) -> bool:
     return shards >= _SHARDS_PER_READER * readers
 
 
-def _rows_given(state: dict[str, Any], shards: int, block: list[int], reader: int, readers: int) -> int | None:
+def _rows_given(
+    state: dict[str, Any], shards: int, block: list[int], reader: int, readers: int
+) -> int | None:
     """How many of a block's rows have been given; None if all, or if the block is another reader's.
 
     Args:
@@ -314,7 +375,8 @@ def _rows_given(state: dict[str, Any], shards: int, block: list[int], reader: in
     """
 
     def owner(readers: int) -> int:
-        # Shards are dealt out, so that no two readers open the same; blocks, where shards are too few for that.
+        # Shards are dealt out, so that no two readers open the same; blocks, where shards are too
+        # few for that.
         within = 0 if _dealt_whole(shards, readers) else block[2]
         return (block[0] * shards + block[1] + within) % readers
 
@@ -332,11 +394,19 @@ def _rows_given(state: dict[str, Any], shards: int, block: list[int], reader: in
 def _blocks_left(
     shard: Shard, rows_given: Callable[[int], int | None], dealt_whole: bool
 ) -> Iterator[tuple[int, Block]]:
-    """The blocks of a shard that `rows_given` has not all given; a shard without any is not opened if that is known.
+    """The blocks of a shard that `rows_given` has not all given; a shard without any is not opened
+    if that is known.
 
-    `dealt_whole` says that all blocks of a shard are one reader's, so that a block beyond the last speaks for all.
+    `dealt_whole` says that all blocks of a shard are one reader's, so that a block beyond the last
+    speaks for all.
     """
-    blocks = range(shard.num_blocks) if shard.num_blocks is not None else [2**62] if dealt_whole else None
+    blocks = (
+        range(shard.num_blocks)
+        if shard.num_blocks is not None
+        else [2**62]
+        if dealt_whole
+        else None
+    )
     if blocks is not None and all(rows_given(block) is None for block in blocks):
         return
     for number, block in enumerate(shard.blocks()):
@@ -344,11 +414,15 @@ def _blocks_left(
             yield number, block
 
 
-def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_per_denoiser: int) -> list[Example]:
-    """A fixed set for evaluation: the same `num_per_denoiser` texts under every denoiser, in that order.
+def heldout_examples(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_per_denoiser: int
+) -> list[Example]:
+    """A fixed set for evaluation: the same `num_per_denoiser` texts under every denoiser, in that
+    order.
 
-    The texts are the starts of documents that training never sees (`heldout_inputs`, held-out packages, or 1 document
-    in `heldout_every`), cut to what every denoiser can take. The training seed has no influence.
+    The texts are the starts of documents that training never sees (`heldout_inputs`, held-out
+    packages, or 1 document in `heldout_every`), cut to what every denoiser can take. The training
+    seed has no influence.
 
     Raises InputError if there are too few.
     """
@@ -371,7 +445,9 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num
                 found, _ = tokenized(block, encode.batch, _other_split(config, shard, "heldout"))
                 found = found.without(found.lengths < config.min_tokens)
                 parts = np.split(found.tokens, np.cumsum(found.lengths)[:-1])
-                yield from zip(found.ids.tolist(), (tokens[:longest] for tokens in parts), strict=False)
+                yield from zip(
+                    found.ids.tolist(), (tokens[:longest] for tokens in parts), strict=False
+                )
 
     chosen = list(islice(texts(), num_per_denoiser))
     if len(chosen) < num_per_denoiser:
@@ -387,7 +463,10 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num
         denoisers,
         config.denoisers,
         example_keys(
-            0, _HELDOUT_EPOCH, np.repeat([document for document, _ in chosen], len(config.denoisers)), denoisers
+            0,
+            _HELDOUT_EPOCH,
+            np.repeat([document for document, _ in chosen], len(config.denoisers)),
+            denoisers,
         ),
         sentinel_ids=sentinel_ids,
         eos_id=eos_id,
@@ -395,26 +474,39 @@ def heldout_examples(config: DataConfig, tokenizer: PreTrainedTokenizerBase, num
     ).split()
 
 
-def _other_split(config: DataConfig, shard: Shard, split: Split) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+def _other_split(
+    config: DataConfig, shard: Shard, split: Split
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
     """Which documents of a shard are not of this split, from their ids and checksums.
 
     Copies of a text share its fate, so that none leaks.
     """
-    apart = bool(config.heldout_inputs) or isinstance(shard, Texts)  # the whole shard is of one split
+    apart = bool(config.heldout_inputs) or isinstance(
+        shard, Texts
+    )  # the whole shard is of one split
     heldout = split == "heldout"
-    return lambda _, sums: np.zeros(len(sums), bool) if apart else (sums % config.heldout_every == 0) != heldout
+    return lambda _, sums: (
+        np.zeros(len(sums), bool) if apart else (sums % config.heldout_every == 0) != heldout
+    )
 
 
-def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int, list[int]]:
-    """Ids of the sentinels (int32) after checking that they suffice, of EOS, and of each denoiser's mode token.
+def special_ids(
+    config: DataConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[np.ndarray, int, list[int]]:
+    """Ids of the sentinels (int32) after checking that they suffice, of EOS, and of each denoiser's
+    mode token.
 
     Mode tokens are the first of the tokenizer's reserved ones; none without `mode_tokens`.
     """
     ids = getattr(tokenizer, "sentinel_token_ids", None)
     if ids is None:
-        raise InputError(f"tokenizer {tokenizer.name_or_path!r} has no sentinels; make one of Qwen3's first")
+        raise InputError(
+            f"tokenizer {tokenizer.name_or_path!r} has no sentinels; make one of Qwen3's first"
+        )
     if ids and ids != list(range(ids[0], ids[0] + len(ids))):
-        raise InputError(f"the sentinels of tokenizer {tokenizer.name_or_path!r} are not consecutive ids")
+        raise InputError(
+            f"the sentinels of tokenizer {tokenizer.name_or_path!r} are not consecutive ids"
+        )
     check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
     modes: list[int] = []
     if config.mode_tokens:
@@ -422,6 +514,8 @@ def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
         names = [f"<|reserved_{MODES.index(denoiser.name[0])}|>" for denoiser in config.denoisers]
         for name in names:
             if name not in vocabulary:
-                raise InputError(f"data.mode_tokens: tokenizer {tokenizer.name_or_path!r} has no {name} to use")
+                raise InputError(
+                    f"data.mode_tokens: tokenizer {tokenizer.name_or_path!r} has no {name} to use"
+                )
         modes = [vocabulary[name] for name in names]
     return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id), modes

@@ -1,8 +1,8 @@
 """Corpus text to token ids, fast, with control tokens in the text staying text.
 
-`gigatoken` and `tiktoken` over the tokenizer's own vocabulary give the same ids as `tokenizers` at 30 and 4 times the
-speed. Whether they do is checked on a sample before use; if not, if neither is installed, or if the tokenizer is of
-another kind, `tokenizers` does the work.
+`gigatoken` and `tiktoken` over the tokenizer's own vocabulary give the same ids as `tokenizers` at
+30 and 4 times the speed. Whether they do is checked on a sample before use; if not, if neither is
+installed, or if the tokenizer is of another kind, `tokenizers` does the work.
 """
 
 import hashlib
@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.tokenization_qwen3_encdec import _byte_alphabet
+from qwen3_encdec.tokenization_qwen3_encdec import byte_alphabet
 
 logger = logging.getLogger(__name__)
 
-# gigatoken keeps every word that it has met: half a second for a new one, now and then, bounds its memory.
+# gigatoken keeps every word that it has met: half a second for a new one, now and then, bounds its
+# memory.
 _CACHED_CHARACTERS = 2**30
 _SAMPLE = (
     "The quick brown fox's 12,345 jumps -- isn't it?  \n\n\tdef f(x):\r\n    return x**2 # ok\n",
@@ -56,13 +57,22 @@ class Encoder:
                         raise ValueError(f"{name} and tokenizers differ on {text[:40]!r}")
                 self.name = name
                 return
-            except (ImportError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+            except (
+                ImportError,
+                ValueError,
+                KeyError,
+                TypeError,
+                AttributeError,
+                RuntimeError,
+            ) as error:
                 reasons.append(str(error))
         self._encode, self.fallback_reason = self._slow, "; ".join(reasons)
         logger.warning("encoding with tokenizers, several times slower: %s", self.fallback_reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._tokenizer,)  # the libraries' objects cannot travel to another process
+        return type(self), (
+            self._tokenizer,
+        )  # the libraries' objects cannot travel to another process
 
     def __call__(self, text: str) -> np.ndarray:
         """Ids of a text."""
@@ -81,18 +91,25 @@ class Encoder:
         return np.concatenate([np.empty(0, dtype=np.int32), *parts]), lengths
 
     def _slow(self, text: str) -> np.ndarray:
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         return np.asarray(ids, dtype=np.int32)
 
     def _gigatoken(self) -> Callable[[str], np.ndarray]:
         from gigatoken import Tokenizer
 
         # Without its added tokens it cannot take their spelling for them.
-        encode = Tokenizer.from_json(json.dumps({**json.loads(self._spec), "added_tokens": []})).encode
+        encode = Tokenizer.from_json(
+            json.dumps({**json.loads(self._spec), "added_tokens": []})
+        ).encode
         return lambda text: encode(text).view(np.int32)
 
     def _tiktoken(self) -> Callable[[str], np.ndarray]:
-        """Ranks and pattern out of tokenizer.json. Raises for anything but a byte-level BPE of Qwen's shape."""
+        """Ranks and pattern out of tokenizer.json.
+
+        Raises for anything but a byte-level BPE of Qwen's shape.
+        """
         import tiktoken
 
         spec = json.loads(self._spec)
@@ -100,14 +117,23 @@ class Encoder:
         if model["type"] != "BPE" or steps["type"] != "Sequence":
             raise ValueError("the tokenizer is not a byte-level BPE")
         split, byte_level = steps["pretokenizers"]
-        if split["type"] != "Split" or split["behavior"] != "Isolated" or byte_level["type"] != "ByteLevel":
+        if (
+            split["type"] != "Split"
+            or split["behavior"] != "Isolated"
+            or byte_level["type"] != "ByteLevel"
+        ):
             raise ValueError("the tokenizer splits text in another way than Qwen's")
         if normalizer is not None and normalizer["type"] != "NFC":
             raise ValueError(f"the tokenizer normalizes with {normalizer['type']}")
-        byte_of = {letter: byte for byte, letter in _byte_alphabet().items()}
-        ranks = {bytes(byte_of[letter] for letter in token): rank for token, rank in model["vocab"].items()}
+        byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
+        ranks = {
+            bytes(byte_of[letter] for letter in token): rank
+            for token, rank in model["vocab"].items()
+        }
         pattern = split["pattern"]["Regex"]
-        encode = tiktoken.Encoding("corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}).encode_to_numpy
+        encode = tiktoken.Encoding(
+            "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
+        ).encode_to_numpy
 
         def encode_text(text: str) -> np.ndarray:
             if normalizer is not None and not text.isascii():
@@ -120,7 +146,22 @@ class Encoder:
 def _fuzz(texts: int = 200) -> list[str]:
     """Random strings over blocks of Unicode that tokenizers trip on; always the same."""
     rng = random.Random(0)
-    starts = [0x20, 0x80, 0x300, 0x400, 0x5D0, 0x900, 0xE00, 0x1100, 0x1E00, 0x2000, 0x3040, 0x4E00, 0xAC00, 0x1F600]
+    starts = [
+        0x20,
+        0x80,
+        0x300,
+        0x400,
+        0x5D0,
+        0x900,
+        0xE00,
+        0x1100,
+        0x1E00,
+        0x2000,
+        0x3040,
+        0x4E00,
+        0xAC00,
+        0x1F600,
+    ]
     return [
         "".join(chr(rng.choice(pair) + rng.randrange(96)) for _ in range(rng.randrange(1, 60)))
         for pair in (rng.sample(starts, 2) for _ in range(texts))

@@ -1,26 +1,29 @@
 """UL2: a mixture of denoising objectives, as pure functions of (tokens, denoiser, generator).
 
-A span denoiser replaces spans of the text by sentinels; the target spells the spans out. With EOS written `.`:
+A span denoiser replaces spans of the text by sentinels; the target spells the spans out. With EOS
+written `.`:
 
     tokens    the quick brown fox jumps over the lazy dog
     source    the <extra_id_0> fox jumps <extra_id_1> lazy dog .
     target    <extra_id_0> quick brown <extra_id_1> over the .
 
-There is no closing sentinel: EOS ends the last span. The prefix-to-suffix denoiser S (`mean_span=None`) has no
+There is no closing sentinel: EOS ends the last span. The prefix-to-suffix denoiser S
+(`mean_span=None`) has no
 sentinel: the source is the prefix, the target the suffix. `uncorrupt` inverts both exactly.
 
-Placement. T5 alternates kept and noise segments, always starting with a kept one and ending in noise, so the first
-token is never predicted and the last one always is. Here that circle of segments is turned by a uniform angle, which
-makes every position equally likely to be noise; when the turn cuts a noise span in two, there is one span (and one
-sentinel) more. `placement="t5"` is T5's own rule, rounding included.
+Placement. T5 alternates kept and noise segments, always starting with a kept one and ending in
+noise, so the first token is never predicted and the last one always is. Here that circle of
+segments is turned by a uniform angle, which makes every position equally likely to be noise; when
+the turn cuts a noise span in two, there is one span (and one sentinel) more. `placement="t5"` is
+T5's own rule, rounding included.
 
-Texts are corrupted many at a time, laid out one after another, so that NumPy's cost per call is shared by a block of
-documents. Every text has a key of its own, made of (seed, epoch, document, chunk), and all its random numbers are
-SplitMix64 of that key. Only rounding looks at the texts before it, so that over a block corruption rates are exact
-to a token.
+Texts are corrupted many at a time, laid out one after another, so that NumPy's cost per call is
+shared by a block of documents. Every text has a key of its own, made of (seed, epoch, document,
+chunk), and all its random numbers are SplitMix64 of that key. Only rounding looks at the texts
+before it, so that over a block corruption rates are exact to a token.
 
-Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (UL2), Raffel et al. 2020 (T5); the
-mixture of `t5gemma2` is Zhang et al. 2025 (T5Gemma 2).
+Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (UL2), Raffel et al.
+2020 (T5); the mixture of `t5gemma2` is Zhang et al. 2025 (T5Gemma 2).
 """
 
 from collections.abc import Sequence
@@ -31,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 
 Ids = Sequence[int] | np.ndarray
 
@@ -61,13 +64,17 @@ class Denoiser:
             if not (isinstance(value, (int, float)) or (name == "mean_span" and value is None)):
                 raise InputError(f"denoiser {self.name}: {name}={value!r} is not a number")
         if not 0 < self.corruption < 1:
-            raise InputError(f"denoiser {self.name}: corruption={self.corruption} is not between 0 and 1")
+            raise InputError(
+                f"denoiser {self.name}: corruption={self.corruption} is not between 0 and 1"
+            )
         if self.mean_span is not None and not 1 <= self.mean_span < np.inf:
             raise InputError(f"denoiser {self.name}: mean_span={self.mean_span} is below 1")
         if not 0 < self.weight < np.inf:
             raise InputError(f"denoiser {self.name}: weight={self.weight} is not positive")
         if self.placement not in ("uniform", "t5"):
-            raise InputError(f"denoiser {self.name}: placement={self.placement!r} is not 'uniform' or 't5'")
+            raise InputError(
+                f"denoiser {self.name}: placement={self.placement!r} is not 'uniform' or 't5'"
+            )
 
 
 class Example(NamedTuple):
@@ -103,7 +110,10 @@ PRESETS: dict[str, Preset] = {
 
 
 def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
-    """A preset by name, or from the list of denoisers of a YAML file. Raises InputError for anything else."""
+    """A preset by name, or from the list of denoisers of a YAML file.
+
+    Raises InputError for anything else.
+    """
     if isinstance(preset, str):
         if preset not in PRESETS:
             raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
@@ -111,15 +121,22 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
     try:
         denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in preset)
     except TypeError as error:
-        raise InputError(f"preset: {error} (a denoiser has name, mean_span, corruption, weight)") from None
+        raise InputError(
+            f"preset: {error} (a denoiser has name, mean_span, corruption, weight)"
+        ) from None
     names = [denoiser.name for denoiser in denoisers]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"preset: the names of its denoisers are not distinct and at least one: {names}")
+        raise InputError(
+            f"preset: the names of its denoisers are not distinct and at least one: {names}"
+        )
     return denoisers
 
 
 class Examples(NamedTuple):
-    """Many examples, one after another. The k-th's source is `sources[source_ends[k-1] : source_ends[k]]`."""
+    """Many examples, one after another.
+
+    The k-th's source is `sources[source_ends[k-1] : source_ends[k]]`.
+    """
 
     sources: np.ndarray
     """int32."""
@@ -136,7 +153,10 @@ class Examples(NamedTuple):
         """As single examples, whose arrays are views."""
         examples, source_start, target_start = [], 0, 0
         for source_end, target_end, denoiser in zip(
-            self.source_ends.tolist(), self.target_ends.tolist(), self.denoisers.tolist(), strict=True
+            self.source_ends.tolist(),
+            self.target_ends.tolist(),
+            self.denoisers.tolist(),
+            strict=True,
         ):
             pair = self.sources[source_start:source_end], self.targets[target_start:target_end]
             examples.append(Example(*pair, denoiser))
@@ -145,7 +165,10 @@ class Examples(NamedTuple):
 
 
 def example_keys(seed: int, epoch: int, documents: Ids | int, chunks: Ids | int) -> np.ndarray:
-    """A key (uint64) for every chunk, to draw from; the words are taken modulo 2**64 and broadcast."""
+    """A key (uint64) for every chunk, to draw from;
+
+    the words are taken modulo 2**64 and broadcast.
+    """
     key = _mix(np.array([seed % 2**64], dtype=np.uint64) + _GOLDEN)
     for word in (epoch % 2**64, documents, chunks):
         key = _mix((key ^ np.asarray(word).astype(np.uint64)) + _GOLDEN)
@@ -159,12 +182,19 @@ def draw_denoisers(preset: Preset, keys: np.ndarray) -> np.ndarray:
 
 
 def corrupt(
-    tokens: np.ndarray, denoiser: Denoiser, rng: np.random.Generator, *, sentinel_ids: Ids, eos_id: int
+    tokens: np.ndarray,
+    denoiser: Denoiser,
+    rng: np.random.Generator,
+    *,
+    sentinel_ids: Ids,
+    eos_id: int,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Corrupt one text: `corrupt_batch` with a key from `rng`. Returns source and target, int32."""
     key = rng.integers(2**64, size=1, dtype=np.uint64)
     ids: dict[str, Any] = {"sentinel_ids": sentinel_ids, "eos_id": eos_id}
-    examples = corrupt_batch(np.asarray(tokens), np.array([len(tokens)]), np.array([0]), (denoiser,), key, **ids)
+    examples = corrupt_batch(
+        np.asarray(tokens), np.array([len(tokens)]), np.array([0]), (denoiser,), key, **ids
+    )
     return examples.sources, examples.targets
 
 
@@ -181,9 +211,9 @@ def corrupt_batch(
 ) -> Examples:
     """Corrupt texts of at least two tokens each.
 
-    The number of noise tokens of a text is `corruption * length` rounded up or down, at random but such that a
-    denoiser's total over all texts is rounded up or down just once. So is the number of spans. In texts so short that
-    this leaves no noise token, or nothing but noise, there is one.
+    The number of noise tokens of a text is `corruption * length` rounded up or down, at random but
+    such that a denoiser's total over all texts is rounded up or down just once. So is the number of
+    spans. In texts so short that this leaves no noise token, or nothing but noise, there is one.
 
     Args:
         tokens: Token ids of all texts one after another, none of them a sentinel.
@@ -196,24 +226,33 @@ def corrupt_batch(
         prefix_ids: A token to begin a source with, by denoiser; empty is none.
 
     Raises:
-        ValueError: Fewer than two tokens, a sentinel among the tokens, or more spans than sentinels.
+        ValueError: Fewer than two tokens, a sentinel among the tokens, or more spans than
+            sentinels.
     """
     lengths = lengths.astype(np.int64)
     if len(lengths) and lengths.min() < 2:
         raise ValueError(f"{lengths.min()} tokens are too few to corrupt; the least is 2")
     spanned = np.array([denoiser.mean_span is not None for denoiser in preset])[denoisers]
-    turned = np.array([denoiser.mean_span is not None and denoiser.placement == "uniform" for denoiser in preset])
+    turned = np.array(
+        [denoiser.mean_span is not None and denoiser.placement == "uniform" for denoiser in preset]
+    )
     noise, spans = _sizes(lengths, denoisers, preset, keys)
     lead = int(len(prefix_ids) > 0)
     ends = np.cumsum(lengths + 1 + lead) - 1  # slots: [prefix] token ... token EOS, text after text
     first = ends - lengths
     turn = np.where(turned[denoisers], (_uniform(keys, _TURN) * lengths).astype(np.int64), 0)
 
-    # A text's slots are candidates for the ends of its noise segments, then for those of its kept ones.
+    # A text's slots are candidates for the ends of its noise segments, then for those of its kept
+    # ones.
     kept = lengths - noise
-    base, size = np.stack([first, first + noise], axis=1).ravel(), np.stack([noise, kept], axis=1).ravel()
+    base, size = (
+        np.stack([first, first + noise], axis=1).ravel(),
+        np.stack([noise, kept], axis=1).ravel(),
+    )
     cut_keys = np.stack([keys, _mix(keys + _GOLDEN)], axis=1).ravel()
-    chosen = _choose(base, size - 1, np.repeat(spans - 1, 2), cut_keys, int(ends[-1]) + 1 if len(ends) else 0)
+    chosen = _choose(
+        base, size - 1, np.repeat(spans - 1, 2), cut_keys, int(ends[-1]) + 1 if len(ends) else 0
+    )
     chosen[base + size - 1] = True
     cuts = np.flatnonzero(chosen)
     owner = np.repeat(np.arange(len(lengths)), spans)
@@ -226,19 +265,25 @@ def corrupt_batch(
 
     # Spans beyond the end come back at the start; one that runs over the end is cut in two.
     length = lengths[owner]
-    begins, stops = np.where(begins >= length, begins - length, begins), np.where(stops > length, stops - length, stops)
+    begins, stops = (
+        np.where(begins >= length, begins - length, begins),
+        np.where(stops > length, stops - length, stops),
+    )
     wrapped = owner[stops <= begins]
     edges = np.zeros(int(ends[-1]) + 1 if len(ends) else 0, dtype=np.int8)
     edges[np.append(first[owner] + begins, first[wrapped])] = 1
     edges[np.append(first[owner] + stops, ends[wrapped])] = -1
     spans = spans + np.bincount(wrapped, minlength=len(spans))
-    return _write(tokens, edges, ends, spans, spanned, denoisers, lead, sentinel_ids, eos_id, prefix_ids)
+    return _write(
+        tokens, edges, ends, spans, spanned, denoisers, lead, sentinel_ids, eos_id, prefix_ids
+    )
 
 
 def uncorrupt(
     source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_id: int, mode_ids: Ids = ()
 ) -> np.ndarray:
-    """The tokens (int32) that `corrupt` was given. Raises ValueError if the pair cannot come from it.
+    """The tokens (int32) that `corrupt` was given. Raises ValueError if the pair cannot come from
+    it.
 
     With `mode_ids` the source must begin with one of them.
     """
@@ -251,16 +296,22 @@ def uncorrupt(
     source, target = np.asarray(source[:-1], np.int32), np.asarray(target[:-1], np.int32)
     if not len(sentinel_ids):
         return np.concatenate([source, target])
-    holes, marks = (np.flatnonzero((x >= sentinel_ids[0]) & (x <= sentinel_ids[-1])) for x in (source, target))
+    holes, marks = (
+        np.flatnonzero((x >= sentinel_ids[0]) & (x <= sentinel_ids[-1])) for x in (source, target)
+    )
     expected = np.asarray(sentinel_ids[: len(holes)], np.int32)
     if not np.array_equal(source[holes], expected) or not np.array_equal(target[marks], expected):
-        raise ValueError("the sentinels of source and target are not the same, each once and in order")
+        raise ValueError(
+            "the sentinels of source and target are not the same, each once and in order"
+        )
     if not len(holes):
         return np.concatenate([source, target])
     if marks[0] != 0:
         raise ValueError("the target does not start with a sentinel")
     kept, spans = np.split(source, holes), np.split(target, marks)[1:]
-    return np.concatenate([kept[0], *(p for k, s in zip(kept[1:], spans, strict=True) for p in (s[1:], k[1:]))])
+    return np.concatenate(
+        [kept[0], *(p for k, s in zip(kept[1:], spans, strict=True) for p in (s[1:], k[1:]))]
+    )
 
 
 def _write(
@@ -275,16 +326,21 @@ def _write(
     eos_id: int,
     prefix_ids: Ids,
 ) -> Examples:
-    """Sources and targets, given where noise begins (1) and stops (-1) in `edges` and where the texts end in it.
+    """Sources and targets, given where noise begins (1) and stops (-1) in `edges` and where the
+    texts end in it.
 
     `spans` counts each text's noise spans; `spanned` says whether they get sentinels.
     """
     tokens = tokens.astype(np.int32, copy=False)
     if len(sentinel_ids) and ((tokens >= sentinel_ids[0]) & (tokens <= sentinel_ids[-1])).any():
-        raise ValueError("the tokens contain a sentinel: tokenize corpus text with split_special_tokens=True")
+        raise ValueError(
+            "the tokens contain a sentinel: tokenize corpus text with split_special_tokens=True"
+        )
     marks = np.where(spanned, spans, 0)
     if len(marks) and marks.max() > len(sentinel_ids):
-        raise ValueError(f"{marks.max()} spans need as many sentinels; there are {len(sentinel_ids)}")
+        raise ValueError(
+            f"{marks.max()} spans need as many sentinels; there are {len(sentinel_ids)}"
+        )
     laid = np.empty(len(edges), dtype=np.int32)
     in_text = np.ones(len(edges), dtype=bool)
     in_text[ends] = False
@@ -299,7 +355,9 @@ def _write(
     begins, stops = np.flatnonzero(edges > 0), np.flatnonzero(edges < 0)
     sizes, owner = stops - begins, np.repeat(np.arange(len(spans)), spans)
     marked = spanned[owner]
-    before = np.cumsum(sizes) - sizes + owner  # noise tokens and EOS of the targets in front of each span
+    before = (
+        np.cumsum(sizes) - sizes + owner
+    )  # noise tokens and EOS of the targets in front of each span
     begins, before, owner = begins[marked], before[marked], owner[marked]
     sentinels = np.arange(len(begins)) - (np.cumsum(marks) - marks)[owner]
     if len(sentinel_ids):
@@ -316,7 +374,9 @@ def _write(
     targets[at] = sentinels
     laid[begins] = sentinels
     kept[begins] = True
-    noise_tokens = np.bincount(np.repeat(np.arange(len(spans)), spans), weights=sizes, minlength=len(spans))
+    noise_tokens = np.bincount(
+        np.repeat(np.arange(len(spans)), spans), weights=sizes, minlength=len(spans)
+    )
     target_ends = np.cumsum(noise_tokens.astype(np.int64) + marks + 1)
     source_ends = np.cumsum(np.diff(ends, prepend=-1) - noise_tokens.astype(np.int64) + marks)
     return Examples(laid[kept], source_ends, targets, target_ends, denoisers)
@@ -331,7 +391,9 @@ def _mix(x: np.ndarray) -> np.ndarray:
 
 def _uniform(keys: np.ndarray, number: int | np.ndarray) -> np.ndarray:
     """The `number`-th number of each key's stream, float64, at least 0 and below 1."""
-    return (_mix(keys + _GOLDEN * (np.atleast_1d(number) + 1).astype(np.uint64)) >> np.uint64(11)) * 2.0**-53
+    return (
+        _mix(keys + _GOLDEN * (np.atleast_1d(number) + 1).astype(np.uint64)) >> np.uint64(11)
+    ) * 2.0**-53
 
 
 def _sizes(
@@ -343,15 +405,22 @@ def _sizes(
         mine = np.flatnonzero(denoisers == index)
         nearest = denoiser.placement == "t5"
         length, first = lengths[mine], keys[mine[:1]]
-        noise[mine] = _share(length, _ratio(denoiser.corruption), first, _NOISE, nearest).clip(1, length - 1)
+        noise[mine] = _share(length, _ratio(denoiser.corruption), first, _NOISE, nearest).clip(
+            1, length - 1
+        )
         if denoiser.mean_span is not None:
             most = np.minimum(noise, lengths - noise)[mine]
-            spans[mine] = _share(noise[mine], 1 / _ratio(denoiser.mean_span), first, _SPANS, nearest).clip(1, most)
+            spans[mine] = _share(
+                noise[mine], 1 / _ratio(denoiser.mean_span), first, _SPANS, nearest
+            ).clip(1, most)
     return noise, spans
 
 
-def _share(of: np.ndarray, ratio: Fraction, key: np.ndarray, number: int, nearest: bool) -> np.ndarray:
-    """Whole numbers that are `ratio * of` rounded: to the nearest, or such that their sum is rounded once.
+def _share(
+    of: np.ndarray, ratio: Fraction, key: np.ndarray, number: int, nearest: bool
+) -> np.ndarray:
+    """Whole numbers that are `ratio * of` rounded: to the nearest, or such that their sum is
+    rounded once.
 
     What rounding leaves of one is carried to the next, from a remainder on that is drawn by `key`.
     """
@@ -366,10 +435,14 @@ def _ratio(value: float) -> Fraction:
     return Fraction(value).limit_denominator(10**6) if value < np.inf else Fraction(10**6)
 
 
-def _choose(base: np.ndarray, size: np.ndarray, number: np.ndarray, keys: np.ndarray, slots: int) -> np.ndarray:
-    """A mask of `slots` in which, of `size` slots from `base` on, `number` are chosen, every choice equally likely.
+def _choose(
+    base: np.ndarray, size: np.ndarray, number: np.ndarray, keys: np.ndarray, slots: int
+) -> np.ndarray:
+    """A mask of `slots` in which, of `size` slots from `base` on, `number` are chosen, every choice
+    equally likely.
 
-    Slots are drawn until enough distinct ones are there; where more than half are wanted, the others are drawn.
+    Slots are drawn until enough distinct ones are there; where more than half are wanted, the
+    others are drawn.
     """
     chosen = np.zeros(slots, dtype=bool)
     others = 2 * number > size
@@ -393,11 +466,15 @@ def _choose(base: np.ndarray, size: np.ndarray, number: np.ndarray, keys: np.nda
 
 
 def _most(denoiser: Denoiser, length: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Fewest and most noise tokens and most spans that `corrupt_batch` can draw, for every raw length."""
+    """Fewest and most noise tokens and most spans that `corrupt_batch` can draw, for every raw
+    length.
+    """
     corruption, spans = _ratio(denoiser.corruption), 1 / _ratio(denoiser.mean_span or np.inf)
     product = length * corruption.numerator
     if denoiser.placement == "t5":
-        fewest = most = np.clip(np.rint(product / corruption.denominator).astype(np.int64), 1, length - 1)
+        fewest = most = np.clip(
+            np.rint(product / corruption.denominator).astype(np.int64), 1, length - 1
+        )
         most_spans = np.rint(most * spans.numerator / spans.denominator).astype(np.int64)
     else:
         fewest = np.clip(product // corruption.denominator, 1, length - 1)
@@ -407,22 +484,27 @@ def _most(denoiser: Denoiser, length: np.ndarray) -> tuple[np.ndarray, np.ndarra
         return fewest, most, np.zeros_like(most)
     most_spans = np.clip(most_spans, 1, np.minimum(most, length - fewest))
     # The turn can cut a span of two tokens or more in two.
-    return fewest, most, most_spans if denoiser.placement == "t5" else np.minimum(most_spans + 1, most)
+    return (
+        fewest,
+        most,
+        most_spans if denoiser.placement == "t5" else np.minimum(most_spans + 1, most),
+    )
 
 
 def required_sentinels(denoiser: Denoiser, raw_length: int) -> int:
     """The most sentinels that a text of `raw_length` tokens can need.
 
-    With T5's rounding and placement 100 sentinels are too few from raw length 2010 (R1), 2414 (R2) and 6434 (X2).
-    The uniform placement may round up and cut one span in two, so that it needs up to 102 there; it is refused from
-    1981 (R1), 2377 (R2) and 6337 (X2).
+    With T5's rounding and placement 100 sentinels are too few from raw length 2010 (R1), 2414 (R2)
+    and 6434 (X2). The uniform placement may round up and cut one span in two, so that it needs up
+    to 102 there; it is refused from 1981 (R1), 2377 (R2) and 6337 (X2).
     """
     return int(_most(denoiser, np.array([raw_length]))[2][0])
 
 
 @lru_cache
 def raw_length(denoiser: Denoiser, source_length: int, target_length: int) -> int:
-    """The longest text whose source and target always fit (EOS and sentinels counted), as does any shorter one.
+    """The longest text whose source and target always fit (EOS and sentinels counted), as does any
+    shorter one.
 
     Raises InputError if that is fewer than two tokens.
     """
@@ -443,7 +525,9 @@ def sentinels_needed(preset: Preset, source_length: int, target_length: int) -> 
     return max(required_sentinels(d, raw_length(d, source_length, target_length)) for d in preset)
 
 
-def check_capacity(preset: Preset, source_length: int, target_length: int, num_sentinels: int) -> None:
+def check_capacity(
+    preset: Preset, source_length: int, target_length: int, num_sentinels: int
+) -> None:
     """Raise InputError, before anything runs, if a denoiser can need more sentinels than there are."""
     need = sentinels_needed(preset, source_length, target_length)
     for denoiser in preset:

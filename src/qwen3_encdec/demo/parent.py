@@ -1,4 +1,6 @@
-"""A nano Qwen3, pre-trained causally, so that the road has a parent to adapt where no checkpoint can be downloaded."""
+"""A nano Qwen3, pre-trained causally, so that the road has a parent to adapt where no checkpoint
+can be downloaded.
+"""
 
 import json
 from collections.abc import Iterable
@@ -9,10 +11,16 @@ import torch
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.models import Normalize, Pooling, Transformer
 from tqdm import tqdm
-from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import (
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3Model,
+)
 from transformers import set_seed as seed_everything
 
-from qwen3_encdec.files import InputError, new_folder
+from qwen3_encdec.folders import InputError, new_folder
 from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy
 from qwen3_encdec.tokenization_qwen3_encdec import CONTROL_TOKENS, EOS_TOKEN, qwen3_backend
 from qwen3_encdec.training import optimization
@@ -20,7 +28,9 @@ from qwen3_encdec.training.config import TrainingConfig
 
 
 def parent_tokenizer(num_ranks: int | None = None) -> Qwen2Tokenizer:
-    """Qwen3's own tokenizer without sentinels, as its folders hold it, the BPE cut after `num_ranks` entries."""
+    """Qwen3's own tokenizer without sentinels, as its folders hold it, the BPE cut after
+    `num_ranks` entries.
+    """
     bpe = json.loads(qwen3_backend(num_ranks).to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
     tokenizer.add_tokens(list(CONTROL_TOKENS), special_tokens=True)
@@ -28,10 +38,14 @@ def parent_tokenizer(num_ranks: int | None = None) -> Qwen2Tokenizer:
     return tokenizer
 
 
-def nano_config(tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_hidden_layers: int = 4) -> Qwen3Config:
-    """A small Qwen3 with the traits that break careless code: heads wider than hidden / heads, spare rows, grouped KV.
+def nano_config(
+    tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_hidden_layers: int = 4
+) -> Qwen3Config:
+    """A small Qwen3 with the traits that break careless code: heads wider than hidden / heads,
+    spare rows, grouped KV.
 
-    As in a real checkpoint the matrix is padded to a multiple of 128 rows beyond the tokenizer's entries.
+    As in a real checkpoint the matrix is padded to a multiple of 128 rows beyond the tokenizer's
+    entries.
     """
     return Qwen3Config(
         vocab_size=-(-len(tokenizer) // 128) * 128,
@@ -64,13 +78,15 @@ def train_causal_parent(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Pre-train a nano Qwen3 on next tokens and save it as an ordinary Qwen3 folder with its tokenizer.
+    """Pre-train a nano Qwen3 on next tokens and save it as an ordinary Qwen3 folder with its
+    tokenizer.
 
     Documents are joined by `<|endoftext|>`, cut into blocks of `block_size` tokens and read once in an order that
     depends on `seed` alone. fp32: at this size casting costs a CPU more than bf16 products save.
 
     Returns:
-        `loss` (mean nats per token of the last tenth of the steps), `tokens` read and number of `parameters`.
+        `loss` (mean nats per token of the last tenth of the steps), `tokens` read and number of
+        `parameters`.
 
     Raises:
         InputError: `texts` holds less than one block.
@@ -100,11 +116,13 @@ def fit(
     mask_id: int | None = None,
     mask_share: float = 0.2,
 ) -> list[float]:
-    """Train a Qwen3 body, whose head is its embedding, on token blocks (N, block_size) in their order.
+    """Train a Qwen3 body, whose head is its embedding, on token blocks (N, block_size) in their
+    order.
 
-    Without `mask_id` the loss is that of each next token; with it masked next-token prediction (arXiv 2404.05961): a
-    share of the tokens is masked, and the state before each of them predicts it. AdamW, linear warm-up, cosine to a
-    tenth. Returns the loss of each step, in nats per predicted token; the body is on the CPU again.
+    Without `mask_id` the loss is that of each next token; with it masked next-token prediction
+    (arXiv 2404.05961): a share of the tokens is masked, and the state before each of them predicts
+    it. AdamW, linear warm-up, cosine to a tenth. Returns the loss of each step, in nats per
+    predicted token; the body is on the CPU again.
     """
     schedule = TrainingConfig(lr=lr, max_steps=steps, warmup_steps=steps // 20, schedule="cosine")
     body.to("cuda" if torch.cuda.is_available() else "cpu").train()
@@ -115,11 +133,15 @@ def fit(
         input_ids = torch.from_numpy(blocks[rows]).long().to(body.device)  # (B, block_size)
         asked = torch.ones_like(input_ids, dtype=torch.bool)
         if mask_id is not None:
-            asked = torch.from_numpy(np.random.default_rng(step).random(input_ids.shape) < mask_share).to(body.device)
+            asked = torch.from_numpy(
+                np.random.default_rng(step).random(input_ids.shape) < mask_share
+            ).to(body.device)
         seen = input_ids if mask_id is None else input_ids.masked_fill(asked, mask_id)
         states = body(input_ids=seen, use_cache=False).last_hidden_state
         asked = asked[:, 1:]
-        loss, _ = chunked_cross_entropy(states[:, :-1][asked], body.embed_tokens.weight, input_ids[:, 1:][asked])
+        loss, _ = chunked_cross_entropy(
+            states[:, :-1][asked], body.embed_tokens.weight, input_ids[:, 1:][asked]
+        )
         loss.backward()
         for group in optimizer.param_groups:
             group["lr"] = optimization.learning_rate(step + 1, schedule)
@@ -132,9 +154,16 @@ def fit(
 
 
 def token_blocks(
-    texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, num_blocks: int, block_size: int, seed: int
+    texts: Iterable[str],
+    tokenizer: PreTrainedTokenizerFast,
+    num_blocks: int,
+    block_size: int,
+    seed: int,
 ) -> np.ndarray:
-    """Token blocks (at most num_blocks, block_size) int32; no more text is tokenised than they need."""
+    """Token blocks (at most num_blocks, block_size) int32;
+
+    no more text is tokenised than they need.
+    """
     documents = list(texts)
     order = np.random.default_rng(seed).permutation(len(documents))
     needed, pieces, count = num_blocks * block_size, [], 0
@@ -152,9 +181,14 @@ def token_blocks(
 
 
 def causal_embedder(parent: str | Path, output_dir: str | Path) -> None:
-    """The parent as it is, mean-pooled, as a sentence-transformers folder: the control of the contrastive stage."""
+    """The parent as it is, mean-pooled, as a sentence-transformers folder:
+
+    the control of the contrastive stage.
+    """
     transformer = Transformer(
-        str(parent), model_kwargs={"dtype": torch.float32}, processor_kwargs={"padding_side": "right"}
+        str(parent),
+        model_kwargs={"dtype": torch.float32},
+        processor_kwargs={"padding_side": "right"},
     )
     pooling = Pooling(transformer.get_embedding_dimension(), "mean")
     with new_folder(output_dir, "causal embedder", source=str(parent)) as folder:

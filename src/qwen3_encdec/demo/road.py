@@ -1,4 +1,7 @@
-"""The whole road in one call: parent, encoder-decoder, UL2, encoder, contrastive stage, evaluation, report."""
+"""The whole road in one call:
+
+parent, encoder-decoder, UL2, encoder, contrastive stage, evaluation, report.
+"""
 
 import json
 import time
@@ -10,17 +13,21 @@ from typing import Any
 
 from transformers.utils import logging
 
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.package_docs import package_docs, summary_pairs
 from qwen3_encdec.demo.parent import causal_embedder, parent_tokenizer, train_causal_parent
+from qwen3_encdec.embedding.finetune import finetune
 from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
-from qwen3_encdec.evaluation.comparison import Run, write_page
-from qwen3_encdec.evaluation.suite import embedding_space, evaluate_denoising, evaluate_retrieval, provenance
-from qwen3_encdec.extraction import extract_encoder
-from qwen3_encdec.files import check_output, new_folder, write_json
-from qwen3_encdec.finetuning import finetune
-from qwen3_encdec.initialization import initialize
-from qwen3_encdec.loading import resolve_checkpoint
+from qwen3_encdec.evaluation.suite import (
+    embedding_space,
+    evaluate_denoising,
+    evaluate_retrieval,
+    provenance,
+)
+from qwen3_encdec.folders import check_output, new_folder, resolve_checkpoint, write_json
+from qwen3_encdec.reports.comparison import Run, write_page
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.loop import train_to_the_end
 
@@ -29,7 +36,10 @@ CAUSAL_CONTRASTIVE = "Causal parent + contrastive"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything. Steps, not seconds: a slower machine takes longer and computes the same."""
+    """How much of everything.
+
+    Steps, not seconds: a slower machine takes longer and computes the same.
+    """
 
     num_ranks: int = 8192
     """Entries of Qwen3's BPE that the nano parent keeps."""
@@ -92,8 +102,8 @@ def run_demo(
         seed: Of every stage.
 
     Returns:
-        What metrics.json holds: `denoising`, `retrieval`, `num_queries`, `num_documents`, `infill`, `not_run`,
-        `stages` (what each stage says of itself), `seconds` by stage, `provenance`.
+        What metrics.json holds: `denoising`, `retrieval`, `num_queries`, `num_documents`, `infill`,
+        `not_run`, `stages` (what each stage says of itself), `seconds` by stage, `provenance`.
 
     Raises:
         InputError: `output_dir` is not ours, or `qwen3_model` is no dense Qwen3.
@@ -106,10 +116,16 @@ def run_demo(
     with new_folder(output_dir, "demo", seed=seed) as root:
         metrics, curves, similarity = _walk(root, given, budget, seed)
         metrics["provenance"] = provenance(
-            started=started, commit=commit, seed=seed, qwen3_model=str(qwen3_model or "nano"), budget=asdict(budget)
+            started=started,
+            commit=commit,
+            seed=seed,
+            qwen3_model=str(qwen3_model or "nano"),
+            budget=asdict(budget),
         )
         write_json(root / "metrics.json", metrics)
-        run = Run("Qwen3 to text encoder: the demo", output_dir, "demo", metrics, curves, similarity)
+        run = Run(
+            "Qwen3 to text encoder: the demo", output_dir, "demo", metrics, curves, similarity
+        )
         write_page(root, [run], run.name)
     print(f"{summary(metrics)}\n\nreport: {output_dir / 'report.html'}", flush=True)
     return metrics
@@ -118,11 +134,16 @@ def run_demo(
 def _walk(
     root: Path, given: Path | None, budget: Budget, seed: int
 ) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """All stages from a given parent, or one of our own: metrics, training curves and similarities for the report."""
+    """All stages from a given parent, or one of our own:
+
+    metrics, training curves and similarities for the report.
+    """
     seconds: dict[str, float] = {}
     parent = given or root / "parent"
     stages: dict[str, Any] = {}
-    data = DataConfig(source_length=budget.source_length, target_length=budget.target_length, seed=seed)
+    data = DataConfig(
+        source_length=budget.source_length, target_length=budget.target_length, seed=seed
+    )
     with _stage("corpus", seconds) as say:
         texts = [document.text for document in package_docs("train")]
         pairs = summary_pairs("train")
@@ -138,7 +159,9 @@ def _walk(
                 steps=budget.parent_steps,
                 seed=seed,
             )
-            say(f"a nano Qwen3 of {trained['parameters']:,} parameters, {trained['loss']:.3f} nats a token")
+            say(
+                f"a nano Qwen3 of {trained['parameters']:,} parameters, {trained['loss']:.3f} nats a token"
+            )
     with _stage("initialize", seconds) as say:
         report = initialize(parent, root / "init", seed=seed)
         say(f"encoder-decoder of {report.parameters:,} parameters, verified against its parent")
@@ -159,14 +182,21 @@ def _walk(
         )
         with (root / "ul2.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
             checkpoint = train_to_the_end(config)
-        curves = [json.loads(line) for line in (root / "ul2" / "metrics.jsonl").read_text("utf-8").splitlines()]
+        curves = [
+            json.loads(line)
+            for line in (root / "ul2" / "metrics.jsonl").read_text("utf-8").splitlines()
+        ]
         steps = [line for line in curves if "tokens_per_second" in line]
         tokens = steps[-1]["source_tokens"] + steps[-1]["target_tokens"]
-        say(f"{budget.ul2_steps} steps, {tokens:,} tokens, {steps[-1]['tokens_per_second']:,.0f} a second at the end")
+        say(
+            f"{budget.ul2_steps} steps, {tokens:,} tokens, {steps[-1]['tokens_per_second']:,.0f} a second at the end"
+        )
     with _stage("extract", seconds) as say:
         extracted = extract_encoder(checkpoint, root / "encoder")
         causal_embedder(parent, root / "parent-embedder")
-        say(f"a plain Qwen3Model of {extracted.parameters:,} parameters, read alike by the stock tools")
+        say(
+            f"a plain Qwen3Model of {extracted.parameters:,} parameters, read alike by the stock tools"
+        )
     tuned = {CAUSAL_CONTRASTIVE: "parent-embedder", CONTRASTIVE: "encoder"}
     with _stage("contrastive", seconds) as say:
         for name, folder in tuned.items():
@@ -180,18 +210,30 @@ def _walk(
                 max_length=budget.contrastive_max_length,
                 seed=seed,
             )
-        say(f"{budget.contrastive_steps} steps of {budget.contrastive_batch_size} pairs, encoder and causal parent")
+        say(
+            f"{budget.contrastive_steps} steps of {budget.contrastive_batch_size} pairs, encoder and causal parent"
+        )
     with _stage("evaluate", seconds) as say:
         metrics = evaluate_denoising(
-            {"initialization": root / "init", "trained": checkpoint}, num_examples=budget.heldout_texts, data=data
+            {"initialization": root / "init", "trained": checkpoint},
+            num_examples=budget.heldout_texts,
+            data=data,
         )
         encoders = {name: root / f"{folder}-contrastive" for name, folder in tuned.items()}
         metrics |= evaluate_retrieval(
-            {ENCODER: root / "encoder", **encoders}, parent=parent, num_queries=budget.num_queries, seed=seed
+            {ENCODER: root / "encoder", **encoders},
+            parent=parent,
+            num_queries=budget.num_queries,
+            seed=seed,
         )
         similarity = embedding_space(encoders[CONTRASTIVE], CONTRASTIVE, seed)
-        say(f"{metrics['num_queries']:,} queries among {metrics['num_documents']:,} documents of held-out packages")
-    metrics |= {"stages": stages, "seconds": {name: round(value, 1) for name, value in seconds.items()}}
+        say(
+            f"{metrics['num_queries']:,} queries among {metrics['num_documents']:,} documents of held-out packages"
+        )
+    metrics |= {
+        "stages": stages,
+        "seconds": {name: round(value, 1) for name, value in seconds.items()},
+    }
     return metrics, curves, similarity
 
 
@@ -204,7 +246,10 @@ def summary(metrics: dict[str, Any]) -> str:
     scores = metrics["retrieval"]
     width = max(map(len, scores))
     lines += ["", f"{'retrieval':<{width}}     MRR  nDCG@10     R@1"]
-    lines += [f"{name:<{width}}  {s['mrr']:6.3f}   {s['ndcg@10']:6.3f}  {s['r@1']:6.3f}" for name, s in scores.items()]
+    lines += [
+        f"{name:<{width}}  {s['mrr']:6.3f}   {s['ndcg@10']:6.3f}  {s['r@1']:6.3f}"
+        for name, s in scores.items()
+    ]
     return "\n".join(lines)
 
 

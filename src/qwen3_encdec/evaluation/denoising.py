@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_encdec.data.collator import collate
+from qwen3_encdec.data.collate import collate
 from qwen3_encdec.data.ul2 import Example
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 
 
 @torch.no_grad()
@@ -20,10 +20,11 @@ def denoising_losses(
     pad_token_id: int,
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Mean loss by denoiser over a fixed list of examples, each target token (EOS included) weighing the same.
+    """Mean loss by denoiser over a fixed list of examples, each target token (EOS included)
+    weighing the same.
 
-    The value does not depend on `batch_size`. With sharded parameters every rank must call this with the same
-    examples. The model's training mode is restored.
+    The value does not depend on `batch_size`. With sharded parameters every rank must call this
+    with the same examples. The model's training mode is restored.
 
     Args:
         model: An encoder-decoder, wrapped or not.
@@ -42,7 +43,10 @@ def denoising_losses(
     model.eval()
     try:
         for start in range(0, len(by_length), batch_size):
-            batch = collate([[example] for example in by_length[start : start + batch_size]], pad_id=pad_token_id)
+            batch = collate(
+                [[example] for example in by_length[start : start + batch_size]],
+                pad_id=pad_token_id,
+            )
             denoiser = batch.pop("denoiser")
             inputs = {name: tensor.to(device) for name, tensor in batch.items()}
             losses = model(**inputs, return_logits=False).token_losses.double().cpu()
@@ -51,18 +55,25 @@ def denoising_losses(
             sums[1].index_add_(0, denoiser[real], torch.ones_like(losses[real]))
     finally:
         model.train(training)
-    return {name: total / count for name, total, count in zip(denoiser_names, *sums.tolist(), strict=True) if count}
+    return {
+        name: total / count
+        for name, total, count in zip(denoiser_names, *sums.tolist(), strict=True)
+        if count
+    }
 
 
 @torch.no_grad()
-def infill_examples(model: Any, tokenizer: Any, examples: Sequence[Example], n: int = 32) -> dict[str, Any]:
+def infill_examples(
+    model: Any, tokenizer: Any, examples: Sequence[Example], n: int = 32
+) -> dict[str, Any]:
     """Let the model fill the gaps of the first `n` span-corrupted examples, greedily.
 
     Prefix-to-suffix examples are passed over: a free continuation has no single right answer.
 
     Returns:
-        `exact_rate`, the share of the gaps whose tokens all are as in the text, and `examples`, dicts of `source`,
-        `expected`, `generated` (text with its sentinels) and `exact` of `spans` (counts).
+        `exact_rate`, the share of the gaps whose tokens all are as in the text, and `examples`,
+            dicts of `source`, `expected`, `generated` (text with its sentinels) and `exact` of `spans`
+            (counts).
 
     Raises:
         InputError: no example has a gap.
@@ -83,7 +94,9 @@ def infill_examples(model: Any, tokenizer: Any, examples: Sequence[Example], n: 
     )
     model.train(training)
     rows = []
-    for example, output in zip(chosen, generated[:, 1:].cpu().numpy(), strict=True):  # without the start token
+    for example, output in zip(
+        chosen, generated[:, 1:].cpu().numpy(), strict=True
+    ):  # without the start token
         ends = np.flatnonzero(output == tokenizer.eos_token_id)
         answer = output[: ends[0]] if len(ends) else output
         expected, found = _spans(example.target[:-1], first, last), _spans(answer, first, last)
@@ -96,7 +109,10 @@ def infill_examples(model: Any, tokenizer: Any, examples: Sequence[Example], n: 
                 "spans": len(expected),
             }
         )
-    return {"exact_rate": sum(r["exact"] for r in rows) / sum(r["spans"] for r in rows), "examples": rows}
+    return {
+        "exact_rate": sum(r["exact"] for r in rows) / sum(r["spans"] for r in rows),
+        "examples": rows,
+    }
 
 
 def _spans(target: np.ndarray, first: int, last: int) -> dict[int, list[int]]:

@@ -9,8 +9,11 @@ from scipy.special import logsumexp
 from qwen3_encdec.evaluation.retrieval import normalize
 
 
-def geometry(queries: np.ndarray, documents: np.ndarray, *, seed: int = 0, sample: int = 1000) -> dict[str, float]:
-    """`alignment` of the pairs (queries[i], documents[i]), and the spread of at most `sample` documents.
+def geometry(
+    queries: np.ndarray, documents: np.ndarray, *, seed: int = 0, sample: int = 1000
+) -> dict[str, float]:
+    """`alignment` of the pairs (queries[i], documents[i]), and the spread of at most `sample`
+    documents.
 
     Args:
         queries: [N, d].
@@ -28,7 +31,10 @@ def geometry(queries: np.ndarray, documents: np.ndarray, *, seed: int = 0, sampl
 
 
 def alignment(x: np.ndarray, y: np.ndarray) -> float:
-    """Mean squared distance of the normalized pairs (x[i], y[i]) of [N, d]: 0 identical, 2 orthogonal, 4 opposite."""
+    """Mean squared distance of the normalized pairs (x[i], y[i]) of [N, d]:
+
+    0 identical, 2 orthogonal, 4 opposite.
+    """
     return float(np.square(normalize(x) - normalize(y)).sum(axis=1).mean())
 
 
@@ -46,7 +52,8 @@ def mean_cosine(x: np.ndarray) -> float:
 
 
 def effective_rank(x: np.ndarray) -> float:
-    """Exponential of the entropy of the singular values of the normalized rows [N, d], as shares of their sum.
+    """Exponential of the entropy of the singular values of the normalized rows [N, d], as shares of
+    their sum.
 
     Not centred: between 1 (all rows on a line) and min(N, d).
     """

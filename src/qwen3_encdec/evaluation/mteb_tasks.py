@@ -1,7 +1,8 @@
 """mteb's tasks in our table, and our tasks among mteb's.
 
-In mteb's retrieval the order of the results decides a tie, so that a model which cannot tell texts apart scores above
-zero; our own tasks are therefore scored by our own functions, and `as_mteb` is for those who compare within mteb.
+In mteb's retrieval the order of the results decides a tie, so that a model which cannot tell texts
+apart scores above zero; our own tasks are therefore scored by our own functions, and `as_mteb` is
+for those who compare within mteb.
 """
 
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ import numpy as np
 
 from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.tasks import Classification, Embed, Retrieval, Similarity, Task
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 
 MTEB_MAX_TOKENS = 512
 
@@ -51,7 +52,9 @@ class MtebTask:
             try:
                 self.task.load_data()
             except Exception as error:  # the hub client raises a dozen unrelated types
-                raise NotRun(f"its data cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
+                raise NotRun(
+                    f"its data cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+                ) from None
         results = mteb.evaluate(mteb_model(embed), self.task, cache=None, show_progress_bar=False)
         return {"score": float(results.task_results[0].get_score())}
 
@@ -83,7 +86,9 @@ def mteb_model(embed: Embed, name: str = "qwen3-encdec/embedder") -> Any:
     from mteb.models.abs_encoder import AbsEncoder
 
     class Encoder(AbsEncoder):
-        mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": "local", "modalities": ["text"]})
+        mteb_model_meta = ModelMeta.create_empty(
+            {"name": name, "revision": "local", "modalities": ["text"]}
+        )
 
         def encode(self, inputs: Any, **kwargs: Any) -> np.ndarray:
             return embed([text for batch in inputs for text in batch["text"]])
@@ -115,8 +120,13 @@ def as_mteb(task: Retrieval | Classification | Similarity) -> Any:
     else:
         base, kind, score = AbsTaskSTS, "STS", "cosine_pearson"
         first, second = np.triu_indices(len(task.texts), k=1)
-        columns = {"sentence1": [task.texts[i] for i in first], "sentence2": [task.texts[j] for j in second]}
-        data = DatasetDict(test=Dataset.from_dict(columns | {"score": task.judgements[first, second].tolist()}))
+        columns = {
+            "sentence1": [task.texts[i] for i in first],
+            "sentence2": [task.texts[j] for j in second],
+        }
+        data = DatasetDict(
+            test=Dataset.from_dict(columns | {"score": task.judgements[first, second].tolist()})
+        )
 
     class Local(base):  # type: ignore[misc, valid-type]
         metadata = TaskMetadata(

@@ -1,7 +1,8 @@
-"""One evaluation for each kind of folder: denoising for an encoder-decoder, tasks and geometry for an encoder.
+"""One evaluation for each kind of folder: denoising for an encoder-decoder, tasks and geometry for
+an encoder.
 
-Every embedder, baselines first, goes through the same function in the same run. What is not installed is reported as
-not run, with what to install.
+Every embedder, baselines first, goes through the same function in the same run. What is not
+installed is reported as not run, with what to install.
 """
 
 import functools
@@ -9,7 +10,6 @@ import os
 import platform
 import shlex
 import sys
-import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -19,30 +19,23 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from transformers.utils import logging
 
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.baselines import Embedder, NotRun
-from qwen3_encdec.evaluation.comparison import Run, write_page
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
 from qwen3_encdec.evaluation.mteb_tasks import mteb_tasks
-from qwen3_encdec.evaluation.report import denoising_table, retrieval_table, tasks_table
 from qwen3_encdec.evaluation.retrieval import normalize
 from qwen3_encdec.evaluation.tasks import PACKAGE_DOCS, TASKS, Task, documents_by_package
-from qwen3_encdec.extraction import checkpoints_to_average
-from qwen3_encdec.files import (
-    PROVENANCE_FILE,
+from qwen3_encdec.folders import (
     InputError,
-    check_output,
     describe_source,
-    new_folder,
+    load_model,
+    load_tokenizer,
     package_versions,
-    read_json,
-    write_json,
+    resolve_checkpoint,
 )
-from qwen3_encdec.loading import load_model, load_tokenizer, resolve_checkpoint
 
 SIMILARITY_TEXTS = (
     "Return the largest element of a list.",
@@ -62,70 +55,14 @@ SIMILARITY_TEXTS = (
 MAP_PACKAGES, MAP_TEXTS = 6, 50
 
 
-def evaluate(
-    model_dir: str | Path,
-    output_dir: str | Path,
-    *,
-    parent: str | Path | None = None,
-    initialization: str | Path | None = None,
-    tasks: Sequence[str] = tuple(TASKS),
-    mteb: Sequence[str] = (),
-    num_queries: int = 3000,
-    num_examples: int = 64,
-    data: DataConfig | None = None,
-    seed: int = 0,
-    commit: str | None = None,
-) -> dict[str, Any]:
-    """Evaluate a folder and write metrics.json and report.html, and of an encoder space.json.
-
-    Args:
-        model_dir: An encoder-decoder (a folder, a checkpoint or a run), or an extracted encoder.
-        output_dir: Written beside and renamed into place.
-        parent: The causal Qwen3, folder or hub id, that an encoder comes from, for three of the baselines.
-        initialization: What an encoder-decoder was trained from; its losses then stand beside.
-        tasks: What an encoder is asked, names among `TASKS`.
-        mteb: mteb's tasks and benchmarks for an encoder, by name.
-        num_queries: Most queries or test texts of each task.
-        num_examples: Held-out texts under each denoiser.
-        data: What the encoder-decoder was trained on; by default package-docs.
-        seed: Chooses the queries.
-        commit: Recorded.
-
-    Raises:
-        InputError: `model_dir` is neither, is damaged, or `output_dir` may not be written.
-    """
-    check_output(output_dir, "evaluation")
-    logging.disable_progress_bar()
-    model_dir, started = Path(model_dir), time.monotonic()
-    space: dict[str, Any] = {}
-    if (model_dir / "modules.json").exists():
-        tuned = (model_dir / PROVENANCE_FILE).exists() and "finetuned_from" in read_json(model_dir / PROVENANCE_FILE)
-        name = baselines.CONTRASTIVE if tuned else baselines.ENCODER
-        metrics = evaluate_retrieval(
-            {name: model_dir}, parent=parent, num_queries=num_queries, seed=seed, tasks=tasks, mteb=mteb
-        )
-        space = embedding_space(model_dir, name, seed)
-    else:
-        folders = {"initialization": Path(initialization)} if initialization else {}
-        folders["trained"] = checkpoints_to_average(model_dir, 1)[0]
-        metrics = evaluate_denoising(folders, num_examples=num_examples, data=data)
-    metrics["provenance"] = provenance(model=str(model_dir), seed=seed, commit=commit, started=started)
-    with new_folder(output_dir, "evaluation", model=str(model_dir)) as folder:
-        write_json(folder / "metrics.json", metrics)
-        if space:
-            write_json(folder / "space.json", space)
-        name = f"Evaluation of {model_dir.name}"
-        write_page(folder, [Run(name, model_dir, "evaluation", metrics, space=space)], name)
-    return metrics
-
-
 def evaluate_denoising(
     folders: Mapping[str, str | Path], *, num_examples: int = 64, data: DataConfig | None = None
 ) -> dict[str, Any]:
-    """`denoising` (nats per target token, by label and denoiser) and the `infill` of the last folder.
+    """`denoising` (nats per target token, by label and denoiser) and the `infill` of the last
+    folder.
 
-    `infill` holds what `infill_examples` says of the first denoiser, and `by_denoiser` the share of exactly filled gaps
-    of each that leaves gaps.
+    `infill` holds what `infill_examples` says of the first denoiser, and `by_denoiser` the share of
+    exactly filled gaps of each that leaves gaps.
 
     Raises:
         InputError: a folder holds no encoder-decoder, or there is too little held-out text.
@@ -166,7 +103,8 @@ def evaluate_retrieval(
     mteb: Sequence[str] = (),
     outside: bool = True,
 ) -> dict[str, Any]:
-    """Scores of sentence-transformers folders, by name, after the baselines, on held-out packages and other tasks.
+    """Scores of sentence-transformers folders, by name, after the baselines, on held-out packages
+    and other tasks.
 
     Args:
         encoders: Folders by name.
@@ -178,12 +116,14 @@ def evaluate_retrieval(
         outside: Score TF-IDF, WordLlama and MiniLM as well.
 
     Returns:
-        `tasks` (by name `metric`, `size` and `scores`: by embedder `score`, `low`, `high`), `tasks_not_run` and
-        `not_run` (what each task, each baseline that could not run would need); if package-docs is among the tasks,
-        `retrieval` (scores and geometry by embedder), `num_queries` and `num_documents`.
+        `tasks` (by name `metric`, `size` and `scores`: by embedder `score`, `low`, `high`),
+        `tasks_not_run` and `not_run` (what each task, each baseline that could not run would need);
+            if package-docs is among the tasks, `retrieval` (scores and geometry by embedder),
+        `num_queries` and `num_documents`.
 
     Raises:
-        InputError: a folder cannot be loaded, a task's name is unknown, or no installed package is held out.
+        InputError: a folder cannot be loaded, a task's name is unknown, or no installed package is
+            held out.
     """
     chosen, tasks_not_run = _tasks(tasks, mteb, num_queries, seed)
     loaders: dict[str, Callable[[], Embedder]] = {}
@@ -194,7 +134,9 @@ def evaluate_retrieval(
         parent = resolve_checkpoint(parent)
         loaders[baselines.CAUSAL_MEAN] = lambda: baselines.parent(parent, pooling="mean")
         loaders[baselines.CAUSAL_LAST] = lambda: baselines.parent(parent, pooling="lasttoken")
-        loaders[baselines.UNMASKED_MEAN] = lambda: baselines.parent(parent, pooling="mean", causal=False)
+        loaders[baselines.UNMASKED_MEAN] = lambda: baselines.parent(
+            parent, pooling="mean", causal=False
+        )
     else:
         names = (baselines.CAUSAL_MEAN, baselines.CAUSAL_LAST, baselines.UNMASKED_MEAN)
         not_run = dict.fromkeys(names, "name the parent's folder")
@@ -210,7 +152,9 @@ def evaluate_retrieval(
             bar = progress.add_task(f"{name}: {task.name}", total=None)
             try:
                 found[task.name][name] = task.measure(
-                    lambda texts: _embed(embed, texts, task.max_tokens, functools.partial(progress.advance, bar))
+                    lambda texts: _embed(
+                        embed, texts, task.max_tokens, functools.partial(progress.advance, bar)
+                    )
                 )
             except NotRun as reason:
                 tasks_not_run[task.name] = str(reason)
@@ -234,7 +178,8 @@ def evaluate_retrieval(
                 "metric": task.metric,
                 "size": task.size,
                 "scores": {
-                    name: {key: row[key] for key in keys if key in row} for name, row in found[task.name].items()
+                    name: {key: row[key] for key in keys if key in row}
+                    for name, row in found[task.name].items()
                 },
             }
             for task in chosen
@@ -253,7 +198,9 @@ def evaluate_retrieval(
     return metrics
 
 
-def _tasks(names: Sequence[str], mteb: Sequence[str], most: int, seed: int) -> tuple[list[Task], dict[str, str]]:
+def _tasks(
+    names: Sequence[str], mteb: Sequence[str], most: int, seed: int
+) -> tuple[list[Task], dict[str, str]]:
     """The tasks by name, ours before mteb's, and what those that cannot run would need."""
     found: list[Task] = []
     not_run: dict[str, str] = {}
@@ -275,14 +222,19 @@ def _tasks(names: Sequence[str], mteb: Sequence[str], most: int, seed: int) -> t
 def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, Any]:
     """What the report shows of an encoder under its `name`.
 
-    `labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest held-out packages, in
-    two dimensions that keep neighbours together; `neighbours` of one of each package among them.
+    `labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest
+    held-out packages, in two dimensions that keep neighbours together; `neighbours` of one of each
+    package among them.
     """
     from sklearn.manifold import TSNE
 
     embed = baselines.encoder(folder)
     texts = normalize(embed(list(SIMILARITY_TEXTS)))
-    space: dict[str, Any] = {"name": name, "labels": list(SIMILARITY_TEXTS), "matrix": (texts @ texts.T).tolist()}
+    space: dict[str, Any] = {
+        "name": name,
+        "labels": list(SIMILARITY_TEXTS),
+        "matrix": (texts @ texts.T).tolist(),
+    }
     documents = documents_by_package(MAP_PACKAGES, MAP_TEXTS, seed)
     if len(documents) <= MAP_PACKAGES:
         return space
@@ -298,7 +250,10 @@ def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, A
         {
             "text": titles[i],
             "package": group,
-            "nearest": [[titles[j], groups[j], round(float(similar[i, j]), 3)] for j in np.argsort(-similar[i])[:3]],
+            "nearest": [
+                [titles[j], groups[j], round(float(similar[i, j]), 3)]
+                for j in np.argsort(-similar[i])[:3]
+            ],
         }
         for group in dict.fromkeys(groups)
         for i in [groups.index(group)]
@@ -306,34 +261,19 @@ def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, A
     return space
 
 
-def summary(metrics: Mapping[str, Any]) -> str:
-    """The tables of the report for a terminal."""
-    tables = []
-    if "denoising" in metrics:
-        tables.append(denoising_table(metrics["denoising"]))
-    if "retrieval" in metrics:
-        tables.append(retrieval_table(metrics["retrieval"], metrics["not_run"]))
-    if metrics.get("tasks") or metrics.get("tasks_not_run"):
-        tables.append(tasks_table(metrics["tasks"], metrics["tasks_not_run"]))
-    text = []
-    for header, rows in tables:
-        heads = [textwrap.wrap(cell, 13, break_long_words=False) for cell in header]
-        tallest = max(map(len, heads))
-        stacked = [list(line) for line in zip(*([""] * (tallest - len(head)) + head for head in heads), strict=True)]
-        lines = [*stacked, *rows]
-        widths = [max(len(line[i]) for line in lines if len(line) == len(header)) for i in range(len(header))]
-        widths[0] = max(len(line[0]) for line in lines)
-        text += ["  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]) for line in lines]
-        text.append("")
-    return "\n".join(text).rstrip()
+def provenance(
+    *, started: float | None = None, commit: str | None = None, **facts: Any
+) -> dict[str, Any]:
+    """What a number must carry:
 
-
-def provenance(*, started: float | None = None, commit: str | None = None, **facts: Any) -> dict[str, Any]:
-    """What a number must carry: command, commit, versions, hardware, and `seconds` since `started` (monotonic)."""
+    command, commit, versions, hardware, and `seconds` since `started` (monotonic).
+    """
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu)
+        cpu = next(
+            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu
+        )
     return {
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         **({"commit": commit} if (commit := commit or describe_source("--exclude", "*")) else {}),
@@ -346,7 +286,11 @@ def provenance(*, started: float | None = None, commit: str | None = None, **fac
 
 
 def _embed(
-    embed: Embedder, texts: Sequence[str], max_tokens: int, advance: Callable[[int], None], block: int = 256
+    embed: Embedder,
+    texts: Sequence[str],
+    max_tokens: int,
+    advance: Callable[[int], None],
+    block: int = 256,
 ) -> np.ndarray:
     """Embeddings in the order of `texts`, computed in order of length, so that little is padding."""
     order = np.argsort([len(text) for text in texts], kind="stable")
@@ -361,4 +305,6 @@ def _embed(
 
 def _progress() -> Progress:
     columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}")
-    return Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty())
+    return Progress(
+        *columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty()
+    )

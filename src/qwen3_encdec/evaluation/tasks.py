@@ -1,7 +1,10 @@
-"""Tasks without a hub: texts, what is right about them, and how an embedder is scored, with its 95 % interval.
+"""Tasks without a hub: texts, what is right about them, and how an embedder is scored, with its 95
+% interval.
 
-Every task scores embedders in the same way, so that a trained encoder and TF-IDF stand in one table. The interval is
-a percentile bootstrap over what was sampled: queries, test texts, or the documents of a set of pairs.
+Every task scores embedders in the same way, so that a trained encoder and TF-IDF stand in one
+table. The interval is
+a percentile bootstrap over what was sampled: queries, test texts, or the documents of a set of
+pairs.
 """
 
 from collections import Counter
@@ -16,7 +19,7 @@ from qwen3_encdec.evaluation.baselines import MAX_TOKENS, NotRun, package_folder
 from qwen3_encdec.evaluation.geometry import geometry
 from qwen3_encdec.evaluation.retrieval import normalize, rank_scores, relevant_ranks
 from qwen3_encdec.evaluation.wordnet import Synset, synsets, wordnet_folder
-from qwen3_encdec.files import InputError
+from qwen3_encdec.folders import InputError
 
 Embed = Callable[[list[str]], np.ndarray]
 """Texts to [N, d] fp32."""
@@ -41,14 +44,19 @@ class Task(Protocol):
 
     @property
     def corpus(self) -> list[str]:
-        """What TF-IDF may be fitted on, never what is asked; empty if there is nothing to fit it on."""
+        """What TF-IDF may be fitted on, never what is asked;
+
+        empty if there is nothing to fit it on.
+        """
 
     @property
     def size(self) -> int:
         """How many answers the score is made of."""
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """`score` in the task's metric, the ends `low` and `high` of its interval, and what else it can say."""
+        """`score` in the task's metric, the ends `low` and `high` of its interval, and what else it
+        can say.
+        """
 
 
 @dataclass(frozen=True)
@@ -85,7 +93,10 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class Classification:
-    """A logistic regression on frozen embeddings: what can be read off them along straight lines."""
+    """A logistic regression on frozen embeddings:
+
+    what can be read off them along straight lines.
+    """
 
     name: str
     train_texts: list[str]
@@ -106,12 +117,17 @@ class Classification:
         return len(self.texts)
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """Accuracy on the test split; embeddings are normalized and scaled to unit variance on average."""
+        """Accuracy on the test split;
+
+        embeddings are normalized and scaled to unit variance on average.
+        """
         from sklearn.linear_model import LogisticRegression
 
         train, test = normalize(embed(self.train_texts)), normalize(embed(self.texts))
         center, scale = train.mean(axis=0), max(float(train.std(axis=0).mean()), 1e-6)
-        probe = LogisticRegression(C=PROBE_C, max_iter=1000).fit((train - center) / scale, self.train_labels)
+        probe = LogisticRegression(C=PROBE_C, max_iter=1000).fit(
+            (train - center) / scale, self.train_labels
+        )
         return mean_interval(probe.predict((test - center) / scale) == self.labels)
 
 
@@ -139,7 +155,8 @@ class Similarity:
     def measure(self, embed: Embed) -> dict[str, float]:
         """Correlation of the cosines with the judgements; 0 where either says nothing.
 
-        Documents are drawn for the interval and not pairs, which share their documents and so are not independent.
+        Documents are drawn for the interval and not pairs, which share their documents and so are
+        not independent.
         """
         embeddings = normalize(embed(self.texts))
         first, second = np.triu_indices(len(self.texts), k=1)
@@ -155,7 +172,9 @@ class Similarity:
         return interval(pearson, len(self.texts))
 
 
-def interval(statistic: Callable[[np.ndarray], float], units: int, *, seed: int = 0) -> dict[str, float]:
+def interval(
+    statistic: Callable[[np.ndarray], float], units: int, *, seed: int = 0
+) -> dict[str, float]:
     """A statistic and its 95 % percentile bootstrap: `score`, `low`, `high`.
 
     Args:
@@ -173,7 +192,8 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
     return interval(lambda counts: float(counts @ values / counts.sum()), len(values))
 
 
-# The tasks. Each maker takes (most queries or test texts, seed) and raises NotRun where its data are not installed.
+# The tasks. Each maker takes (most queries or test texts, seed) and raises NotRun where its data
+# are not installed.
 
 PROBE_C = 0.01
 CLASSES, TEXTS_PER_CLASS = 12, 60
@@ -198,13 +218,19 @@ def package_classes(most: int, seed: int) -> list[Task]:
     train = np.arange(len(texts)) % 2 == 0
     test = np.flatnonzero(~train)[:most]
     train_texts = [text for text, kept in zip(texts, train, strict=True) if kept]
-    return [Classification("package", train_texts, labels[train], [texts[i] for i in test], labels[test])]
+    return [
+        Classification(
+            "package", train_texts, labels[train], [texts[i] for i in test], labels[test]
+        )
+    ]
 
 
 def needles(most: int, seed: int) -> list[Task]:
-    """Find the long text that holds a passage at its start, middle or end, by the summary of the passage.
+    """Find the long text that holds a passage at its start, middle or end, by the summary of the
+    passage.
 
-    Lengths are in words. A model that truncates loses what lies behind; one whose mean dilutes loses by length.
+    Lengths are in words. A model that truncates loses what lies behind; one whose mean dilutes
+    loses by length.
     """
     pairs, rng = _heldout_pairs(), np.random.default_rng(seed)
     order = rng.permutation(len(pairs))
@@ -224,7 +250,13 @@ def needles(most: int, seed: int) -> list[Task]:
                 texts.append(" ".join([*filler[:cut], *needle, *filler[cut:]]))
             queries = [pairs[i][0] for i in asked]
             tasks.append(
-                Retrieval(f"needle {length} {place}", queries, texts, np.arange(len(asked)), max_tokens=4 * length)
+                Retrieval(
+                    f"needle {length} {place}",
+                    queries,
+                    texts,
+                    np.arange(len(asked)),
+                    max_tokens=4 * length,
+                )
             )
     return tasks
 
@@ -245,13 +277,18 @@ def wordnet_classes(most: int, seed: int) -> list[Task]:
     """Which of the 45 lexicographers' files is a definition from?"""
     found = synsets(wordnet_folder())
     order = np.random.default_rng(seed).permutation(len(found))[: WORDNET_TRAIN + most]
-    texts, labels = [found[i].definition for i in order], np.array([found[i].lexicographer for i in order])
+    texts, labels = (
+        [found[i].definition for i in order],
+        np.array([found[i].lexicographer for i in order]),
+    )
     cut = WORDNET_TRAIN
     return [Classification("wordnet-class", texts[:cut], labels[:cut], texts[cut:], labels[cut:])]
 
 
 def lee(most: int, seed: int) -> list[Task]:
-    """Fifty news items and what people said of the likeness of each two (Lee, Pincombe & Welsh 2005), from gensim."""
+    """Fifty news items and what people said of the likeness of each two (Lee, Pincombe & Welsh
+    2005), from gensim.
+    """
     folder = package_folder("gensim", "gensim") / "test" / "test_data"
     texts = (folder / "lee.cor").read_text(encoding="latin-1").splitlines()
     judgements = np.loadtxt(folder / "similarities0-1.txt")
@@ -274,7 +311,10 @@ def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring
     """At most `texts` documents of each of the held-out packages that have most, shuffled."""
     documents = package_docs("heldout")
     counts = Counter(document.package for document in documents)
-    largest = {package for package, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:packages]}
+    largest = {
+        package
+        for package, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:packages]
+    }
     taken: Counter[str] = Counter()
     chosen = []
     for i in np.random.default_rng(seed).permutation(len(documents)):
@@ -287,17 +327,25 @@ def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring
 
 def _meanings(most: int, seed: int) -> list[Synset]:
     """`most` meanings with an example; of those with the same definition the first stays."""
-    found = {meaning.definition: meaning for meaning in reversed(synsets(wordnet_folder())) if meaning.examples}
+    found = {
+        meaning.definition: meaning
+        for meaning in reversed(synsets(wordnet_folder()))
+        if meaning.examples
+    }
     usable = list(found.values())
     return [usable[i] for i in np.random.default_rng(seed).permutation(len(usable))[:most]]
 
 
 def _definitions(name: str, queries: list[str], meanings: list[Synset]) -> Task:
-    return Retrieval(name, queries, [meaning.definition for meaning in meanings], np.arange(len(meanings)))
+    return Retrieval(
+        name, queries, [meaning.definition for meaning in meanings], np.arange(len(meanings))
+    )
 
 
 def _heldout_pairs() -> list[tuple[str, str]]:
     pairs = summary_pairs("heldout")
     if not pairs:
-        raise InputError("no held-out package has a docstring with a summary and a body; install more packages")
+        raise InputError(
+            "no held-out package has a docstring with a summary and a body; install more packages"
+        )
     return pairs

@@ -27,13 +27,19 @@ class Synset(NamedTuple):
 def wordnet_folder() -> Path:
     """The folder that holds data.noun.
 
-    It is looked for in `$WNSEARCHDIR`, in `$XDG_CACHE_HOME/qwen3-encdec/wordnet` (where the package may be unpacked
-    without root: `apt download wordnet-base && dpkg -x wordnet-base_*.deb DIR`) and in `/usr/share/wordnet`.
+    It is looked for in `$WNSEARCHDIR`, in `$XDG_CACHE_HOME/qwen3-encdec/wordnet` (where the package
+    may be unpacked
+    without root: `apt download wordnet-base && dpkg -x wordnet-base_*.deb DIR`) and in
+        `/usr/share/wordnet`.
 
     Raises:
         NotRun: it is in none of them.
     """
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3-encdec" / "wordnet"
+    cache = (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "qwen3-encdec"
+        / "wordnet"
+    )
     folders = [cache / "usr/share/wordnet", cache, INSTALLED]
     if named := os.environ.get("WNSEARCHDIR"):
         folders.insert(0, Path(named))
@@ -52,7 +58,9 @@ def synsets(folder: Path) -> list[Synset]:
                 continue
             fields, _, gloss = line.partition(" | ")
             _, lexicographer, _, count, *words = fields.split(" ")
-            lemmas = [re.sub(r"\((a|p|ip)\)$", "", word) for word in words[: 2 * int(count, 16) : 2]]
+            lemmas = [
+                re.sub(r"\((a|p|ip)\)$", "", word) for word in words[: 2 * int(count, 16) : 2]
+            ]
             definition, _, rest = gloss.strip().partition('; "')
             found.append(
                 Synset(

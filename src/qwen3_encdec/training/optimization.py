@@ -1,4 +1,6 @@
-"""The optimizer, its parameter groups, the running average of weights, and the learning rate of each step."""
+"""The optimizer, its parameter groups, the running average of weights, and the learning rate of
+each step.
+"""
 
 import math
 from functools import partial
@@ -14,18 +16,24 @@ from qwen3_encdec.training.config import TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
-    """AdamW (fused), or Muon over the projection matrices, which alone have weight decay, and AdamW over the rest.
+    """AdamW (fused), or Muon over the projection matrices, which alone have weight decay, and AdamW
+    over the rest.
 
-    Decay shrinks a row of the embedding at every step, but only rows that occur receive a gradient: the
-    vocabulary of a large tokenizer would fade with its rarity. With ``ema_decay``, every step also moves the state
-    ``ema`` of each parameter, so that the average is sharded, saved and resumed as the optimizer's moments are.
+    Decay shrinks a row of the embedding at every step, but only rows that occur receive a gradient:
+    the vocabulary of a large tokenizer would fade with its rarity. With ``ema_decay``, every step
+    also moves the state ``ema`` of each parameter, so that the average is sharded, saved and
+    resumed as the optimizer's moments are.
     """
-    embeddings = {id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)}
+    embeddings = {
+        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
+    }
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for parameter in model.parameters():
         if parameter.requires_grad:
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # under ZeRO-3 a parameter is empty
+            shape = getattr(
+                parameter, "ds_shape", parameter.shape
+            )  # under ZeRO-3 a parameter is empty
             small = len(shape) < 2 or id(parameter) in embeddings
             (others if small else matrices).append(parameter)
     decayed = {"params": matrices, "weight_decay": config.weight_decay}
@@ -33,27 +41,37 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opt
     adamw = partial(torch.optim.AdamW, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     optimizer: torch.optim.Optimizer
     if config.optimizer == "muon":
-        # Updates as large as AdamW's (Moonlight, arXiv 2502.16982), so that one learning rate serves both.
+        # Updates as large as AdamW's (Moonlight, arXiv 2502.16982), so that one learning rate
+        # serves both.
         muon = Muon([decayed], lr=config.lr, adjust_lr_fn="match_rms_adamw")
         optimizer = Chained(muon, adamw([undecayed]))
     else:
         optimizer = adamw([decayed, undecayed])
     if config.ema_decay:
-        optimizer.register_step_post_hook(partial(_move_average, get_ema_multi_avg_fn(config.ema_decay)))
+        optimizer.register_step_post_hook(
+            partial(_move_average, get_ema_multi_avg_fn(config.ema_decay))
+        )
     return optimizer
 
 
 class Muon(torch.optim.Muon):
     """torch's Muon, also of matrices that FSDP2 has sharded: each is orthogonalized whole.
 
-    torch's own step would take products of DTensors, whose partial sums are rounded to bf16 before they are added.
+    torch's own step would take products of DTensors, whose partial sums are rounded to bf16 before
+    they are added.
     """
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """One step; of a sharded matrix, all ranks compute the same update, and each applies its rows of it."""
+        """One step; of a sharded matrix, all ranks compute the same update, and each applies its
+        rows of it.
+        """
         for group in self.param_groups:
-            options = {"ns_coefficients": group["ns_coefficients"], "ns_steps": group["ns_steps"], "eps": group["eps"]}
+            options = {
+                "ns_coefficients": group["ns_coefficients"],
+                "ns_steps": group["ns_steps"],
+                "eps": group["eps"],
+            }
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
@@ -61,14 +79,20 @@ class Muon(torch.optim.Muon):
                 if "momentum_buffer" not in state:
                     state["momentum_buffer"] = torch.zeros_like(parameter.grad)
                 buffer = state["momentum_buffer"].lerp_(parameter.grad, 1 - group["momentum"])
-                update = parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+                update = (
+                    parameter.grad.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+                )
                 if isinstance(update, DTensor):
                     whole = _zeropower_via_newtonschulz(update.full_tensor(), **options)
-                    update = distribute_tensor(whole, update.device_mesh, update.placements, src_data_rank=None)
+                    update = distribute_tensor(
+                        whole, update.device_mesh, update.placements, src_data_rank=None
+                    )
                 else:
                     update = _zeropower_via_newtonschulz(update, **options)
                 parameter.mul_(1 - group["lr"] * group["weight_decay"])
-                parameter.add_(update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape))
+                parameter.add_(
+                    update, alpha=-_adjust_lr(group["lr"], group["adjust_lr_fn"], parameter.shape)
+                )
 
 
 class Chained(torch.optim.Optimizer):
@@ -84,7 +108,8 @@ class Chained(torch.optim.Optimizer):
         begin = 0
         for part in self.parts:
             end = begin + len(part.param_groups)
-            # Sharding replaces the parameters, loading a state replaces everything: hand on what is there now.
+            # Sharding replaces the parameters, loading a state replaces everything: hand on what is
+            # there now.
             part.param_groups, part.state = self.param_groups[begin:end], self.state
             part.step()
             begin = end
@@ -98,7 +123,10 @@ def _move_average(average: Any, optimizer: torch.optim.Optimizer, *_: Any) -> No
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Learning rate of optimizer step ``step``, counted from 1; ``max_steps`` is the last and the lowest."""
+    """Learning rate of optimizer step ``step``, counted from 1;
+
+    ``max_steps`` is the last and the lowest.
+    """
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     start = config.warmup_steps
@@ -107,5 +135,7 @@ def learning_rate(step: int, config: TrainingConfig) -> float:
     if step <= start:
         return config.lr
     progress = min(1.0, (step - start) / (config.max_steps - start))
-    shape = 0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    shape = (
+        0.5 * (1 + math.cos(math.pi * progress)) if config.schedule == "cosine" else 1 - progress
+    )
     return config.lr * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)

@@ -1,7 +1,8 @@
-"""Texts -> embeddings, through our own encoder on ragged batches: sorted by length, cut by tokens, no padding.
+"""Texts -> embeddings, through our own encoder on ragged batches: sorted by length, cut by tokens,
+no padding.
 
-Weights, tokenizer, pooling and prompts are those that sentence-transformers reads from the folder: embeddings of both
-can stand in one index.
+Weights, tokenizer, pooling and prompts are those that sentence-transformers reads from the folder:
+embeddings of both can stand in one index.
 """
 
 import multiprocessing
@@ -21,11 +22,10 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import Qwen3Config
 
-from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .extraction import POOLING, extract_encoder
-from .files import InputError, read_json
-from .loading import load_whole
-from .modeling_qwen3_encoder import Qwen3Encoder, Segments
+from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from qwen3_encdec.conversion.extract import POOLING, extract_encoder
+from qwen3_encdec.folders import InputError, load_whole, read_json
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder, Segments
 
 SUFFIXES = (".npy", ".parquet")
 PRECISIONS = ("float32", "int8", "binary")
@@ -36,8 +36,8 @@ class TextEncoder:
     """An encoder folder as a function from texts to embeddings.
 
     Args:
-        folder: What `extract_encoder` or `finetune` writes. Of an encoder-decoder (a folder, checkpoint or run), the
-            encoder is taken out first and mean-pooled.
+        folder: What `extract_encoder` or `finetune` writes. Of an encoder-decoder (a folder,
+            checkpoint or run), the encoder is taken out first and mean-pooled.
         dtype: None is bfloat16 where the device computes it natively, else float32.
         device: By default the accelerator, else the CPU.
         max_tokens: Tokens after which a text is cut; by default the folder's own limit.
@@ -47,7 +47,8 @@ class TextEncoder:
         num_cut: Texts that were cut so far.
 
     Raises:
-        InputError: `folder` is neither, is causal or damaged, or has modules besides pooling and normalization.
+        InputError: `folder` is neither, is causal or damaged, or has modules besides pooling and
+            normalization.
     """
 
     def __init__(
@@ -68,17 +69,23 @@ class TextEncoder:
         longest = read_json(self.folder / "config.json")["max_position_embeddings"]
         self.max_tokens = max_tokens or settings.get("max_seq_length") or longest
         if not 2 <= self.max_tokens <= longest:
-            raise InputError(f"max tokens {self.max_tokens} must lie in 2 ... {longest}, the model's positions")
+            raise InputError(
+                f"max tokens {self.max_tokens} must lie in 2 ... {longest}, the model's positions"
+            )
         try:
             self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # `tokenizers` raises bare exceptions
-            raise InputError(f"{self.folder} holds a tokenizer that cannot be read: {error}") from None
+            raise InputError(
+                f"{self.folder} holds a tokenizer that cannot be read: {error}"
+            ) from None
         self._tokenizer.no_padding()
         self._tokenizer.enable_truncation(self.max_tokens)
         self.num_cut = 0
 
     def _read_modules(self) -> None:
-        kinds = [module["type"].rpartition(".")[2] for module in read_json(self.folder / "modules.json")]
+        kinds = [
+            module["type"].rpartition(".")[2] for module in read_json(self.folder / "modules.json")
+        ]
         if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
             raise InputError(
                 f"{self.folder} has the modules {', '.join(kinds)}; only pooling and normalization are known"
@@ -87,8 +94,12 @@ class TextEncoder:
         pooling = read_json(self.folder / "1_Pooling" / "config.json")
         self.pooling = pooling.get("pooling_mode")
         if self.pooling not in POOLING.values() or not pooling.get("include_prompt", True):
-            raise InputError(f"{self.folder / '1_Pooling'} pools in another way than {', '.join(POOLING)}")
-        self.prompts: dict[str, str] = read_json(self.folder / "config_sentence_transformers.json").get("prompts") or {}
+            raise InputError(
+                f"{self.folder / '1_Pooling'} pools in another way than {', '.join(POOLING)}"
+            )
+        self.prompts: dict[str, str] = (
+            read_json(self.folder / "config_sentence_transformers.json").get("prompts") or {}
+        )
 
     @cached_property
     def model(self) -> Qwen3Encoder:
@@ -120,7 +131,9 @@ class TextEncoder:
                 self.num_cut += bool(encoding.overflowing)
                 ids.append(np.array(encoding.ids, dtype=np.int32))
                 if not len(encoding.ids):
-                    raise InputError(f"text {len(ids)} is empty, and this tokenizer ends texts with no token to embed")
+                    raise InputError(
+                        f"text {len(ids)} is empty, and this tokenizer ends texts with no token to embed"
+                    )
         return ids
 
     def embed(
@@ -136,8 +149,10 @@ class TextEncoder:
 
         Args:
             ids: From `tokenize`; any order and lengths.
-            dimensions: Keep this many leading dimensions (of a model trained for that), at length 1 again.
-            batch_tokens: Most tokens computed at a time, but for a longer text; by default what suits the device.
+            dimensions: Keep this many leading dimensions (of a model trained for that), at length 1
+                again.
+            batch_tokens: Most tokens computed at a time, but for a longer text; by default what
+                suits the device.
             processes: Each has the model and its share of the cores, or an accelerator of its own.
             progress: Draw a bar on standard error.
 
@@ -150,11 +165,14 @@ class TextEncoder:
         if dimensions is not None and not 1 <= dimensions <= self.dimensions:
             raise InputError(f"dimensions {dimensions} must lie in 1 ... {self.dimensions}")
         lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-        # On a CPU, tensors that fit near the cores and in memory that is reused: larger ones cost page faults.
+        # On a CPU, tensors that fit near the cores and in memory that is reused: larger ones cost
+        # page faults.
         budget = batch_tokens or (1024 if self.device.type == "cpu" else 32_768)
         batches = list(token_batches(lengths, budget))
         embeddings = np.empty((len(ids), dimensions or self.dimensions), dtype=np.float32)
-        with tqdm(total=int(lengths.sum()), unit="tok", unit_scale=True, disable=not progress) as bar:
+        with tqdm(
+            total=int(lengths.sum()), unit="tok", unit_scale=True, disable=not progress
+        ) as bar:
             computed = self._compute([[ids[i] for i in rows] for rows in batches], processes)
             for rows, states in zip(batches, computed, strict=True):
                 embeddings[rows] = states[:, : embeddings.shape[1]]
@@ -163,11 +181,15 @@ class TextEncoder:
             embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
         return embeddings
 
-    def encode(self, texts: Sequence[str], *, prompt_name: str | None = None, **options) -> np.ndarray:
+    def encode(
+        self, texts: Sequence[str], *, prompt_name: str | None = None, **options
+    ) -> np.ndarray:
         """`tokenize` and `embed` in one."""
         return self.embed(self.tokenize(texts, prompt_name), **options)
 
-    def _compute(self, batches: Sequence[Sequence[np.ndarray]], processes: int) -> Iterator[np.ndarray]:
+    def _compute(
+        self, batches: Sequence[Sequence[np.ndarray]], processes: int
+    ) -> Iterator[np.ndarray]:
         if processes == 1:
             yield from map(self.forward, batches)
             return
@@ -176,7 +198,9 @@ class TextEncoder:
         for rank in range(processes):
             ranks.put(rank)
         arguments = (self.folder, self.dtype, self.device.type, processes, ranks)
-        with ProcessPoolExecutor(processes, context, initializer=_start_worker, initargs=arguments) as pool:
+        with ProcessPoolExecutor(
+            processes, context, initializer=_start_worker, initargs=arguments
+        ) as pool:
             yield from pool.map(_forward_in_worker, batches)
 
     @torch.inference_mode()
@@ -184,12 +208,18 @@ class TextEncoder:
         """Embeddings, [texts, dimensions] float32, of texts that are computed together."""
         lengths = torch.tensor([len(text) for text in ids])
         row = torch.from_numpy(np.concatenate(ids)).long()[None]
-        if bool((lengths == lengths[0]).all()):  # a plain batch, and attention runs over all of it at once
-            states = self.model(row.view(len(ids), -1).to(self.device)).last_hidden_state.flatten(0, 1)
+        if bool(
+            (lengths == lengths[0]).all()
+        ):  # a plain batch, and attention runs over all of it at once
+            states = self.model(row.view(len(ids), -1).to(self.device)).last_hidden_state.flatten(
+                0, 1
+            )
         else:
             texts = torch.arange(1, len(ids) + 1).repeat_interleave(lengths)
             segments = Segments.from_mask(texts[None].to(self.device))
-            states = self.model(row.to(self.device), segments=segments).last_hidden_state[0]  # (N, E)
+            states = self.model(row.to(self.device), segments=segments).last_hidden_state[
+                0
+            ]  # (N, E)
         lengths = lengths.to(self.device)
         if self.pooling == "mean":
             pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths)
@@ -201,20 +231,31 @@ class TextEncoder:
 
 @contextmanager
 def encoder_folder(model: str | Path) -> Iterator[Path]:
-    """The encoder folder `model`; of an encoder-decoder a temporary one with its encoder, and that is said.
+    """The encoder folder `model`; of an encoder-decoder a temporary one with its encoder, and that
+    is said.
 
     Raises:
         InputError: it is neither.
     """
     folder = Path(model)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if config.get("model_type") == Qwen3EncoderDecoderConfig.model_type or (folder / "checkpoints").is_dir():
+    if (
+        config.get("model_type") == Qwen3EncoderDecoderConfig.model_type
+        or (folder / "checkpoints").is_dir()
+    ):
         with tempfile.TemporaryDirectory() as scratch:
             extract_encoder(folder, encoder := Path(scratch) / "encoder")
-            print(f"{folder} is an encoder-decoder: its encoder, mean-pooled, was taken out", file=sys.stderr)
+            print(
+                f"{folder} is an encoder-decoder: its encoder, mean-pooled, was taken out",
+                file=sys.stderr,
+            )
             yield encoder
         return
-    if config.get("model_type") != "qwen3" or config.get("is_causal", True) or not (folder / "modules.json").is_file():
+    if (
+        config.get("model_type") != "qwen3"
+        or config.get("is_causal", True)
+        or not (folder / "modules.json").is_file()
+    ):
         raise InputError(f"{folder} is no encoder folder; make one with: qwen3-encdec extract")
     yield folder
 
@@ -222,13 +263,20 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encoder:
     """Our own encoder with the weights of an encoder folder. Raises InputError as `load_whole`."""
     source = Qwen3Config.from_pretrained(folder)
-    ids = {"vocab_size": source.vocab_size, "num_sentinel_tokens": 0, "pad_token_id": source.pad_token_id}
+    ids = {
+        "vocab_size": source.vocab_size,
+        "num_sentinel_tokens": 0,
+        "pad_token_id": source.pad_token_id,
+    }
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(source, **ids)
     return load_whole(Qwen3Encoder, folder, config, dtype).eval()
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Indices of texts that are computed together, longest first: at most `budget` tokens, but at least one text."""
+    """Indices of texts that are computed together, longest first:
+
+    at most `budget` tokens, but at least one text.
+    """
     order = np.argsort(-lengths, kind="stable")
     start = tokens = 0
     for place, length in enumerate(lengths[order]):
@@ -263,7 +311,8 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 
 def read_texts(source: str, text_column: str = "text") -> list[str]:
-    """Texts of a .txt, .jsonl or .parquet file (.gz and .zst too), a folder, a hub dataset, or `-`, the lines of stdin.
+    """Texts of a .txt, .jsonl or .parquet file (.gz and .zst too), a folder, a hub dataset, or `-`,
+    the lines of stdin.
 
     Raises:
         InputError: it cannot be read, holds no texts, or none in that column.
@@ -271,7 +320,7 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     if source == "-":
         texts = [line.rstrip("\r\n") for line in sys.stdin]
     else:
-        from .data.sources import Tokenized, open_corpus
+        from qwen3_encdec.data.corpus import Tokenized, open_corpus
 
         texts = []
         for shard in open_corpus([source], text_column=text_column):
@@ -284,8 +333,11 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     return texts
 
 
-def quantize(embeddings: np.ndarray, precision: str, ranges: np.ndarray | None = None) -> np.ndarray:
-    """[N, d] float32 -> the same; int8 [N, d] over each dimension's `ranges` [2, d]; or binary, [N, d / 8] int8.
+def quantize(
+    embeddings: np.ndarray, precision: str, ranges: np.ndarray | None = None
+) -> np.ndarray:
+    """[N, d] float32 -> the same; int8 [N, d] over each dimension's `ranges` [2, d]; or binary, [N,
+    d / 8] int8.
 
     sentence-transformers' own formats, which vector stores and its search functions read.
     """
@@ -312,8 +364,12 @@ def write_embeddings(path: str | Path, embeddings: np.ndarray, texts: Iterable[s
                 import pyarrow as pa
                 import pyarrow.parquet as pq
 
-                vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
-                pq.write_table(pa.table({"text": pa.array(texts, pa.string()), "embedding": vectors}), file)
+                vectors = pa.FixedSizeListArray.from_arrays(
+                    pa.array(embeddings.ravel()), embeddings.shape[1]
+                )
+                pq.write_table(
+                    pa.table({"text": pa.array(texts, pa.string()), "embedding": vectors}), file
+                )
         os.replace(building, path)
     finally:
         building.unlink(missing_ok=True)
@@ -335,10 +391,12 @@ def embed_file(
 ) -> str:
     """Embed a file of texts into another file; int8 writes its ranges beside it, as `.ranges.npy`.
 
-    `ranges` are those of an earlier file, so that both can be searched together. Returns what was done, in a sentence.
+    `ranges` are those of an earlier file, so that both can be searched together. Returns what was
+    done, in a sentence.
 
     Raises:
-        InputError: a folder, file or setting that is not right (see `TextEncoder`, `read_texts`); nothing is written.
+        InputError: a folder, file or setting that is not right (see `TextEncoder`, `read_texts`);
+            nothing is written.
     """
     output = Path(output)
     if output.suffix not in SUFFIXES or output.is_dir():
@@ -354,10 +412,16 @@ def embed_file(
         except (OSError, ValueError) as error:
             raise InputError(f"ranges {ranges} cannot be read: {error}") from None
         if spans.shape != (2, width) or precision != "int8":
-            raise InputError(f"ranges {ranges} of shape {spans.shape} do not fit {width} dimensions in {precision}")
+            raise InputError(
+                f"ranges {ranges} of shape {spans.shape} do not fit {width} dimensions in {precision}"
+            )
     texts = read_texts(source, text_column)
     embeddings = encoder.encode(
-        texts, prompt_name=prompt_name, dimensions=dimensions, processes=processes, progress=sys.stderr.isatty()
+        texts,
+        prompt_name=prompt_name,
+        dimensions=dimensions,
+        processes=processes,
+        progress=sys.stderr.isatty(),
     )
     if precision == "int8" and spans is None:
         spans = int8_ranges(embeddings)
@@ -369,11 +433,17 @@ def embed_file(
     return f"{len(texts):,} texts in {str(encoder.dtype).removeprefix('torch.')}{cut}: {embeddings.shape} {precision}"
 
 
-def similarity_table(encoder: TextEncoder, texts: Sequence[str], prompt_name: str | None = None) -> str:
+def similarity_table(
+    encoder: TextEncoder, texts: Sequence[str], prompt_name: str | None = None
+) -> str:
     """Cosines of all pairs of texts, as lines for a terminal."""
     embeddings = encoder.encode(texts, prompt_name=prompt_name)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
     lines = ["    " + "".join(f"{i:>7}" for i in range(1, len(texts) + 1))]
     for number, (row, text) in enumerate(zip(embeddings @ embeddings.T, texts, strict=True), 1):
-        lines.append(f"{number:>4}" + "".join(f"{cosine:7.3f}" for cosine in row) + f"   {' '.join(text.split())[:60]}")
+        lines.append(
+            f"{number:>4}"
+            + "".join(f"{cosine:7.3f}" for cosine in row)
+            + f"   {' '.join(text.split())[:60]}"
+        )
     return "\n".join(lines)

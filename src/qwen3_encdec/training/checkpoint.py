@@ -1,4 +1,5 @@
-"""Checkpoints that are both an ordinary model folder and an exact point to resume from, without pickle.
+"""Checkpoints that are both an ordinary model folder and an exact point to resume from, without
+pickle.
 
 RUN/checkpoints/step-000100/     config.json, safetensors (fp32), tokenizer files: ``from_pretrained`` loads it
     model-00001-of-00002.safetensors            the tensors that rank 0 keeps; from one rank model.safetensors
@@ -8,12 +9,14 @@ RUN/checkpoints/step-000100/     config.json, safetensors (fp32), tokenizer file
     state/sha256-00001-of-00002.txt             checksums of the files that rank 0 wrote, as `sha256sum -c` reads them
 RUN/checkpoints/latest           symbolic link to the newest
 
-Tensors are dealt out to the ranks by size; each copies its own to the CPU, whole, and a thread of it writes them
-while training goes on. When all ranks have written, which they tell each other in the step's own reduction, rank 0
-renames the folder from ``.step-000100.partial``. Nothing depends on the number of ranks but the names of files. On
-several machines, the run's folder must be on a file system that they share.
+Tensors are dealt out to the ranks by size; each copies its own to the CPU, whole, and a thread of
+it writes them while training goes on. When all ranks have written, which they tell each other in
+the step's own reduction, rank 0 renames the folder from ``.step-000100.partial``. Nothing depends
+on the number of ranks but the names of files. On several machines, the run's folder must be on a
+file system that they share.
 
-SHA-256 because every system has a tool for it and processors an instruction: it is not slower than a disk.
+SHA-256 because every system has a tool for it and processors an instruction: it is not slower than
+a disk.
 """
 
 import copy
@@ -36,19 +39,28 @@ from safetensors.torch import save_file
 from torchdata.stateful_dataloader import StatefulDataLoader
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.files import PROVENANCE_FILE, InputError, describe_source, package_versions, read_json, write_json
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    describe_source,
+    package_versions,
+    read_json,
+    write_json,
+)
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
-from qwen3_encdec.training.state import TrainingState
+from qwen3_encdec.training.distributed import TrainingState
 
-# What decides the order and content of the examples, and what the optimizer's state means; a resumed run must agree.
+# What decides the order and content of the examples, and what the optimizer's state means; a
+# resumed run must agree.
 _FIXED = ("data", "batch_size", "seed", "optimizer")
 
 
 class Checkpointer:
     """Writes a run's checkpoints. Every rank has one and calls the same methods in the same order.
 
-    ``last`` is the newest complete checkpoint. Any failure to write, on any rank, raises InputError on all of them
-    at the next step (or at ``finish``); what was incomplete is removed and ``last`` still holds.
+    ``last`` is the newest complete checkpoint. Any failure to write, on any rank, raises InputError
+    on all of them at the next step (or at ``finish``); what was incomplete is removed and ``last``
+    still holds.
     """
 
     def __init__(
@@ -62,7 +74,12 @@ class Checkpointer:
         config: TrainingConfig,
     ) -> None:
         self.folder, self.last = folder, last
-        self.accelerator, self.state, self.tokenizer, self.config = accelerator, state, tokenizer, config
+        self.accelerator, self.state, self.tokenizer, self.config = (
+            accelerator,
+            state,
+            tokenizer,
+            config,
+        )
         self._step: int | None = None  # of the checkpoint that is being written
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -71,7 +88,8 @@ class Checkpointer:
     def save(self, step: int, place: dict[str, Any], progress: dict[str, Any]) -> None:
         """Copy the state after ``step`` and begin to write it; ``place`` is of `place_of`.
 
-        Returns when training may go on: with ``async_checkpoints`` after the copy. Done at once if ``step`` is saved.
+        Returns when training may go on: with ``async_checkpoints`` after the copy. Done at once if
+            ``step`` is saved.
         """
         self.finish()
         if self.last is not None and self.last.name == folder_name(step):
@@ -86,19 +104,26 @@ class Checkpointer:
             **progress,
         }
         self._step = step
-        work = functools.partial(self._write, weights, owners, optimizer, copy.deepcopy(rank), copy.deepcopy(training))
+        work = functools.partial(
+            self._write, weights, owners, optimizer, copy.deepcopy(rank), copy.deepcopy(training)
+        )
         self._writer = threading.Thread(target=work, daemon=True, name="checkpoint")
         self._writer.start()
         if not self.config.async_checkpoints:
             self.finish()
 
     def flags(self) -> list[int]:
-        """[this rank has written, this rank has failed], to be summed over the ranks and given to `settle`."""
+        """[this rank has written, this rank has failed], to be summed over the ranks and given to
+        `settle`.
+        """
         ended = self._writer is not None and not self._writer.is_alive()
         return [int(ended and self._error is None), int(self._error is not None)]
 
     def settle(self, written: int, failed: int) -> None:
-        """Finish a checkpoint that all ranks have written. Raises InputError if a rank has failed."""
+        """Finish a checkpoint that all ranks have written.
+
+        Raises InputError if a rank has failed.
+        """
         if failed:
             self._abandon()
         if self._writer is None or written < self.accelerator.num_processes:
@@ -148,7 +173,9 @@ class Checkpointer:
         ) from self._error
 
     def _own(self, tensors: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Those of the whole tensors that this rank keeps, copied to the CPU, and every tensor's rank by name."""
+        """Those of the whole tensors that this rank keeps, copied to the CPU, and every tensor's
+        rank by name.
+        """
         loads, kept, owners = [0] * self.accelerator.num_processes, {}, {}
         for name, tensor in tensors:
             owners[name] = loads.index(min(loads))
@@ -183,8 +210,13 @@ class Checkpointer:
                 made_by = {"versions": package_versions(), "commit": _commit()}
                 write_json(path("state/training.json"), training | made_by)
                 if shards > 1:
-                    index = {n: f"model-{rank + 1:05d}-of-{shards:05d}.safetensors" for n, rank in owners.items()}
-                    write_json(path("model.safetensors.index.json"), {"metadata": {}, "weight_map": index})
+                    index = {
+                        n: f"model-{rank + 1:05d}-of-{shards:05d}.safetensors"
+                        for n, rank in owners.items()
+                    }
+                    write_json(
+                        path("model.safetensors.index.json"), {"metadata": {}, "weight_map": index}
+                    )
                 files += self._write_ordinary(folder, training["step"])
             sums = [f"{_seal(file)}  {file.relative_to(folder)}\n" for file in files]
             (folder / f"state/sha256-{self._file}.txt").write_text("".join(sums), encoding="utf-8")
@@ -192,7 +224,10 @@ class Checkpointer:
             self._error = error
 
     def _write_ordinary(self, folder: Path, step: int) -> list[Path]:
-        """What makes it a model folder: configuration, generation defaults, tokenizer, the model's own code."""
+        """What makes it a model folder:
+
+        configuration, generation defaults, tokenizer, the model's own code.
+        """
         module = self.state.module
         scratch = folder / "ordinary"  # save_pretrained removes shards that it doesn't know
         module.save_pretrained(scratch, state_dict={})
@@ -206,7 +241,9 @@ class Checkpointer:
         return files
 
     def _publish(self, folder: Path) -> None:
-        """Rename a complete checkpoint into place, point ``latest`` at it, delete those that are not kept."""
+        """Rename a complete checkpoint into place, point ``latest`` at it, delete those that are
+        not kept.
+        """
         if folder.exists():  # a damaged one, or it would have been resumed from
             shutil.rmtree(folder)
         os.rename(self._partial, folder)
@@ -232,39 +269,50 @@ def place_of(loader: StatefulDataLoader, device: torch.device) -> dict[str, Any]
     return {"data": loader.state_dict(), "random": random_state}
 
 
-def find_checkpoint(checkpoints: Path, accelerator: Accelerator) -> tuple[Path | None, dict[Path, str]]:
+def find_checkpoint(
+    checkpoints: Path, accelerator: Accelerator
+) -> tuple[Path | None, dict[Path, str]]:
     """The newest undamaged checkpoint, and a sentence about each newer one that is damaged.
 
-    Every rank calls it and checks a share of the files. Raises InputError with those sentences when there are
-    checkpoints and all are damaged.
+    Every rank calls it and checks a share of the files. Raises InputError with those sentences when
+    there are checkpoints and all are damaged.
     """
     damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
-        found = gather_object([_damage(folder, accelerator.process_index, accelerator.num_processes)])
+        found = gather_object(
+            [_damage(folder, accelerator.process_index, accelerator.num_processes)]
+        )
         damage = next((sentence for sentence in found if sentence), None)
         if damage is None:
             return folder, damages
         damages[folder] = f"checkpoint {folder} is damaged: {damage}"
     if damages:
-        raise InputError("; ".join(damages.values()) + "; no older checkpoint is left to resume from")
+        raise InputError(
+            "; ".join(damages.values()) + "; no older checkpoint is left to resume from"
+        )
     return None, {}
 
 
 def set_aside(damages: dict[Path, str]) -> None:
-    """Rename damaged checkpoints, for somebody to look at, so that no later step counts or replaces them."""
+    """Rename damaged checkpoints, for somebody to look at, so that no later step counts or replaces
+    them.
+    """
     for folder in damages:
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
 
 
-def read_training_state(folder: Path, config: dict[str, Any], world_size: int) -> tuple[dict[str, Any], list[str]]:
-    """``state/training.json`` of a checkpoint with its ``ranks``, and a phrase about each setting that differs.
+def read_training_state(
+    folder: Path, config: dict[str, Any], world_size: int
+) -> tuple[dict[str, Any], list[str]]:
+    """``state/training.json`` of a checkpoint with its ``ranks``, and a phrase about each setting
+    that differs.
 
     Another number of processes is such a setting: what is left of the data is dealt out anew.
 
-    Raises InputError if the run to resume would see other data or has another optimizer; other data may be accepted
-    with `data.accept_changes`.
+    Raises InputError if the run to resume would see other data or has another optimizer; other data
+    may be accepted with `data.accept_changes`.
     """
     state = read_json(folder / "state/training.json")
     state["ranks"] = [read_json(file) for file in sorted((folder / "state").glob("rank-*.json"))]
@@ -285,7 +333,10 @@ def read_training_state(folder: Path, config: dict[str, Any], world_size: int) -
 
 
 def load_optimizer_state(folder: Path, state: TrainingState, ema: bool) -> None:
-    """Fill the optimizer, sharded or not, from a checkpoint; ``ema``: with its average of the weights."""
+    """Fill the optimizer, sharded or not, from a checkpoint;
+
+    ``ema``: with its average of the weights.
+    """
     with ExitStack() as stack:
         files = [
             stack.enter_context(safe_open(path, framework="pt"))
@@ -297,7 +348,10 @@ def load_optimizer_state(folder: Path, state: TrainingState, ema: bool) -> None:
 
 
 def load_random_state(state: dict[str, Any], rank: int) -> None:
-    """Put back this rank's generators: Python's, numpy's and torch's. A rank that is new takes an old one's."""
+    """Put back this rank's generators:
+
+    Python's, numpy's and torch's. A rank that is new takes an old one's.
+    """
     saved = state["ranks"][rank % len(state["ranks"])]["random"]
     version, internal, gauss = saved["python"]
     random.setstate((version, tuple(internal), gauss))
@@ -331,19 +385,27 @@ def _step(folder: Path) -> int:
 
 def _step_folders(checkpoints: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()]
+    found = [
+        path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()
+    ]
     return sorted(found, key=_step)
 
 
 def _seal(file: Path) -> str:
-    """A file's checksum, after it has been brought to the disk: a rename must not survive a crash that data don't."""
+    """A file's checksum, after it has been brought to the disk:
+
+    a rename must not survive a crash that data don't.
+    """
     with file.open("rb") as handle:
         os.fsync(handle.fileno())
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 
 def _damage(folder: Path, rank: int, world_size: int) -> str | None:
-    """What is wrong with a checkpoint, or None: all ranks look whether files are there, each at a share's contents."""
+    """What is wrong with a checkpoint, or None:
+
+    all ranks look whether files are there, each at a share's contents.
+    """
     try:
         writers = read_json(folder / "state/training.json")["world_size"]
         lines = []

@@ -1,11 +1,13 @@
 """Documents out of files, hub datasets and installed packages.
 
-A corpus is a list of shards, and a shard is what can be read on its own without reading anything before it: a range
-of bytes of a plain .jsonl or .txt file, a row group of a .parquet file, a whole compressed file, a file of a hub
-dataset. So a reader can go to any place of a plain or parquet corpus of any size at once; inside a compressed file or
-a hub file it must read from that file's start.
+A corpus is a list of shards, and a shard is what can be read on its own without reading anything
+before it: a range of bytes of a plain .jsonl or .txt file, a row group of a .parquet file, a whole
+compressed file, a file of a hub dataset. So a reader can go to any place of a plain or parquet
+corpus of any size at once; inside a compressed file or a hub file it must read from that file's
+start.
 
-A shard is read in blocks of about a megabyte of text. How many it has is known beforehand but for the last two kinds.
+A shard is read in blocks of about a megabyte of text. How many it has is known beforehand but for
+the last two kinds.
 """
 
 import glob
@@ -25,16 +27,21 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from qwen3_encdec.data.package_docs import Split, package_docs
-from qwen3_encdec.files import PROVENANCE_FILE, InputError
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError
 
 SHARD_BYTES = 2**20
 _LINE_SUFFIXES = (".jsonl", ".json", ".txt")
-_SUFFIXES = (*(kind + packing for kind in _LINE_SUFFIXES for packing in ("", ".gz", ".zst")), ".parquet")
+_SUFFIXES = (
+    *(kind + packing for kind in _LINE_SUFFIXES for packing in ("", ".gz", ".zst")),
+    ".parquet",
+)
 _HUB_ID = re.compile(r"(?P<name>[\w-][\w.-]*/[\w.-]+)(:(?P<config>[\w.-]+))?")
 _ID_BITS = 40
 _LOOKED_AT = 2**26
 TOKENIZER_KEY = b"qwen3_encdec.tokenizer"
-TOKENIZED_SCHEMA = pa.schema({"id": pa.int64(), "checksum": pa.int64(), "tokens": pa.list_(pa.int32())})
+TOKENIZED_SCHEMA = pa.schema(
+    {"id": pa.int64(), "checksum": pa.int64(), "tokens": pa.list_(pa.int32())}
+)
 
 
 class Document(NamedTuple):
@@ -87,7 +94,11 @@ def tokenized(
     if isinstance(block, Tokenized):
         out = leave_out(block.ids, block.checksums)
         return block.without(out), out
-    ids, checksums = np.array([(document.id, document.checksum) for document in block], np.int64).reshape(-1, 2).T
+    ids, checksums = (
+        np.array([(document.id, document.checksum) for document in block], np.int64)
+        .reshape(-1, 2)
+        .T
+    )
     out = leave_out(ids, checksums)
     texts = [document.text for document, left in zip(block, out.tolist(), strict=True) if not left]
     return Tokenized(ids[~out], checksums[~out], *encode(texts)), out
@@ -109,9 +120,14 @@ class Shard(Protocol):
 
 
 def open_corpus(
-    inputs: Sequence[str], *, text_column: str = "text", hub_split: str = "train", package_split: Split = "train"
+    inputs: Sequence[str],
+    *,
+    text_column: str = "text",
+    hub_split: str = "train",
+    package_split: Split = "train",
 ) -> list[Shard]:
-    """The shards of all inputs (see `DataConfig.inputs`), in an order that only names and sizes decide.
+    """The shards of all inputs (see `DataConfig.inputs`), in an order that only names and sizes
+    decide.
 
     Raises InputError for an input that is not there, is of no known kind, or lacks the text column.
     """
@@ -132,7 +148,10 @@ def open_corpus(
             shards.append(Lines(first, name, text_column))
         else:
             end = Path(name).stat().st_size
-            shards += [Lines(first, name, text_column, at, min(at + size, end)) for at in range(0, end, size)]
+            shards += [
+                Lines(first, name, text_column, at, min(at + size, end))
+                for at in range(0, end, size)
+            ]
     if not shards:
         raise InputError(f"the corpus is empty: no documents in {', '.join(inputs)}")
     return shards
@@ -141,8 +160,8 @@ def open_corpus(
 def corpus_fingerprint(shards: Sequence[Shard]) -> int:
     """Changes when files are added, taken away, resized, or edited where it looks.
 
-    Looks at the name and size of every file, at all of a corpus up to 64 MiB and at both ends of 64 files of a larger
-    one, and at the revision of a hub dataset; the folder does not count.
+    Looks at the name and size of every file, at all of a corpus up to 64 MiB and at both ends of 64
+    files of a larger one, and at the revision of a hub dataset; the folder does not count.
     """
     paths = list(dict.fromkeys(shard.path for shard in shards))
     window = max(_LOOKED_AT // max(len(paths), 1) // 2, 4096)
@@ -158,7 +177,10 @@ def corpus_fingerprint(shards: Sequence[Shard]) -> int:
                 seen = zlib.crc32(data.read(), seen)
     for shard in shards:
         if isinstance(shard, Texts):
-            seen = zlib.crc32("".join(document.text for document in shard.documents).encode("utf-8", "replace"), seen)
+            seen = zlib.crc32(
+                "".join(document.text for document in shard.documents).encode("utf-8", "replace"),
+                seen,
+            )
         elif isinstance(shard, HubFile):
             seen = zlib.crc32(shard.revision.encode(), seen)
     return seen
@@ -186,16 +208,27 @@ def _expand(inputs: Sequence[str]) -> list[tuple[str, str]]:
             found["package-docs", item] = None
             continue
         if path.is_dir():
-            names = (f for f in path.rglob("*") if f.name.endswith(_SUFFIXES) and f.name != PROVENANCE_FILE)
+            names = (
+                f
+                for f in path.rglob("*")
+                if f.name.endswith(_SUFFIXES) and f.name != PROVENANCE_FILE
+            )
             files = sorted(str(file) for file in names if file.is_file())
         elif path.exists():
             files = [item]
         else:
             files = sorted(file for file in glob.glob(item, recursive=True) if Path(file).is_file())
-        if not files and _HUB_ID.fullmatch(item) and not item.endswith(_SUFFIXES) and not path.exists():
+        if (
+            not files
+            and _HUB_ID.fullmatch(item)
+            and not item.endswith(_SUFFIXES)
+            and not path.exists()
+        ):
             found["hub", item] = None
         elif not files:
-            raise InputError(f"input {item!r}: no such file, folder with {', '.join(_SUFFIXES)} files, or hub dataset")
+            raise InputError(
+                f"input {item!r}: no such file, folder with {', '.join(_SUFFIXES)} files, or hub dataset"
+            )
         for file in files:
             if not file.endswith(_SUFFIXES):
                 raise InputError(f"input {file} is none of {', '.join(_SUFFIXES)}")
@@ -228,9 +261,11 @@ def _package_shards(first: int, split: Split) -> list[Shard]:
 
 @dataclass(frozen=True)
 class Lines:
-    """The lines of a .jsonl or .txt file that begin in a range of bytes; a document's id is its first byte.
+    """The lines of a .jsonl or .txt file that begin in a range of bytes; a document's id is its
+    first byte.
 
-    The bytes are those of the text, not of its compressed form. A range of a plain file is one block.
+    The bytes are those of the text, not of its compressed form. A range of a plain file is one
+    block.
     """
 
     first: int
@@ -261,7 +296,9 @@ class Lines:
                 begin = offset
                 plain = self.path.removesuffix(".gz").removesuffix(".zst").endswith(".txt")
                 while offset < self.end and (line := file.readline()):
-                    yield Document(self.first + offset, _parse(line, None if plain else self.column, offset))
+                    yield Document(
+                        self.first + offset, _parse(line, None if plain else self.column, offset)
+                    )
                     offset, lines = offset + len(line), lines + 1
                 if offset < self.end < sys.maxsize:
                     raise ValueError("the file has become shorter since it was opened")
@@ -283,13 +320,18 @@ def _count_lines(path: str, end: int) -> int:
 
 
 def _parse(line: bytes, column: str | None, position: int) -> str:
-    """The text of a line, which is JSON if there is a column. Raises ValueError without the place."""
+    """The text of a line, which is JSON if there is a column.
+
+    Raises ValueError without the place.
+    """
     if position == 0:
         line = line.removeprefix(b"\xef\xbb\xbf")
     try:
         text = line.decode("utf-8").strip("\r\n")
     except UnicodeDecodeError as error:
-        raise ValueError(f"not valid UTF-8 ({error.reason} at byte {error.start} of the line)") from None
+        raise ValueError(
+            f"not valid UTF-8 ({error.reason} at byte {error.start} of the line)"
+        ) from None
     if column is None or not text or text.isspace():
         return text
     try:
@@ -297,7 +339,11 @@ def _parse(line: bytes, column: str | None, position: int) -> str:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict) or column not in record:
-        there = ", ".join(record) if isinstance(record, dict) else f"no columns but a {type(record).__name__}"
+        there = (
+            ", ".join(record)
+            if isinstance(record, dict)
+            else f"no columns but a {type(record).__name__}"
+        )
         raise ValueError(f"no column {column!r}; there is {there}")
     text = record[column]
     if not isinstance(text, str) and text is not None:
@@ -309,7 +355,10 @@ def _parse(line: bytes, column: str | None, position: int) -> str:
 
 @dataclass(frozen=True)
 class RowGroup:
-    """A row group of a parquet file, held in memory while it is read; a document's id is its row."""
+    """A row group of a parquet file, held in memory while it is read;
+
+    a document's id is its row.
+    """
 
     first: int
     path: str
@@ -350,9 +399,14 @@ class TokenizedGroup:
 
     def blocks(self) -> Iterator[Tokenized]:
         """All documents in order. Raises InputError naming the file."""
-        columns = [c.combine_chunks() for c in _read_group(self.path, self.group, list(TOKENIZED_SCHEMA.names)).columns]
+        columns = [
+            c.combine_chunks()
+            for c in _read_group(self.path, self.group, list(TOKENIZED_SCHEMA.names)).columns
+        ]
         # Not to_numpy, which imports pandas.
-        ids, checksums, offsets, tokens = map(np.from_dlpack, (*columns[:2], columns[2].offsets, columns[2].flatten()))
+        ids, checksums, offsets, tokens = map(
+            np.from_dlpack, (*columns[:2], columns[2].offsets, columns[2].flatten())
+        )
         yield Tokenized(ids, checksums, tokens, np.diff(offsets).astype(np.int64))
 
 
@@ -372,7 +426,10 @@ def _parquet_shards(first: int, path: str, column: str) -> list[Shard]:
         raise InputError(f"{path} is not a parquet file: {error}") from None
     tokenizer = (schema.metadata or {}).get(TOKENIZER_KEY)
     if tokenizer is not None:
-        return [TokenizedGroup(path, group, tokenizer.decode()) for group in range(metadata.num_row_groups)]
+        return [
+            TokenizedGroup(path, group, tokenizer.decode())
+            for group in range(metadata.num_row_groups)
+        ]
     if column not in schema.names:
         raise InputError(f"{path}: no column {column!r}; there is {', '.join(schema.names)}")
     if schema.field(column).type not in (pa.string(), pa.large_string(), pa.string_view()):
@@ -380,7 +437,10 @@ def _parquet_shards(first: int, path: str, column: str) -> list[Shard]:
     shards: list[Shard] = []
     leaf = next(i for i in range(metadata.num_columns) if metadata.schema.column(i).path == column)
     for group in range(metadata.num_row_groups):
-        rows, size = metadata.row_group(group).num_rows, metadata.row_group(group).column(leaf).total_uncompressed_size
+        rows, size = (
+            metadata.row_group(group).num_rows,
+            metadata.row_group(group).column(leaf).total_uncompressed_size,
+        )
         if rows:
             per_block = -(-rows // min(rows, -(-size // SHARD_BYTES)))
             shards.append(RowGroup(first, path, column, group, -(-rows // per_block)))
@@ -411,11 +471,15 @@ class HubFile:
             for record in self.dataset.shard(self.dataset.num_shards, self.number):
                 text = record.get(self.column, 0)
                 if not isinstance(text, str | None):
-                    raise ValueError(f"no text in column {self.column!r}; there is {', '.join(record)}")
+                    raise ValueError(
+                        f"no text in column {self.column!r}; there is {', '.join(record)}"
+                    )
                 yield Document(self.first + (self.number << 28) + row, text or "")
                 row += 1
         except Exception as error:  # every way in which a hub can fail
-            raise InputError(f"{self.path} file {self.number} row {row + 1}: {_first_line(error)}") from None
+            raise InputError(
+                f"{self.path} file {self.number} row {row + 1}: {_first_line(error)}"
+            ) from None
 
 
 def _first_line(error: Exception) -> str:
@@ -431,6 +495,11 @@ def _hub_shards(first: int, item: str, column: str, split: str) -> list[Shard]:
         dataset = builder.as_streaming_dataset(split=split)
     except Exception as error:  # as above
         reason = _first_line(error)
-        raise InputError(f"input {item!r}: no such file, and no hub dataset could be opened ({reason})") from None
+        raise InputError(
+            f"input {item!r}: no such file, and no hub dataset could be opened ({reason})"
+        ) from None
     revision = Path(builder.cache_dir).name + str(builder.config_id)
-    return [HubFile(first, item, column, number, dataset, revision) for number in range(dataset.num_shards)]
+    return [
+        HubFile(first, item, column, number, dataset, revision)
+        for number in range(dataset.num_shards)
+    ]

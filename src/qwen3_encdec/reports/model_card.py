@@ -1,4 +1,7 @@
-"""A model card out of what the folders record: a fact that is not recorded is called that, never guessed."""
+"""A model card out of what the folders record:
+
+a fact that is not recorded is called that, never guessed.
+"""
 
 import json
 from collections.abc import Sequence
@@ -7,8 +10,14 @@ from typing import Any
 
 import yaml
 
-from qwen3_encdec.evaluation.report import _cell, _code, _markdown_table, denoising_table, tasks_table
-from qwen3_encdec.files import PROVENANCE_FILE, read_json
+from qwen3_encdec.folders import PROVENANCE_FILE, read_json
+from qwen3_encdec.reports.training import (
+    code,
+    denoising_table,
+    escape_markdown,
+    markdown_table,
+    tasks_table,
+)
 
 UNKNOWN = "not recorded"
 _SIZES = (
@@ -19,36 +28,64 @@ _SIZES = (
 
 def model_card(folders: Sequence[Path]) -> str:
     """The card of the model behind the folders of its runs and evaluations, as Markdown."""
-    metrics = [read_json(folder / "metrics.json") for folder in folders if (folder / "metrics.json").exists()]
-    evaluated = [Path(m["provenance"]["model"]) for m in metrics if m.get("provenance", {}).get("model")]
+    metrics = [
+        read_json(folder / "metrics.json")
+        for folder in folders
+        if (folder / "metrics.json").exists()
+    ]
+    evaluated = [
+        Path(m["provenance"]["model"]) for m in metrics if m.get("provenance", {}).get("model")
+    ]
     encoders = [folder for folder in evaluated if (folder / "modules.json").exists()]
     model = next(iter([*encoders, *evaluated, *folders]))
     chain = _chain(model)
     near = [
         place for folder in chain for place in (folder, *folder.parents[1:2])
     ]  # a checkpoint lies two below its run
-    runs = [folder for folder in dict.fromkeys([*folders, *near]) if (folder / "config.yaml").exists()]
+    runs = [
+        folder for folder in dict.fromkeys([*folders, *near]) if (folder / "config.yaml").exists()
+    ]
     config = read_json(chain[0] / "config.json") if (chain[0] / "config.json").exists() else {}
 
     kind = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    head = ["---", *(kind if (model / "modules.json").exists() else []), "tags: [qwen3, ul2]", "---"]
-    blocks = ["\n".join(head), f"# {_cell(model.name)}", "## How it was made"]
+    head = [
+        "---",
+        *(kind if (model / "modules.json").exists() else []),
+        "tags: [qwen3, ul2]",
+        "---",
+    ]
+    blocks = ["\n".join(head), f"# {escape_markdown(model.name)}", "## How it was made"]
     blocks.append("\n".join(f"1. {_step(folder)}" for folder in reversed(chain)))
-    blocks += ["## Architecture", _facts({key: config[key] for key in _SIZES if key in config}), "## Training"]
+    blocks += [
+        "## Architecture",
+        _facts({key: config[key] for key in _SIZES if key in config}),
+        "## Training",
+    ]
     trained = [_training(run) for run in runs]
-    trained += [_facts({"finetuned": str(folder), **_record(folder)["config"]}) for folder in chain if _tuned(folder)]
+    trained += [
+        _facts({"finetuned": str(folder), **_record(folder)["config"]})
+        for folder in chain
+        if _tuned(folder)
+    ]
     blocks += trained or [UNKNOWN]
     blocks.append("## Evaluation")
     for found in metrics:
         if "denoising" in found:
-            blocks.append(_markdown_table(denoising_table(found["denoising"])))
+            blocks.append(markdown_table(denoising_table(found["denoising"])))
         if found.get("tasks"):
-            blocks.append("Scores with half the width of their 95 % bootstrap intervals; ties count against the model.")
-            blocks.append(_markdown_table(tasks_table(found["tasks"], found.get("tasks_not_run", {}))))
+            blocks.append(
+                "Scores with half the width of their 95 % bootstrap intervals; ties count against the model."
+            )
+            blocks.append(
+                markdown_table(tasks_table(found["tasks"], found.get("tasks_not_run", {})))
+            )
         blocks.append(_facts(found.get("provenance", {})))
     if not metrics:
         blocks.append("not run")
-    blocks += ["## Licence, intended use, limits", f"{UNKNOWN}: whoever publishes the model writes this."]
+    blocks += [
+        "## Licence, intended use, limits",
+        f"{UNKNOWN}: whoever publishes the model writes this.",
+    ]
     return "\n\n".join(blocks) + "\n"
 
 
@@ -57,7 +94,9 @@ def _chain(folder: Path) -> list[Path]:
     chain = [folder]
     while len(chain) < 20:
         record = _record(chain[-1])
-        source = next((record[key] for key in ("finetuned_from", "source", "model") if record.get(key)), None)
+        source = next(
+            (record[key] for key in ("finetuned_from", "source", "model") if record.get(key)), None
+        )
         if source is None:
             break
         beside = chain[-1].parent / Path(source).name  # folders that were moved together
@@ -70,7 +109,9 @@ def _chain(folder: Path) -> list[Path]:
 
 def _record(folder: Path) -> dict[str, Any]:
     record = read_json(folder / PROVENANCE_FILE) if (folder / PROVENANCE_FILE).exists() else {}
-    return record | ({"model": _settings(folder).get("model")} if (folder / "config.yaml").exists() else {})
+    return record | (
+        {"model": _settings(folder).get("model")} if (folder / "config.yaml").exists() else {}
+    )
 
 
 def _tuned(folder: Path) -> bool:
@@ -83,19 +124,34 @@ def _settings(run: Path) -> dict[str, Any]:
 
 def _step(folder: Path) -> str:
     record = _record(folder)
-    facts = ", ".join(f"{key} {value}" for key, value in record.items() if key not in ("kind", "versions", "config"))
-    return f"{_code(str(folder))}: {_cell(record.get('kind', UNKNOWN))}" + (f", {_cell(facts)}" if facts else "")
+    facts = ", ".join(
+        f"{key} {value}"
+        for key, value in record.items()
+        if key not in ("kind", "versions", "config")
+    )
+    return f"{code(str(folder))}: {escape_markdown(record.get('kind', UNKNOWN))}" + (
+        f", {escape_markdown(facts)}" if facts else ""
+    )
 
 
 def _training(run: Path) -> str:
     file = run / "metrics.jsonl"
-    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    lines = (
+        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        if file.exists()
+        else []
+    )
     last: dict[str, Any] = next((line for line in reversed(lines) if "target_tokens" in line), {})
     facts: dict[str, Any] = {
-        key: last[key] for key in ("step", "source_tokens", "target_tokens", "examples", "loss") if key in last
+        key: last[key]
+        for key in ("step", "source_tokens", "target_tokens", "examples", "loss")
+        if key in last
     }
     return _facts({"run": str(run), **facts, **_settings(run)})
 
 
 def _facts(facts: dict[str, Any]) -> str:
-    return "\n".join(f"- {_cell(key)}: {_code(str(value))}" for key, value in facts.items()) or UNKNOWN
+    return (
+        "\n".join(f"- {escape_markdown(key)}: {code(str(value))}" for key, value in facts.items())
+        or UNKNOWN
+    )

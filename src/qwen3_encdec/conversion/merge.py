@@ -1,7 +1,9 @@
-"""Soups: one encoder of several, by averaging or by spherical interpolation, tensor by tensor, in fp32.
+"""Soups: one encoder of several, by averaging or by spherical interpolation, tensor by tensor, in
+fp32.
 
-sentence-transformers' own `merge` goes through mergekit and takes equal models only. This one also merges an encoder
-with the causal Qwen3 it came from, whose tensors have other names, and whose vocabulary lacks the sentinels.
+sentence-transformers' own `merge` goes through mergekit and takes equal models only. This one also
+merges an encoder with the causal Qwen3 it came from, whose tensors have other names, and whose
+vocabulary lacks the sentinels.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
@@ -12,8 +14,17 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import Qwen3Config
 
-from .files import PROVENANCE_FILE, InputError, check_output, copy_without_weights, new_folder, read_json
-from .loading import read_tensors, resolve_checkpoint, tensor_shapes
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    check_output,
+    copy_without_weights,
+    new_folder,
+    read_json,
+    read_tensors,
+    resolve_checkpoint,
+    tensor_shapes,
+)
 
 T = TypeVar("T")
 METHODS = ("linear", "slerp")
@@ -31,22 +42,30 @@ def soup(
     """Merge encoders into a copy of the first one.
 
     Args:
-        models: Encoder folders of one architecture, tokenizer and pooling. From the second on, one may be the causal
-            Qwen3 that they came from: its embedding rows are merged, those that it lacks stay the first model's.
+        models: Encoder folders of one architecture, tokenizer and pooling. From the second on, one
+            may be the causal Qwen3 that they came from: its embedding rows are merged, those that
+            it lacks stay the first model's.
         output_dir: Written beside and renamed into place.
         weights: Share of each model, by default equal ones; they are divided by their sum.
-        method: `"linear"`, the weighted mean; or `"slerp"`, of two models: along the arc between two tensors.
+        method: `"linear"`, the weighted mean; or `"slerp"`, of two models: along the arc between
+            two tensors.
 
     Raises:
-        InputError: fewer than two models, weights that do not fit, an unknown method, or models that differ in more
-            than their weights.
+        InputError: fewer than two models, weights that do not fit, an unknown method, or models
+            that differ in more than their weights.
     """
     if len(models) < 2:
         raise InputError("a soup needs at least two models")
     if method not in METHODS or (method == "slerp" and len(models) != 2):
-        raise InputError(f"method {method!r} with {len(models)} models is neither linear nor slerp of two")
+        raise InputError(
+            f"method {method!r} with {len(models)} models is neither linear nor slerp of two"
+        )
     weights = [1.0] * len(models) if weights is None else list(weights)
-    if len(weights) != len(models) or not all(0 <= weight < float("inf") for weight in weights) or not sum(weights):
+    if (
+        len(weights) != len(models)
+        or not all(0 <= weight < float("inf") for weight in weights)
+        or not sum(weights)
+    ):
         raise InputError(f"weights {weights} must be {len(models)} numbers of 0 or more, not all 0")
     shares = [weight / sum(weights) for weight in weights]
     output_dir = check_output(output_dir, "encoder")
@@ -64,28 +83,22 @@ def soup(
             rows, ours = len(tensor), merged[name].float()
             meet = slerp if method == "slerp" else torch.lerp
             # A mean of means: weighted by its share of the models so far.
-            merged[name] = torch.cat([meet(ours[:rows], tensor.float(), share / total), ours[rows:]])
-    facts: dict[str, Any] = {"soup_of": [str(model) for model in models], "weights": shares, "method": method}
-    first = read_json(folders[0] / PROVENANCE_FILE) if (folders[0] / PROVENANCE_FILE).is_file() else {}
+            merged[name] = torch.cat(
+                [meet(ours[:rows], tensor.float(), share / total), ours[rows:]]
+            )
+    facts: dict[str, Any] = {
+        "soup_of": [str(model) for model in models],
+        "weights": shares,
+        "method": method,
+    }
+    first = (
+        read_json(folders[0] / PROVENANCE_FILE) if (folders[0] / PROVENANCE_FILE).is_file() else {}
+    )
     facts |= {key: first[key] for key in ("finetuned_from", "source") if key in first}
     with new_folder(output_dir, "encoder", **facts) as folder:
         copy_without_weights(folders[0], folder)
         tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in merged.items()}
         save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-
-
-def compare(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> str:
-    """Retrieval in held-out packages of all inputs and of their soup, and whether it is better than each of them."""
-    from .evaluation.suite import evaluate_retrieval, summary
-
-    causal = [model for model in models if not (Path(model) / "modules.json").is_file()]
-    encoders = {str(model): model for model in models if model not in causal} | {str(merged): merged}
-    metrics = evaluate_retrieval(encoders, parent=causal[0] if causal else None, seed=seed)
-    scores = {name: metrics["retrieval"][name]["ndcg@10"] for name in encoders}
-    soup_score = scores.pop(str(merged))
-    best = max(scores, key=lambda name: scores[name])
-    verdict = "better than" if soup_score > scores[best] else "not better than"
-    return f"{summary(metrics)}\n{merged} is {verdict} its best input {best}: {soup_score:.3f}, {scores[best]:.3f}"
 
 
 def _of_encoder(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
@@ -99,22 +112,34 @@ def _check_same(first: Path, other: Path) -> None:
     configs = []
     for folder in (first, other):
         if read_json(folder / "config.json").get("model_type") != "qwen3":
-            raise InputError(f"{folder} holds no Qwen3; a soup is made of encoders and their causal parent")
+            raise InputError(
+                f"{folder} holds no Qwen3; a soup is made of encoders and their causal parent"
+            )
         configs.append(Qwen3Config.from_pretrained(folder))
     for name in _ARCHITECTURE:
         ours, theirs = (getattr(config, name) for config in configs)
         if ours != theirs:
-            raise InputError(f"{other} is of another architecture than {first}: {name} is {theirs}, not {ours}")
+            raise InputError(
+                f"{other} is of another architecture than {first}: {name} is {theirs}, not {ours}"
+            )
     shapes = [dict(_of_encoder(tensor_shapes(folder).items())) for folder in (first, other)]
     causal = read_json(other / "config.json").get("is_causal") is not False
     rows = shapes[0].get("embed_tokens.weight", (0,))[0]
     if causal and shapes[1].get("embed_tokens.weight", (rows + 1,))[0] <= rows:
-        shapes[1]["embed_tokens.weight"] = shapes[0]["embed_tokens.weight"]  # it has no rows for the sentinels
+        shapes[1]["embed_tokens.weight"] = shapes[0][
+            "embed_tokens.weight"
+        ]  # it has no rows for the sentinels
     for name in sorted(
-        name for name in shapes[0].keys() | shapes[1].keys() if shapes[0].get(name) != shapes[1].get(name)
+        name
+        for name in shapes[0].keys() | shapes[1].keys()
+        if shapes[0].get(name) != shapes[1].get(name)
     ):
-        raise InputError(f"{other}: tensor {name} is {shapes[1].get(name)}, in {first} {shapes[0].get(name)}")
-    first_vocabulary, vocabulary = (read_json(folder / "tokenizer.json")["model"]["vocab"] for folder in (first, other))
+        raise InputError(
+            f"{other}: tensor {name} is {shapes[1].get(name)}, in {first} {shapes[0].get(name)}"
+        )
+    first_vocabulary, vocabulary = (
+        read_json(folder / "tokenizer.json")["model"]["vocab"] for folder in (first, other)
+    )
     if first_vocabulary != vocabulary:
         raise InputError(f"{other} has another vocabulary than {first}")
     if not causal and (other / "1_Pooling").is_dir():
@@ -124,10 +149,15 @@ def _check_same(first: Path, other: Path) -> None:
 
 
 def slerp(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tensor:
-    """The point at `share` (0 first, 1 second) of the arc between two tensors; their mean where they are parallel."""
+    """The point at `share` (0 first, 1 second) of the arc between two tensors;
+
+    their mean where they are parallel.
+    """
     a, b = first.flatten(), second.flatten()
     cosine = torch.dot(a, b) / (a.norm() * b.norm()).clamp(min=1e-12)
     angle = torch.arccos(cosine.clamp(-1, 1))
     if angle.sin() < 1e-4:
         return torch.lerp(first, second, share)
-    return (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / torch.sin(angle)
+    return (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / torch.sin(
+        angle
+    )

@@ -1,6 +1,7 @@
 """Parts of a page that opens anywhere, without a script: tables, in HTML and Markdown, and figures.
 
-Figures are inline SVG whose lines and text take the page's colour, so that they follow light and dark themes.
+Figures are inline SVG whose lines and text take the page's colour, so that they follow light and
+dark themes.
 """
 
 import io
@@ -67,12 +68,19 @@ def html_page(title: str, body: Sequence[str]) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n" + "\n".join(body) + "\n</body></html>\n"
+        f"<title>{escape(title)}</title><style>{CSS}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
     )
 
 
-def retrieval_table(retrieval: Mapping[str, Mapping[str, float]], not_run: Mapping[str, str]) -> Table:
-    """Header and rows of the scores and geometry by embedder; one that was not run has its reason as the only cell."""
+def retrieval_table(
+    retrieval: Mapping[str, Mapping[str, float]], not_run: Mapping[str, str]
+) -> Table:
+    """Header and rows of the scores and geometry by embedder;
+
+    one that was not run has its reason as the only cell.
+    """
     digits = {"uniformity": ".2f", "effective_rank": ".1f"}
     rows = [
         [name, *(format(row[key], digits.get(key, ".3f")) for key in (*SCORES, *GEOMETRY))]
@@ -83,17 +91,26 @@ def retrieval_table(retrieval: Mapping[str, Mapping[str, float]], not_run: Mappi
 
 
 def tasks_table(tasks: Mapping[str, Mapping[str, Any]], not_run: Mapping[str, str]) -> Table:
-    """Header and rows of the scores by task and embedder, with half the width of their 95 % intervals."""
+    """Header and rows of the scores by task and embedder, with half the width of their 95 %
+    intervals.
+    """
     embedders = list(dict.fromkeys(name for task in tasks.values() for name in task["scores"]))
 
     def cell(score: Mapping[str, float] | None) -> str:
         if score is None:
             return "–"
-        spread = f" ±{(score['high'] - score['low']) / 2:.3f}".replace("±0.", "±.") if "low" in score else ""
+        spread = (
+            f" ±{(score['high'] - score['low']) / 2:.3f}".replace("±0.", "±.")
+            if "low" in score
+            else ""
+        )
         return f"{score['score']:.3f}{spread}"
 
     rows = [
-        [f"{name} ({task['metric']}, {task['size']:,})", *(cell(task["scores"].get(column)) for column in embedders)]
+        [
+            f"{name} ({task['metric']}, {task['size']:,})",
+            *(cell(task["scores"].get(column)) for column in embedders),
+        ]
         for name, task in tasks.items()
     ]
     rows += [[name, f"not run: {reason}"] for name, reason in not_run.items()]
@@ -106,29 +123,46 @@ def task_figures(tasks: Mapping[str, Mapping[str, Any]]) -> list[str]:
     others = {name: task for name, task in tasks.items() if name not in needles}
     embedders = len({name for task in tasks.values() for name in task["scores"]})
     drawn = [
-        (_draw_tasks, others, "Scores by task, with 95 % intervals.", 0.8 + len(others) * (0.2 + 0.13 * embedders)),
-        (_draw_needles, needles, "Passages found by the length of the text around them, mean over places.", 3.0),
+        (
+            _draw_tasks,
+            others,
+            "Scores by task, with 95 % intervals.",
+            0.8 + len(others) * (0.2 + 0.13 * embedders),
+        ),
+        (
+            _draw_needles,
+            needles,
+            "Passages found by the length of the text around them, mean over places.",
+            3.0,
+        ),
     ]
-    return [_figure(draw, data, caption, height) for draw, data, caption, height in drawn if data]
+    return [figure(draw, data, caption, height) for draw, data, caption, height in drawn if data]
 
 
 def space_figures(space: Mapping[str, Any]) -> list[str]:
-    """Cosines of some texts, a map and nearest neighbours under one embedder, as far as `space` holds them."""
+    """Cosines of some texts, a map and nearest neighbours under one embedder, as far as `space`
+    holds them.
+    """
     name = f" under {space['name']}" if space.get("name") else ""
     caption = f"Cosine of every two of these texts{name}; light is similar. Related texts should be light blocks."
     texts = "".join(f"<li>{escape(label)}</li>" for label in space["labels"])
-    figures = [_figure(_draw_similarity, space, caption, 3.8), f"<ol>{texts}</ol>"]
+    figures = [figure(_draw_similarity, space, caption, 3.8), f"<ol>{texts}</ol>"]
     if "map" in space:
         caption = f"Held-out docstrings{name}, coloured by package (t-SNE: near is alike, far says little)."
-        figures.append(_figure(_draw_map, space["map"], caption, 4.2))
+        figures.append(figure(_draw_map, space["map"], caption, 4.2))
     rows = []
     for item in space.get("neighbours", ()):
         nearest = "".join(
-            f"<li>{cosine:.2f} <b>{escape(group)}</b> {escape(text)}</li>" for text, group, cosine in item["nearest"]
+            f"<li>{cosine:.2f} <b>{escape(group)}</b> {escape(text)}</li>"
+            for text, group, cosine in item["nearest"]
         )
-        rows.append(f"<dt>{escape(item['package'])}</dt><dd>{escape(item['text'])}<ul>{nearest}</ul></dd>")
+        rows.append(
+            f"<dt>{escape(item['package'])}</dt><dd>{escape(item['text'])}<ul>{nearest}</ul></dd>"
+        )
     if rows:
-        figures.append(f"<div><p>Nearest neighbours{escape(name)}</p><dl>{''.join(rows)}</dl></div>")
+        figures.append(
+            f"<div><p>Nearest neighbours{escape(name)}</p><dl>{''.join(rows)}</dl></div>"
+        )
     return figures
 
 
@@ -136,13 +170,16 @@ def denoising_table(denoising: Mapping[str, Mapping[str, float]]) -> Table:
     """Header and rows of the losses by denoiser."""
     names = list(dict.fromkeys(name for losses in denoising.values() for name in losses))
     rows = [
-        [name, *(f"{losses[name]:.3f}" if name in losses else "–" for losses in denoising.values())] for name in names
+        [name, *(f"{losses[name]:.3f}" if name in losses else "–" for losses in denoising.values())]
+        for name in names
     ]
     return ["Denoiser", *denoising], rows
 
 
-def _figure(draw: Callable[[Axes, Any], None], data: Any, caption: str, height: float) -> str:
-    """A figure element: `draw(axes, data)` as inline SVG, 5 inches wide, the caption as its description too."""
+def figure(draw: Callable[[Axes, Any], None], data: Any, caption: str, height: float) -> str:
+    """A figure element: `draw(axes, data)` as inline SVG, 5 inches wide, the caption as its
+    description too.
+    """
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5, height), layout="constrained")
         draw(figure.add_subplot(), data)
@@ -161,12 +198,21 @@ def _draw_tasks(axes: Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     embedders = list(dict.fromkeys(name for task in tasks.values() for name in task["scores"]))
     height = 0.8 / len(embedders)
     for j, embedder in enumerate(embedders):
-        rows = [(i, task["scores"][embedder]) for i, task in enumerate(tasks.values()) if embedder in task["scores"]]
+        rows = [
+            (i, task["scores"][embedder])
+            for i, task in enumerate(tasks.values())
+            if embedder in task["scores"]
+        ]
         places = [i + (j - (len(embedders) - 1) / 2) * height for i, _ in rows]
         scores = [row["score"] for _, row in rows]
-        spread = [[abs(row.get(end, row["score"]) - row["score"]) for _, row in rows] for end in ("low", "high")]
+        spread = [
+            [abs(row.get(end, row["score"]) - row["score"]) for _, row in rows]
+            for end in ("low", "high")
+        ]
         mark, color = "os^D"[j // len(COLORS) % 4], COLORS[j % len(COLORS)]
-        axes.errorbar(scores, places, xerr=spread, fmt=mark, color=color, markersize=3.5, label=embedder)
+        axes.errorbar(
+            scores, places, xerr=spread, fmt=mark, color=color, markersize=3.5, label=embedder
+        )
     axes.set_yticks(range(len(tasks)), list(tasks))
     axes.set_ylim(len(tasks) - 0.5, -0.5)
     axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
@@ -178,7 +224,9 @@ def _draw_needles(axes: Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
     points: dict[str, dict[int, list[float]]] = {}
     for name, task in tasks.items():
         for embedder, row in task["scores"].items():
-            points.setdefault(embedder, {}).setdefault(int(name.split()[1]), []).append(row["score"])
+            points.setdefault(embedder, {}).setdefault(int(name.split()[1]), []).append(
+                row["score"]
+            )
     for i, (embedder, by_length) in enumerate(points.items()):
         lengths = sorted(by_length)
         means = [sum(by_length[n]) / len(by_length[n]) for n in lengths]
@@ -193,7 +241,11 @@ def _draw_needles(axes: Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
 def _draw_map(axes: Axes, points: Mapping[str, Any]) -> None:
     groups = list(dict.fromkeys(points["groups"]))
     for group in groups:
-        chosen = [point for point, own in zip(points["points"], points["groups"], strict=True) if own == group]
+        chosen = [
+            point
+            for point, own in zip(points["points"], points["groups"], strict=True)
+            if own == group
+        ]
         x, y = zip(*chosen, strict=True)
         axes.scatter(x, y, s=9, alpha=0.8, label=group)
     axes.set_axis_off()
@@ -204,7 +256,9 @@ def _draw_map(axes: Axes, points: Mapping[str, Any]) -> None:
 def _draw_similarity(axes: Axes, similarity: Mapping[str, Any]) -> None:
     labels, matrix = similarity["labels"], similarity["matrix"]
     others = [value for i, row in enumerate(matrix) for j, value in enumerate(row) if i != j]
-    image = axes.pcolormesh(matrix, cmap="viridis", vmin=min(others), vmax=max(others), edgecolor="face", linewidth=0.1)
+    image = axes.pcolormesh(
+        matrix, cmap="viridis", vmin=min(others), vmax=max(others), edgecolor="face", linewidth=0.1
+    )
     axes.set_aspect("equal")
     axes.invert_yaxis()
     places = [i + 0.5 for i in range(len(labels))]
@@ -217,31 +271,46 @@ def _draw_similarity(axes: Axes, similarity: Mapping[str, Any]) -> None:
     colorbar.outline.set_visible(False)
 
 
-def _html_table(table: Table) -> str:
+def html_table(table: Table) -> str:
+    """An HTML table of a header and rows; a row shorter than the header spans what is left."""
     header, rows = table
     lines = ["".join(f'<th scope="col">{escape(cell)}</th>' for cell in header)]
     for row in rows:
         span = f' class="note" colspan="{len(header) - 1}"' if len(row) < len(header) else ""
-        lines.append(f"<td>{escape(row[0])}</td>" + "".join(f"<td{span}>{escape(cell)}</td>" for cell in row[1:]))
-    return '<div class="scroll"><table>' + "\n".join(f"<tr>{line}</tr>" for line in lines) + "</table></div>"
+        lines.append(
+            f"<td>{escape(row[0])}</td>"
+            + "".join(f"<td{span}>{escape(cell)}</td>" for cell in row[1:])
+        )
+    return (
+        '<div class="scroll"><table>'
+        + "\n".join(f"<tr>{line}</tr>" for line in lines)
+        + "</table></div>"
+    )
 
 
-def _markdown_table(table: Table) -> str:
+def markdown_table(table: Table) -> str:
+    """The same table in Markdown."""
     header, rows = table
     rules = [":---", *["---:"] * (len(header) - 1)]
     lines = [header, rules, *(row + [""] * (len(header) - len(row)) for row in rows)]
-    return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(map(escape_markdown, line)) + " |" for line in lines)
 
 
-def _html_list(fields: Sequence[tuple[str, str]]) -> str:
-    return "<dl>" + "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in fields) + "</dl>"
+def html_list(fields: Sequence[tuple[str, str]]) -> str:
+    """A description list of (key, value)."""
+    return (
+        "<dl>"
+        + "".join(f"<dt>{escape(key)}</dt><dd>{escape(value)}</dd>" for key, value in fields)
+        + "</dl>"
+    )
 
 
-def _cell(text: str) -> str:
+def escape_markdown(text: str) -> str:
+    """One line of text without the characters that Markdown reads."""
     return re.sub(r"([\\|<>*_`\[\]#])", r"\\\1", " ".join(text.split()))
 
 
-def _code(text: str) -> str:
+def code(text: str) -> str:
     """A Markdown code span that whatever is in the text cannot end."""
     text = " ".join(text.split())
     fence = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)

@@ -1,9 +1,10 @@
 """Qwen3 checkpoint -> encoder-decoder folder, verified by what it computes.
 
-Every Qwen3 tensor goes into both stacks; nothing is trained away and nothing is left random but the sentinel rows.
-The gate runs on the saved and reloaded folder: the encoder under a causal mask must give Qwen3's hidden states, the
-decoder with its whole source masked must give Qwen3's logits, and the same check must fail once two tensors are
-swapped. A folder that does not pass is not left behind.
+Every Qwen3 tensor goes into both stacks; nothing is trained away and nothing is left random but the
+sentinel rows.
+The gate runs on the saved and reloaded folder: the encoder under a causal mask must give Qwen3's
+hidden states, the decoder with its whole source masked must give Qwen3's logits, and the same check
+must fail once two tensors are swapped. A folder that does not pass is not left behind.
 """
 
 import re
@@ -14,15 +15,22 @@ import torch
 from transformers import AutoConfig, Qwen3ForCausalLM
 from transformers.utils import logging
 
-from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .files import InputError, check_output, new_folder, read_json
-from .loading import read_tensors, resolve_checkpoint
-from .modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
-from .tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer, build_tokenizer
+from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from qwen3_encdec.folders import (
+    InputError,
+    check_output,
+    new_folder,
+    read_json,
+    read_tensors,
+    resolve_checkpoint,
+)
+from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from qwen3_encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer, build_tokenizer
 
 logger = logging.get_logger(__name__)
 
-# Qwen3 name -> name in each stack, `{i}` being the layer. The embedding and an untied head are handled apart.
+# Qwen3 name -> name in each stack, `{i}` being the layer. The embedding and an untied head are
+# handled apart.
 KEY_MAP = {
     "model.layers.{i}.input_layernorm.weight": "layers.{i}.input_layernorm.weight",
     "model.layers.{i}.post_attention_layernorm.weight": "layers.{i}.post_attention_layernorm.weight",
@@ -43,13 +51,16 @@ BIAS_MAP = {
 }
 EMBEDDING, HEAD, SHARED = "model.embed_tokens.weight", "lm_head.weight", "model.shared.weight"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Largest difference allowed, relative to the largest reference value. fp32 rounding through 28 layers is about 1e-6.
+# Largest difference allowed, relative to the largest reference value. fp32 rounding through 28
+# layers is about 1e-6.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Largest differences to Qwen3, relative to the largest reference value, and those of the broken controls."""
+    """Largest differences to Qwen3, relative to the largest reference value, and those of the
+    broken controls.
+    """
 
     encoder: float
     decoder: float
@@ -58,9 +69,13 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether both stacks compute what Qwen3 does and both controls were caught. NaN does not pass."""
+        """Whether both stacks compute what Qwen3 does and both controls were caught.
+
+        NaN does not pass.
+        """
         return (
-            max(self.encoder, self.decoder) < TOLERANCE and min(self.encoder_control, self.decoder_control) > TOLERANCE
+            max(self.encoder, self.decoder) < TOLERANCE
+            and min(self.encoder_control, self.decoder_control) > TOLERANCE
         )
 
 
@@ -108,19 +123,22 @@ def initialize(
     verify: bool = True,
     seed: int = 0,
 ) -> InitializationReport:
-    """Write the encoder-decoder folder of a dense Qwen3 checkpoint: weights, configuration and tokenizer.
+    """Write the encoder-decoder folder of a dense Qwen3 checkpoint: weights, configuration and
+    tokenizer.
 
     Args:
         qwen3_model: Folder or hub id.
         output_dir: Written beside and renamed into place.
         num_sentinel_tokens: How many `<extra_id_N>` rows to append.
-        num_decoder_layers: Fewer decoder than encoder layers, picked evenly with the first and the last kept.
+        num_decoder_layers: Fewer decoder than encoder layers, picked evenly with the first and the
+            last kept.
         dtype: `"float32"` or `"bfloat16"`, of the saved weights.
         verify: Run the functional gate; see `Verification`.
         seed: Of the noise on the sentinel rows.
 
     Raises:
-        InputError: no checkpoint there, not a dense Qwen3, damaged or unexpected tensors, or a failed verification.
+        InputError: no checkpoint there, not a dense Qwen3, damaged or unexpected tensors, or a
+            failed verification.
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
@@ -141,7 +159,9 @@ def initialize(
     except ValueError as error:
         raise InputError(f"{qwen3_model}: {error}") from None
     if len(tokenizer) != config.vocab_size:
-        raise InputError(f"{qwen3_model}: tokenizer has {len(tokenizer)} entries, model {config.vocab_size}")
+        raise InputError(
+            f"{qwen3_model}: tokenizer has {len(tokenizer)} entries, model {config.vocab_size}"
+        )
     picks = pick_layers(config.num_hidden_layers, config.num_decoder_layers)
     trained_rows = next(
         (
@@ -170,16 +190,27 @@ def initialize(
         new_rows = config.vocab_size - source_config.vocab_size
         copied = len(tensors)
         del model, tensors
-        verification = verify_initialization(source, folder, picks, DTYPES[dtype]) if verify else None
+        verification = (
+            verify_initialization(source, folder, picks, DTYPES[dtype]) if verify else None
+        )
         if verification is not None and not verification.passed:
-            raise InputError(f"{qwen3_model}: verification failed, nothing was written: {asdict(verification)}")
-    return InitializationReport(copied, 3, new_rows, dropped, parameters, parameters + 2 * matrix, verification)
+            raise InputError(
+                f"{qwen3_model}: verification failed, nothing was written: {asdict(verification)}"
+            )
+    return InitializationReport(
+        copied, 3, new_rows, dropped, parameters, parameters + 2 * matrix, verification
+    )
 
 
 def pick_layers(available: int, wanted: int) -> list[int]:
-    """Which of `available` layers become the `wanted` ones: evenly spaced, the first and the last kept."""
+    """Which of `available` layers become the `wanted` ones:
+
+    evenly spaced, the first and the last kept.
+    """
     if not 1 <= wanted <= available:
-        raise InputError(f"num_decoder_layers={wanted} is not between 1 and the {available} layers of the checkpoint")
+        raise InputError(
+            f"num_decoder_layers={wanted} is not between 1 and the {available} layers of the checkpoint"
+        )
     if wanted == 1:
         return [available - 1]
     return [round(i * (available - 1) / (wanted - 1)) for i in range(wanted)]
@@ -234,17 +265,26 @@ def _targets(name: str, key_map: dict[str, str], picks: list[int]) -> list[str]:
     ]
 
 
-def _grow(embedding: torch.Tensor, config: Qwen3EncoderDecoderConfig, trained_rows: int, seed: int) -> torch.Tensor:
-    """Append the sentinel rows: the mean of the trained rows, with a tenth of their spread as seeded noise."""
+def _grow(
+    embedding: torch.Tensor, config: Qwen3EncoderDecoderConfig, trained_rows: int, seed: int
+) -> torch.Tensor:
+    """Append the sentinel rows:
+
+    the mean of the trained rows, with a tenth of their spread as seeded noise.
+    """
     trained = embedding[:trained_rows]
     noise = torch.randn(
-        config.vocab_size - embedding.shape[0], embedding.shape[1], generator=torch.Generator().manual_seed(seed)
+        config.vocab_size - embedding.shape[0],
+        embedding.shape[1],
+        generator=torch.Generator().manual_seed(seed),
     )
     return torch.cat([embedding, trained.mean(0) + 0.1 * trained.std(0) * noise])
 
 
 @torch.no_grad()
-def verify_initialization(source: Path, folder: Path, picks: list[int], dtype: torch.dtype) -> Verification:
+def verify_initialization(
+    source: Path, folder: Path, picks: list[int], dtype: torch.dtype
+) -> Verification:
     """Compare what the saved folder computes with Qwen3, both in fp32 from weights of `dtype`."""
     model = Qwen3ForSeq2SeqLM.from_pretrained(folder, dtype=dtype).float().eval()
     config = model.config
@@ -255,7 +295,9 @@ def verify_initialization(source: Path, folder: Path, picks: list[int], dtype: t
     hidden = qwen3(ids, use_cache=False).last_hidden_state
     qwen3.layers = torch.nn.ModuleList(qwen3.layers[i] for i in picks)
     qwen3.config.num_hidden_layers = len(picks)
-    logits = torch.nn.functional.linear(qwen3(ids, use_cache=False).last_hidden_state, qwen3.embed_tokens.weight)
+    logits = torch.nn.functional.linear(
+        qwen3(ids, use_cache=False).last_hidden_state, qwen3.embed_tokens.weight
+    )
     del qwen3
 
     causal = torch.ones(length, length, dtype=torch.bool).tril()[None, None].expand(3, -1, -1, -1)
@@ -269,7 +311,9 @@ def verify_initialization(source: Path, folder: Path, picks: list[int], dtype: t
             encoder_attention_mask=torch.zeros(3, 5, dtype=torch.long),
             use_cache=False,
         ).last_hidden_state
-        predicted = torch.nn.functional.linear(decoded, model.model.shared.weight[: logits.shape[-1]])
+        predicted = torch.nn.functional.linear(
+            decoded, model.model.shared.weight[: logits.shape[-1]]
+        )
         return _relative(encoded, hidden), _relative(predicted, logits)
 
     encoder, decoder = differences()

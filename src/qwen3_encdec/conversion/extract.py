@@ -1,13 +1,15 @@
 """Encoder-decoder checkpoint -> a plain `Qwen3Model` folder that stock tools load bidirectionally.
 
-The folder needs neither this package nor remote code. Each reader wants its own spelling of "not causal", and an old
-reader that knows none of them must refuse rather than embed causally:
+The folder needs neither this package nor remote code. Each reader wants its own spelling of "not
+causal", and an old reader that knows none of them must refuse rather than embed causally:
 
 - `"is_causal": false` for transformers >= 5.2, vLLM and llama.cpp;
 - `"use_bidirectional_attention": true` for Text Embeddings Inference;
-- `"requirements"` in `config_sentence_transformers.json`, which stops sentence-transformers on transformers < 5.2;
+- `"requirements"` in `config_sentence_transformers.json`, which stops sentence-transformers on
+transformers < 5.2;
 - `rope_theta` at the top level beside `rope_parameters`, and one `eos_token_id`, for older readers;
-- the legacy sentence-transformers layout, which every version of it and of Text Embeddings Inference reads.
+- the legacy sentence-transformers layout, which every version of it and of Text Embeddings
+  Inference reads.
 
 The tokenizer appends `<|im_end|>`, as every source ended in training.
 """
@@ -21,12 +23,23 @@ import torch
 from tokenizers import processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .files import InputError, check_output, new_folder, read_json, write_json
-from .loading import TRAIN_COMMAND, load_config, load_tokenizer, read_averages, read_tensors
-from .modeling_qwen3_encoder import Qwen3Encoder
+from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from qwen3_encdec.folders import (
+    TRAIN_COMMAND,
+    InputError,
+    check_output,
+    load_config,
+    load_tokenizer,
+    new_folder,
+    read_averages,
+    read_json,
+    read_tensors,
+    write_json,
+)
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder
 
-# As sentence-transformers calls them, and the flags by which its older versions and other readers know them.
+# As sentence-transformers calls them, and the flags by which its older versions and other readers
+# know them.
 POOLING = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
 _FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
           "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
@@ -43,8 +56,8 @@ TOLERANCE = 1e-4
 class ExtractionReport:
     """Largest relative differences of the extracted folder to our own encoder on a padded batch.
 
-    `transformers` is the worst of eager and sdpa, `sentence_transformers` that of the pooled embeddings (None: not
-    installed), `causal_control` what reading the folder causally would give.
+    `transformers` is the worst of eager and sdpa, `sentence_transformers` that of the pooled
+    embeddings (None: not installed), `causal_control` what reading the folder causally would give.
     """
 
     averaged: list[str]
@@ -54,7 +67,9 @@ class ExtractionReport:
     causal_control: float
 
     def __str__(self) -> str:
-        pooled = "not run" if self.sentence_transformers is None else f"{self.sentence_transformers:.1e}"
+        pooled = (
+            "not run" if self.sentence_transformers is None else f"{self.sentence_transformers:.1e}"
+        )
         return (
             f"encoder of {', '.join(self.averaged)}: {self.parameters:,} parameters\n"
             f"stock transformers differs by {self.transformers:.1e}, sentence-transformers by {pooled}; "
@@ -74,16 +89,19 @@ def extract_encoder(
     """Write the encoder of a checkpoint as a standalone text-embedding model.
 
     Args:
-        checkpoint: An encoder-decoder folder, one `step-*` checkpoint of a run, or a run folder (its newest).
+        checkpoint: An encoder-decoder folder, one `step-*` checkpoint of a run, or a run folder
+            (its newest).
         output_dir: Written beside and renamed into place.
         pooling: `"mean"`, `"last"` or `"cls"`, what sentence-transformers makes a sentence of.
-        average_last: Average the weights of the newest N checkpoints of the run, up to `checkpoint`.
+        average_last: Average the weights of the newest N checkpoints of the run, up to
+        `checkpoint`.
         ema: Take the running average that training kept, not the weights.
         max_seq_length: Tokens after which sentence-transformers truncates a text.
 
     Raises:
-        InputError: no encoder-decoder checkpoint there, too few to average, damaged files, an unknown pooling, or a
-            folder that stock transformers or sentence-transformers does not read as our encoder.
+        InputError: no encoder-decoder checkpoint there, too few to average, damaged files, an
+            unknown pooling, or a folder that stock transformers or sentence-transformers does not
+            read as our encoder.
     """
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")
@@ -92,8 +110,12 @@ def extract_encoder(
     config = load_config(folders[-1])
     max_seq_length = min(max_seq_length, config.max_position_embeddings)
     names = [f"{folder.name} (ema)" if ema else folder.name for folder in folders]
-    with new_folder(output_dir, "encoder", source=str(checkpoint), averaged=names, pooling=pooling) as folder:
-        encoder = _stock_encoder(config, _average_encoder(folders, read_averages if ema else read_tensors))
+    with new_folder(
+        output_dir, "encoder", source=str(checkpoint), averaged=names, pooling=pooling
+    ) as folder:
+        encoder = _stock_encoder(
+            config, _average_encoder(folders, read_averages if ema else read_tensors)
+        )
         encoder.save_pretrained(folder)
         _write_config(folder, config)
         _write_tokenizer(folder, folders[-1], max_seq_length)
@@ -102,7 +124,9 @@ def extract_encoder(
         report = ExtractionReport(names, parameters, *_verify(folder, config, encoder.state_dict()))
         worst = max(report.transformers, report.sentence_transformers or 0.0)
         if not (worst < TOLERANCE < report.causal_control):
-            raise InputError(f"{checkpoint}: the extracted encoder is not read right: {asdict(report)}")
+            raise InputError(
+                f"{checkpoint}: the extracted encoder is not read right: {asdict(report)}"
+            )
     return report
 
 
@@ -127,7 +151,9 @@ def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
         return [last]
     found = sorted((folder for folder in _steps(parent) if _step(folder) <= _step(last)), key=_step)
     if len(found) < average_last:
-        raise InputError(f"average-last {average_last}: there are only {len(found)} checkpoints up to {last}")
+        raise InputError(
+            f"average-last {average_last}: there are only {len(found)} checkpoints up to {last}"
+        )
     return found[-average_last:]
 
 
@@ -147,7 +173,11 @@ def _average_encoder(
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
         for name, tensor in read(folder):
-            target = "embed_tokens.weight" if name == "model.shared.weight" else name.removeprefix("model.encoder.")
+            target = (
+                "embed_tokens.weight"
+                if name == "model.shared.weight"
+                else name.removeprefix("model.encoder.")
+            )
             if target == name:
                 continue
             if len(folders) == 1:
@@ -157,13 +187,19 @@ def _average_encoder(
     return mean
 
 
-def _stock_encoder(config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor]) -> Qwen3Model:
-    stock = Qwen3Config(**{name: getattr(config, name) for name in _SHARED_FIELDS}, is_causal=False, use_cache=False)
+def _stock_encoder(
+    config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor]
+) -> Qwen3Model:
+    stock = Qwen3Config(
+        **{name: getattr(config, name) for name in _SHARED_FIELDS}, is_causal=False, use_cache=False
+    )
     with torch.device("meta"):
         encoder = Qwen3Model(stock)
     expected = {name for name, _ in encoder.named_parameters()}
     if expected != set(tensors):
-        raise InputError(f"the checkpoint lacks tensors of the encoder: {sorted(expected ^ set(tensors))[:3]}")
+        raise InputError(
+            f"the checkpoint lacks tensors of the encoder: {sorted(expected ^ set(tensors))[:3]}"
+        )
     encoder.load_state_dict(tensors, assign=True)
     return encoder
 
@@ -214,7 +250,10 @@ def _write_sentence_transformers_layout(
             for i, (path, kind) in enumerate(modules)
         ],
     )
-    write_json(folder / "sentence_bert_config.json", {"max_seq_length": max_seq_length, "do_lower_case": False})
+    write_json(
+        folder / "sentence_bert_config.json",
+        {"max_seq_length": max_seq_length, "do_lower_case": False},
+    )
     write_json(
         folder / "config_sentence_transformers.json",
         {
@@ -243,17 +282,25 @@ def _write_sentence_transformers_layout(
 def _verify(
     folder: Path, config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor]
 ) -> tuple[float, float | None, float]:
-    """Differences of stock transformers, of sentence-transformers, and of the causal control, on a padded batch."""
+    """Differences of stock transformers, of sentence-transformers, and of the causal control, on a
+    padded batch.
+    """
     ours = Qwen3Encoder(config).eval()
     ours.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
-    texts = ["One.", "A sentence of a few more words, to be padded against.", "def f(x):\n    return x + 1"]
+    texts = [
+        "One.",
+        "A sentence of a few more words, to be padded against.",
+        "def f(x):\n    return x + 1",
+    ]
     tokenizer = AutoTokenizer.from_pretrained(folder)
     batch = tokenizer(texts, padding=True, return_tensors="pt")
     kept = batch["attention_mask"].bool()
     reference = ours(**batch).last_hidden_state
 
     def stock(implementation: str, **changes) -> torch.Tensor:
-        model = AutoModel.from_pretrained(folder, dtype=torch.float32, attn_implementation=implementation, **changes)
+        model = AutoModel.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation=implementation, **changes
+        )
         return model.eval()(**batch).last_hidden_state
 
     def difference(states: torch.Tensor) -> float:
@@ -280,6 +327,8 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
     if pooling == "mean":
         pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
     else:
-        last = mask.sum(1) - 1 if pooling == "lasttoken" else torch.zeros(len(mask), dtype=torch.long)
+        last = (
+            mask.sum(1) - 1 if pooling == "lasttoken" else torch.zeros(len(mask), dtype=torch.long)
+        )
         pooled = states[torch.arange(len(mask)), last]
     return torch.nn.functional.normalize(pooled, dim=-1)

@@ -1,13 +1,15 @@
 """Does a server embed bidirectionally? Told from its answers.
 
-With the encoder's folder at hand the question is exact: the answers are compared with every way in which a server can
-misread the folder, causal or not, each pooling, with and without the EOS that its tokenizer appends.
+With the encoder's folder at hand the question is exact: the answers are compared with every way in
+which a server can misread the folder, causal or not, each pooling, with and without the EOS that
+its tokenizer appends.
 
-Without it there is only the server. Replace one word of a text, near its end or near its beginning, and see how far
-the embedding moves. Where tokens see both ways, both places matter alike. Where they see backwards only, a word near
-the end changes its own state and hardly any other, a word near the beginning changes all that follow. That holds for
-pooling by mean alone: any function of a text at all is the last state of some causal model, so a server that answers
-with the last token's state cannot be told from its answers, and is not.
+Without it there is only the server. Replace one word of a text, near its end or near its beginning,
+and see how far the embedding moves. Where tokens see both ways, both places matter alike. Where
+they see backwards only, a word near the end changes its own state and hardly any other, a word near
+the beginning changes all that follow. That holds for
+pooling by mean alone: any function of a text at all is the last state of some causal model, so a
+server that answers with the last token's state cannot be told from its answers, and is not.
 """
 
 import json
@@ -22,10 +24,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from .embedding import encoder_folder, load_encoder
-from .export import sample_texts
-from .extraction import pool
-from .files import InputError, read_json
+from qwen3_encdec.conversion.extract import pool
+from qwen3_encdec.embedding.encoder import encoder_folder, load_encoder
+from qwen3_encdec.embedding.export import sample_texts
+from qwen3_encdec.folders import InputError, read_json
 
 Embed = Callable[[list[str]], np.ndarray]
 
@@ -43,7 +45,8 @@ _TEXTS, _LENGTH, _AT_ONCE = 48, 24, 32
 class Verdict:
     """What the answers say.
 
-    `kind` is `"bidirectional"`, `"causal"`, `"misread"` (bidirectional, but not as the folder says) or `"unknown"`.
+    `kind` is `"bidirectional"`, `"causal"`, `"misread"` (bidirectional, but not as the folder says)
+    or `"unknown"`.
     """
 
     kind: str
@@ -57,13 +60,14 @@ def check_endpoint(url: str, model: str | Path | None = None, name: str | None =
     """Whether the embedding server at `url` runs its model bidirectionally.
 
     Args:
-        url: Of an OpenAI-compatible server (its root, `/v1` or `/v1/embeddings`), or of Text Embeddings Inference's
-            `/embed`.
+        url: Of an OpenAI-compatible server (its root, `/v1` or `/v1/embeddings`), or of Text
+            Embeddings Inference's `/embed`.
         model: The encoder folder that it is meant to serve; None judges by its answers alone.
         name: Of the model in requests; None takes the first that the server lists.
 
     Raises:
-        InputError: the server does not answer, or not with embeddings; `model` is no encoder folder.
+        InputError: the server does not answer, or not with embeddings; `model` is no encoder
+            folder.
     """
     embed = connect(url, name)
     if model is None:
@@ -73,7 +77,10 @@ def check_endpoint(url: str, model: str | Path | None = None, name: str | None =
 
 
 def connect(url: str, name: str | None = None) -> Embed:
-    """A function of texts to the server's vectors, [N, d] float32. Raises InputError as `check_endpoint`."""
+    """A function of texts to the server's vectors, [N, d] float32.
+
+    Raises InputError as `check_endpoint`.
+    """
     url = url.rstrip("/")
     if not url.startswith(("http://", "https://")):
         raise InputError(f"{url} is no http address")
@@ -101,8 +108,15 @@ def connect(url: str, name: str | None = None) -> Embed:
             if isinstance(error, InputError):
                 raise
             raise InputError(f"{url} does not answer with embeddings") from None
-        if found.ndim != 2 or len(found) != len(texts) or not np.isfinite(found).all() or not found.any(axis=1).all():
-            raise InputError(f"{url} answers {len(texts)} texts with an array of shape {found.shape} or empty vectors")
+        if (
+            found.ndim != 2
+            or len(found) != len(texts)
+            or not np.isfinite(found).all()
+            or not found.any(axis=1).all()
+        ):
+            raise InputError(
+                f"{url} answers {len(texts)} texts with an array of shape {found.shape} or empty vectors"
+            )
         return found
 
     return embed
@@ -122,7 +136,10 @@ def _request(url: str, body: dict | None = None) -> Any:
 
 
 def judge(embed: Embed, seed: int = 0) -> Verdict:
-    """From the answers alone: how far a replaced word moves the embedding, near the end against near the beginning."""
+    """From the answers alone:
+
+    how far a replaced word moves the embedding, near the end against near the beginning.
+    """
     rng = np.random.default_rng(seed)
     late, early = [], []
     for _ in range(_TEXTS):
@@ -136,7 +153,10 @@ def judge(embed: Embed, seed: int = 0) -> Verdict:
     moved = np.linalg.norm(vectors[0::2] - vectors[1::2], axis=1).reshape(2, _TEXTS)
     if not moved.all():
         where = "beginning" if moved[0].all() else "end"
-        return Verdict("unknown" if where == "beginning" else "causal", f"words near the {where} change nothing")
+        return Verdict(
+            "unknown" if where == "beginning" else "causal",
+            f"words near the {where} change nothing",
+        )
     logs = np.log(moved[0] / moved[1])
     ratio, error = float(np.exp(logs.mean())), 2 * float(logs.std() / np.sqrt(_TEXTS))
     evidence = (
@@ -152,7 +172,9 @@ def judge(embed: Embed, seed: int = 0) -> Verdict:
 
 @torch.inference_mode()
 def compare(embed: Embed, folder: Path) -> Verdict:
-    """Against our own encoder with the weights of `folder`, read rightly and in every wrong way that we know."""
+    """Against our own encoder with the weights of `folder`, read rightly and in every wrong way
+    that we know.
+    """
     tokenizer, encoder = AutoTokenizer.from_pretrained(folder), load_encoder(folder)
     pooling = read_json(folder / "1_Pooling" / "config.json")["pooling_mode"]
     texts = sample_texts(tokenizer, 12, min(64, tokenizer.model_max_length))
@@ -170,14 +192,13 @@ def compare(embed: Embed, folder: Path) -> Verdict:
                     row = pool(states, torch.ones_like(ids), mode)
                     readings.setdefault(f"{attention}, {mode}, {ending}", []).append(row)
     cosines = {
-        reading: float(torch.cosine_similarity(torch.cat(rows), found).mean()) for reading, rows in readings.items()
+        reading: float(torch.cosine_similarity(torch.cat(rows), found).mean())
+        for reading, rows in readings.items()
     }
     best = max(cosines, key=cosines.__getitem__)
     attention = best.partition(",")[0]
     other = max(value for reading, value in cosines.items() if not reading.startswith(attention))
-    evidence = (
-        f"{folder} read as {best!r} gives cosine {cosines[best]:.4f} to the answers; the other attention {other:.4f}"
-    )
+    evidence = f"{folder} read as {best!r} gives cosine {cosines[best]:.4f} to the answers; the other attention {other:.4f}"
     if best != right:
         evidence += f"; read rightly {cosines[right]:.4f}"
     # Weights of 8 bits leave .999; what is nearer than this by chance is another model.

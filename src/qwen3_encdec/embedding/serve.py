@@ -1,7 +1,8 @@
 """An OpenAI-compatible /v1/embeddings around `TextEncoder`, on the standard library's HTTP server.
 
-For one machine and a few clients: requests are computed one after another. What serves many is named in
-docs/serving.md; none of it that installs from PyPI on a CPU reads a Qwen3 folder bidirectionally.
+For one machine and a few clients: requests are computed one after another. What serves many is
+named in docs/serving.md; none of it that installs from PyPI on a CPU reads a Qwen3 folder
+bidirectionally.
 """
 
 import base64
@@ -10,14 +11,19 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-from .embedding import TextEncoder
-from .files import InputError
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.folders import InputError
 
 _MOST_BYTES = 16 * 2**20
 
 
-def make_server(encoder: TextEncoder, host: str = "127.0.0.1", port: int = 8000) -> ThreadingHTTPServer:
-    """A server that is bound and not yet running; port 0 takes a free one. Raises InputError if the port is taken."""
+def make_server(
+    encoder: TextEncoder, host: str = "127.0.0.1", port: int = 8000
+) -> ThreadingHTTPServer:
+    """A server that is bound and not yet running;
+
+    port 0 takes a free one. Raises InputError if the port is taken.
+    """
     lock = threading.Lock()
     encoder.model  # noqa: B018  (loaded, or refused, before the first request)
 
@@ -28,7 +34,9 @@ def make_server(encoder: TextEncoder, host: str = "127.0.0.1", port: int = 8000)
             if self.path == "/health":
                 self._answer(200, {"status": "ok"})
             elif self.path == "/v1/models":
-                self._answer(200, {"object": "list", "data": [{"id": encoder.name, "object": "model"}]})
+                self._answer(
+                    200, {"object": "list", "data": [{"id": encoder.name, "object": "model"}]}
+                )
             else:
                 self._answer(404, _error(f"no such path {self.path}"))
 
@@ -37,7 +45,9 @@ def make_server(encoder: TextEncoder, host: str = "127.0.0.1", port: int = 8000)
                 size = int(self.headers.get("Content-Length") or -1)
                 if not 0 <= size <= _MOST_BYTES:
                     self.close_connection = True  # the body is left unread
-                    raise InputError(f"a body needs a Content-Length of at most {_MOST_BYTES:,} bytes")
+                    raise InputError(
+                        f"a body needs a Content-Length of at most {_MOST_BYTES:,} bytes"
+                    )
                 body = self.rfile.read(size)
                 if self.path not in ("/v1/embeddings", "/embeddings"):
                     self._answer(404, _error(f"no such path {self.path}"))
@@ -92,7 +102,9 @@ def answer_request(encoder: TextEncoder, body: bytes) -> dict[str, Any]:
         {
             "object": "embedding",
             "index": index,
-            "embedding": base64.b64encode(row.tobytes()).decode() if coding == "base64" else row.tolist(),
+            "embedding": base64.b64encode(row.tobytes()).decode()
+            if coding == "base64"
+            else row.tolist(),
         }
         for index, row in enumerate(embeddings)
     ]

@@ -1,4 +1,5 @@
-"""Encoder -> embedding model, by sentence-transformers' own trainer and losses: glue, checks and good defaults.
+"""Encoder -> embedding model, by sentence-transformers' own trainer and losses: glue, checks and
+good defaults.
 
 Needs sentence-transformers 6.2 or newer.
 """
@@ -35,7 +36,14 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, set_seed
 
 from qwen3_encdec.data.package_docs import summary_pairs
-from qwen3_encdec.files import InputError, check_output, copy_without_weights, new_folder, read_json, write_json
+from qwen3_encdec.folders import (
+    InputError,
+    check_output,
+    copy_without_weights,
+    new_folder,
+    read_json,
+    write_json,
+)
 
 Direction = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -46,9 +54,14 @@ class FinetuneConfig:
     """Everything that decides a finetuning but the encoder it starts from."""
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
-    """package-docs (summary line and body of docstrings), .jsonl or .parquet files, hub datasets (ORG/NAME:CONFIG)."""
+    """package-docs (summary line and body of docstrings), .jsonl or .parquet files, hub datasets
+    (ORG/NAME:CONFIG).
+    """
     columns: list[str] = field(default_factory=lambda: ["anchor", "positive"])
-    """Text columns of files and hub datasets: a query, its document, then any number of hard negatives."""
+    """Text columns of files and hub datasets:
+
+    a query, its document, then any number of hard negatives.
+    """
     query_prompt: str = ""
     """Put before every query, here and, through the written folder, wherever the model is used."""
     document_prompt: str = ""
@@ -57,13 +70,19 @@ class FinetuneConfig:
     """Tokens per text while training; the folder keeps its own limit for use."""
 
     objective: Literal["contrastive", "embed_distill", "margin_mse", "distill_kl"] = "contrastive"
-    """contrastive learns from the pairs; the others match a teacher's embeddings, score margins or score shares."""
+    """contrastive learns from the pairs;
+
+    the others match a teacher's embeddings, score margins or score shares.
+    """
     teacher: str | None = None
     """sentence-transformers folder that the three distillations learn from."""
     temperature: float = 0.05
     """Of the softmax over cosines, in contrastive and distill_kl."""
     directions: list[Direction] = field(default_factory=lambda: ["query_to_doc", "doc_to_query"])
-    """What each text is told apart from: a query from documents, a document from queries, each from its own kind."""
+    """What each text is told apart from:
+
+    a query from documents, a document from queries, each from its own kind.
+    """
     partition_mode: Literal["joint", "per_direction"] = "per_direction"
     """One softmax over all directions, or one each (for the first two directions only)."""
     hardness: Literal["none", "in_batch_negatives", "hard_negatives", "all_negatives"] = "none"
@@ -73,7 +92,10 @@ class FinetuneConfig:
     matryoshka_dims: list[int] = field(default_factory=list)
     """Leading dimensions that must serve alone; the full width is always trained too."""
     spread_weight: float = 0.0
-    """Weight of the spread-out regulariser on each side's embeddings, beside contrastive; 0 is none."""
+    """Weight of the spread-out regulariser on each side's embeddings, beside contrastive;
+
+    0 is none.
+    """
 
     mine_negatives: int = 0
     """Hard negatives to find for each pair among all documents drawn, before training."""
@@ -89,9 +111,15 @@ class FinetuneConfig:
     batch_size: int = 64
     """Pairs per step; each is a negative for the others."""
     mini_batch_size: int = 0
-    """Pairs in memory at once (GradCache: the loss of the whole batch for one more forward pass); 0 is all."""
+    """Pairs in memory at once (GradCache:
+
+    the loss of the whole batch for one more forward pass); 0 is all.
+    """
     lr: float = 5e-4
-    """Peak learning rate after a tenth of linear warm-up; then linear decay. 2e-5 suits a real checkpoint."""
+    """Peak learning rate after a tenth of linear warm-up;
+
+    then linear decay. 2e-5 suits a real checkpoint.
+    """
     weight_decay: float = 0.0
     """Of AdamW."""
     mixed_precision: Literal["auto", "no", "bf16"] = "auto"
@@ -99,12 +127,18 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     lora_rank: int = 0
-    """Train low-rank adapters of all projections and merge them at the end; 0 trains every weight."""
+    """Train low-rank adapters of all projections and merge them at the end;
+
+    0 trains every weight.
+    """
     seed: int = 0
     """Of the choice and order of the pairs and of the adapters."""
 
     def __post_init__(self) -> None:
-        """Refuse values outside their range and settings that do not go together. Raises InputError naming them."""
+        """Refuse values outside their range and settings that do not go together.
+
+        Raises InputError naming them.
+        """
         at_least = {"max_length": 1, "steps": 1, "batch_size": 2, "mini_batch_size": 0, "lora_rank": 0, "seed": 0,
                     "mine_negatives": 0, "mining_skip": 0, "spread_weight": 0, "hardness_strength": 0,
                     "weight_decay": 0}  # fmt: skip
@@ -117,12 +151,22 @@ class FinetuneConfig:
         if len(self.columns) < 2:
             raise InputError(f"columns must name a query and its document, got {self.columns!r}")
         if (self.teacher is None) != (self.objective == "contrastive"):
-            raise InputError(f"objective {self.objective} {'has no' if self.teacher else 'needs a'} teacher")
-        if self.objective in ("margin_mse", "distill_kl") and len(self.columns) < 3 and not self.mine_negatives:
-            raise InputError(f"objective {self.objective} compares documents: name more columns, or mine_negatives")
+            raise InputError(
+                f"objective {self.objective} {'has no' if self.teacher else 'needs a'} teacher"
+            )
+        if (
+            self.objective in ("margin_mse", "distill_kl")
+            and len(self.columns) < 3
+            and not self.mine_negatives
+        ):
+            raise InputError(
+                f"objective {self.objective} compares documents: name more columns, or mine_negatives"
+            )
         if "query_to_doc" not in self.directions:
             raise InputError(f"directions must hold query_to_doc, got {self.directions!r}")
-        if self.partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(self.directions):
+        if self.partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(
+            self.directions
+        ):
             raise InputError("directions query_to_query and doc_to_doc need partition_mode joint")
         if self.objective != "contrastive" and (self.mini_batch_size or self.spread_weight):
             raise InputError("mini_batch_size and spread_weight go with objective contrastive only")
@@ -137,14 +181,15 @@ def finetune(
 ) -> dict[str, float]:
     """Train an encoder so that the texts that belong together lie closer than those that do not.
 
-    The output is `encoder_dir` with other weights: every small file, and with them the bidirectional configuration
-    and the layout that serving tools read, is the input's; prompts are added where the config has them.
+    The output is `encoder_dir` with other weights: every small file, and with them the
+    bidirectional configuration and the layout that serving tools read, is the input's; prompts are
+    added where the config has them.
 
     Args:
         encoder_dir: A sentence-transformers folder, such as `extract_encoder` writes.
         output_dir: Where the trained copy goes.
-        examples: (query, document) or (query, document, negative, ...) texts, instead of the config's `inputs`.
-            They are shuffled and repeated as often as the steps need.
+        examples: (query, document) or (query, document, negative, ...) texts, instead of the
+            config's `inputs`. They are shuffled and repeated as often as the steps need.
         config: By default `FinetuneConfig()`.
         changes: Fields of the config to replace.
 
@@ -152,15 +197,17 @@ def finetune(
         `loss` (mean of the last tenth of the steps) and the number of `pairs` trained on.
 
     Raises:
-        InputError: fewer examples than one batch, an input that cannot be read, settings that do not go together, or
-            `encoder_dir` or a teacher is no sentence-transformers folder.
+        InputError: fewer examples than one batch, an input that cannot be read, settings that do
+            not go together, or `encoder_dir` or a teacher is no sentence-transformers folder.
     """
     config = replace(config or FinetuneConfig(), **changes)
     encoder_dir = Path(encoder_dir)
     check_output(output_dir, "encoder")
     model = _load(encoder_dir)
     teachers = {name: _load(name) for name in (config.teacher, config.miner) if name is not None}
-    full = read_examples(config) if examples is None else _dataset(list(zip(*examples, strict=True)))
+    full = (
+        read_examples(config) if examples is None else _dataset(list(zip(*examples, strict=True)))
+    )
     if len(full) < config.batch_size:
         raise InputError(f"{len(full)} pairs are less than one batch of {config.batch_size}")
     set_seed(config.seed)
@@ -168,9 +215,16 @@ def finetune(
     model.float()
     model.max_seq_length = min(config.max_length, model.max_seq_length or config.max_length)
     width = model.get_embedding_dimension() or 0
-    if config.matryoshka_dims and not 0 < min(config.matryoshka_dims) <= max(config.matryoshka_dims) <= width:
-        raise InputError(f"matryoshka_dims {config.matryoshka_dims} must lie in 1 ... {width}, the encoder's width")
-    drawn = random.Random(config.seed).sample(range(len(full)), min(len(full), config.steps * config.batch_size))
+    if (
+        config.matryoshka_dims
+        and not 0 < min(config.matryoshka_dims) <= max(config.matryoshka_dims) <= width
+    ):
+        raise InputError(
+            f"matryoshka_dims {config.matryoshka_dims} must lie in 1 ... {width}, the encoder's width"
+        )
+    drawn = random.Random(config.seed).sample(
+        range(len(full)), min(len(full), config.steps * config.batch_size)
+    )
     dataset = full.select(drawn)
     if config.mine_negatives:
         dataset = _mine(config, dataset, teachers[config.miner] if config.miner else model)
@@ -180,7 +234,10 @@ def finetune(
         _add_lora(model, config.lora_rank)
     with tempfile.TemporaryDirectory() as scratch:
         trainer = SentenceTransformerTrainer(
-            model=model, args=_arguments(config, scratch), train_dataset=dataset, loss=_loss(config, model, dataset)
+            model=model,
+            args=_arguments(config, scratch),
+            train_dataset=dataset,
+            loss=_loss(config, model, dataset),
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
@@ -196,7 +253,9 @@ def finetune(
             if config.query_prompt or config.document_prompt:
                 settings = read_json(folder / "config_sentence_transformers.json")
                 prompts = {"query": config.query_prompt, "document": config.document_prompt}
-                write_json(folder / "config_sentence_transformers.json", {**settings, "prompts": prompts})
+                write_json(
+                    folder / "config_sentence_transformers.json", {**settings, "prompts": prompts}
+                )
     return {"loss": losses[-1], "pairs": len(dataset)}
 
 
@@ -210,17 +269,27 @@ def read_examples(config: FinetuneConfig) -> Dataset:
     for name in config.inputs:
         if name == "package-docs":
             if len(config.columns) != 2:
-                raise InputError("package-docs has pairs: columns must be two; hard negatives come by mine_negatives")
+                raise InputError(
+                    "package-docs has pairs: columns must be two; hard negatives come by mine_negatives"
+                )
             parts.append(_dataset(list(zip(*summary_pairs("train"), strict=True))))
             continue
         part = _open(name)
         for column in config.columns:
             if column not in part.column_names:
-                raise InputError(f"input {name}: no column {column!r}; there is {', '.join(part.column_names)}")
+                raise InputError(
+                    f"input {name}: no column {column!r}; there is {', '.join(part.column_names)}"
+                )
             if getattr(part.features[column], "dtype", None) not in ("string", "large_string"):
-                raise InputError(f"input {name}: column {column!r} is {part.features[column]}, not a text")
+                raise InputError(
+                    f"input {name}: column {column!r} is {part.features[column]}, not a text"
+                )
         columns = [part.with_format("numpy")[column] for column in config.columns]
-        rows = [row for row in zip(*columns, strict=True) if all(text and not text.isspace() for text in row)]
+        rows = [
+            row
+            for row in zip(*columns, strict=True)
+            if all(text and not text.isspace() for text in row)
+        ]
         parts.append(_dataset(list(zip(*rows, strict=True))))
     return concatenate_datasets(parts)
 
@@ -250,12 +319,18 @@ def _dataset(columns: Sequence[Sequence[str]]) -> Dataset:
 
 def _load(folder: str | Path) -> SentenceTransformer:
     if not (Path(folder) / "modules.json").is_file():
-        raise InputError(f"{folder} is no sentence-transformers folder; make one with scripts/extract_encoder.py")
+        raise InputError(
+            f"{folder} is no sentence-transformers folder; make one with scripts/extract_encoder.py"
+        )
     try:
         model = SentenceTransformer(str(folder), local_files_only=True)
     except Exception as error:  # damaged weights, configs and tokenizers each raise their own
-        raise InputError(f"{folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}") from None
-    model.model_card_data.widget = [{}]  # else the trainer embeds examples for a card that is never written
+        raise InputError(
+            f"{folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
+        ) from None
+    model.model_card_data.widget = [
+        {}
+    ]  # else the trainer embeds examples for a card that is never written
     return model
 
 
@@ -280,10 +355,16 @@ def _mine(config: FinetuneConfig, dataset: Dataset, model: SentenceTransformer) 
 
 
 def _add_labels(config: FinetuneConfig, dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
-    """What the teacher says: [columns, dimensions] embeddings of every text, or [documents] cosines with the query."""
+    """What the teacher says:
+
+    [columns, dimensions] embeddings of every text, or [documents] cosines with the query.
+    """
     encoded = [
         (teacher.encode_query if name == "anchor" else teacher.encode_document)(
-            list(dataset[name]), normalize_embeddings=True, convert_to_tensor=True, show_progress_bar=False
+            list(dataset[name]),
+            normalize_embeddings=True,
+            convert_to_tensor=True,
+            show_progress_bar=False,
         )
         for name in dataset.column_names
     ]
@@ -296,13 +377,19 @@ def _add_lora(model: SentenceTransformer, rank: int) -> None:
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError:
-        raise InputError("lora_rank needs the package peft: pip install 'qwen3-encdec[lora]'") from None
-    adapters = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=_PROJECTIONS, task_type="FEATURE_EXTRACTION")
+        raise InputError(
+            "lora_rank needs the package peft: pip install 'qwen3-encdec[lora]'"
+        ) from None
+    adapters = LoraConfig(
+        r=rank, lora_alpha=2 * rank, target_modules=_PROJECTIONS, task_type="FEATURE_EXTRACTION"
+    )
     model[0].model = get_peft_model(cast(Any, model[0].model), adapters)
 
 
 class _SpreadContrastive(CachedMultipleNegativesRankingLoss):
-    """The library's contrastive loss and, on the same cached embeddings, its spread-out regulariser."""
+    """The library's contrastive loss and, on the same cached embeddings, its spread-out
+    regulariser.
+    """
 
     def __init__(self, model: SentenceTransformer, spread_weight: float, **options: Any) -> None:
         super().__init__(model, **options)
@@ -312,11 +399,15 @@ class _SpreadContrastive(CachedMultipleNegativesRankingLoss):
                 model, mean_weight=None, second_moment_weight=spread_weight, aggregation="sum"
             )
 
-    def calculate_loss(self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False):
+    def calculate_loss(
+        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
+    ):
         loss = super().calculate_loss(reps, labels, with_backward=with_backward)
         if self.spread is None:
             return loss
-        (spread,) = self.spread.compute_loss_from_embeddings([torch.cat(column) for column in reps]).values()
+        (spread,) = self.spread.compute_loss_from_embeddings(
+            [torch.cat(column) for column in reps]
+        ).values()
         if with_backward:
             spread.backward()
             spread = spread.detach()
@@ -328,7 +419,9 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
     width = model.get_embedding_dimension() or 0
     if config.objective == "embed_distill":
         teacher_width = len(dataset[0]["label"][0])
-        loss = EmbedDistillLoss(model, projection_dim=None if teacher_width == width else teacher_width)
+        loss = EmbedDistillLoss(
+            model, projection_dim=None if teacher_width == width else teacher_width
+        )
     elif config.objective == "margin_mse":
         loss = MarginMSELoss(model)
     elif config.objective == "distill_kl":
@@ -358,7 +451,9 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
     prompts |= {f"negative_{i}": config.document_prompt for i in range(1, negatives + 1)}
     fields = SentenceTransformerTrainingArguments.__dataclass_fields__
     # transformers 5.24 calls it activation_checkpointing and warns of the old name.
-    name = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields)
+    name = next(
+        name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields
+    )
     checkpointing: dict[str, Any] = {name: config.gradient_checkpointing}
     return SentenceTransformerTrainingArguments(
         output_dir=scratch,

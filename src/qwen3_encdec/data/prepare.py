@@ -1,11 +1,13 @@
 """Tokenize a corpus once, into parquet files that the stream reads without tokenizing again.
 
-The corpus is cut into parts of whole shards. Each part becomes one file, written beside its place and renamed into it,
-by whichever process is free; a run that was stopped goes on with the parts that are not there yet. Until the last one
-is, all lies in `OUTPUT.partial`, with a plan of what is to be made out of what. Documents keep the number and the
-held-out fate that they have in the corpus, so that the stream makes the same examples out of either.
+The corpus is cut into parts of whole shards. Each part becomes one file, written beside its place
+and renamed into it, by whichever process is free; a run that was stopped goes on with the parts
+that are not there yet. Until the last one is, all lies in `OUTPUT.partial`, with a plan of what is
+to be made out of what. Documents keep the number and the held-out fate that they have in the
+corpus, so that the stream makes the same examples out of either.
 
-Duplicates are found beforehand, in one pass over the texts in the order of the corpus: the first copy stays.
+Duplicates are found beforehand, in one pass over the texts in the order of the corpus: the first
+copy stays.
 """
 
 import json
@@ -27,7 +29,7 @@ import pyarrow.parquet as pq
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.data.sources import (
+from qwen3_encdec.data.corpus import (
     TOKENIZED_SCHEMA,
     TOKENIZER_KEY,
     Block,
@@ -38,7 +40,14 @@ from qwen3_encdec.data.sources import (
     tokenized,
 )
 from qwen3_encdec.data.tokenization import Encoder
-from qwen3_encdec.files import PROVENANCE_FILE, InputError, check_output, package_versions, read_json, write_json
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    check_output,
+    package_versions,
+    read_json,
+    write_json,
+)
 
 _COUNTS_KEY = b"qwen3_encdec.counts"
 _PERMUTATIONS, _SIMILARITY = 128, 0.8
@@ -60,11 +69,16 @@ class Preparation:
     max_tokens: int | None = None
     """Longer documents are left out."""
     deduplicate: Literal["no", "exact", "minhash"] = "no"
-    """Leave out copies: of the text to the letter, or also texts that share four in five of their word triples."""
+    """Leave out copies: of the text to the letter, or also texts that share four in five of their
+    word triples.
+    """
 
 
 def prepare(
-    preparation: Preparation, tokenizer: PreTrainedTokenizerBase, output: Path, processes: int | None = None
+    preparation: Preparation,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    processes: int | None = None,
 ) -> Counter[str]:
     """Write the tokenized corpus to a folder, or go on where a stopped run was.
 
@@ -75,13 +89,17 @@ def prepare(
         processes: How many work at a time; None is one for each processor.
 
     Returns:
-        What became of the documents: `documents` = `used` + `short` + `long` + `duplicate`, and `tokens`.
+        What became of the documents: `documents` = `used` + `short` + `long` + `duplicate`, and
+            `tokens`.
 
     Raises:
-        InputError: bad input, a full disk, or another corpus, tokenizer or settings than the stopped run had.
+        InputError: bad input, a full disk, or another corpus, tokenizer or settings than the
+            stopped run had.
     """
     check_output(output, "prepared corpus")
-    shards = open_corpus(preparation.inputs, text_column=preparation.text_column, hub_split=preparation.hub_split)
+    shards = open_corpus(
+        preparation.inputs, text_column=preparation.text_column, hub_split=preparation.hub_split
+    )
     parts = _parts(shards)
     plan = {
         "preparation": asdict(preparation),
@@ -93,26 +111,43 @@ def prepare(
     try:
         _begin(building, plan)
         _find_duplicates(preparation, shards, building / "duplicates.npy")
-        files = [building / f"part-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+        files = [
+            building / f"part-{number:05d}-of-{len(parts):05d}.parquet"
+            for number in range(len(parts))
+        ]
         todo = [(part, file) for part, file in zip(parts, files, strict=True) if not file.exists()]
-        with tqdm(total=len(parts), initial=len(parts) - len(todo), unit="part", disable=None) as progress:
+        with tqdm(
+            total=len(parts), initial=len(parts) - len(todo), unit="part", disable=None
+        ) as progress:
             for _ in _in_processes(todo, (preparation, tokenizer, building), processes):
                 progress.update()
-        counts = _add_up(Counter(json.loads(pq.read_metadata(file).metadata[_COUNTS_KEY])) for file in files)
+        counts = _add_up(
+            Counter(json.loads(pq.read_metadata(file).metadata[_COUNTS_KEY])) for file in files
+        )
         (building / "plan.json").unlink()
         (building / "duplicates.npy").unlink()
-        provenance = {"kind": "prepared corpus", **plan, "counts": counts, "versions": package_versions()}
+        provenance = {
+            "kind": "prepared corpus",
+            **plan,
+            "counts": counts,
+            "versions": package_versions(),
+        }
         write_json(building / PROVENANCE_FILE, provenance)
         if output.exists():
             shutil.rmtree(output)
         os.rename(building, output)
     except OSError as error:
-        raise InputError(f"cannot write {building}: {error}; run again to go on from there") from None
+        raise InputError(
+            f"cannot write {building}: {error}; run again to go on from there"
+        ) from None
     return counts
 
 
 def _parts(shards: list[Shard]) -> list[list[Shard]]:
-    """Shards that go into one file each, at most about a thousand; a shard of unknown size is one by itself."""
+    """Shards that go into one file each, at most about a thousand;
+
+    a shard of unknown size is one by itself.
+    """
     sizes = [shard.num_blocks or _FEWEST_BLOCKS for shard in shards]
     most = min(max(sum(sizes) // 256, _FEWEST_BLOCKS), _MOST_BLOCKS)
     ends = np.cumsum(sizes)
@@ -127,7 +162,8 @@ def _begin(building: Path, plan: dict[str, Any]) -> None:
     if (building / PROVENANCE_FILE).exists():  # all but renamed
         (building / PROVENANCE_FILE).unlink()
     elif any(building.iterdir()) and (
-        not (building / "plan.json").exists() or read_json(building / "plan.json") != json.loads(json.dumps(plan))
+        not (building / "plan.json").exists()
+        or read_json(building / "plan.json") != json.loads(json.dumps(plan))
     ):
         raise InputError(
             f"{building} holds an unfinished preparation of another corpus, with another tokenizer or other settings; "
@@ -154,7 +190,9 @@ def _in_processes(
             for future in as_completed([pool.submit(_write_part, *part) for part in todo]):
                 yield future.result()
         except BrokenProcessPool:
-            raise InputError("a process was killed, perhaps for its memory; run again to go on") from None
+            raise InputError(
+                "a process was killed, perhaps for its memory; run again to go on"
+            ) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -162,7 +200,9 @@ def _in_processes(
 class _PartWriter:
     """Writes parts; made once a process."""
 
-    def __init__(self, preparation: Preparation, tokenizer: PreTrainedTokenizerBase, building: Path) -> None:
+    def __init__(
+        self, preparation: Preparation, tokenizer: PreTrainedTokenizerBase, building: Path
+    ) -> None:
         self.preparation, self.encode = preparation, Encoder(tokenizer)
         self.duplicates = np.load(building / "duplicates.npy", mmap_mode="r")
 
@@ -172,24 +212,36 @@ class _PartWriter:
         counts = _add_up([])
         temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
         try:
-            with pq.ParquetWriter(temporary, TOKENIZED_SCHEMA.with_metadata(metadata), compression="zstd") as writer:
+            with pq.ParquetWriter(
+                temporary, TOKENIZED_SCHEMA.with_metadata(metadata), compression="zstd"
+            ) as writer:
                 for block in (block for shard in shards for block in shard.blocks()):
                     documents = self._tokenize(block, shards, counts)
                     offsets = np.append(0, np.cumsum(documents.lengths)).astype(np.int32)
-                    columns = [documents.ids, documents.checksums, pa.ListArray.from_arrays(offsets, documents.tokens)]
+                    columns = [
+                        documents.ids,
+                        documents.checksums,
+                        pa.ListArray.from_arrays(offsets, documents.tokens),
+                    ]
                     if len(documents.ids):
-                        writer.write_table(pa.table(columns, schema=TOKENIZED_SCHEMA), row_group_size=2**31)
+                        writer.write_table(
+                            pa.table(columns, schema=TOKENIZED_SCHEMA), row_group_size=2**31
+                        )
                 writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(counts)})
             os.replace(temporary, file)
         except OSError as error:
-            raise InputError(f"cannot write {file}: {error}; run again to go on with this part") from None
+            raise InputError(
+                f"cannot write {file}: {error}; run again to go on with this part"
+            ) from None
         finally:
             temporary.unlink(missing_ok=True)
 
     def _tokenize(self, block: Block, shards: list[Shard], counts: Counter[str]) -> Tokenized:
         if isinstance(block, Tokenized):
             raise InputError(f"{shards[0].path} is tokenized already")
-        documents, twice = tokenized(block, self.encode.batch, lambda ids, _: np.isin(ids, self.duplicates))
+        documents, twice = tokenized(
+            block, self.encode.batch, lambda ids, _: np.isin(ids, self.duplicates)
+        )
         short = documents.lengths < self.preparation.min_tokens
         long = documents.lengths > (self.preparation.max_tokens or np.inf)
         documents = documents.without(short | long)
@@ -222,9 +274,13 @@ def _find_duplicates(preparation: Preparation, shards: list[Shard], file: Path) 
         try:
             from rensa import RMinHashDeduplicator
         except ImportError:
-            raise InputError("deduplicating by minhash needs the package rensa: pip install rensa") from None
+            raise InputError(
+                "deduplicating by minhash needs the package rensa: pip install rensa"
+            ) from None
         alike = RMinHashDeduplicator(_SIMILARITY, _PERMUTATIONS, use_lsh=True)
-    for block in (block for shard in shards for block in shard.blocks() if preparation.deduplicate != "no"):
+    for block in (
+        block for shard in shards for block in shard.blocks() if preparation.deduplicate != "no"
+    ):
         fresh = []
         for document in block if isinstance(block, list) else ():
             digest = blake2b(document.text.encode("utf-8", "replace"), digest_size=16).digest()
@@ -234,8 +290,12 @@ def _find_duplicates(preparation: Preparation, shards: list[Shard], file: Path) 
                 seen.add(digest)
                 fresh.append(document)
         if alike is not None:
-            kept = alike.add_pairs([(str(document.id), _triples(document.text)) for document in fresh])
-            duplicates += [document.id for document, keep in zip(fresh, kept, strict=True) if not keep]
+            kept = alike.add_pairs(
+                [(str(document.id), _triples(document.text)) for document in fresh]
+            )
+            duplicates += [
+                document.id for document, keep in zip(fresh, kept, strict=True) if not keep
+            ]
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("wb") as handle:
         np.save(handle, np.array(sorted(duplicates), dtype=np.int64))

@@ -1,0 +1,1 @@
+"""The extracted encoder in use: embedding, finetuning, serving and export."""

@@ -41,7 +41,7 @@ from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder
 # As sentence-transformers calls them, and the flags by which its older versions and other readers
 # know them.
 POOLING = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
-_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
+POOLING_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
           "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
@@ -271,7 +271,7 @@ def _write_sentence_transformers_layout(
         {
             "word_embedding_dimension": config.hidden_size,
             "pooling_mode": POOLING[pooling],
-            **{f"pooling_mode_{flag}": mode == POOLING[pooling] for mode, flag in _FLAGS.items()},
+            **{f"pooling_mode_{flag}": mode == POOLING[pooling] for mode, flag in POOLING_FLAGS.items()},
             "include_prompt": True,
         },
     )

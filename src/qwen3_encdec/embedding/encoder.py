@@ -32,8 +32,6 @@ from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder, Segments
 
 SUFFIXES = (".npy", ".parquet")
 PRECISIONS = ("float32", "int8", "binary")
-ROLES = {"query": ("query",), "document": ("document", "passage", "corpus")}
-"""Prompt names of each role, in the order in which sentence-transformers looks for them."""
 _CHUNK = 4096
 
 
@@ -56,15 +54,12 @@ class Layout:
     prompts: dict[str, str]
     default_prompt: str | None
 
-    def prompt(self, name: str | None = None, role: str | None = None) -> str:
-        """Return the prompt of a name or a role, else the folder's default one.
+    def prompt(self, name: str | None = None) -> str:
+        """Return the prompt of a name, else the folder's default one; a role is a name as well.
 
         Raises:
             InputError: no prompt has that name.
         """
-        if role is not None:
-            known = (self.prompts[key] for key in ROLES[role] if key in self.prompts)
-            return next(known, self.prompt())
         name = self.default_prompt if name is None else name
         if name is None:
             return ""
@@ -103,7 +98,7 @@ def read_layout(folder: Path) -> Layout:
         max_tokens=int(min(limit or longest, longest)),
         width=config["hidden_size"],
         truncate_dim=settings.get("truncate_dim"),
-        prompts=settings.get("prompts") or {},
+        prompts={"query": "", "document": ""} | (settings.get("prompts") or {}),
         default_prompt=settings.get("default_prompt_name"),
     )
 
@@ -219,7 +214,6 @@ class TextEncoder:
         texts: str | Iterable[str],
         *,
         prompt_name: str | None = None,
-        role: str | None = None,
         dimensions: int | None = None,
         batch_tokens: int | None = None,
         processes: int = 1,
@@ -229,8 +223,8 @@ class TextEncoder:
 
         Args:
             texts: One text, or any number of them.
-            prompt_name: Of the folder's prompts; by default its default prompt, if it has one.
-            role: `"query"` or `"document"`: use the folder's prompt of that role.
+            prompt_name: Of the folder's prompts; every folder has `"query"` and `"document"`, the
+                two roles. By default its default prompt, if it has one.
             dimensions: Keep this many leading dimensions (Matryoshka), normalized again.
             batch_tokens: Most tokens of a batch that holds more than one text.
             processes: Each has the model and its share of the cores, or its own accelerator.
@@ -243,11 +237,11 @@ class TextEncoder:
             InputError: a text is not a str, no such prompt, or more dimensions than there are.
         """
         if isinstance(texts, str):
-            return self.encode([texts], prompt_name=prompt_name, role=role, dimensions=dimensions)[0]
+            return self.encode([texts], prompt_name=prompt_name, dimensions=dimensions)[0]
         if texts is None or not isinstance(texts, Iterable):
             raise InputError(f"texts must be a str or a list of them, got {type(texts).__name__}")
         texts = list(texts)
-        prompt = self.layout.prompt(prompt_name, role)
+        prompt = self.layout.prompt(prompt_name)
         self.check_dimensions(dimensions)
         budget = batch_tokens or self.batch_tokens
         starts = range(0, len(texts), _CHUNK)

@@ -113,6 +113,16 @@ def without_path(name: str | Path) -> str:
     return Path(text).name or text
 
 
+def public(value: Any) -> Any:
+    """A value with the absolute paths in it cut to their last part."""
+    if isinstance(value, Mapping):
+        return {key: public(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [public(each) for each in value]
+    local = isinstance(value, str | Path) and str(value).startswith(("/", "~", "./", "../"))
+    return Path(value).name if local else value
+
+
 def _folder_facts(folder: Path) -> dict[str, Any]:
     config = read_json(folder / "config.json")
     settings = read_json(folder / "config_sentence_transformers.json")
@@ -130,7 +140,7 @@ def _folder_facts(folder: Path) -> dict[str, Any]:
 def _facts(facts: Mapping[str, Any]) -> str:
     lines = []
     for key, value in facts.items():
-        text = " ".join(str(value).split())
+        text = " ".join(str(public(value)).split())
         fence = "``" if "`" in text else "`"
         lines.append(f"- {key}: {fence}{text}{fence}")
     return "\n".join(lines) or "not recorded"

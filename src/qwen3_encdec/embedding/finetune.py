@@ -5,6 +5,7 @@ that cannot be filled with distinct texts, a loss or weight that is not finite, 
 not made end it with a sentence and without a folder. Needs sentence-transformers 6.2 or newer.
 """
 
+import itertools
 import json
 import math
 import random
@@ -280,7 +281,9 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
             texts |= {queries[i], documents[i]}
             heldout.append(i)
     kept_out = set(heldout)
-    needed = config.steps * config.batch_size
+    # Mining and teachers embed all that is drawn; else more pairs make it easier to fill batches.
+    costly = config.mine_negatives or config.teacher
+    needed = config.steps * config.batch_size if costly else len(full)
     train = [
         i
         for i in order
@@ -318,18 +321,20 @@ def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
     sampler = NoDuplicatesBatchSampler(
         dataset, batch_size=size, drop_last=True, generator=generator, seed=config.seed
     )
-    used = size * sum(1 for _ in sampler)
+    used = size * sum(1 for _ in itertools.islice(sampler, config.steps))
     if not used:
         raise InputError(
             f"no batch of {size} distinct texts can be drawn from {len(dataset)} pairs: texts repeat "
             "too often; lower batch_size"
         )
-    if used < len(dataset) - size:
-        print(
-            f"warning: {len(dataset) - used:,} of {len(dataset):,} pairs repeat the texts of others "
-            f"and fill no batch of {size} in a pass",
-            file=sys.stderr,
-        )
+    for name in dataset.column_names:
+        distinct = len(set(dataset[name]))
+        if distinct < len(dataset) / 2:
+            print(
+                f"warning: column {name} has {distinct:,} distinct texts in {len(dataset):,} pairs; "
+                "batches of distinct texts repeat the pairs of rare ones",
+                file=sys.stderr,
+            )
 
 
 def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:

@@ -70,6 +70,14 @@ def describe_source(*options: str) -> str | None:
         return None
 
 
+def default_device() -> torch.device:
+    """The accelerator that is there, else the CPU; every command computes on it.
+
+    A build of torch for CUDA names `cuda` on a machine without a GPU too, unless asked to check.
+    """
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file. Raises InputError naming the file if it is absent or broken."""
     try:

@@ -5,6 +5,7 @@ only: a tokenizer that keeps those flags turns corpus text into control tokens.
 """
 
 import json
+import pickle
 import shutil
 import subprocess
 import sys
@@ -156,15 +157,24 @@ def test_training_sees_no_control_token_of_the_corpus(
         assert set(think) <= control
 
 
-def test_a_real_checkpoint_is_encoded_fast(init_folder, with_qwen_flags, spelled):
+def test_a_real_checkpoint_is_encoded_fast(init_folder, with_qwen_flags, spelled, caplog):
     tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder)
     fast = Encoder(tokenizer)
     assert fast.fallback_reason is None
     for text in spelled:
         slow = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert fast(text).tolist() == slow
-    control = Encoder(Qwen3EncoderDecoderTokenizer.from_pretrained(with_qwen_flags))
+    assert not caplog.text
+    wrong = Qwen3EncoderDecoderTokenizer.from_pretrained(with_qwen_flags)
+    think = wrong.convert_tokens_to_ids("<think>")
+    for _ in range(2):
+        control = Encoder(wrong)
+        again = pickle.loads(pickle.dumps(control))
+        assert again("<think>").tolist() == control("<think>").tolist() == [think]
     assert control.name == "tokenizers"
+    assert caplog.text.count("'<think>' is [") == 1
+    for part in (f"] to tiktoken and [{think}] to tokenizers", "11 more", "initialize again"):
+        assert part in caplog.text
 
 
 def test_verification_allows_any_pad(parent_folder, tmp_path):

@@ -52,6 +52,7 @@ class Encoder:
         self.fallback_reason: str | None = None
         """Why none that is faster does, None if one does."""
         self._characters = 0
+        self._encode: Callable[[str], np.ndarray]
         if refused is not None:
             self._encode, self.fallback_reason = self._slow, refused
             return

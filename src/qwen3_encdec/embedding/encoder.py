@@ -24,7 +24,8 @@ from transformers import Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, extract_encoder
-from qwen3_encdec.folders import InputError, load_whole, read_json
+from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
 SUFFIXES = (".npy", ".parquet")
 PRECISIONS = ("float32", "int8", "binary")
@@ -61,7 +62,7 @@ class TextEncoder:
         self.name = Path(folder).name
         self._opened = ExitStack()  # what was extracted goes when the encoder goes
         self.folder = self._opened.enter_context(encoder_folder(folder))
-        self.device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        self.device = torch.device(device or default_device())
         self.dtype = dtype or (torch.bfloat16 if _computes_bfloat16(self.device) else torch.float32)
         self._read_modules()
         settings = read_json(self.folder / "sentence_bert_config.json")

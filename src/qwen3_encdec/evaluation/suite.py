@@ -30,6 +30,7 @@ from qwen3_encdec.evaluation.retrieval import normalize
 from qwen3_encdec.evaluation.tasks import PACKAGE_DOCS, TASKS, Task, documents_by_package
 from qwen3_encdec.folders import (
     InputError,
+    default_device,
     describe_source,
     load_model,
     load_tokenizer,
@@ -69,7 +70,7 @@ def evaluate_denoising(
     """
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     metrics: dict[str, Any] = {"denoising": {}}
     with _progress() as progress:
         task = progress.add_task("held-out denoising", total=len(folders) + 1)

@@ -87,7 +87,7 @@ def test_a_library_that_gives_other_ids_is_not_used(tokenizer, library, monkeypa
     other = wrong(tokenizer)
     assert other.name != library
     if library == "tiktoken":
-        assert "differ" in caplog.text
+        assert "to tokenizers" in caplog.text
     text = "whatever does it, the ids are right"
     assert other(text).tolist() == reference(tokenizer, text)
 
@@ -110,7 +110,7 @@ def test_the_same_vocabulary_that_merges_in_another_order(monkeypatch):
     spec = json.loads(ranks.backend_tokenizer.to_str())
     spec["model"]["merges"].reverse()
     ranks._tokenizer = type(ranks.backend_tokenizer).from_str(json.dumps(spec))
-    assert "differ" in (Encoder(ranks).fallback_reason or "")
+    assert "to tokenizers" in (Encoder(ranks).fallback_reason or "")
 
 
 @pytest.mark.parametrize("library", LIBRARIES)

@@ -62,11 +62,11 @@ def tokenizer(
     ] = None,
 ) -> None:
     """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
-    from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
-
     if base is not None and not Path(base).is_dir() and base.startswith(("/", ".", "~")):
         raise InputError(f"base {base} does not exist")
     check_output(output, "tokenizer")
+    from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+
     try:
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
     except (ValueError, OSError, ImportError) as error:

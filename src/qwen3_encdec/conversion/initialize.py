@@ -288,10 +288,10 @@ def verify_initialization(
     """Compare what the saved folder computes with Qwen3, both in fp32 from weights of `dtype`."""
     model = Qwen3ForSeq2SeqLM.from_pretrained(folder, dtype=dtype).float().eval()
     config = model.config
-    ids = torch.randint(0, config.pad_token_id, (3, 17), generator=torch.Generator().manual_seed(0))
-    length = ids.shape[1]
 
     qwen3 = Qwen3ForCausalLM.from_pretrained(source, dtype=dtype).float().eval().model
+    length, rows = 17, qwen3.config.vocab_size
+    ids = torch.randint(rows, (3, length), generator=torch.Generator().manual_seed(0))
     hidden = qwen3(ids, use_cache=False).last_hidden_state
     qwen3.layers = torch.nn.ModuleList(qwen3.layers[i] for i in picks)
     qwen3.config.num_hidden_layers = len(picks)

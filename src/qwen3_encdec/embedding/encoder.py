@@ -27,8 +27,8 @@ from transformers import Qwen3Config
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
 from qwen3_encdec.data.corpus import Tokenized, open_corpus
-from qwen3_encdec.folders import InputError, load_whole, read_json
-from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder, Segments
+from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
 SUFFIXES = (".npy", ".parquet")
 PRECISIONS = ("float32", "int8", "binary")
@@ -144,7 +144,7 @@ class TextEncoder:
         self.name = Path(folder).resolve().name
         self._opened = ExitStack()  # an extracted encoder lives as long as this object
         self.folder = self._opened.enter_context(encoder_folder(folder))
-        self.device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        self.device = torch.device(device or default_device())
         self.dtype = dtype or (torch.bfloat16 if _computes_bfloat16(self.device) else torch.float32)
         self.layout = read_layout(self.folder)
         self.max_tokens = self.layout.max_tokens if max_tokens is None else max_tokens
@@ -162,7 +162,7 @@ class TextEncoder:
         self.num_cut = 0
 
     @cached_property
-    def model(self) -> Qwen3Encoder:
+    def model(self) -> Qwen3EncoderModel:
         """The encoder, loaded on first use. Raises InputError as `load_encoder`."""
         return load_encoder(self.folder, self.dtype).to(self.device)
 
@@ -292,27 +292,52 @@ class TextEncoder:
             [texts, E] float32 on the device: nothing here waits for it.
         """
         lengths = torch.tensor([len(text) for text in ids])
-        states = _states(self.model, ids, lengths)  # (M, E)
+        ends = lengths.cumsum(0)
+        batch = pack(ids)
+        batch |= {"lengths": lengths, "last": ends - 1, "first": ends - lengths}
+        batch = _move(batch, self.device)
+        lengths, last, first = (batch.pop(name) for name in ("lengths", "last", "first"))
+        states = self.model(**batch).last_hidden_state.flatten(0, 1)  # (M, E)
         if self.layout.pooling == "mean":
-            lengths = lengths.to(states.device, non_blocking=True)
             pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths, unsafe=True)
         else:
-            ends = lengths.cumsum(0)
-            rows = ends - 1 if self.layout.pooling == "lasttoken" else ends - lengths
-            pooled = states[rows.to(states.device, non_blocking=True)].float()
+            pooled = states[last if self.layout.pooling == "lasttoken" else first].float()
         return F.normalize(pooled, dim=-1) if self.layout.normalize else pooled
 
 
-def _states(model: Qwen3Encoder, ids: Sequence[np.ndarray], lengths: torch.Tensor) -> torch.Tensor:
-    """Last hidden states, [M, E], of texts one after another."""
-    device = model.device
-    row = torch.from_numpy(np.concatenate(ids)).long()[None]
-    if bool((lengths == lengths[0]).all()):  # equal lengths: a plain batch without a mask
-        batch = row.view(len(ids), -1).to(device, non_blocking=True)
-        return model(batch).last_hidden_state.flatten(0, 1)
-    documents = torch.arange(1, len(ids) + 1).repeat_interleave(lengths)
-    segments = Segments.from_mask(documents[None].to(device))
-    return model(row.to(device), segments=segments).last_hidden_state[0]
+def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Make a batch of texts on the CPU: packed, or a plain [B, S] one where lengths are equal.
+
+    Args:
+        ids: Token ids of each text, int32.
+
+    Returns:
+        Arguments of `Qwen3EncoderModel`.
+    """
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    row = torch.from_numpy(np.concatenate(ids)).long()
+    if (lengths == lengths[0]).all():
+        return {"input_ids": row.view(len(ids), -1)}
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    positions = np.arange(len(row)) - bounds[:-1].repeat(lengths)
+    return {
+        "input_ids": row[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seqlens": torch.from_numpy(bounds).int(),
+        "max_seqlen": int(lengths.max()),
+    }
+
+
+def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy a batch to a device without waiting for it."""
+    if device.type == "cpu":
+        return batch
+    return {
+        name: value.pin_memory().to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in batch.items()
+    }
 
 
 def _embed_chunk(ids: Sequence[np.ndarray], budget: int, forward: Any) -> np.ndarray:
@@ -397,7 +422,11 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
     yield folder
 
 
-def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encoder:
+ENCODER_NAMES = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
+"""Names of an encoder folder's tensors, as patterns, to those of `Qwen3EncoderModel`."""
+
+
+def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3EncoderModel:
     """Load our own encoder with the weights of an encoder folder.
 
     Raises InputError as `load_whole`.
@@ -409,10 +438,10 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encod
         num_sentinel_tokens=0,
         pad_token_id=stock.pad_token_id,
     )
-    return load_whole(Qwen3Encoder, folder, config, dtype).eval()
+    return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=ENCODER_NAMES).eval()
 
 
-def states_under(encoder: Qwen3Encoder, ids: torch.Tensor, causal: bool) -> torch.Tensor:
+def states_under(encoder: Qwen3EncoderModel, ids: torch.Tensor, causal: bool) -> torch.Tensor:
     """Last hidden states, [B, S, E], of [B, S] ids without padding; causal is the control, another
     reader's mistake.
     """

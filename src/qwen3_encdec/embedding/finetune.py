@@ -49,6 +49,7 @@ from qwen3_encdec.folders import (
     InputError,
     check_output,
     copy_without_weights,
+    default_device,
     new_folder,
     read_json,
     write_json,
@@ -719,7 +720,7 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
 
 
 def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrainingArguments:
-    accelerated = torch.accelerator.is_available()
+    accelerated = default_device().type != "cpu"
     prompts = {"anchor": config.query_prompt, "positive": config.document_prompt}
     negatives = max(config.mine_negatives, len(config.columns) - 2)
     prompts |= {f"negative_{i}": config.document_prompt for i in range(1, negatives + 1)}

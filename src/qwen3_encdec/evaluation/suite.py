@@ -38,6 +38,7 @@ from qwen3_encdec.evaluation.retrieval import (
 )
 from qwen3_encdec.folders import (
     InputError,
+    default_device,
     describe_source,
     load_model,
     load_tokenizer,
@@ -78,7 +79,7 @@ def evaluate_denoising(
     """
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     metrics: dict[str, Any] = {"denoising": {}}
     with _progress() as progress:
         task = progress.add_task("held-out denoising", total=len(folders) + 1)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import send_to_device, set_seed
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm import tqdm
 from transformers.utils import logging
@@ -66,7 +66,7 @@ from qwen3_encdec.training.monitor import (
 )
 from qwen3_encdec.training.optimization import build_optimizer, learning_rate
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
 
 
 def run_training(
@@ -164,14 +164,13 @@ def _train(
     pad_id = tokenizer.pad_token_id
     loss_options: dict[str, Any] = {
         "z_loss": config.z_loss,
-        "label_smoothing": config.label_smoothing,
-        "loss_implementation": config.loss_implementation,
+        "smoothing": config.label_smoothing,
     }
-    make_batch: Callable = functools.partial(collate, pad_id=pad_id)
+    make_batch: Callable = collate
     if config.mntp_weight:
         loss_options["encoder_loss_weight"] = config.mntp_weight
         make_batch = functools.partial(
-            collate_masked, pad_id=pad_id, mask_id=mask_token_id(tokenizer), probability=config.mntp_probability,
+            collate_masked, mask_id=mask_token_id(tokenizer), probability=config.mntp_probability,
             kept_ids=np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids]),
         )  # fmt: skip
     loader = StatefulDataLoader(
@@ -328,11 +327,13 @@ def _arrays(make_batch: Callable, rows: list[Any]) -> dict[str, np.ndarray]:
 
     Tensors would go by shared memory, which costs a millisecond or two each.
     """
-    return {name: tensor.numpy() for name, tensor in make_batch(rows).items()}
+    batch = make_batch(rows).items()
+    return {k: v.numpy() if isinstance(v, torch.Tensor) else v for k, v in batch}
 
 
-def _tensors(arrays: dict[str, np.ndarray]) -> Batch:
-    return {name: torch.from_numpy(array) for name, array in arrays.items()}
+def _tensors(arrays: dict[str, Any]) -> Batch:
+    items = arrays.items()
+    return {k: torch.from_numpy(v) if isinstance(v, np.ndarray) else v for k, v in items}
 
 
 def _agree(micro_batches: list[Batch], flags: list[int], accelerator: Accelerator) -> list[int]:
@@ -342,10 +343,9 @@ def _agree(micro_batches: list[Batch], flags: list[int], accelerator: Accelerato
     """
     target = source = examples = 0
     for batch in micro_batches:
-        segments = batch["attention_mask"]
-        target += int((batch["labels"] != -100).sum())
-        source += int((segments > 0).sum())
-        examples += int(segments.amax(dim=1).sum())  # segments of a row are numbered from 1
+        target += batch["labels"].numel()
+        source += batch["input_ids"].numel()
+        examples += len(batch["cu_seqlens"]) - 1
     mine = torch.tensor([target, source, examples, *flags], device=accelerator.device)
     return accelerator.reduce(mine, "sum").tolist()
 
@@ -364,15 +364,10 @@ def _backward(
     ``tokens`` are the step's target tokens on all ranks; gradients are averaged over the ranks, so
     the loss is multiplied by their number.
     """
-    totals = torch.zeros(
-        2, 1 + num_denoisers, dtype=torch.float64, device=accelerator.device
-    )  # padding first
+    totals = torch.zeros(2, num_denoisers, dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(micro_batches):
-        batch = {  # masks stay, so that nobody waits for the device to say how rows are divided
-            name: tensor if "mask" in name else tensor.to(accelerator.device, non_blocking=True)
-            for name, tensor in batch.items()
-        }
-        denoiser = batch.pop("denoiser").flatten() + 1
+        batch = send_to_device(batch, accelerator.device, non_blocking=True)
+        denoiser = batch.pop("denoiser").flatten()
         last = index == len(micro_batches) - 1
         with state.accumulating(last):
             outputs = state.model(**batch, num_items_in_batch=tokens, **loss_options)
@@ -380,7 +375,6 @@ def _backward(
         token_losses = outputs.token_losses.flatten().double()
         totals[0].index_add_(0, denoiser, token_losses)
         totals[1].index_add_(0, denoiser, torch.ones_like(token_losses))
-    totals = totals[:, 1:]
     together = accelerator.reduce(torch.cat([totals.flatten(), state.squared_norms()]), "sum").cpu()
     return together[:-3].view_as(totals), together[-3:].tolist()
 

@@ -25,7 +25,9 @@ from qwen3_encdec.embedding.export import (
     pool,
     sample_texts,
 )
-from qwen3_encdec.folders import InputError, read_json, write_json
+from qwen3_encdec.embedding import export_pair as export_pair_module
+from qwen3_encdec.embedding.export_pair import decode, export_pair
+from qwen3_encdec.folders import InputError, load_config, load_tokenizer, read_json, write_json
 
 FILES = {
     "onnx": "onnx/model.onnx",
@@ -149,6 +151,36 @@ def test_prompts_width_and_limit_travel(encoder, tmp_path, form):
     readme = (tmp_path / "out" / "README.md").read_text()
     assert "at most 512 tokens" in readme
     assert '"query": "q: "' in readme
+
+
+def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder, tmp_path):
+    runtime("onnx")
+    report = export_pair(init_folder, tmp_path / "pair")
+    assert (report.inputs, report.equal) == (32, report.tokens)
+    assert report.blind < 0.5 * report.tokens
+    # Rows of one batch do not depend on each other, nor on padding on the left.
+    tokenizer = load_tokenizer(tmp_path / "pair")
+    config = load_config(tmp_path / "pair")
+    texts = sample_texts(tokenizer, 5, 30, seed=3)
+    alone = []
+    for text in texts:
+        ids = np.array([tokenizer(text)["input_ids"]])
+        alone.append(decode(tmp_path / "pair", ids, np.ones_like(ids), config=config, steps=9)[0])
+    tokenizer.padding_side = "left"
+    batch = tokenizer(texts, padding=True, return_tensors="np")
+    arguments = batch["input_ids"], batch["attention_mask"]
+    together = decode(tmp_path / "pair", *arguments, config=config, steps=9)
+    assert np.array_equal(together, np.array(alone))
+    with pytest.raises(InputError, match="not an encoder-decoder"):
+        export_pair(encoder, tmp_path / "out")
+
+
+def test_a_pair_that_decodes_otherwise_is_not_written(init_folder, tmp_path, monkeypatch):
+    runtime("onnx")
+    monkeypatch.setattr(export_pair_module, "decode", lambda *a, steps, **_: np.ones((32, steps)))
+    with pytest.raises(InputError, match="as ONNX does not decode as ours"):
+        export_pair(init_folder, tmp_path / "pair")
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_texts_reach_from_one_token_to_the_longest(encoder):

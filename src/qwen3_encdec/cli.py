@@ -495,8 +495,10 @@ def export(
 ) -> None:
     """Export an encoder to other runtimes and verify parity in them."""
     from qwen3_encdec.embedding.export import export_encoder
+    from qwen3_encdec.embedding.export_pair import PAIR, export_pair
 
-    print(f"{export_encoder(model, to, output)}\nwrote {output}")
+    report = export_pair(model, output) if to == PAIR else export_encoder(model, to, output)
+    print(f"{report}\nwrote {output}")
 
 
 @app.command()

@@ -6,7 +6,7 @@
 Short queries (8 tokens) and passages (200), each client with a connection of its own that asks for
 one text at a time, over HTTP. The other side is what tutorials show: FastAPI (or Starlette, which
 it is made of, where FastAPI is not installed), one `def` route, `model.encode`. Both have the same
-random weights and dtype; sides take turns. Then 10,000 requests, a tenth of them malformed, slow,
+random weights and dtype, each in a process of its own. Then 10,000 requests, a tenth of them malformed, slow,
 abandoned or too large: every good one must be answered right with memory flat.
 """
 
@@ -24,7 +24,13 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-FULL = {"layers": 6, "hidden_size": 384, "intermediate_size": 1152, "requests": 400, "faults": 10_000}
+FULL = {
+    "layers": 6,
+    "hidden_size": 384,
+    "intermediate_size": 1152,
+    "requests": 400,
+    "faults": 10_000,
+}
 QUICK = {"layers": 1, "hidden_size": 64, "intermediate_size": 96, "requests": 16, "faults": 160}
 LENGTHS = {"query": 8, "passage": 200}
 
@@ -115,7 +121,7 @@ def make_encoder(root: Path, plan: dict) -> Path:
 
 def make_texts(encoder, length: int) -> list[str]:
     """Texts of about `length` tokens, all different."""
-    words = "the quick brown fox jumps over a lazy dog and finds nothing".split()
+    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "finds", "nothing"]
     texts = [" ".join(words[(i + j) % len(words)] for j in range(length - 3)) for i in range(11)]
     return [f"{i} {text}" for i in range(9) for text in texts]
 
@@ -173,7 +179,9 @@ class running:  # noqa: N801
 
     def __enter__(self) -> str:
         quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=quiet, text=True)
+        self.process = subprocess.Popen(
+            self.command, stdout=subprocess.PIPE, stderr=quiet, text=True
+        )
         assert self.process.stdout
         url = self.process.stdout.readline().strip().removesuffix("/v1/embeddings")
         if not url:
@@ -199,7 +207,9 @@ def load(url: str, texts: list[str], clients: int, requests: int) -> dict:
             body = json.dumps({"input": texts[(number * 7 + i) % len(texts)]}).encode()
             began = time.perf_counter()
             try:
-                connection.request("POST", "/v1/embeddings", body, {"Content-Type": "application/json"})
+                connection.request(
+                    "POST", "/v1/embeddings", body, {"Content-Type": "application/json"}
+                )
                 answer = connection.getresponse()
                 errors += answer.read() == b"" or answer.status != 200
             except (OSError, http.client.HTTPException):

@@ -19,7 +19,9 @@ def test_openai(encoder, url, monkeypatch):  # noqa: F811
     assert near([row.embedding for row in answer.data], encoder.encode(TEXTS))
     assert answer.truncated == [4]
     assert answer.usage.prompt_tokens > 0
-    cut = client.embeddings.create(model="mean", input="One.", dimensions=8, encoding_format="float")
+    cut = client.embeddings.create(
+        model="mean", input="One.", dimensions=8, encoding_format="float"
+    )
     assert near(cut.data[0].embedding, encoder.encode(["One."], dimensions=8)[0])
     prompted = client.embeddings.create(
         model="mean", input="One.", extra_body={"prompt_name": "query"}
@@ -74,6 +76,8 @@ def test_chroma(encoder, url):  # noqa: F811
     embed = OpenAIEmbeddingFunction(api_base=f"{url}/v1", api_key="none", model_name="mean")
     collection = chromadb.EphemeralClient().create_collection("texts", embedding_function=embed)
     collection.add(ids=[str(i) for i in range(3)], documents=TEXTS[1:4])
-    found = collection.query(query_texts=[TEXTS[2]], n_results=1, include=["embeddings", "documents"])
+    found = collection.query(
+        query_texts=[TEXTS[2]], n_results=1, include=["embeddings", "documents"]
+    )
     assert found["documents"] == [[TEXTS[2]]]
     assert near(found["embeddings"][0], encoder.encode([TEXTS[2]]))

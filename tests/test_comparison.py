@@ -11,8 +11,8 @@ from html import escape
 import pytest
 import yaml
 
-from qwen3_encdec.reports import comparison
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError
+from qwen3_encdec.reports import comparison
 from tests.test_report import CURVES, HOSTILE, METRICS, SIMILARITY, TASKS, Page
 
 CHROMIUM = next(
@@ -164,7 +164,9 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(runs, tmp_pat
 def test_the_card_says_what_is_recorded(runs, tmp_path):
     comparison.compare(runs, tmp_path / "out")
     card = (tmp_path / "out" / "model_card.md").read_text()
-    assert card.startswith("---\nbase_model: Qwen/Qwen3-0.6B\nlibrary_name: sentence-transformers\n")
+    assert card.startswith(
+        "---\nbase_model: Qwen/Qwen3-0.6B\nlibrary_name: sentence-transformers\n"
+    )
     assert str(tmp_path) not in card
     assert "# encoder" in card
     for expected in (

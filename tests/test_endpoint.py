@@ -152,7 +152,7 @@ def test_what_does_not_answer_with_embeddings_is_named(encoder):
     [
         b"SSH-2.0-OpenSSH_9.6\r\n",
         b"",
-        b"HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{\"data\": [",
+        b'HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{"data": [',
     ],
 )
 def test_a_port_that_is_no_http_and_a_cut_answer_are_named(said):

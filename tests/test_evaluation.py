@@ -76,7 +76,6 @@ def test_denoising_losses_are_means_over_tokens(init_folder):
             model,
             examples,
             denoiser_names=names,
-            pad_token_id=tokenizer.pad_token_id,
             batch_size=batch_size,
         )
 

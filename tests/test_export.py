@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 from qwen3_encdec import cli
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import export
+from qwen3_encdec.embedding import export_pair as export_pair_module
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.export import (
     FORMS,
@@ -25,7 +26,6 @@ from qwen3_encdec.embedding.export import (
     pool,
     sample_texts,
 )
-from qwen3_encdec.embedding import export_pair as export_pair_module
 from qwen3_encdec.embedding.export_pair import decode, export_pair
 from qwen3_encdec.folders import InputError, load_config, load_tokenizer, read_json, write_json
 
@@ -126,7 +126,9 @@ def test_wrong_readers_are_caught_and_nothing_is_written(encoder, tmp_path, monk
         with pytest.raises(InputError, match="as stock does not embed as our encoder does"):
             export_encoder(encoder, "stock", tmp_path / "out")
     monkeypatch.setitem(FORMS, "stock", right)
-    monkeypatch.setattr(export, "causal_embeddings", lambda folder, texts: right.read(folder)(texts))
+    monkeypatch.setattr(
+        export, "causal_embeddings", lambda folder, texts: right.read(folder)(texts)
+    )
     with pytest.raises(InputError, match="does not embed"):
         export_encoder(encoder, "stock", tmp_path / "out")
     assert [folder.name for folder in tmp_path.iterdir()] == ["right"]

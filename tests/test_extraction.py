@@ -162,7 +162,9 @@ def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, tmp_path):
         "sentence-transformers",
         "sentence-similarity",
     )
-    assert card["base_model"] == read_json(init_folder / "qwen3_encdec.json")["source"].split("/")[-1]
+    assert (
+        card["base_model"] == read_json(init_folder / "qwen3_encdec.json")["source"].split("/")[-1]
+    )
     text = (tmp_path / "out" / "README.md").read_text()
     assert str(init_folder.parent) not in text
     assert "/tmp" not in text

@@ -151,7 +151,9 @@ def test_a_nan_weight_is_caught_where_the_loss_is_not_asked(encoder, tmp_path, m
 def test_scores_before_during_and_after_and_the_best_weights_stay(encoder, tmp_path, capsys):
     options = QUICK | {"steps": 20, "batch_size": 32, "lr": 3e-3, "eval_every": 5}
     result = finetune(encoder, tmp_path / "tuned", PAIRS, **options)
-    lines = [json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()
+    ]
     scores = {line["step"]: line["ndcg@10"] for line in lines if "ndcg@10" in line}
     assert list(scores) == [0, 5, 10, 15, 20]
     assert result["heldout"] == {
@@ -196,7 +198,9 @@ def test_an_interrupted_finetuning_resumes_to_the_same_weights(encoder, tmp_path
         finetune(encoder, tmp_path / "out", PAIRS, **options)
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
-    with pytest.raises(InputError, match="holds an interrupted finetuning: continue it with resume"):
+    with pytest.raises(
+        InputError, match="holds an interrupted finetuning: continue it with resume"
+    ):
         finetune(encoder, tmp_path / "out", PAIRS, **options)
     with pytest.raises(InputError, match="was made with other settings"):
         finetune(encoder, tmp_path / "out", PAIRS, resume=True, **options | {"lr": 1e-4})
@@ -249,7 +253,14 @@ def test_gradient_checkpointing_computes_layers_twice_and_changes_nothing(
     finetune(encoder, tmp_path / "plain", PAIRS, **QUICK, heldout_pairs=0)
     assert not [warning for warning in recwarn if "checkpointing" in str(warning.message)]
     once = len(calls)
-    finetune(encoder, tmp_path / "checkpointed", PAIRS, **QUICK, heldout_pairs=0, gradient_checkpointing=True)
+    finetune(
+        encoder,
+        tmp_path / "checkpointed",
+        PAIRS,
+        **QUICK,
+        heldout_pairs=0,
+        gradient_checkpointing=True,
+    )
     assert len(calls) - once == 2 * once
     plain, checkpointed = weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")
     assert all(torch.allclose(plain[name], checkpointed[name], atol=2e-5) for name in plain)
@@ -447,9 +458,10 @@ def test_bad_inputs(tmp_path):
 
 def test_bench_runs_whole_at_toy_size(encoder, parent_folder, tmp_path):
     causal_embedder(parent_folder, tmp_path / "parent")
-    settings = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]
-    command = [sys.executable, "bench/finetune.py", "--encoder", encoder, "--parent", tmp_path / "parent", *settings,
-               "--documents", "40", "--queries", "9", "--output", tmp_path / "figures.json"]  # fmt: skip
+    words = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]
+    files = ["--encoder", encoder, "--parent", tmp_path / "parent", "--queries", "9"]
+    output = ["--output", tmp_path / "figures.json"]
+    command = [sys.executable, "bench/finetune.py", *files, *words, *output]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     scores = read_json(tmp_path / "figures.json")["ndcg@10"]

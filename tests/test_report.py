@@ -157,6 +157,7 @@ def test_a_denoiser_has_one_colour_and_throughput_begins_at_0(tmp_path):
     few = [{**line, "loss/S": 4.0} for line in CURVES[:3]]
     for line in few:
         del line["loss/R1"]
+
     def drawn(page, caption):
         page = page[page.index(f'aria-label="{caption}') :]
         return page[: page.index("</svg>")]

@@ -103,7 +103,9 @@ def test_models_health_and_metrics(url, encoder):
     after = get("/metrics")
 
     def value(text, name):
-        return float(next(line for line in text.splitlines() if line.startswith(name + " ")).split()[1])
+        return float(
+            next(line for line in text.splitlines() if line.startswith(name + " ")).split()[1]
+        )
 
     assert value(after, "qwen3_encdec_texts_total") - value(before, "qwen3_encdec_texts_total") == 6
     assert value(after, "qwen3_encdec_queue_tokens") == 0
@@ -295,7 +297,9 @@ def storm(address, encoder, requests, seed=0, clients=16):
             raw.settimeout(30)
             head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
             if kind == "malformed":
-                raw.sendall(rng.choice([b"\x00\x01garbage\r\n\r\n", head.format(3).encode() + b"{{{"]))
+                raw.sendall(
+                    rng.choice([b"\x00\x01garbage\r\n\r\n", head.format(3).encode() + b"{{{"])
+                )
                 return b" 400 " in raw.recv(4096)
             if kind == "slow":
                 raw.sendall(head.format(20).encode() + b'{"in')

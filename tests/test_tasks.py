@@ -277,7 +277,9 @@ def test_a_hub_task_without_its_data_is_tried_once_and_not_run(monkeypatch):
 
     monkeypatch.setattr(type(mteb.get_task("STSBenchmark")), "load_data", fail)
     for baseline in ("wordllama", "minilm"):
-        monkeypatch.setattr(baselines, baseline, lambda: lambda texts, max_tokens=0, role=None: bags(texts))
+        monkeypatch.setattr(
+            baselines, baseline, lambda: lambda texts, max_tokens=0, role=None: bags(texts)
+        )
     metrics = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
     assert metrics["tasks_not_run"] == {"STSBenchmark": "its data cannot be loaded: no network"}
     assert len(tried) == 1

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-
 from experiments.objective.wordnet import Synset, synsets, wordnet_folder
+
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.evaluation.baselines import NotRun, package_folder
 from qwen3_encdec.evaluation.retrieval import (

@@ -55,7 +55,11 @@ def write_card(
         "language": [code.strip() for code in language.split(",")],
         "tags": ["qwen3", "ul2", "feature-extraction", "text-embeddings"],
     }
-    blocks = [f"---\n{yaml.safe_dump(head, sort_keys=False)}---", f"# {name}", _USE.format(name=name)]
+    blocks = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
+        f"# {name}",
+        _USE.format(name=name),
+    ]
     blocks.append(f"## The folder\n\n{_facts(_folder_facts(folder))}")
     blocks += [f"## {title}\n\n{_facts(facts)}" for title, facts in sections]
     (folder / "README.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
@@ -108,7 +112,11 @@ def _made_of(folder: Path) -> str | None:
 def without_path(name: str | Path) -> str:
     """A hub id as it is; of a path its last part."""
     text = str(name)
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", text) and not text.startswith(".") and not Path(text).exists():
+    if (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", text)
+        and not text.startswith(".")
+        and not Path(text).exists()
+    ):
         return text
     return Path(text).name or text
 

@@ -290,7 +290,10 @@ def _write_sentence_transformers_layout(
         {
             "word_embedding_dimension": config.hidden_size,
             "pooling_mode": POOLING[pooling],
-            **{f"pooling_mode_{flag}": mode == POOLING[pooling] for mode, flag in POOLING_FLAGS.items()},
+            **{
+                f"pooling_mode_{flag}": mode == POOLING[pooling]
+                for mode, flag in POOLING_FLAGS.items()
+            },
             "include_prompt": True,
         },
     )

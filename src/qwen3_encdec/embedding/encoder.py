@@ -416,9 +416,7 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
         return
     bidirectional = kind == "qwen3" and config.get("is_causal", True) is False
     if not bidirectional or not (folder / "modules.json").is_file():
-        raise InputError(
-            f"{folder} is not an encoder folder; make one with: qwen3-encdec extract"
-        )
+        raise InputError(f"{folder} is not an encoder folder; make one with: qwen3-encdec extract")
     yield folder
 
 

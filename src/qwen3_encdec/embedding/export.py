@@ -92,7 +92,9 @@ class ExportReport:
             f"read causally {self.causal:.4f}; texts that are not NFC {self.decomposed:.4f}"
         )
         if self.decomposed < self.limit:
-            line += "\nits readers do not normalize text: convert texts to NFC before embedding them"
+            line += (
+                "\nits readers do not normalize text: convert texts to NFC before embedding them"
+            )
         return line
 
 

@@ -16,7 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_encdec.embedding.export import ONNX_PACKAGES, check_packages, sample_texts, save_onnx, to_onnx
+from qwen3_encdec.embedding.export import (
+    ONNX_PACKAGES,
+    check_packages,
+    sample_texts,
+    save_onnx,
+    to_onnx,
+)
 from qwen3_encdec.folders import (
     InputError,
     check_output,
@@ -96,9 +102,7 @@ class _Decoder(torch.nn.Module):
         rotary = self.decoder.rotary_emb(states, position)
         cache, seen = _Grown(past), mask[:, None, None, :].bool()
         for layer in self.decoder.layers:
-            states = layer(
-                states, None, position_embeddings=rotary, merged_mask=seen, cache=cache
-            )
+            states = layer(states, None, position_embeddings=rotary, merged_mask=seen, cache=cache)
         logits = self.shared(self.decoder.norm(states))[:, 0]
         return [logits, *cache.tensors]
 

@@ -715,7 +715,9 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
         else:
             loss = MultipleNegativesRankingLoss(model, **options)
     if config.matryoshka_dims:
-        loss = MatryoshkaLoss(model, loss, sorted({*map(int, config.matryoshka_dims), width}, reverse=True))
+        loss = MatryoshkaLoss(
+            model, loss, sorted({*map(int, config.matryoshka_dims), width}, reverse=True)
+        )
     return loss
 
 

@@ -261,7 +261,9 @@ class Service:
         async def refuse(request: Request, error: Exception) -> Response:
             return _refusal(error)
 
-        app = Starlette(routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refuse})
+        app = Starlette(
+            routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refuse}
+        )
         app.add_middleware(_Guarded, service=self)
         return app
 
@@ -282,15 +284,18 @@ class Service:
 
     def _card(self) -> dict[str, Any]:
         facts = {"max_tokens": self.encoder.max_tokens, "dimensions": self.encoder.dimensions}
-        return {"id": self.encoder.name, "object": "model", "created": 0, "owned_by": "local"} | facts
+        return {
+            "id": self.encoder.name,
+            "object": "model",
+            "created": 0,
+            "owned_by": "local",
+        } | facts
 
     async def embeddings(self, request: Request) -> Response:
         """Embed the texts of a request."""
         body = await self._read(request)
         loop = asyncio.get_running_loop()
-        ask = await loop.run_in_executor(
-            self.edge, read_ask, self.encoder, body, self.limits.texts
-        )
+        ask = await loop.run_in_executor(self.edge, read_ask, self.encoder, body, self.limits.texts)
         self.texts += len(ask.tokens.ids)
         self.cut += sum(ask.tokens.cut)
         request.state.said = f"{len(ask.tokens.ids)} texts {sum(map(len, ask.tokens.ids))} tokens"
@@ -411,7 +416,9 @@ class _Guarded:
             return
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if not hmac.compare_digest(given.encode(), key.encode()):
-            raise HTTPException(401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"})
+            raise HTTPException(
+                401, "the API key is missing or wrong", {"WWW-Authenticate": "Bearer"}
+            )
 
 
 def _refusal(error: Exception) -> Response:

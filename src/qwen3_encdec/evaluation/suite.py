@@ -86,9 +86,7 @@ def evaluate_denoising(
         for label, folder in folders.items():
             model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
             examples = heldout_examples(data, tokenizer, num_examples)
-            metrics["denoising"][label] = denoising_losses(
-                model, examples, denoiser_names=names, pad_token_id=tokenizer.pad_token_id
-            )
+            metrics["denoising"][label] = denoising_losses(model, examples, denoiser_names=names)
             progress.advance(task)
         by_denoiser = {}
         for index, denoiser in enumerate(data.denoisers):

@@ -38,8 +38,20 @@ def write_page(analysis: Analysis, file: Path, settings: dict[str, Any]) -> None
 
 def _draw_shares(axes: Axes, analysis: Analysis) -> None:
     at = np.arange(len(analysis.denoisers))
-    axes.bar(at - 0.2, [d.example_share for d in analysis.denoisers], 0.38, label="examples", color=_EXAMPLES)
-    axes.bar(at + 0.2, [d.target_share for d in analysis.denoisers], 0.38, label="target tokens", color=_TARGETS)
+    axes.bar(
+        at - 0.2,
+        [d.example_share for d in analysis.denoisers],
+        0.38,
+        label="examples",
+        color=_EXAMPLES,
+    )
+    axes.bar(
+        at + 0.2,
+        [d.target_share for d in analysis.denoisers],
+        0.38,
+        label="target tokens",
+        color=_TARGETS,
+    )
     axes.hlines(
         [d.nominal_share for d in analysis.denoisers], at - 0.4, at, color="C6", linewidth=2
     )

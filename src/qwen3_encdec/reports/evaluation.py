@@ -11,13 +11,13 @@ from transformers.utils import logging
 from qwen3_encdec.conversion.extract import checkpoints_to_average
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.evaluation import baselines
+from qwen3_encdec.evaluation.retrieval import Task, pairs_retrieval
 from qwen3_encdec.evaluation.suite import (
     embedding_space,
     evaluate_denoising,
     evaluate_retrieval,
     provenance,
 )
-from qwen3_encdec.evaluation.retrieval import Task, pairs_retrieval
 from qwen3_encdec.folders import PROVENANCE_FILE, check_output, new_folder, read_json, write_json
 from qwen3_encdec.reports.comparison import Run, write_page
 from qwen3_encdec.reports.scores import denoising_table, retrieval_table, tasks_table

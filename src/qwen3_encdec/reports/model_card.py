@@ -6,8 +6,8 @@ from typing import Any
 
 import yaml
 
-from qwen3_encdec.folders import PROVENANCE_FILE, read_json
 from qwen3_encdec.conversion.card import base_of, public, read_card, without_path
+from qwen3_encdec.folders import PROVENANCE_FILE, read_json
 from qwen3_encdec.reports.page import code, escape_markdown, markdown_table, read_metrics
 from qwen3_encdec.reports.scores import denoising_table, tasks_table
 

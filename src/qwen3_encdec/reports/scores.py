@@ -1,6 +1,6 @@
 """Tables and figures of evaluations: denoising, retrieval, tasks, and the embedding space."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -26,6 +26,8 @@ _NEIGHBOURS = jinja2.Environment(autoescape=True).from_string("""\
 _TEXTS = jinja2.Environment(autoescape=True).from_string(
     "<ol>{% for text in texts %}<li>{{ text }}</li>{% endfor %}</ol>"
 )
+
+
 def retrieval_table(
     retrieval: Mapping[str, Mapping[str, float]], not_run: Mapping[str, str]
 ) -> Table:
@@ -38,8 +40,7 @@ def retrieval_table(
         return format(row[key], digits.get(key, ".3f")) if key in row else "–"
 
     rows = [
-        [name, *(cell(row, key) for key in (*SCORES, *GEOMETRY))]
-        for name, row in retrieval.items()
+        [name, *(cell(row, key) for key in (*SCORES, *GEOMETRY))] for name, row in retrieval.items()
     ]
     rows += [[name, f"not run: {reason}"] for name, reason in not_run.items()]
     return ["Embedder", *SCORES.values(), *GEOMETRY.values()], rows

@@ -358,7 +358,7 @@ def test_a_users_own_pairs_are_scored_beside_the_baselines(
     )
     scored = metrics["tasks"]["mine"]
     assert (scored["size"], list(metrics["tasks"])) == (6, ["mine"])
-    assert list(scored["scores"])[0] == "TF-IDF"
+    assert next(iter(scored["scores"])) == "TF-IDF"
     assert {"UL2 encoder", "Causal parent (mean)"} <= set(scored["scores"])
     assert all(row["low"] <= row["score"] <= row["high"] for row in scored["scores"].values())
     # Both documents of the first query are right: neither pushes the other from the first place.

@@ -256,11 +256,12 @@ def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
 
 
 def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):
-    release = threading.Event()
+    entered, release = threading.Event(), threading.Event()
     computed = []
     whole = encoder.forward
 
     def slow(ids):
+        entered.set()
         release.wait(20)
         computed.extend(ids)
         return whole(ids)
@@ -268,12 +269,14 @@ def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):
     monkeypatch.setattr(encoder, "forward", slow)
     with running(encoder, Limits(answer_seconds=0.3)) as address:
         with concurrent.futures.ThreadPoolExecutor(4) as crowd:
-            answers = list(crowd.map(lambda i: post(address, {"input": f"{i}"}), range(4)))
-        assert [status for status, _ in answers] == [503] * 4
+            first = crowd.submit(post, address, {"input": "computing"})
+            assert entered.wait(10)
+            others = list(crowd.map(lambda i: post(address, {"input": f"{i}"}), range(3)))
+        assert [status for status, _ in (first.result(), *others)] == [503] * 4
         release.set()
         monkeypatch.undo()
         assert post(address, {"input": "after"})[0] == 200
-    assert len(computed) < 4  # what waited behind the first batch was dropped
+    assert len(computed) == 1  # what waited behind the first batch was dropped
 
 
 def test_a_long_request_does_not_hold_up_a_short_one(encoder):

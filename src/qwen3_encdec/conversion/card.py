@@ -1,4 +1,4 @@
-"""The model card of an encoder folder: metadata that a hub reads, and facts that the folders record.
+"""The model card of an encoder folder: metadata for a hub, and facts that the folders record.
 
 Names of files and folders are cut to their last part, so that no local path is published.
 """

@@ -42,12 +42,18 @@ from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 # As sentence-transformers calls them, and the flags by which its older versions and other readers
 # know them.
 POOLING = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
-POOLING_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
-          "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
+POOLING_FLAGS = {
+    "cls": "cls_token",
+    "mean": "mean_tokens",
+    "max": "max_tokens",
+    "sqrt": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-    "rope_parameters", "attention_bias", "attention_dropout", "pad_token_id",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
+    "initializer_range", "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout", "pad_token_id",
 )  # fmt: skip
 # Largest difference allowed to our own encoder, relative to the largest state, in fp32.
 TOLERANCE = 1e-4
@@ -73,8 +79,8 @@ class ExtractionReport:
         )
         return (
             f"encoder of {', '.join(self.averaged)}: {self.parameters:,} parameters\n"
-            f"stock transformers differs by {self.transformers:.1e}, sentence-transformers by {pooled}; "
-            f"read causally it would differ by {self.causal_control:.1e} (limit {TOLERANCE:.0e})"
+            f"stock transformers differs by {self.transformers:.1e}, sentence-transformers by "
+            f"{pooled}; read causally it would differ by {self.causal_control:.1e} (limit {TOLERANCE:.0e})"
         )
 
 
@@ -106,8 +112,8 @@ def extract_encoder(
 
     Raises:
         InputError: no encoder-decoder checkpoint there, too few to average, damaged files, an
-            unknown pooling, a length out of range, or a folder that stock transformers or sentence-transformers does not
-            read as our encoder.
+            unknown pooling, a length out of range, or a folder that stock transformers or
+            sentence-transformers does not read as our encoder.
     """
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")

@@ -322,7 +322,7 @@ def _quiet() -> Iterator[None]:
 
 
 def _eight_bits(model: Any) -> Any:
-    """Weights of 8 bits with a scale for every 32, and products of integers, as llama.cpp's q8_0."""
+    """8-bit weights with a scale for every 32, and integer products, as llama.cpp's q8_0."""
     import onnx
     import onnx_ir
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
@@ -431,9 +431,7 @@ def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
 
 
 def llama_cpp_server(folder: Path) -> Any:
-    """llama.cpp's own server, in this process and on a free port; it tokenizes, pools and normalizes
-    itself.
-    """
+    """llama.cpp's own server in this process, on a free port; it tokenizes and pools itself."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()

@@ -95,8 +95,8 @@ class FinetuneConfig:
     hardness_strength: float = 5.0
     """Added to a negative's logit, times its cosine."""
     matryoshka_dims: list[float] = field(default_factory=list)
-    """Leading dimensions that must serve alone, as numbers or as shares of the width (0.5); the full
-    width is always trained too.
+    """Leading dimensions that must serve alone, as numbers or as shares of the width (0.5); the
+    full width is always trained too.
     """
     spread_weight: float = 0.0
     """Weight of the spread-out regulariser on each side's embeddings, beside contrastive."""
@@ -129,7 +129,7 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     lora_rank: int = 0
-    """Train low-rank adapters of all projections and merge them at the end; 0 trains every weight."""
+    """Train low-rank adapters and merge them at the end; 0 trains every weight."""
     heldout_pairs: int = 256
     """Pairs kept out of training for the score, at most a tenth of all; 0 scores nothing."""
     eval_every: int = 0
@@ -146,11 +146,9 @@ class FinetuneConfig:
 
         Raises InputError naming them.
         """
-        at_least = {"max_length": 1, "steps": 1, "batch_size": 2, "mini_batch_size": 0, "lora_rank": 0, "seed": 0,
-                    "mine_negatives": 0, "mining_skip": 0, "spread_weight": 0, "hardness_strength": 0,
-                    "weight_decay": 0, "heldout_pairs": 0, "eval_every": 0, "save_every": 0,
-                    "log_every": 0}  # fmt: skip
-        for name, least in at_least.items():
+        numbers = (name for name, value in vars(self).items() if type(value) in (int, float))
+        for name in numbers:
+            least = {"max_length": 1, "steps": 1, "batch_size": 2}.get(name, 0)
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
         for name in ("lr", "temperature"):
@@ -169,7 +167,8 @@ class FinetuneConfig:
             and not self.mine_negatives
         ):
             raise InputError(
-                f"objective {self.objective} compares documents: name more columns, or mine_negatives"
+                f"objective {self.objective} compares documents: name more columns, or "
+                "mine_negatives"
             )
         if "query_to_doc" not in self.directions:
             raise InputError(f"directions must hold query_to_doc, got {self.directions!r}")
@@ -306,8 +305,8 @@ def _check_distinct(config: FinetuneConfig, dataset: Dataset) -> None:
         distinct = len(set(dataset[name]))
         if distinct < size:
             raise InputError(
-                f"column {name} has {distinct} distinct texts, and a batch of {size} needs as many: "
-                f"use batch_size={distinct} or more texts"
+                f"column {name} has {distinct} distinct texts, and a batch of {size} needs as "
+                f"many: use batch_size={distinct} or more texts"
             )
 
 
@@ -325,15 +324,15 @@ def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
     used = size * sum(1 for _ in itertools.islice(sampler, config.steps))
     if not used:
         raise InputError(
-            f"no batch of {size} distinct texts can be drawn from {len(dataset)} pairs: texts repeat "
-            "too often; lower batch_size"
+            f"no batch of {size} distinct texts can be drawn from {len(dataset)} pairs: texts "
+            "repeat too often; lower batch_size"
         )
     for name in dataset.column_names:
         distinct = len(set(dataset[name]))
         if distinct < len(dataset) / 2:
             print(
-                f"warning: column {name} has {distinct:,} distinct texts in {len(dataset):,} pairs; "
-                "batches of distinct texts repeat the pairs of rare ones",
+                f"warning: column {name} has {distinct:,} distinct texts in {len(dataset):,} "
+                "pairs; batches of distinct texts repeat the pairs of rare ones",
                 file=sys.stderr,
             )
 
@@ -492,8 +491,8 @@ def _train(
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.state.global_step != config.steps:
         raise InputError(
-            f"only {trainer.state.global_step} of {config.steps} steps could be made: too few pairs "
-            "with distinct texts"
+            f"only {trainer.state.global_step} of {config.steps} steps could be made: too few "
+            "pairs with distinct texts"
         )
     watch.restore_best()
     return watch
@@ -624,8 +623,8 @@ def _mine(config: FinetuneConfig, dataset: Dataset, model: SentenceTransformer) 
     )
     if len(mined) < config.batch_size:
         raise InputError(
-            f"only {len(mined)} of {len(dataset)} pairs have {config.mine_negatives} negatives under "
-            f"mining_margin {config.mining_margin}: less than one batch of {config.batch_size}"
+            f"only {len(mined)} of {len(dataset)} pairs have {config.mine_negatives} negatives "
+            f"under mining_margin {config.mining_margin}: less than one batch of {config.batch_size}"
         )
     return _dataset([mined[name] for name in mined.column_names])
 

@@ -37,13 +37,12 @@ from qwen3_encdec.folders import InputError
 
 Embed = Callable[[list[str]], np.ndarray]
 
-_WORDS = (
-    "river", "window", "bread", "teacher", "market", "silver", "garden", "yellow", "engine", "letter", "winter",
-    "bridge", "doctor", "music", "paper", "summer", "stone", "kitchen", "island", "captain", "forest", "mirror",
-    "pocket", "number", "village", "carpet", "hammer", "finger", "dinner", "shadow", "button", "monkey", "castle",
-    "farmer", "ticket", "ladder", "butter", "camera", "planet", "rabbit", "desert", "pencil", "cotton", "valley",
-    "needle", "orange", "copper", "circle",
-)  # fmt: skip
+_WORDS = """
+river window bread teacher market silver garden yellow engine letter winter bridge
+doctor music paper summer stone kitchen island captain forest mirror pocket number
+village carpet hammer finger dinner shadow button monkey castle farmer ticket ladder
+butter camera planet rabbit desert pencil cotton valley needle orange copper circle
+""".split()  # noqa: SIM905
 _TEXTS, _LENGTH, _AT_ONCE = 48, 24, 32
 
 
@@ -163,9 +162,10 @@ def judge(embed: Embed, seed: int = 0) -> Verdict:
         )
     logs = np.log(moved[0] / moved[1])
     ratio, error = float(np.exp(logs.mean())), 2 * float(logs.std() / np.sqrt(_TEXTS))
+    low, high = np.exp(logs.mean() - error), np.exp(logs.mean() + error)
     evidence = (
-        f"a word near the end moves the embedding {ratio:.2f} times as far as one near the beginning "
-        f"({np.exp(logs.mean() - error):.2f} to {np.exp(logs.mean() + error):.2f}); by mean pooling"
+        f"a word near the end moves the embedding {ratio:.2f} times as far as one near the "
+        f"beginning ({low:.2f} to {high:.2f}); by mean pooling"
     )
     if logs.mean() + error < np.log(0.6):
         return Verdict("causal", evidence)

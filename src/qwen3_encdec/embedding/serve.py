@@ -324,7 +324,8 @@ class Service:
         try:
             seconds = self.limits.answer_seconds
             first = asyncio.FIRST_COMPLETED
-            await asyncio.wait({gone, result}, timeout=seconds, return_when=first)
+            both: set[asyncio.Future[Any]] = {gone, result}
+            await asyncio.wait(both, timeout=seconds, return_when=first)
             if result.done():
                 return result.result()
             if gone.done():
@@ -483,27 +484,27 @@ def make_server(
         listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     except OSError as error:
         raise InputError(f"cannot listen on {host}:{port}: {error.strerror}") from None
-    limits = limits or Limits()
+    bounds = limits or Limits()
 
     class Punctual(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         """Close a connection whose first request has no whole head in time."""
 
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.loop.call_later(limits.read_seconds, self._close_idle)
+            self.loop.call_later(bounds.read_seconds, self._close_idle)
 
         def _close_idle(self) -> None:
             if self.cycle is None and not self.transport.is_closing():
                 self.transport.close()
 
-    service = Service(encoder, limits, os.environ.get(API_KEY) or None)
+    service = Service(encoder, bounds, os.environ.get(API_KEY) or None)
     config = uvicorn.Config(
         service.app(),
         http=Punctual,
         lifespan="on",
         access_log=False,
         log_level="warning",
-        timeout_keep_alive=int(max(5, limits.read_seconds)),
+        timeout_keep_alive=int(max(5, bounds.read_seconds)),
         timeout_graceful_shutdown=10,
     )
     return Server(config, listening)

@@ -82,7 +82,7 @@ class Retrieval:
         return len(self.queries)
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """R@1 as `score`, its interval, `mrr`, `ndcg@10`, `r@1`, and the geometry where asked for."""
+        """R@1 as `score`, its interval, `mrr`, `ndcg@10`, `r@1`, and the geometry if asked for."""
         queries = embed(self.queries, "query")
         documents = embed(self.documents, "document")
         ranks = relevant_ranks(queries, documents, self.relevant, also=self._also_right())
@@ -152,10 +152,12 @@ def _read_pair(line: str, where: str) -> tuple[str, str]:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{where} is not valid JSON: {error}") from None
-    for names in PAIR_FIELDS:
-        values = [row.get(name) if isinstance(row, dict) else None for name in names]
-        if all(isinstance(value, str) and value.strip() for value in values):
-            return values[0], values[1]
+    for first, second in PAIR_FIELDS if isinstance(row, dict) else ():
+        query, document = row.get(first), row.get(second)
+        if not isinstance(query, str) or not isinstance(document, str):
+            continue
+        if query.strip() and document.strip():
+            return query, document
     raise InputError(f"{where} holds neither query and document nor anchor and positive, as texts")
 
 

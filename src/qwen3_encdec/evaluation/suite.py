@@ -384,7 +384,7 @@ def _embed(
     role: str | None = None,
     block: int = 256,
 ) -> np.ndarray:
-    """Embeddings in the order of `texts`, computed in order of length, so that little is padding."""
+    """Embeddings in the order of `texts`, computed by length, so that little is padding."""
     order = np.argsort([len(text) for text in texts], kind="stable")
     parts = []
     for start in range(0, len(texts), block):

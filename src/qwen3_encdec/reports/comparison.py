@@ -27,9 +27,9 @@ from qwen3_encdec.reports.scores import (
 
 SHOWN_EXAMPLES = 5
 RETRIEVAL_NOTE = (
-    "{num_queries:,} summary lines of docstrings, each looking for its body among {num_documents:,} "
-    "of held-out packages. Ties count against the model. Lower is better for alignment, uniformity "
-    "and mean cosine; higher for the rest."
+    "{num_queries:,} summary lines of docstrings, each looking for its body among "
+    "{num_documents:,} of held-out packages. Ties count against the model. Lower is better for "
+    "alignment, uniformity and mean cosine; higher for the rest."
 )
 CURVES = {
     "loss": ("Training loss.", "nats per target token"),
@@ -99,7 +99,7 @@ def _read(folder: Path, name: str) -> Run:
     }
     if lines is None and "metrics" not in found:
         raise InputError(
-            f"run {folder} holds neither metrics.json nor metrics.jsonl, so there is nothing to show"
+            f"run {folder} holds neither metrics.json nor metrics.jsonl: there is nothing to show"
         )
     curves = read_metrics(lines) if lines else []
     return Run(name, folder, read_json(folder / PROVENANCE_FILE)["kind"], curves=curves, **found)

@@ -135,4 +135,5 @@ def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0
     soup_score = scores.pop(str(merged))
     best = max(scores, key=lambda name: scores[name])
     verdict = "better than" if soup_score > scores[best] else "not better than"
-    return f"{summary(metrics)}\n{merged} is {verdict} its best input {best}: {soup_score:.3f}, {scores[best]:.3f}"
+    figures = f"{soup_score:.3f}, {scores[best]:.3f}"
+    return f"{summary(metrics)}\n{merged} is {verdict} its best input {best}: {figures}"

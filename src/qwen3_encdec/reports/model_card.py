@@ -63,7 +63,8 @@ def model_card(folders: Sequence[Path]) -> str:
             blocks.append(markdown_table(denoising_table(found["denoising"])))
         if found.get("tasks"):
             blocks.append(
-                "Scores with half the width of their 95 % bootstrap intervals; ties count against the model."
+                "Scores with half the width of their 95 % bootstrap intervals; ties count against "
+                "the model."
             )
             blocks.append(
                 markdown_table(tasks_table(found["tasks"], found.get("tasks_not_run", {})))

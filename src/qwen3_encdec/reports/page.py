@@ -59,8 +59,9 @@ _PAGE = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True
 <div class="scroll"><table>
 <tr>{% for cell in header %}<th scope="col">{{ cell }}</th>{% endfor %}</tr>
 {% for row in rows %}
-<tr>{% for cell in row %}<td{% if loop.last and row|length < header|length %} class="note" colspan="\
-{{ header|length - row|length + 1 }}"{% endif %}>{{ cell }}</td>{% endfor %}</tr>
+<tr>{% for cell in row %}{% set rest = header|length - row|length %}
+<td{% if loop.last and rest %} class="note" colspan="{{ rest + 1 }}"{% endif %}>{{ cell }}</td>
+{% endfor %}</tr>
 {% endfor %}
 </table></div>
 {% endmacro %}

@@ -11,11 +11,14 @@ from qwen3_encdec.reports.page import COLORS, Table, figure, legend
 
 SCORES = {"mrr": "MRR", "ndcg@10": "nDCG@10", "r@1": "R@1"}
 GEOMETRY = {
-    "alignment": "Alignment", "uniformity": "Uniformity", "mean_cosine": "Mean cosine", "effective_rank": "Eff. rank",
-}  # fmt: skip
+    "alignment": "Alignment",
+    "uniformity": "Uniformity",
+    "mean_cosine": "Mean cosine",
+    "effective_rank": "Eff. rank",
+}
 TASKS_NOTE = (
-    "Score and half the width of its 95 % interval (bootstrap over queries, texts or documents). In "
-    "brackets the metric and how many answers it is made of."
+    "Score and half the width of its 95 % interval (bootstrap over queries, texts or documents). "
+    "In brackets the metric and how many answers it is made of."
 )
 _NEIGHBOURS = jinja2.Environment(autoescape=True).from_string("""\
 <div><p>Nearest neighbours{{ name }}</p><dl>{% for item in items %}

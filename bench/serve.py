@@ -14,6 +14,7 @@ import argparse
 import http.client
 import json
 import resource
+import socket
 import subprocess
 import sys
 import tempfile
@@ -164,11 +165,10 @@ def serve_plain(folder: Path) -> None:
             return JSONResponse(await run_in_threadpool(answer, await request.json()))
 
         app = Starlette(routes=[Route("/v1/embeddings", route, methods=["POST"])])
-    config = uvicorn.Config(app, port=0, log_level="warning")
-    server = uvicorn.Server(config)
-    listening = config.bind_socket()
-    print(f"http://127.0.0.1:{listening.getsockname()[1]}", flush=True)
-    server.run(sockets=[listening])
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    print(f"http://127.0.0.1:{port}", flush=True)
+    uvicorn.run(app, port=port, log_level="warning")
 
 
 class running:  # noqa: N801
@@ -187,7 +187,13 @@ class running:  # noqa: N801
         if not url:
             raise SystemExit(f"{' '.join(self.command)} did not start")
         threading.Thread(target=self.process.stdout.read, daemon=True).start()
-        return url
+        host, port = url.removeprefix("http://").split(":")
+        while True:  # bound is not yet listening
+            try:
+                socket.create_connection((host, int(port))).close()
+                return url
+            except OSError:
+                time.sleep(0.05)
 
     def __exit__(self, *_: object) -> None:
         self.process.terminate()

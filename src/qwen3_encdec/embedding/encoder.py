@@ -244,24 +244,26 @@ class TextEncoder:
         prompt = self.layout.prompt(prompt_name)
         self.check_dimensions(dimensions)
         budget = batch_tokens or self.batch_tokens
-        starts = range(0, len(texts), _CHUNK)
         parts = [np.empty((0, dimensions or self.dimensions), dtype=np.float32)]
-        with (
-            ThreadPoolExecutor(1) as ahead,
-            _forwards(self, processes) as forward,
-            tqdm(total=len(texts), unit="text", unit_scale=True, disable=not progress) as bar,
-        ):
-            pending = [ahead.submit(self.tokenize, texts[:_CHUNK], prompt)] if texts else []
-            for start in starts:
-                tokens = pending.pop().result()
-                following = texts[start + _CHUNK : start + 2 * _CHUNK]
-                if following:
-                    pending.append(ahead.submit(self.tokenize, following, prompt))
+        with _forwards(self, processes) as forward:
+            for tokens in _with_bar(self._chunks(texts, prompt), len(texts), progress):
                 self.num_cut += sum(tokens.cut)
-                embedded = _embed_chunk(tokens.ids, budget, forward)
-                parts.append(self.cut_to(embedded, dimensions))
-                bar.update(len(tokens.ids))
+                parts.append(self.cut_to(_embed_chunk(tokens.ids, budget, forward), dimensions))
         return np.concatenate(parts)
+
+    def _chunks(self, texts: Sequence[str], prompt: str) -> Iterator[Tokens]:
+        """Tokenize chunk by chunk, the next one while the last one is computed."""
+        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
+        if len(chunks) < 2:
+            yield from (self.tokenize(chunk, prompt) for chunk in chunks)
+            return
+        with ThreadPoolExecutor(1) as ahead:
+            pending = ahead.submit(self.tokenize, chunks[0], prompt)
+            for following in chunks[1:]:
+                tokens = pending.result()
+                pending = ahead.submit(self.tokenize, following, prompt)
+                yield tokens
+            yield pending.result()
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise InputError unless an embedding has that many dimensions."""
@@ -338,6 +340,17 @@ def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
         else value
         for name, value in batch.items()
     }
+
+
+def _with_bar(chunks: Iterator[Tokens], total: int, progress: bool) -> Iterator[Tokens]:
+    """The chunks, under a bar on standard error that counts texts."""
+    if not progress:
+        yield from chunks
+        return
+    with tqdm(total=total, unit="text", unit_scale=True) as bar:
+        for tokens in chunks:
+            yield tokens
+            bar.update(len(tokens.ids))
 
 
 def _embed_chunk(ids: Sequence[np.ndarray], budget: int, forward: Any) -> np.ndarray:

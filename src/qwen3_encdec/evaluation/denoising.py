@@ -79,13 +79,13 @@ def infill_examples(
     chosen = [example for example in examples if first <= example.target[0] <= last][:n]
     if not chosen:
         raise InputError("there is no span-corrupted example to fill in")
-    batch = collate([[example] for example in chosen], pad_id=tokenizer.pad_token_id)
+    sources = [{"input_ids": example.source.tolist()} for example in chosen]
+    batch = tokenizer.pad(sources, padding_side="right", return_tensors="pt").to(model.device)
     training = model.training
     model.eval()
     generated = model.generate(
-        input_ids=batch["input_ids"].to(model.device),
-        attention_mask=batch["attention_mask"].to(model.device),
-        max_new_tokens=batch["labels"].shape[1],
+        **batch,
+        max_new_tokens=max(len(example.target) for example in chosen),
         do_sample=False,
         num_beams=1,
     )

@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env demo docs test test-benchmarks wordnet test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
+.PHONY: help env demo docs test test-benchmarks wordnet test-tools test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -43,8 +43,10 @@ $(VENV)/extras: $(VENV)/.installed Makefile
 		rensa==0.5.0 faiss-cpu==1.15.1
 	touch $@
 
-test-extras: $(VENV)/extras ## what needs peft, torchao, gigatoken, rensa or faiss
-	$(EXTRAS) $(BIN)/python -m pytest tests/test_uses.py -k "lora or quantization" -q
+test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantization: T5 beside ours
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py -q
+
+test-extras: $(VENV)/extras ## what else needs peft, gigatoken, rensa or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
 

@@ -303,7 +303,7 @@ def test_label_smoothing_of_the_trainer(build, tokenizer, tmp_path):
     trainer.train()
     logged = trainer.state.log_history[0]["loss"]
     assert logged == pytest.approx(by_hand.item(), rel=1e-4)
-    assert logged != pytest.approx(-right[kept].mean().item(), rel=1e-3)
+    assert abs(logged + right[kept].mean().item()) > 1e-3  # the control: without smoothing
     assert trainer.evaluate()["eval_loss"] > 0
 
 
@@ -681,7 +681,7 @@ def test_lora_with_a_trained_embedding(name, tying, tokenizer, tmp_path):
         by_hand = loss_by_hand(model(**prepared).logits, labels)
         torch.testing.assert_close(model(**batch).loss, by_hand)
     if copies:
-        assert (by_hand - full(**batch).loss).abs() > 0.1
+        assert (by_hand - full(**batch).loss).abs() > 0.01
         merge_and_reload(model, ours, tmp_path)
 
 

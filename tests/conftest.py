@@ -3,6 +3,8 @@ own.
 """
 
 import os
+import runpy
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -87,6 +89,38 @@ def tiny_config(**changes) -> Qwen3EncoderDecoderConfig:
         "pad_token_id": 300, "eos_token_id": 302, "initializer_range": 0.2,
     }  # fmt: skip
     return Qwen3EncoderDecoderConfig(**{**sizes, **changes})
+
+
+# Several processes each, or minutes of computing: `make test-all` runs these, `make test` does not.
+SLOW_FILES = {"test_distributed.py", "test_chaos.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow file by file; single tests carry the mark themselves."""
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a Python file as a program in this process: no second import of torch.
+
+    Returns (exit code, standard output, standard error).
+    """
+
+    def call(path, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(Path(path).parent))
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

@@ -53,7 +53,8 @@ $(VENV)/extras: $(VENV)/.installed Makefile
 	touch $@
 
 test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantization: T5 beside ours
-	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py -q
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py tests/test_model_properties.py -q $(PARALLEL)
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
 
 test-extras: $(VENV)/extras ## what else needs peft, gigatoken, rensa or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q

@@ -305,6 +305,7 @@ def test_the_table_of_the_documentation_is_what_the_estimate_says():
     assert rows == [planned_row(*re.findall(r"[\w.]+", row)[:2]) for row in rows]
 
 
+@pytest.mark.slow
 def test_the_bench_measures_beside_the_estimate():
     command = [sys.executable, str(ROOT / "bench/memory.py"), "--quick", "--only", "packed"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -313,19 +314,16 @@ def test_the_bench_measures_beside_the_estimate():
     assert targets == ["memory-packed:"]
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(ROOT / "scripts/train.py")]
-    return subprocess.run([*script, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_a_folder_with_nothing_but_its_configuration_can_be_planned(tmp_path):
+def test_a_folder_with_nothing_but_its_configuration_can_be_planned(tmp_path, run_script):
+    script = ROOT / "scripts/train.py"
     Qwen3EncoderDecoderConfig().save_pretrained(tmp_path / "model")
     recipe = [
         "--config",
         str(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml"),
         f"model={tmp_path / 'model'}",
     ]
-    done = train(
+    code, out, err = run_script(
+        script,
         *recipe,
         f"output_dir={tmp_path / 'run'}",
         "--dry-run",
@@ -334,14 +332,15 @@ def test_a_folder_with_nothing_but_its_configuration_can_be_planned(tmp_path):
         "--mfu",
         "0.5",
     )
-    assert done.returncode == 0, done.stderr
-    assert "parameters        1,036,619,776" in done.stdout
-    assert re.search(r"^time +\d+\.\d hours, .* at 50% of the peak$", done.stdout, re.MULTILINE)
-    refused = train(*recipe, "--dry-run", "--devices", "8xH100", "--memory-gib", "20")
-    assert refused.returncode == 2
+    assert code == 0, err
+    assert "parameters        1,036,619,776" in out
+    assert re.search(r"^time +\d+\.\d hours, .* at 50% of the peak$", out, re.MULTILINE)
+    short = ["--dry-run", "--devices", "8xH100", "--memory-gib", "20"]
+    code, _, err = run_script(script, *recipe, *short)
+    assert code == 2
     assert re.fullmatch(
         r"error: batch_size=16 needs .* and there are 20\.0; batch_size=\d would fit\n",
-        refused.stderr,
+        err,
     )
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 

@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
+from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 from transformers import PreTrainedModel
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -213,22 +214,25 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def read_averages(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """The same of the running average that training with `ema_decay` keeps in a checkpoint.
+    """Yield the same of the running average that training with `ema_decay` keeps.
 
     Raises:
         InputError: there is none, or a file is damaged.
     """
-    found = False
-    for path in sorted(folder.glob("state/optimizer*.safetensors")):
-        with _opened(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                if name.endswith(".ema"):
-                    found = True
-                    yield name.removesuffix(".ema"), tensors.get_tensor(name)
-    if not found:
+    reader = HuggingFaceStorageReader(str(folder / "state"))
+    try:
+        metadata = reader.read_metadata() if (folder / "state").is_dir() else None
+        stored = metadata.state_dict_metadata if metadata else {}
+        averages = {name: torch.empty(s.size) for name, s in stored.items() if name[-4:] == ".ema"}
+        load(averages, storage_reader=reader, no_dist=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / 'state'} is truncated or damaged: {error}") from None
+    if not averages:
         raise InputError(
             f"{folder} holds no running average of the weights; train with ema_decay=0.999"
         )
+    for name, average in averages.items():
+        yield name.removesuffix(".ema"), average
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

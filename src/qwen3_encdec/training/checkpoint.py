@@ -52,8 +52,6 @@ from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 BLOCK = 2**15
 _FILE_BYTES = 5e9
 _ONE_FILE = "model.safetensors"
-# What decides the content of the examples; a resumed run must agree.
-_FIXED = ("data", "seed")
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
@@ -157,11 +155,11 @@ class Checkpointer:
         """Stop all ranks by an InputError that is the same on each."""
         if self._writer is not None:
             self._writer.join()
-        reasons = gather_object([str(self._error) if self._error else None])
+        reasons = gather_object([self._error and _reason(self._error)])
         if self.accelerator.is_main_process:
             shutil.rmtree(self._partial, ignore_errors=True)
         self._writer = None
-        reason = next(reason for reason in reasons if reason).strip().splitlines()[-1]
+        reason = next(reason for reason in reasons if reason)
         raise InputError(
             f"{self.folder.parent} could not be written to: {reason}; training stopped, the last "
             f"checkpoint is {self.last or 'none'}"
@@ -311,10 +309,8 @@ def read_tensors_into(tensors: dict[str, torch.Tensor], folder: Path, below: str
     reader = VerifiedReader(folder / below, checks)
     try:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
-    except InputError:
-        raise
-    except Exception as error:  # safetensors and torch raise a dozen unrelated types
-        raise InputError(str(error).strip().splitlines()[-1]) from None
+    except (Exception, dcp.CheckpointException) as error:  # safetensors and torch raise many types
+        raise InputError(_reason(error)) from None
 
 
 def files_of_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -413,26 +409,14 @@ def read_training_state(folder: Path) -> dict[str, Any]:
 
 
 def changes_since(state: dict[str, Any], config: dict[str, Any], world_size: int) -> list[str]:
-    """Return a phrase about each setting that is not as it was at the checkpoint.
-
-    Raises InputError if the run would see other data; `data.accept_changes` accepts that.
-    """
+    """Return a phrase about each setting that is not as it was at the checkpoint."""
     before, notes = flatten(state["config"]), []
     if state["world_size"] != world_size:
         notes.append(f"{state['world_size']} processes -> {world_size}")
     for name, value in flatten(config).items():
         # A setting that did not exist yet is no change.
-        if name in ("output_dir", "resume", "data.accept_changes") or name not in before:
-            continue
-        if value == before[name]:
-            continue
-        accepted = name.startswith("data.") and config["data"]["accept_changes"]
-        if name.split(".")[0] in _FIXED and not accepted:
-            raise InputError(
-                f"cannot resume step {state['step']} with {name}={value!r}, it was trained with "
-                f"{before[name]!r}; set it back, or begin anew in another output_dir"
-            )
-        notes.append(f"{name} {before[name]!r} -> {value!r}")
+        if name not in ("output_dir", "resume") and value != before.get(name, value):
+            notes.append(f"{name} {before[name]!r} -> {value!r}")
     return notes
 
 
@@ -466,6 +450,13 @@ def load_random_state(state: dict[str, Any], rank: int) -> None:
 def folder_name(step: int) -> str:
     """Name the folder of the checkpoint after ``step``."""
     return f"step-{step:06d}"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line, out of what torch.distributed.checkpoint wraps it in."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _from_hex(text: str) -> torch.Tensor:

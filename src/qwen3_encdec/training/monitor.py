@@ -35,7 +35,8 @@ class SpikeGuard:
 
     def __init__(self, sigma: float, window: int, state: dict | None = None) -> None:
         self.sigma = sigma
-        before = (state or {}).get("recent", ())
+        state = state or {}
+        before = state.get("recent", state.get("applied", ()))  # as earlier versions called it
         self.recent = deque[tuple[float, float]](map(tuple, before), maxlen=window)
 
     @property

@@ -84,7 +84,8 @@ def start_run(
     position = None
     if resumed:
         position = stream.merge_states([rank["data"] for rank in resumed["ranks"]])
-        if note := data.check_state(position):
+        position, note = data.adopt(position)
+        if note:
             show(note)
     make_batch, loss_options = _objective(config, tokenizer, data.kept_ids)
     loader = stream.RowLoader(

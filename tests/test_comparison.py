@@ -11,8 +11,8 @@ from html import escape
 import pytest
 import yaml
 
-from qwen3_encdec.evaluation import comparison
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError
+from qwen3_encdec.reports import comparison
 from tests.test_report import CURVES, HOSTILE, METRICS, SIMILARITY, TASKS, Page
 
 CHROMIUM = next(

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from qwen3_encdec import cli
-from qwen3_encdec.conversion import merge as merging
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.conversion.merge import slerp, soup
 from qwen3_encdec.demo.parent import causal_embedder
@@ -214,4 +213,4 @@ def test_command_evaluates_every_input_and_the_result(
     assert seen["parent"] == parent_folder
     monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, seed: (
         {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}))  # fmt: skip
-    assert "not better than" in merging.compare(encoders[:2], tmp_path / "soup")
+    assert "not better than" in suite.compare_soup(encoders[:2], tmp_path / "soup")

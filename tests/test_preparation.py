@@ -21,7 +21,7 @@ import pytest
 from rich.console import Console
 
 from qwen3_encdec import cli
-from qwen3_encdec.data import sources
+from qwen3_encdec.data import corpus as sources
 from qwen3_encdec.data.analysis import analyze
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.corpus import open_corpus
@@ -430,7 +430,7 @@ def test_a_killed_preparation_goes_on_without_doing_finished_parts_again(
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     code = (
         "import sys, time; from pathlib import Path; from transformers import PreTrainedTokenizerFast\n"
-        "from qwen3_encdec.data import preparation as p, sources; sources.SHARD_BYTES = 3000\n"
+        "from qwen3_encdec.data import prepare as p, corpus as sources; sources.SHARD_BYTES = 3000\n"
         "write = p._PartWriter.__call__\n"
         "p._PartWriter.__call__ = lambda *a: (time.sleep(0.3), write(*a))\n"
         "from qwen3_encdec.folders import load_tokenizer\n"

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from qwen3_encdec.data import sources
+from qwen3_encdec.data import corpus as sources
 from qwen3_encdec.data.collate import collate, fewest_rows, pack
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.corpus import open_corpus

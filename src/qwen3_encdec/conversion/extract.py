@@ -36,7 +36,7 @@ from qwen3_encdec.folders import (
     read_tensors,
     write_json,
 )
-from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
 # As sentence-transformers calls them, and the flags by which its older versions and other readers
 # know them.
@@ -285,8 +285,8 @@ def _verify(
     """Differences of stock transformers, of sentence-transformers, and of the causal control, on a
     padded batch.
     """
-    ours = Qwen3Encoder(config).eval()
-    ours.load_state_dict({name: tensor.float() for name, tensor in tensors.items()})
+    ours = Qwen3EncoderModel(config).eval()
+    ours.load_state_dict({encoder_name(name): tensor.float() for name, tensor in tensors.items()})
     texts = [
         "One.",
         "A sentence of a few more words, to be padded against.",
@@ -317,6 +317,11 @@ def _verify(
     pooling = read_json(folder / "1_Pooling" / "config.json")["pooling_mode"]
     expected = pool(reference, batch["attention_mask"], pooling)
     return transformers, float((pooled - expected).abs().max()), causal
+
+
+def encoder_name(name: str) -> str:
+    """Return what `Qwen3EncoderModel` calls a tensor of an encoder folder."""
+    return "shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

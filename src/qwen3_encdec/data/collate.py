@@ -50,56 +50,19 @@ def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray])
     return batch | {"key_order": torch.from_numpy(order)}
 
 
-def collate(
-    rows: Sequence[Row],
-    *,
-    pad_id: int,
-    source_length: int | None = None,
-    target_length: int | None = None,
-) -> dict[str, torch.Tensor]:
-    """Pad rows to the longest of the batch, or to the given lengths.
+def collate(rows: Sequence[Row]) -> dict[str, Any]:
+    """Lay the examples of all rows out as one packed batch.
 
-    Returns (all int64; B rows, S source and T target tokens):
-        input_ids `[B, S]`: sources of a row one after another.
-        attention_mask `[B, S]`: k for the tokens of the row's k-th example, from 1 on; 0 is
-        padding. labels `[B, T]`: targets; -100 is padding. decoder_attention_mask `[B, T]`: as
-        attention_mask, for the targets. denoiser `[B, T]`: index of the denoiser a target token
-        comes from; -1 is padding.
+    Returns:
+        The batch of `collate_packed`, and `denoiser` [1, N] int64: the index of the denoiser that
+        each target token comes from.
     """
     examples = [example for row in rows for example in row]
-    counts = np.array([len(row) for row in rows])
-    first = np.cumsum(counts) - counts
-    segments = np.arange(len(examples)) - np.repeat(first, counts) + 1
-    denoisers = np.array([example.denoiser for example in examples])
-
-    sides = []
-    for parts, length in (
-        ([e.source for e in examples], source_length),
-        ([e.target for e in examples], target_length),
-    ):
-        sizes = np.array([len(part) for part in parts])
-        of_rows = np.add.reduceat(sizes, first)
-        sides.append(
-            (np.concatenate(parts), sizes, np.arange(length or of_rows.max()) < of_rows[:, None])
-        )
-    (source, source_sizes, in_source), (target, target_sizes, in_target) = sides
-    columns = {
-        "input_ids": (source, in_source, pad_id),
-        "attention_mask": (np.repeat(segments, source_sizes), in_source, 0),
-        "labels": (target, in_target, IGNORED),
-        "decoder_attention_mask": (np.repeat(segments, target_sizes), in_target, 0),
-        "denoiser": (np.repeat(denoisers, target_sizes), in_target, -1),
-    }
-    # One storage for all: a worker hands it over in one piece.
-    storage = torch.empty(2 * in_source.size + 3 * in_target.size, dtype=torch.int64)
-    pieces = storage.split([real.size for _, real, _ in columns.values()])
-    batch = {}
-    for (name, (values, real, fill)), piece in zip(columns.items(), pieces, strict=True):
-        batch[name] = piece.view(real.shape)
-        padded = batch[name].numpy()
-        padded.fill(fill)
-        padded[real] = values
-    return batch
+    sources = [example.source for example in examples]
+    targets = [example.target for example in examples]
+    denoisers = np.array([example.denoiser for example in examples], dtype=np.int64)
+    of_tokens = np.repeat(denoisers, [len(target) for target in targets])
+    return collate_packed(sources, targets) | {"denoiser": torch.from_numpy(of_tokens)[None]}
 
 
 _MASK_TOKEN = "<|reserved_3|>"  # 0 to 2 are the mode tokens
@@ -119,31 +82,33 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 def collate_masked(
-    rows: Sequence[Row], *, pad_id: int, mask_id: int, kept_ids: np.ndarray, probability: float
-) -> dict[str, torch.Tensor]:
+    rows: Sequence[Row], *, mask_id: int, kept_ids: np.ndarray, probability: float
+) -> dict[str, Any]:
     """`collate`, with source tokens masked at random.
 
-    Which ones is a function of a row's tokens alone: the same in every worker, rank and continued
-    run.
+    Which ones is a function of an example's tokens alone: the same in every worker, rank and
+    continued run.
 
     Args:
         kept_ids: Ids that are never masked: EOS and sentinels.
         probability: Of masking any other token.
 
     Returns:
-        The batch of `collate`, and `encoder_labels` `[B, S]` int64: the masked tokens' ids, -100
+        The batch of `collate`, and `encoder_targets` [1, M] int64: the masked tokens' ids, -100
         elsewhere.
     """
-    batch = collate(rows, pad_id=pad_id)
-    ids, real = batch["input_ids"].numpy(), batch["attention_mask"].numpy() > 0
-    seeds = [
-        zlib.crc32(row[kept].tobytes()) for row, kept in zip(ids, real, strict=True)
-    ]  # padding has no say
-    draws = np.stack([np.random.default_rng(seed).random(ids.shape[1]) for seed in seeds])
-    masked = (draws < probability) & real & ~np.isin(ids, kept_ids)
+    batch = collate(rows)
+    sources = [np.asarray(e.source, dtype=np.int64) for row in rows for e in row]
+    seeds = [zlib.crc32(source.tobytes()) for source in sources]
+    draws = [
+        np.random.default_rng(seed).random(len(source))
+        for seed, source in zip(seeds, sources, strict=True)
+    ]
+    ids = batch["input_ids"].numpy()
+    masked = (np.concatenate(draws) < probability) & ~np.isin(ids, kept_ids)
     return batch | {
         "input_ids": torch.from_numpy(np.where(masked, mask_id, ids)),
-        "encoder_labels": torch.from_numpy(np.where(masked, ids, IGNORED)),
+        "encoder_targets": torch.from_numpy(np.where(masked, ids, IGNORED)),
     }
 
 

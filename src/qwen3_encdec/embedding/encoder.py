@@ -25,7 +25,6 @@ from transformers import Qwen3Config
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, extract_encoder
 from qwen3_encdec.folders import InputError, load_whole, read_json
-from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder, Segments
 
 SUFFIXES = (".npy", ".parquet")
 PRECISIONS = ("float32", "int8", "binary")
@@ -102,7 +101,7 @@ class TextEncoder:
         )
 
     @cached_property
-    def model(self) -> Qwen3Encoder:
+    def model(self) -> Qwen3EncoderModel:
         """The encoder, loaded on first use. Raises InputError as `load_encoder`."""
         return load_encoder(self.folder, self.dtype).to(self.device)
 
@@ -208,18 +207,19 @@ class TextEncoder:
         """Embeddings, [texts, dimensions] float32, of texts that are computed together."""
         lengths = torch.tensor([len(text) for text in ids])
         row = torch.from_numpy(np.concatenate(ids)).long()[None]
-        if bool(
-            (lengths == lengths[0]).all()
-        ):  # a plain batch, and attention runs over all of it at once
-            states = self.model(row.view(len(ids), -1).to(self.device)).last_hidden_state.flatten(
-                0, 1
-            )
+        if bool((lengths == lengths[0]).all()):  # attention then runs over all texts at once
+            batch = {"input_ids": row.view(len(ids), -1)}
         else:
-            texts = torch.arange(1, len(ids) + 1).repeat_interleave(lengths)
-            segments = Segments.from_mask(texts[None].to(self.device))
-            states = self.model(row.to(self.device), segments=segments).last_hidden_state[
-                0
-            ]  # (N, E)
+            ends = lengths.cumsum(0)
+            starts = (ends - lengths).repeat_interleave(lengths)
+            batch = {
+                "input_ids": row,
+                "position_ids": (torch.arange(row.shape[1]) - starts)[None],
+                "cu_seqlens": F.pad(ends, (1, 0)).int(),
+            }
+            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
+            batch["max_seqlen"] = int(lengths.max())
+        states = self.model(**batch).last_hidden_state.flatten(0, 1)
         lengths = lengths.to(self.device)
         if self.pooling == "mean":
             pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths)
@@ -260,7 +260,11 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
     yield folder
 
 
-def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encoder:
+# What `Qwen3EncoderModel` calls the tensors of an encoder folder.
+ENCODER_NAMES = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
+
+
+def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3EncoderModel:
     """Our own encoder with the weights of an encoder folder. Raises InputError as `load_whole`."""
     source = Qwen3Config.from_pretrained(folder)
     ids = {
@@ -269,7 +273,7 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encod
         "pad_token_id": source.pad_token_id,
     }
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(source, **ids)
-    return load_whole(Qwen3Encoder, folder, config, dtype).eval()
+    return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=ENCODER_NAMES).eval()
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:

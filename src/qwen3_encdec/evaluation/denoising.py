@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import send_to_device
 
 from qwen3_encdec.data.collate import collate
 from qwen3_encdec.data.ul2 import Example
@@ -43,16 +44,12 @@ def denoising_losses(
     model.eval()
     try:
         for start in range(0, len(by_length), batch_size):
-            batch = collate(
-                [[example] for example in by_length[start : start + batch_size]],
-                pad_id=pad_token_id,
-            )
+            batch = collate([[example] for example in by_length[start : start + batch_size]])
             denoiser = batch.pop("denoiser")
-            inputs = {name: tensor.to(device) for name, tensor in batch.items()}
+            inputs = send_to_device(batch, device)
             losses = model(**inputs, return_logits=False).token_losses.double().cpu()
-            real = denoiser >= 0
-            sums[0].index_add_(0, denoiser[real], losses[real])
-            sums[1].index_add_(0, denoiser[real], torch.ones_like(losses[real]))
+            sums[0].index_add_(0, denoiser[0], losses[0])
+            sums[1].index_add_(0, denoiser[0], torch.ones_like(losses[0]))
     finally:
         model.train(training)
     return {

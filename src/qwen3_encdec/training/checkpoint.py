@@ -99,7 +99,9 @@ class Checkpointer:
             return
         self._step = step
         stager = DefaultStager(StagingOptions(False, False, False, False))
-        tensors = stager.stage({"model": self.state.weights(), "state": self.state.optimizer_state()})
+        tensors = stager.stage(
+            {"model": self.state.weights(), "state": self.state.optimizer_state()}
+        )
         stager.close()
         training = {
             "step": step,
@@ -191,7 +193,7 @@ class Checkpointer:
                 self._write_model_files(folder, training["step"])
                 mine += [state / "training.json"]
                 mine += [path for path in folder.iterdir() if path.is_file()]
-            checks = {str(path.relative_to(folder)): checks_of(path) for path in mine}
+            checks = {str(path.relative_to(folder)): checks_of(path, BLOCK) for path in mine}
             write_json(state / f"checks-{self._number}.json", {"block": BLOCK, "files": checks})
         except BaseException as error:  # of whatever kind, all ranks must hear of it
             self._error = error
@@ -282,18 +284,18 @@ class VerifiedReader(dcp.HuggingFaceStorageReader):
 
     def _read(self, path: str, start: int, size: int) -> bytearray:
         """Read bytes of a file, block by block."""
-        checks, content = self._checks.get(path), bytearray()
+        length, checks = self._checks.get(path, (BLOCK, None))
+        content, begin = bytearray(), start % length
         with open(path, "rb", buffering=0) as file:
-            for number in range(start // BLOCK, (start + size - 1) // BLOCK + 1):
+            for number in range(start // length, (start + size - 1) // length + 1):
                 if self._last[:2] != (path, number):
-                    file.seek(number * BLOCK)
-                    block = file.read(BLOCK)
+                    file.seek(number * length)
+                    block = file.read(length)
                     VerifiedReader.bytes_read += len(block)
                     if checks and zlib.crc32(block) != checks[number]:
                         raise InputError(f"{Path(path).name} does not have its checksum")
                     self._last = path, number, block
                 content += self._last[2]
-        begin = start % BLOCK
         return content[begin : begin + size]
 
 
@@ -304,8 +306,10 @@ def read_tensors_into(tensors: dict[str, torch.Tensor], folder: Path, below: str
     """
     checks = {}
     for file in sorted((folder / "state").glob("checks-*.json")):
-        for name, check in read_json(file)["files"].items():
-            checks[str(folder / name)] = [int(crc, 16) for crc in check["crc32"].split()]
+        written = read_json(file)
+        for name, check in written["files"].items():
+            sums = [int(crc, 16) for crc in check["crc32"].split()]
+            checks[str(folder / name)] = written["block"], sums
     reader = VerifiedReader(folder / below, checks)
     try:
         dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -324,14 +328,14 @@ def files_of_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
     return files
 
 
-def checks_of(path: Path) -> dict[str, Any]:
+def checks_of(path: Path, block: int) -> dict[str, Any]:
     """Return a file's size and the CRC-32 of each block, after it has been brought to the disk.
 
     A rename must not survive a crash that the data does not.
     """
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        sums = [zlib.crc32(block) for block in iter(lambda: file.read(BLOCK), b"")]
+        sums = [zlib.crc32(part) for part in iter(lambda: file.read(block), b"")]
     return {"bytes": path.stat().st_size, "crc32": " ".join(f"{crc:08x}" for crc in sums)}
 
 
@@ -352,7 +356,7 @@ def damage(folder: Path) -> str | None:
                     return f"{name} is missing"
                 if path.stat().st_size != check["bytes"]:
                     return f"{name} has {path.stat().st_size:,} bytes instead of {check['bytes']:,}"
-                if path.suffix != ".safetensors" and checks_of(path) != check:
+                if path.suffix != ".safetensors" and checks_of(path, checks["block"]) != check:
                     return f"{name} does not have its checksum"
     except (InputError, OSError, ValueError, KeyError, TypeError) as error:
         return str(error)

@@ -94,7 +94,8 @@ def _disagreement(
     Returns why the other cannot be used, or None if loss and gradient agree.
     """
     small = Qwen3EncoderDecoderConfig.from_dict(model_config.to_dict())
-    small.vocab_size, small.pad_token_id, small.eos_token_id = 256, 0, 1
+    small.vocab_size, small.eos_token_id = 256, 1
+    small.pad_token_id = small.decoder_start_token_id = 0
     small.num_hidden_layers = small.num_decoder_layers = 1
     small.num_sentinel_tokens = 10
     generator = torch.Generator().manual_seed(0)

@@ -229,9 +229,9 @@ def test_attention_is_chosen_by_what_is_there(monkeypatch):
     monkeypatch.setattr(layers, "FASTEST_FIRST", ("flash_attention_2", "eager"))
     with pytest.raises(InputError, match="attention: flash_attention_2 cannot be used: "):
         choose_attention("flash_attention_2", config, cuda, lines.append)
-    reason = layers._disagreement("flash_attention_2", config, cuda)
+    reason = layers.disagreement("flash_attention_2", config, cuda)
     assert reason.startswith("ImportError")
-    assert layers._disagreement("eager", config, cuda) is None
+    assert layers.disagreement("eager", config, cuda) is None
 
 
 def test_an_attention_that_computes_something_else_is_refused(monkeypatch):
@@ -244,5 +244,5 @@ def test_an_attention_that_computes_something_else_is_refused(monkeypatch):
         return output * 1.5, weights
 
     AttentionInterface.register("wrong", wrong)
-    reason = layers._disagreement("wrong", tiny_config(), torch.device("cpu"))
+    reason = layers.disagreement("wrong", tiny_config(), torch.device("cpu"))
     assert reason is not None

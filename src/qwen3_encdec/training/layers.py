@@ -75,7 +75,7 @@ def choose_attention(
         return "sdpa"
     refused = []
     for name in FASTEST_FIRST if wanted == "auto" else (wanted,):
-        reason = None if name in ("sdpa", "eager") else _disagreement(name, model_config, device)
+        reason = None if name in ("sdpa", "eager") else disagreement(name, model_config, device)
         if reason is None:
             show(f"attention: {name}" + "".join(f"; not {why}" for why in refused))
             return name
@@ -86,7 +86,7 @@ def choose_attention(
     return "sdpa"
 
 
-def _disagreement(
+def disagreement(
     name: str, model_config: Qwen3EncoderDecoderConfig, device: torch.device
 ) -> str | None:
     """Train a two-layer model for a moment by sdpa and by another implementation.

@@ -278,8 +278,7 @@ class Corpus:
     def documents(self) -> Iterator[Document]:
         """Yield all documents in order."""
         for file in self.files:
-            for block in range(1 if file.num_blocks is None else file.num_blocks):
-                yield from map(file.parse, file.places(block))
+            yield from map(file.parse, all_places(file))
 
     def fingerprint(self) -> int:
         """Hash names and sizes of the files, and both ends of 64 local ones.
@@ -298,6 +297,12 @@ class Corpus:
                     data.seek(max(0, os.path.getsize(path) - 2**16))
                     seen = zlib.crc32(data.read(), seen)
         return seen
+
+
+def all_places(file: File) -> Iterator[Place]:
+    """Yield all texts of a file, unparsed."""
+    for block in range(1 if file.num_blocks is None else file.num_blocks):
+        yield from file.places(block)
 
 
 def open_corpus(

@@ -32,6 +32,7 @@ from qwen3_encdec.data.corpus import (
     TOKENS_SCHEMA,
     Corpus,
     Document,
+    all_places,
     open_corpus,
 )
 from qwen3_encdec.data.tokenization import Encoder
@@ -138,7 +139,10 @@ def _parts(corpus: Corpus) -> list[range]:
 
 
 def _block(corpus: Corpus, number: int) -> Iterator[Document]:
-    file, block = (corpus.files[number], 0) if corpus.streamed else corpus.block(number)
+    if corpus.streamed:
+        file = corpus.files[number]
+        return map(file.parse, all_places(file))
+    file, block = corpus.block(number)
     return map(file.parse, file.places(block))
 
 

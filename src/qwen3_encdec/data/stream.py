@@ -17,7 +17,7 @@ j makes the rows i with i mod R = j, which are those of C / R streams.
     reader   0   1   0   1   0   1   0   1   0   1 ...      R = 2 readers
 
 A corpus that has to be read from the start of its files is dealt out by document: stream s takes
-the documents j with j mod C = s of every file.
+the documents j with (j + offset) mod C = s of every file.
 
 The state. Every row carries the position of its stream behind it, so that a loader knows where it
 stands by the rows that it has handed out, whatever its workers have prepared beyond.
@@ -39,7 +39,14 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.collate import collate_rows, pack
 from qwen3_encdec.data.config import MODES, DataConfig
-from qwen3_encdec.data.corpus import Corpus, Document, MemoryFile, TokensFile, open_corpus
+from qwen3_encdec.data.corpus import (
+    Corpus,
+    Document,
+    MemoryFile,
+    TokensFile,
+    all_places,
+    open_corpus,
+)
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
 from qwen3_encdec.folders import InputError, write_json
@@ -200,12 +207,17 @@ class UL2Data:
         for place in file.places(block):
             yield file, place
 
-    def streamed_file(self, corpus: int, lane: int, turn: int) -> Any:
-        """File that the streams of a lane read at a turn: eight are read at a time."""
+    def streamed_file(self, corpus: int, lane: int, turn: int) -> tuple[Any, int]:
+        """File that the streams of a lane read at a turn, and the stream of its first document.
+
+        The eight lanes read different files at a time.
+        """
         files = self.opened[corpus].files
         epoch, place = divmod(turn, len(files))
         place = (place + lane * len(files) // _LANES) % len(files)
-        return files[int(self._order(corpus, epoch)[place])]
+        number = int(self._order(corpus, epoch)[place])
+        rng = np.random.default_rng([self.config.seed, epoch, corpus, number])
+        return files[number], int(rng.integers(self.config.streams))
 
     def tokens(self, document: Document) -> np.ndarray:
         """Token ids of a document."""
@@ -296,7 +308,8 @@ class UL2Data:
             file, place = (opened.files[block], 0) if opened.streamed else opened.block(block)
             apart = bool(self.config.heldout_inputs) or isinstance(file, MemoryFile)
             found: list[HeldoutText] = []
-            for document in map(file.parse, file.places(place)):
+            places = all_places(file) if opened.streamed else file.places(place)
+            for document in map(file.parse, places):
                 held = apart or document.key % self.config.heldout_every == 0
                 if not held or document.key in seen:
                     continue
@@ -361,7 +374,7 @@ class Dealers:
         """Yield the documents of a stream's turn, keeping for other streams what is theirs."""
         self._turns[corpus, stream] = turn
         lane, total = stream % _LANES, self.data.config.streams
-        file = self.data.streamed_file(corpus, lane, turn)
+        file, offset = self.data.streamed_file(corpus, lane, turn)
         key = (corpus, lane, turn)
         if key not in self._open:
             waiting = {
@@ -369,7 +382,7 @@ class Dealers:
                 for (c, s), at in self._turns.items()
                 if c == corpus and s % _LANES == lane and at <= turn
             }
-            self._open[key] = enumerate(file.places()), waiting
+            self._open[key] = enumerate(all_places(file), offset), waiting
         places, queues = self._open[key]
         queue = queues[stream]
         while True:
@@ -502,17 +515,21 @@ class Stream:
         opened, data = self.data.opened[corpus], self.data
         counts: Counter[str] = Counter()
         for file in opened.files:
-            for block in range(file.num_blocks or 1):
-                for document in map(file.parse, file.places(block)):
-                    if data.is_heldout(file, document.key):
-                        counts["held out"] += 1
-                    elif len(data.tokens(document)) < data.config.min_tokens:
-                        counts[f"shorter than data.min_tokens={data.config.min_tokens}"] += 1
-                    else:
-                        return
+            for document in map(file.parse, all_places(file)):
+                if data.is_heldout(file, document.key):
+                    counts["held out"] += 1
+                elif len(data.tokens(document)) < data.config.min_tokens:
+                    counts[f"shorter than data.min_tokens={data.config.min_tokens}"] += 1
+                else:
+                    return
         why = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
         inputs = ", ".join(data.config.sources[corpus].inputs)
         raise InputError(f"there is nothing to train on in {inputs}: {why or 'no documents'}")
+
+
+def reader_number(rank: int, ranks: int, worker: int) -> int:
+    """Number the readers such that ranks in turn, of each its workers in turn, have rows in order."""
+    return worker * ranks + rank
 
 
 class _Reader(IterableDataset):
@@ -525,7 +542,7 @@ class _Reader(IterableDataset):
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         total, readers = self.data.config.streams, self.ranks * workers
-        first = self.state["rows"] + worker * self.ranks + self.rank
+        first = self.state["rows"] + reader_number(self.rank, self.ranks, worker)
         own = [row % total for row in range(first, first + total, readers)]
         positions = {s: self.state["streams"][str(s)] for s in own}
         dealers = Dealers(self.data, positions)

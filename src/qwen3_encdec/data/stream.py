@@ -56,6 +56,8 @@ WINDOW_ROWS = 16
 _LANES = 8
 Position = dict[str, int]
 COUNTS = ("tokens", "documents", "refused", "heldout")
+BEGINNING: Position = dict.fromkeys(("turn", "document", "row", *COUNTS), 0)
+"""A stream in a corpus: which block, documents done in it, rows given behind them, and totals."""
 
 
 class Row(NamedTuple):
@@ -349,7 +351,7 @@ class UL2Data:
         epoch = state["epoch"] + 1
         streams = {
             str(stream): [
-                {"turn": self.first_turn(corpus, stream, epoch)}
+                BEGINNING | {"turn": self.first_turn(corpus, stream, epoch)}
                 for corpus in range(len(self.opened))
             ]
             for stream in range(self.config.streams)
@@ -365,7 +367,7 @@ class Dealers:
         self.data = data
         self._open: dict[tuple[int, int, int], tuple[Iterator, dict[int, deque]]] = {}
         self._turns = {
-            (corpus, stream): position.get("turn", 0)
+            (corpus, stream): position["turn"]
             for stream, of_stream in positions.items()
             for corpus, position in enumerate(of_stream)
         }
@@ -414,7 +416,7 @@ class Stream:
         self.data, self.number, self.dealers, self.epochs = data, number, dealers, epochs
         config = data.config
         self._weights = [source.weight for source in config.sources]
-        self._given = [position.get("tokens", 0) for position in positions]
+        self._given = [position["tokens"] for position in positions]
         # Streams begin at different points of the mixture, so that all give a mixed first row.
         rng = np.random.default_rng([config.seed, number, 0])
         phases = rng.random(len(positions)) * (config.source_length + config.target_length)
@@ -439,7 +441,7 @@ class Stream:
     def _rows_of(self, corpus: int, position: Position) -> Iterator[Row]:
         """Yield the rows of a corpus behind a position."""
         data, fruitless = self.data, 0
-        now = {"turn": 0, "document": 0, "row": 0, **dict.fromkeys(COUNTS, 0), **position}
+        now = BEGINNING | position
         while True:
             epoch = data.epoch(corpus, self.number, now["turn"])
             if self.epochs is not None and epoch >= self.epochs:
@@ -589,8 +591,8 @@ class RowLoader:
         self.data, self.batch_size, self.ranks, self.collate = data, batch_size, ranks, collate
         total = data.config.streams
         if state is None:
-            begin = [[{} for _ in data.opened] for _ in range(total)]
-            state = {"rows": 0, "streams": {str(s): begin[s] for s in range(total)}}
+            begin = [BEGINNING] * len(data.opened)
+            state = {"rows": 0, "streams": dict.fromkeys(map(str, range(total)), begin)}
         self._rows_given = state["rows"]
         own = range(self._rows_given + rank, self._rows_given + rank + total, ranks)
         self._positions = {s % total: list(state["streams"][str(s % total)]) for s in own}
@@ -628,7 +630,7 @@ class RowLoader:
         total: Counter[str] = Counter()
         for positions in self._positions.values():
             for name, position in zip(self.data.corpora, positions, strict=True):
-                total.update({f"{what}/{name}": position.get(what, 0) for what in COUNTS})
+                total.update({f"{what}/{name}": position[what] for what in COUNTS})
         return dict(total)
 
     def epoch(self) -> int:
@@ -637,7 +639,7 @@ class RowLoader:
 
     def _epochs(self) -> list[int]:
         return [
-            self.data.epoch(corpus, stream, position.get("turn", 0))
+            self.data.epoch(corpus, stream, position["turn"])
             for stream, positions in self._positions.items()
             for corpus, position in enumerate(positions)
         ]
@@ -695,11 +697,10 @@ def read_heldout(path: Path) -> list[HeldoutText]:
 
 def rows(data: UL2Data, epochs: int | None = None) -> Iterator[Row]:
     """Yield rows in the global order in this process; streams that have ended are passed over."""
-    begin: dict[int, list[Position]] = {
-        s: [{} for _ in data.opened] for s in range(data.config.streams)
-    }
-    dealers = Dealers(data, begin)
-    streams = [iter(Stream(data, s, begin[s], dealers, epochs)) for s in begin]
+    begin = [BEGINNING] * len(data.opened)
+    numbers = range(data.config.streams)
+    dealers = Dealers(data, dict.fromkeys(numbers, begin))
+    streams = [iter(Stream(data, s, begin, dealers, epochs)) for s in numbers]
     while streams:
         for stream in list(streams):
             row = next(stream, None)

@@ -9,7 +9,7 @@ export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help env demo docs test test-benchmarks wordnet test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
+.PHONY: help env demo docs test test-hub test-benchmarks wordnet test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -28,6 +28,9 @@ demo: env ## the whole road on real text, about 8 minutes on 2 cores: runs/demo/
 
 test: env ## every test that needs neither network nor GPU
 	$(BIN)/python -m pytest tests/ -v $(PYTEST)
+
+test-hub: env ## a checkpoint and a dataset through the hub's protocol, from a server on this machine
+	$(BIN)/python -m pytest tests/test_hub.py -v
 
 check: env ## what CI runs: lint, format, types, tests
 	$(BIN)/ruff check .

@@ -13,7 +13,7 @@ export UV_COMPILE_BYTECODE := 1
 # Tests on all cores, one torch thread each (tests/conftest.py).
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help env demo docs test test-slow test-all test-benchmarks wordnet test-tools test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
+.PHONY: help env demo docs test test-slow test-all test-benchmarks wordnet test-hub test-tools test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test-slow: env ## what `make test` leaves out but for the next three: tests that
 	$(BIN)/python -m pytest tests/ -q -m "slow and not gpu" --ignore tests/test_distributed.py --ignore tests/test_chaos.py
 
 test-all: test test-slow test-tools test-extras test-distributed chaos interop ## everything that a machine without GPU can run
+
+test-hub: env ## a checkpoint and a dataset through the hub's protocol, from a server on this machine
+	$(BIN)/python -m pytest tests/test_hub.py -v
 
 check: env ## lint, format, types, tests: what CI runs first
 	$(BIN)/ruff check .

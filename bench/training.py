@@ -8,6 +8,7 @@ The last lines say for each target whether it is met.
 import argparse
 import contextlib
 import io
+import itertools
 import statistics
 import tempfile
 import time

@@ -150,11 +150,11 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     building = Path(
         tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
     )
-    building.chmod(0o755)
     try:
         yield building
         facts = {"kind": kind, **provenance, "versions": package_versions()}
         write_json(building / PROVENANCE_FILE, facts)
+        _give_modes(building)
         if output.exists():
             replaced = building.with_suffix(".replaced")
             os.rename(output, replaced)
@@ -165,6 +165,17 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def _give_modes(folder: Path) -> None:
+    """Give every file the mode that the umask gives to new ones.
+
+    safetensors makes its own 0600, and a server under another user could not read them.
+    """
+    mode = (folder / PROVENANCE_FILE).stat().st_mode & 0o666
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
 
 
 def copy_without_weights(source: Path, folder: Path) -> None:

@@ -21,7 +21,7 @@ from transformers import (
 from transformers import set_seed as seed_everything
 
 from qwen3_encdec.folders import InputError, default_device, new_folder
-from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy
+from qwen3_encdec.loss_qwen3_encdec import chunked_cross_entropy
 from qwen3_encdec.tokenization_qwen3_encdec import CONTROL_TOKENS, EOS_TOKEN, qwen3_backend
 from qwen3_encdec.training import optimization
 from qwen3_encdec.training.config import TrainingConfig

@@ -8,8 +8,12 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Once, on installation: where PYTHONDONTWRITEBYTECODE is set, every process would compile torch and transformers anew.
+export UV_COMPILE_BYTECODE := 1
+# Tests on all cores, one torch thread each (tests/conftest.py).
+PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help env demo docs test test-benchmarks wordnet test-distributed chaos test-extras test-clients interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune bench-serve objective evidence gpu-report format clean
+.PHONY: help env demo docs test test-slow test-all test-benchmarks wordnet test-hub test-tools test-clients test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune bench-serve objective evidence gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,14 +30,22 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: env ## the whole road on real text, about 8 minutes on 2 cores: runs/demo/report.html
 	$(BIN)/qwen3-encdec demo $(DEMO)
 
-test: env ## every test that needs neither network nor GPU
-	$(BIN)/python -m pytest tests/ -v $(PYTEST)
+test: env ## every test that needs neither network nor GPU nor minutes of its own
+	$(BIN)/python -m pytest tests/ -q $(PARALLEL) $(PYTEST)
 
-check: env ## what CI runs: lint, format, types, tests
+test-slow: env ## what `make test` leaves out but for the next three: tests that take minutes
+	$(BIN)/python -m pytest tests/ -q -m "slow and not gpu" --ignore tests/test_distributed.py --ignore tests/test_chaos.py
+
+test-all: test test-slow test-tools test-extras test-distributed chaos interop ## everything that a machine without GPU can run
+
+test-hub: env ## a checkpoint and a dataset through the hub's protocol, from a server on this machine
+	$(BIN)/python -m pytest tests/test_hub.py -v
+
+check: env ## lint, format, types, tests: what CI runs first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/ -q
+	$(MAKE) test
 
 # Optional packages lie beside the environment, whose own packages are the demo's corpus.
 EXTRAS := PYTHONPATH=$(abspath $(VENV))/extras
@@ -43,8 +55,11 @@ $(VENV)/extras: $(VENV)/.installed Makefile
 		rensa==0.5.0 faiss-cpu==1.15.1
 	touch $@
 
-test-extras: $(VENV)/extras ## what needs peft, torchao, gigatoken, rensa or faiss
-	$(EXTRAS) $(BIN)/python -m pytest tests/test_uses.py -k "lora or quantization" -q
+test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantization: T5 beside ours
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py tests/test_model_properties.py -q $(PARALLEL)
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
+
+test-extras: $(VENV)/extras ## what else needs peft, gigatoken, rensa or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
 
@@ -146,12 +161,12 @@ $(VENV)/extras-deepspeed: $(VENV)/.installed
 	touch $@
 
 test-distributed: $(VENV)/extras-deepspeed ## FSDP2, HSDP, DDP, ZeRO-2 and -3: real processes over gloo give one process' trace
-	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_distributed.py
-	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_chaos.py -k "micro_batches or deepspeed"
+	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v -m "not gpu" tests/test_distributed.py
+	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v -m "not gpu" tests/test_chaos.py -k "micro_batches or deepspeed"
 
 KILLS ?= 50
 chaos: env ## kill a training KILLS times (50), resume it each time; and NaNs, spikes, lost ranks
-	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_chaos.py -v -s
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_chaos.py -v -s -m "not gpu"
 
 format: env ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .

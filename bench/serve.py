@@ -122,7 +122,20 @@ def make_encoder(root: Path, plan: dict) -> Path:
 
 def make_texts(encoder, length: int) -> list[str]:
     """Texts of about `length` tokens, all different."""
-    words = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "finds", "nothing"]
+    words = [
+        "the",
+        "quick",
+        "brown",
+        "fox",
+        "jumps",
+        "over",
+        "a",
+        "lazy",
+        "dog",
+        "and",
+        "finds",
+        "nothing",
+    ]
     texts = [" ".join(words[(i + j) % len(words)] for j in range(length - 3)) for i in range(11)]
     return [f"{i} {text}" for i in range(9) for text in texts]
 

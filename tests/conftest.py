@@ -5,6 +5,8 @@ own.
 import itertools
 import json
 import os
+import runpy
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -100,6 +102,38 @@ def pack(inputs: dict[str, torch.Tensor]) -> dict:
     ]
     targets = [row[row != -100].numpy() for row in inputs["labels"]]
     return collate_packed(sources, targets)
+
+
+# Several processes each, or minutes of computing: `make test-all` runs these, `make test` does not.
+SLOW_FILES = {"test_distributed.py", "test_chaos.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow file by file; single tests carry the mark themselves."""
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a Python file as a program in this process: no second import of torch.
+
+    Returns (exit code, standard output, standard error).
+    """
+
+    def call(path, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(Path(path).parent))
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
 
 
 @pytest.fixture

@@ -89,7 +89,7 @@ def included(text):
 
 def test_examples_are_shown_on_the_pages():
     files = [file for page in PAGES for file in included(page.read_text(encoding="utf-8"))]
-    assert len(files) == 4
+    assert len(files) == 5
     assert all((ROOT / file).is_file() for file in files)
     with pytest.raises(AssertionError):
         included('--8 < --"examples/own_denoiser.py"')

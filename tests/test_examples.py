@@ -1,12 +1,13 @@
 """Every example but those with a test of their own runs, and says what it is there to say."""
 
+import re
 import runpy
 from pathlib import Path
 
 import pytest
 
 from qwen3_encdec.conversion.extract import extract_encoder
-from qwen3_encdec.data import package_docs
+from qwen3_encdec.data import collate, package_docs
 from qwen3_encdec.data.package_docs import Docstring
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -53,6 +54,40 @@ def test_semantic_search(init_folder, capsys, monkeypatch, tmp_path):
     documents.pop()
     with pytest.raises(SystemExit, match="index of other packages"):
         answers("anything")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_finetune_seq2seq(lora, init_folder, run_script, monkeypatch, tmp_path):
+    """On pairs whose summary stands in the body, so that a nano model learns in a few steps."""
+    if not hasattr(collate, "DataCollatorForPackedSeq2Seq"):
+        pytest.skip("until the packed collator is here")
+    if lora:
+        pytest.importorskip("peft", reason="needs the extra lora: make test-tools")
+
+    def pairs(split):
+        numbers = range(60) if split == "train" else range(60, 66)
+        words = ("sum", "mean", "product")
+        return [
+            (
+                f"Return the {word} of {n} numbers.",
+                f"The {word} of {n} numbers, a list that is not empty.",
+            )
+            for n in numbers
+            for word in words
+        ]
+
+    monkeypatch.setattr(package_docs, "summary_pairs", pairs)
+    options = ["--steps", 12, "--batch-size", 6, "--lr", 5e-3, "--length", 24]
+    options += ["--output", tmp_path / "tuned", *(["--lora"] if lora else [])]
+    example = EXAMPLES / "finetune_seq2seq.py"
+    code, out, err = run_script(example, "--model", init_folder, *options)
+    assert code == 0, err
+    assert "first line of the body: overlap 0.4" in out
+    losses = [float(loss) for loss in re.findall(r"^(?:before|after): loss ([\d.]+)", out, re.M)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] - 0.5
+    saved = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (tmp_path / "tuned" / saved).is_file()
 
 
 def test_every_example_is_run_somewhere():

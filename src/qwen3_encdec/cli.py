@@ -86,6 +86,9 @@ def initialize(
     num_decoder_layers: Annotated[
         int | None, typer.Option(help="Fewer decoder than encoder layers, picked evenly.")
     ] = None,
+    source_gate: Annotated[
+        bool, typer.Option(help="Let the decoder begin as the language model it was.")
+    ] = True,
     dtype: Annotated[Dtype, typer.Option(help="Of the saved weights.")] = Dtype.float32,
     verify: Annotated[bool, typer.Option(help="Compare the written folder with Qwen3.")] = True,
     seed: Annotated[int, typer.Option(help="Of the noise on the sentinel rows.")] = 0,
@@ -98,6 +101,7 @@ def initialize(
         output_dir,
         num_sentinel_tokens=num_sentinel_tokens,
         num_decoder_layers=num_decoder_layers,
+        source_gate=source_gate,
         dtype=dtype.value,
         verify=verify,
         seed=seed,

@@ -230,15 +230,23 @@ def read_averages(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
     Raises:
         InputError: there is none, or a file is damaged.
     """
-    found = False
-    for path in sorted(folder.glob("state/optimizer*.safetensors")):
-        for name, tensor in _tensors_of(path, suffix=".ema"):
-            found = True
-            yield name.removesuffix(".ema"), tensor
-    if not found:
+    import torch
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
+    reader = HuggingFaceStorageReader(str(folder / "state"))
+    try:
+        metadata = reader.read_metadata() if (folder / "state").is_dir() else None
+        stored = metadata.state_dict_metadata if metadata else {}
+        averages = {name: torch.empty(s.size) for name, s in stored.items() if name[-4:] == ".ema"}
+        load(averages, storage_reader=reader, no_dist=True)
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{folder / 'state'} is truncated or damaged: {error}") from None
+    if not averages:
         raise InputError(
             f"{folder} holds no running average of the weights; train with ema_decay=0.999"
         )
+    for name, average in averages.items():
+        yield name.removesuffix(".ema"), average
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:

@@ -17,11 +17,9 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationConfig, GenerationMode
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
@@ -38,7 +36,6 @@ from .modeling_qwen3_encoder import (
     Qwen3Encoder,
     Qwen3EncoderDecoderPreTrainedModel,
     Qwen3SharedEmbedding,
-    check_packed,
     check_shape,
 )
 
@@ -73,14 +70,6 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         self.encoder = Qwen3Encoder(config, self)
         self.decoder = Qwen3MergedDecoder(config, self)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the one embedding module."""
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding everywhere it is used."""
-        self.shared = value
 
     @can_return_tuple
     def forward(
@@ -127,15 +116,6 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
             packed = _packed_keys(
                 cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
             )
-            ids = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-            check_packed(
-                ids.shape[1],
-                decoder_attention_mask,
-                decoder_position_ids,
-                decoder_cu_seqlens,
-                decoder_max_seqlen,
-                "decoder_",
-            )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -169,14 +149,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = Qwen3EncoderDecoderModel(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the one embedding module."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding everywhere it is used."""
-        self.model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -308,18 +280,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             keep: Any = logits_to_keep
             keep = slice(-keep, None) if isinstance(keep, int) else keep
             logits = self.model.shared(states[:, keep])
-        return Qwen3Seq2SeqLMOutput(
-            loss=loss,
-            token_losses=token_losses,
-            logits=logits,
-            cache=outputs.cache,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
 
     # Labels
 
@@ -379,51 +341,10 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 own = kind.around(own, source_length)
             model_kwargs["cache"] = own
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        *args: Any,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Prepare a step; for a compiled one, with the whole mask and the positions made ahead."""
-        if cache is not None and cache.is_compileable and cache.source_length:
-            rows, source_length = len(input_ids), cache.source_length
-            if decoder_attention_mask is not None:
-                positions = (decoder_attention_mask.cumsum(-1) - 1).clamp(min=0)
-                kwargs["decoder_position_ids"] = positions
-            else:
-                room = cache.layers[0].get_max_length() - source_length
-                decoder_attention_mask = input_ids.new_ones(rows, room)
-            source_mask = attention_mask
-            if source_mask is None:
-                source_mask = input_ids.new_ones(rows, source_length)
-            decoder_attention_mask = torch.cat(
-                [source_mask.to(decoder_attention_mask), decoder_attention_mask], dim=1
-            )
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            *args,
-            cache=cache,
-            attention_mask=attention_mask,
-            decoder_attention_mask=decoder_attention_mask,
-            **kwargs,
-        )
-
     @staticmethod
-    def create_masks_for_generate(
-        config: Qwen3EncoderDecoderConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-        **kwargs: Any,
-    ) -> Any:
-        """Make the mask of a compiled step; the first step, which is not compiled, makes its own."""
-        if not cache.source_length:
-            return attention_mask
-        return create_causal_mask(config, inputs_embeds, attention_mask, cache=cache)
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
+        """Leave the decoder's mask as it is: `forward` puts the source's before it."""
+        return attention_mask
 
     @torch.no_grad()
     def fill(self, text: str | list[str], tokenizer: Any, **generate_options: Any) -> Any:

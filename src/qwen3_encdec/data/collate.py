@@ -1,8 +1,8 @@
-"""Rows of examples to a padded batch."""
+"""Rows of examples to a batch: packed, or padded for generation."""
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -11,9 +11,16 @@ from transformers import PreTrainedTokenizerBase
 from qwen3_encdec.data.ul2 import Example
 from qwen3_encdec.folders import InputError
 
-Row = list[Example]
 IGNORED = -100
-_BUCKET = 64
+_MASK_TOKEN = "<|reserved_3|>"  # 0 to 2 are the mode tokens
+
+
+class HasExamples(Protocol):
+    """A row of the stream."""
+
+    @property
+    def examples(self) -> list[Example]:
+        """Examples that fit the length budgets together."""
 
 
 def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -50,28 +57,54 @@ def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray])
     return batch | {"key_order": torch.from_numpy(order)}
 
 
-def collate(rows: Sequence[Row]) -> dict[str, Any]:
-    """Lay the examples of all rows out as one packed batch.
+def collate_rows(rows: Sequence[HasExamples]) -> dict[str, Any]:
+    """Lay out all examples of some rows as a packed batch.
+
+    Beside `collate_packed`'s entries it has `denoiser` [1, N] int64, the index of the denoiser that
+    a target token comes from.
+    """
+    examples = [example for row in rows for example in row.examples]
+    batch = collate_packed([e.source for e in examples], [e.target for e in examples])
+    lengths = [len(example.target) for example in examples]
+    denoiser = np.repeat([example.denoiser for example in examples], lengths)
+    return batch | {"denoiser": torch.from_numpy(denoiser)[None]}
+
+
+def collate_masked_rows(
+    rows: Sequence[HasExamples], *, mask_id: int, kept_ids: np.ndarray, probability: float
+) -> dict[str, Any]:
+    """Collate rows with source tokens masked at random.
+
+    A source alone decides which of its tokens: they are the same in every worker, rank and
+    continued run.
+
+    Args:
+        rows: As `collate_rows` takes them.
+        mask_id: Stands for a masked token.
+        kept_ids: Ids that are never masked: EOS, sentinels, mode tokens.
+        probability: Of masking any other token.
 
     Returns:
-        The batch of `collate_packed`, and `denoiser` [1, N] int64: the index of the denoiser that
-        each target token comes from.
+        The batch of `collate_rows`, and `encoder_targets` [1, M] int64: the masked tokens' ids,
+        -100 elsewhere.
     """
-    examples = [example for row in rows for example in row]
-    sources = [example.source for example in examples]
-    targets = [example.target for example in examples]
-    denoisers = np.array([example.denoiser for example in examples], dtype=np.int64)
-    of_tokens = np.repeat(denoisers, [len(target) for target in targets])
-    return collate_packed(sources, targets) | {"denoiser": torch.from_numpy(of_tokens)[None]}
-
-
-_MASK_TOKEN = "<|reserved_3|>"  # 0 to 2 are the mode tokens
+    batch = collate_rows(rows)
+    ids = batch["input_ids"].numpy()
+    draws = []
+    for example in (example for row in rows for example in row.examples):
+        rng = np.random.default_rng(zlib.crc32(example.source.tobytes()))
+        draws.append(rng.random(len(example.source)))
+    masked = (np.concatenate(draws)[None] < probability) & ~np.isin(ids, kept_ids)
+    return batch | {
+        "input_ids": torch.from_numpy(np.where(masked, mask_id, ids)),
+        "encoder_targets": torch.from_numpy(np.where(masked, ids, IGNORED)),
+    }
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """The reserved token that stands for a masked one;
+    """Return the reserved token that stands for a masked one: Qwen3 has no mask token.
 
-    Qwen3 has no mask token. Raises InputError without one.
+    Raises InputError without one.
     """
     index = tokenizer.get_vocab().get(_MASK_TOKEN)
     if index is None:
@@ -81,107 +114,65 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return index
 
 
-def collate_masked(
-    rows: Sequence[Row], *, mask_id: int, kept_ids: np.ndarray, probability: float
-) -> dict[str, Any]:
-    """`collate`, with source tokens masked at random.
+def collate_padded(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tensor]:
+    """Pad examples, one a row: `input_ids` and `attention_mask` [B, S], `labels` [B, T], int64."""
+    sides = []
+    for parts, fill in (
+        ([example.source for example in examples], pad_id),
+        ([example.target for example in examples], IGNORED),
+    ):
+        padded = np.full((len(parts), max(map(len, parts))), fill, np.int64)
+        for row, part in zip(padded, parts, strict=True):
+            row[: len(part)] = part
+        sides.append(torch.from_numpy(padded))
+    lengths = torch.tensor([len(example.source) for example in examples])
+    mask = torch.arange(sides[0].shape[1]) < lengths[:, None]
+    return {"input_ids": sides[0], "attention_mask": mask.long(), "labels": sides[1]}
 
-    Which ones is a function of an example's tokens alone: the same in every worker, rank and
-    continued run.
 
-    Args:
-        kept_ids: Ids that are never masked: EOS and sentinels.
-        probability: Of masking any other token.
+class DataCollatorForPackedSeq2Seq:
+    """Collate features for transformers' Trainer as one packed batch.
 
-    Returns:
-        The batch of `collate`, and `encoder_targets` [1, M] int64: the masked tokens' ids, -100
-        elsewhere.
+    A feature is a dict of `input_ids` and `labels`, as lists, arrays or tensors; everything else in
+    it, such as an attention mask, is ignored: there is no padding.
     """
-    batch = collate(rows)
-    sources = [np.asarray(e.source, dtype=np.int64) for row in rows for e in row]
-    seeds = [zlib.crc32(source.tobytes()) for source in sources]
-    draws = [
-        np.random.default_rng(seed).random(len(source))
-        for seed, source in zip(seeds, sources, strict=True)
-    ]
-    ids = batch["input_ids"].numpy()
-    masked = (np.concatenate(draws) < probability) & ~np.isin(ids, kept_ids)
-    return batch | {
-        "input_ids": torch.from_numpy(np.where(masked, mask_id, ids)),
-        "encoder_targets": torch.from_numpy(np.where(masked, ids, IGNORED)),
-    }
+
+    def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the packed batch of `collate_packed`."""
+        sides = [
+            [np.asarray(feature[name], dtype=np.int64) for feature in features]
+            for name in ("input_ids", "labels")
+        ]
+        return collate_packed(*sides)
 
 
-def pack(examples: Sequence[Example], source_length: int, target_length: int) -> list[Row]:
-    """Best fit, largest first: each example goes to the row in which it leaves the least room of
-    either budget.
+def pack(
+    examples: Sequence[Example], source_length: int, target_length: int
+) -> list[list[Example]]:
+    """Pack examples into rows: best fit, largest first.
 
-    Deterministic; every example is in exactly one row. Raises ValueError if one exceeds a budget by
-    itself.
+    An example goes to the row in which it leaves the least room of either budget. Deterministic;
+    every example is in exactly one row. Raises ValueError if one exceeds a budget by itself.
     """
-    # Whole numbers: a token of the one side counts as much as its share of that side's budget.
-    source, target = _sizes(examples) * np.array([[target_length], [source_length]])
+    # In shares of the budgets, but as whole numbers, so that sums are exact.
+    needs = [(len(e.source) * target_length, len(e.target) * source_length) for e in examples]
     budget = source_length * target_length
-    larger = np.maximum(source, target)
-    if len(examples) and larger.max() > budget:
-        raise ValueError(
-            f"an example exceeds source_length={source_length} or target_length={target_length}"
-        )
-    order = np.lexsort((-(source + target), -larger)).tolist()
-    sources, targets = source.tolist(), target.tolist()
-    rows: list[Row] = []
-    source_room, target_room = np.empty((2, len(examples)), dtype=np.int64)
+    order = sorted(range(len(needs)), key=lambda i: (-max(needs[i]), -sum(needs[i])))
+    rows: list[list[Example]] = []
+    rooms: list[tuple[int, int]] = []
     for i in order:
-        n = len(rows)
-        left = np.minimum(source_room[:n] - sources[i], target_room[:n] - targets[i])
-        # Read as unsigned, rows without room are the last choice.
-        best = int(left.view(np.uint64).argmin()) if n else 0
-        if n and left[best] >= 0:
-            rows[best].append(examples[i])
-        else:
-            best = n
-            rows.append([examples[i]])
-            source_room[n] = target_room[n] = budget
-        source_room[best] -= sources[i]
-        target_room[best] -= targets[i]
+        source, target = needs[i]
+        best, least = -1, budget + 1
+        for row, (source_room, target_room) in enumerate(rooms):
+            left = min(source_room - source, target_room - target)
+            if 0 <= left < least:
+                best, least = row, left
+        if best < 0:
+            if max(source, target) > budget:
+                raise ValueError(f"an example exceeds {source_length=} or {target_length=}")
+            best = len(rows)
+            rows.append([])
+            rooms.append((budget, budget))
+        rows[best].append(examples[i])
+        rooms[best] = rooms[best][0] - source, rooms[best][1] - target
     return rows
-
-
-def bucket(examples: Sequence[Example], rng: np.random.Generator) -> list[Row]:
-    """One example a row, rows of like length after each other, so that batches need little padding."""
-    source, target = _sizes(examples)
-    order = np.lexsort(
-        (source, np.ceil(2 * np.log2(target)))
-    )  # targets alike within a factor of 1.4
-    groups = [order[start : start + _BUCKET].tolist() for start in range(0, len(order), _BUCKET)]
-    return [[examples[i]] for group in rng.permutation(len(groups)) for i in groups[group]]
-
-
-def fewest_rows(examples: Sequence[Example], source_length: int, target_length: int) -> float:
-    """No packing can do with fewer rows than this; over the rows there are it says how good a
-    packing is.
-
-    How full rows are says less: the mixture fixes the ratio of source to target tokens, so that
-    only one budget can be filled; and where a chunk fills the other one by itself, not even that.
-
-    Either all tokens of one side fill rows to the brim; or, better, examples that take more than
-    half of one side have a row each, which the most favourable of the other examples then fill up
-    on the other side.
-    """
-    source, target = _sizes(examples) / np.array([[source_length], [target_length]])
-    bounds = [1.0]
-    for one, other in ((source, target), (target, source)):
-        large = one > 0.5
-        slope = (other[~large] / one[~large]).max(initial=0)
-        filled = np.minimum(1, other[large] + slope * (1 - one[large]))
-        bounds += [other.sum(), large.sum() + other.sum() - filled.sum()]
-    return float(max(bounds))
-
-
-def _sizes(examples: Sequence[Example]) -> np.ndarray:
-    """Source and target lengths, int64 (2, examples)."""
-    return (
-        np.array([(len(e.source), len(e.target)) for e in examples], dtype=np.int64)
-        .reshape(-1, 2)
-        .T
-    )

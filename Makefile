@@ -13,7 +13,7 @@ export UV_COMPILE_BYTECODE := 1
 # Tests on all cores, one torch thread each (tests/conftest.py).
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help env demo docs test test-slow test-all test-benchmarks wordnet test-tools test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
+.PHONY: help env demo docs test test-slow test-all test-benchmarks wordnet test-hub test-tools test-clients test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune bench-serve objective evidence gpu-report format clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -37,6 +37,9 @@ test-slow: env ## what `make test` leaves out but for the next three: tests that
 	$(BIN)/python -m pytest tests/ -q -m "slow and not gpu" --ignore tests/test_distributed.py --ignore tests/test_chaos.py
 
 test-all: test test-slow test-tools test-extras test-distributed chaos interop ## everything that a machine without GPU can run
+
+test-hub: env ## a checkpoint and a dataset through the hub's protocol, from a server on this machine
+	$(BIN)/python -m pytest tests/test_hub.py -v
 
 check: env ## lint, format, types, tests: what CI runs first
 	$(BIN)/ruff check .
@@ -119,8 +122,20 @@ interop: $(VENV)/extras-runtimes $(INTEROP)/.installed ## one encoder in every r
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python tests/interop/interop.py --runtimes $(INTEROP)
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python -m pytest tests/test_export.py tests/test_endpoint.py -q
 
-bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and OpenVINO; 8 to 17 minutes on 2 cores
+bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and llama.cpp; 8 to 17 minutes on 2 cores
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python bench/embed.py
+
+CLIENTS := $(abspath $(VENV))/extras-clients
+$(CLIENTS): $(VENV)/.installed Makefile
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --constraint constraints.txt openai==3.57.0 \
+		langchain-openai==1.7.4 llama-index-embeddings-openai==0.7.0 chromadb==1.5.9
+	touch $@
+
+test-clients: $(CLIENTS) ## openai, langchain, llama-index and Chroma against our server
+	PYTHONPATH=$(CLIENTS) $(BIN)/python -m pytest tests/test_clients.py -q
+
+bench-serve: env ## 1, 8 and 64 clients over HTTP beside sentence-transformers in FastAPI's way; 10,000 requests with faults
+	$(BIN)/python bench/serve.py
 
 bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 15 minutes
 	$(BIN)/python bench/finetune.py

@@ -1,6 +1,7 @@
-"""Two-rank FSDP2 trainings that faults happen to, and what came of them; `make chaos` uses it.
+"""Trainings of several processes that faults happen to, and what came of them.
 
-Ranks are forked from a server that has everything imported, so that a life takes seconds.
+`make chaos` uses it. Ranks are forked from a server that has everything imported, so that a life
+takes seconds.
 """
 
 import hashlib
@@ -15,129 +16,97 @@ import time
 from pathlib import Path
 from typing import Any
 
-from torch.utils.data import IterableDataset
-
 FSDP2 = {
-    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3EncoderLayer,Qwen3MergedDecoderLayer", "FSDP_RESHARD_AFTER_FORWARD": "true",
-    "FSDP_OFFLOAD_PARAMS": "false", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", "FSDP_OFFLOAD_PARAMS": "false",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3EncoderLayer,Qwen3MergedDecoderLayer",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }  # fmt: skip
-
 DDP: dict[str, str] = {}
 ZERO2 = {
-    "ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2", "DS_ACCELERATOR": "cpu",
-}  # fmt: skip
-ZERO3 = ZERO2 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "3", "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false"}
+    "ACCELERATE_USE_DEEPSPEED": "true",
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "2",
+    "DS_ACCELERATOR": "cpu",
+}
+ZERO3 = ZERO2 | {
+    "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3",
+    "ACCELERATE_DEEPSPEED_ZERO3_INIT": "false",
+}
 
 
 def rank_process(
     rank: int, world: int, port: int, overrides: list[str], faults: dict[str, Any]
 ) -> None:
-    """One rank. ``faults``: step at which a kind of fault happens, and
+    """One rank. ``faults`` are the step at which `nan`, `spike` or `hang` happens, and
 
-    slow: seconds that writing a file takes; full: no file can grow beyond 100 kB; launch:
-    environment that distributes;
-    dealt: deal one process' rows out in turn, so that a step has the same ones whatever the number
-    of ranks;
-    means: weigh every micro-batch the same, which is the common mistake.
+    slow: seconds that writing tensors takes; block: bytes that share a checksum; full: no file can grow beyond 100 kB; launch:
+    environment that distributes; means: weigh every micro-batch the same, which is the common
+    mistake.
     """
     log = Path(overrides[-1].partition("=")[2]).with_suffix(f".rank{rank}.log")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
-    places = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {
-        **({} if world == 1 else faults.get("launch", FSDP2)),
-        **places,
-        "OMP_NUM_THREADS": "1",
-    }
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     if world > 1:
+        os.environ |= faults.get("launch", FSDP2)
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     import torch
 
     from qwen3_encdec.folders import InputError
-    from qwen3_encdec.training import checkpoint as checkpoints
-    from qwen3_encdec.training import loop, state
+    from qwen3_encdec.training import checkpoint, loop
     from qwen3_encdec.training.config import load_config
+    from qwen3_encdec.training.distributed import TrainingState
+    from qwen3_encdec.training.steps import Run
 
     if faults.get("full"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    checkpoint.BLOCK = faults.get("block", checkpoint.BLOCK)
     torch.set_num_threads(1)
-    config, now = load_config(None, overrides), {"step": 0, "weights": iter(())}
-    whole_backward = loop._backward
-    learning_rate, agree, save_file = loop.learning_rate, loop._agree, checkpoints.save_file
+    now: dict[str, Any] = {"step": 0, "weights": iter(())}
+    rate, save, backward = loop.learning_rate, checkpoint.dcp.save, Run.backward
+    kind = TrainingState
+    if faults.get("launch") in (ZERO2, ZERO3):
+        from qwen3_encdec.training.deepspeed import DeepSpeedState as kind
+    micro_backward = kind.backward
 
     def at_step(step, config):
         now["step"] = step
         if step == faults.get("hang") and rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return learning_rate(step, config)
-
-    def recorded(micro_batches, *arguments):
-        rows = (row for batch in micro_batches for row in batch["input_ids"].numpy())
-        seen = [hashlib.sha256(row.tobytes()).hexdigest()[:16] for row in rows]
-        with log.with_suffix(".consumed").open("a") as file:
-            file.write(json.dumps([now["step"], rank, seen]) + "\n")
-        return agree(micro_batches, *arguments)
+        return rate(step, config)
 
     def slowly(*arguments, **options):
         time.sleep(faults.get("slow", 0))
-        save_file(*arguments, **options)
+        save(*arguments, **options)
         time.sleep(faults.get("slow", 0))
 
-    def means(micro_batches, tokens, *arguments):
-        targets = [int((batch["labels"] != -100).sum()) for batch in micro_batches]
-        now["weights"] = iter([tokens / (own * len(targets) * world) for own in targets])
-        return whole_backward(micro_batches, tokens, *arguments)
+    def recorded(run, tokens):
+        seen = []
+        for batch in run.upcoming:
+            documents = batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())
+            seen += [hashlib.sha256(ids.numpy().tobytes()).hexdigest()[:16] for ids in documents]
+        with log.with_suffix(".consumed").open("a") as file:
+            file.write(json.dumps([now["step"], rank, seen]) + "\n")
+        if faults.get("means"):
+            targets = [batch["labels"].numel() for batch in run.upcoming]
+            now["weights"] = iter([tokens / (own * len(targets) * world) for own in targets])
+        return backward(run, tokens)
 
-    def faulty(self, loss, last):
+    def faulty(state, loss, last):
         loss = loss * next(now["weights"], 1.0)
         if now["step"] == faults.get("nan") and rank == 1:
             loss = loss * float("nan")
-        backward(self, loss * 100 if now["step"] == faults.get("spike") else loss, last)
+        micro_backward(state, loss * 100 if now["step"] == faults.get("spike") else loss, last)
 
-    loop.learning_rate, loop._agree, checkpoints.save_file = at_step, recorded, slowly
-    kind = state.DeepSpeedState if faults.get("launch") in (ZERO2, ZERO3) else state.TrainingState
-    backward = kind.backward
-    kind.backward = faulty
-    if faults.get("means"):
-        loop._backward = means
-    if faults.get("dealt"):
-        build_stream = loop.build_stream
-        loop.build_stream = lambda data, tokenizer, **_: Dealt(
-            build_stream(data, tokenizer), rank, world, config.batch_size
-        )
-        loop.resume = Dealt.resume
-        loop._epoch = lambda state: 0
+    loop.learning_rate, checkpoint.dcp.save = at_step, slowly
+    Run.backward, kind.backward = recorded, faulty
     try:
-        loop.run_training(config)
+        loop.run_training(load_config(None, overrides))
     except InputError as error:
         print(f"error: {error}", flush=True)
         os._exit(2)
+    print(f"READ {checkpoint.VerifiedReader.bytes_read}", flush=True)
     os._exit(0)
-
-
-class Dealt(IterableDataset):
-    """The rows of one process' stream, dealt out to ranks by the batch."""
-
-    def __init__(self, rows: Any, rank: int, world: int, batch: int) -> None:
-        self.rows, self.rank, self.world, self.batch, self.given = rows, rank, world, batch, 0
-
-    def __iter__(self) -> Any:
-        skip = self.given * self.world
-        for number, row in enumerate(self.rows):
-            if number >= skip and number // self.batch % self.world == self.rank:
-                self.given += 1
-                yield row
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.given = state["given"]
-
-    @staticmethod
-    def resume(stream: Any, loader: Any, states: list[dict[str, Any]]) -> None:
-        stream.given = sum(state["dataset_state"]["given"] for state in states) // stream.world
 
 
 class Life:
@@ -162,7 +131,7 @@ class Life:
             process.kill()
         self.end()
 
-    def end(self, seconds: float = 120) -> list[int | None]:
+    def end(self, seconds: float = 240) -> list[int | None]:
         """Wait for all ranks; their exit codes."""
         for process in self.ranks:
             process.join(seconds)
@@ -172,9 +141,11 @@ class Life:
 def settings(model: Path, corpus: Path, run: Path, **changes: Any) -> list[str]:
     """Overrides of a small run; the run's folder comes last."""
     values = {
-        "model": model, "max_steps": 12, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2, "log_every": 1,
-        "save_every": 2, "keep_last": 3, "eval_every": 0, "trackers": "[]", "data.inputs": f"[{corpus}]",
-        "data.heldout_every": 10, "data.source_length": 64, "data.target_length": 64, "stall_seconds": 60,
+        "model": model, "max_steps": 12, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2,
+        "log_every": 1, "save_every": 2, "keep_last": 3, "eval_every": 0, "trackers": "[]",
+        "num_workers": 0, "data.inputs": f"[{corpus}]", "data.heldout_every": 10,
+        "data.source_length": 64, "data.target_length": 64, "data.streams": 60,
+        "stall_seconds": 60,
     } | changes  # fmt: skip
     return [f"{key}={value}" for key, value in values.items()] + [f"output_dir={run}"]
 
@@ -188,25 +159,33 @@ def last_step(run: Path) -> int:
         return 0
 
 
-def outcome(run: Path) -> dict[str, Any]:
-    """Whatever must not depend on interruptions:
-
-    trace, parameters, optimizer, and the examples of each step.
-    """
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    consumed: dict[str, list[str]] = {}
+def consumed(run: Path) -> dict[int, list[str]]:
+    """Documents of each step, whichever ranks had them; of a repeated step, the last time."""
+    by_rank: dict[tuple[int, int], list[str]] = {}
     for log in sorted(run.parent.glob(f"{run.name}.rank*.consumed")):
         for line in log.read_text().splitlines():
             step, rank, seen = json.loads(line)
-            consumed[f"{step}/{rank}"] = seen  # of a step that was repeated, the last time counts
-    latest = run / "checkpoints/latest"
-    files = sorted(latest.rglob("*.safetensors"))
+            by_rank[step, rank] = seen
+    together: dict[int, list[str]] = {}
+    for (step, _), seen in by_rank.items():
+        together[step] = sorted(together.get(step, []) + seen)
+    return together
+
+
+def outcome(run: Path) -> dict[str, Any]:
+    """Whatever must not depend on interruptions: trace, tensors, and the documents of each step."""
+    from safetensors.torch import load_file
+
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    latest, tensors = (run / "checkpoints/latest").resolve(), {}
+    for file in sorted(latest.rglob("*.safetensors")):
+        for name, tensor in load_file(file).items():
+            digest = hashlib.sha256(tensor.numpy().tobytes()).hexdigest()
+            tensors[f"{file.name}/{name}"] = digest
     return {
         "trace": [[line["step"], line["loss"], line["grad_norm"]] for line in lines],
-        "files": {
-            str(f.relative_to(latest)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files
-        },
-        "consumed": consumed,
+        "tensors": tensors,
+        "consumed": consumed(run),
     }
 
 
@@ -233,11 +212,9 @@ def kill_test(
         inside += bool(list(run.glob("checkpoints/.step-*")))
         alive = all(process.is_alive() for process in life.ranks)
         life.kill()
-        print(
-            f"kill {number} of {kills}: at step {last_step(run)}{'' if alive else ', had ended'}",
-            flush=True,
-        )
+        ended = "" if alive else ", had ended"
+        print(f"kill {number} of {kills}: at step {last_step(run)}{ended}", flush=True)
         if not alive:
-            raise SystemExit((run.with_suffix(".rank0.log")).read_text()[-3000:])
+            raise SystemExit(run.with_suffix(".rank0.log").read_text()[-3000:])
     assert Life(settings(model, corpus, run, **changes)).end(600) == [0, 0]
     return outcome(folder / "alone"), outcome(run), inside

@@ -7,16 +7,18 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from torchdata.stateful_dataloader import StatefulDataLoader
+from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec.folders import InputError
-from qwen3_encdec.training import checkpoint as checkpoints
+from qwen3_encdec.data.stream import RowLoader
+from qwen3_encdec.folders import InputError, read_averages
+from qwen3_encdec.training import checkpoint
 from qwen3_encdec.training.loop import run_training
 from tests.test_training import read_metrics, small_run, write_corpus
 
 ONE = "00001-of-00001"
-STATES = ("model.safetensors", f"state/optimizer-{ONE}.safetensors", f"state/rank-{ONE}.json")
+SHARD = "state/shard-00001-model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="session")
@@ -36,9 +38,14 @@ def interrupted(run_dir: Path, copy: Path) -> Path:
     """The run as an interruption between its two checkpoints leaves it."""
     shutil.copytree(run_dir, copy, symlinks=True)
     shutil.rmtree(copy / "checkpoints/step-000004")
-    (copy / "checkpoints/latest").unlink()
-    (copy / "checkpoints/latest").symlink_to("step-000002")
     return copy
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    found = {}
+    for file in sorted(folder.rglob("*.safetensors")):
+        found |= {f"{file.name}/{name}": value for name, value in load_file(file).items()}
+    return found
 
 
 def same_run(one: Path, other: Path) -> bool:
@@ -47,43 +54,49 @@ def same_run(one: Path, other: Path) -> bool:
         + read_metrics(run, "eval_loss/R1", "eval_loss/S", "step")
         for run in (one, other)
     ]
-    latest = [run / "checkpoints/latest" for run in (one, other)]
-    return traces[0] == traces[1] and all(
-        (latest[0] / name).read_bytes() == (latest[1] / name).read_bytes() for name in STATES
-    )
+    last, other_last = (tensors(run / "checkpoints/step-000004") for run in (one, other))
+    assert last.keys() == other_last.keys()
+    return traces[0] == traces[1] and all(torch.equal(last[n], other_last[n]) for n in last)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_is_the_straight_run(
-    init_folder, corpus, tmp_path, workers, monkeypatch, capsys
+    init_folder, corpus, straight, tmp_path, workers, monkeypatch, capsys
 ):
-    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", num_workers=workers)
-    run_training(config)
-    saved = shutil.copytree(
-        interrupted(tmp_path / "run", tmp_path / "cut"), tmp_path / "wrong", symlinks=True
-    )
-    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "cut", num_workers=workers))
-    assert "step-000002" in capsys.readouterr().out
-    assert same_run(tmp_path / "run", tmp_path / "cut")
-
-    monkeypatch.setattr(StatefulDataLoader, "load_state_dict", lambda self, state: None)
-    run_training(small_run(init_folder, corpus, output_dir=saved, num_workers=workers))
-    assert not same_run(tmp_path / "run", saved)
-
-
-def test_optimizer_state_matters(init_folder, corpus, straight, tmp_path, monkeypatch):
     cut = interrupted(straight, tmp_path / "cut")
-    monkeypatch.setattr(checkpoints, "load_optimizer_state", lambda *arguments, **options: None)
+    wrong = shutil.copytree(cut, tmp_path / "wrong", symlinks=True)
+    run_training(small_run(init_folder, corpus, output_dir=cut, num_workers=workers))
+    assert f"resuming from {cut}/checkpoints/step-000002" in capsys.readouterr().out
+    assert same_run(straight, cut)
+    # the control: a position that is forgotten is seen
+    rows = RowLoader.__init__
+    forget = lambda self, *args, **options: rows(self, *args, **options | {"state": None})  # noqa: E731
+    monkeypatch.setattr(RowLoader, "__init__", forget)
+    run_training(small_run(init_folder, corpus, output_dir=wrong, num_workers=workers))
+    assert not same_run(straight, wrong)
+
+
+@pytest.mark.parametrize("part", ["optimizer_state", "weights"])
+def test_each_part_of_the_state_matters(init_folder, corpus, straight, tmp_path, monkeypatch, part):
+    cut = interrupted(straight, tmp_path / "cut")
+    read = checkpoint.read_tensors_into
+
+    def skip(values, folder, below=""):
+        if bool(below) != (part == "optimizer_state"):
+            read(values, folder, below)
+        else:
+            for value in values.values():
+                value.fill_(0.01)
+
+    monkeypatch.setattr("qwen3_encdec.training.distributed.read_tensors_into", skip)
     run_training(small_run(init_folder, corpus, output_dir=cut))
     assert not same_run(straight, cut)
 
 
 def test_a_finished_run_is_left_as_it_is(init_folder, corpus, straight, tmp_path):
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    assert (
-        run_training(small_run(init_folder, corpus, output_dir=copy))
-        == copy / "checkpoints/step-000004"
-    )
+    last = run_training(small_run(init_folder, corpus, output_dir=copy))
+    assert last == copy / "checkpoints/step-000004"
     assert same_run(straight, copy)
 
 
@@ -91,91 +104,183 @@ def test_checkpoint_is_an_ordinary_model_folder(init_folder, straight):
     folder = straight / "checkpoints/latest"
     model = Qwen3ForSeq2SeqLM.from_pretrained(folder)
     assert model.dtype == torch.float32
-    assert (
-        model.model.encoder.embed_tokens is model.model.decoder.embed_tokens is model.model.shared
-    )
-    assert json.loads((folder / "config.json").read_text())["architectures"] == [
-        "Qwen3ForSeq2SeqLM"
-    ]
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings["architectures"] == ["Qwen3ForSeq2SeqLM"]
     tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
     assert len(tokenizer) == model.config.vocab_size
-    with safe_open(folder / "model.safetensors", "pt") as file:
-        assert set(file.keys()) == {
-            name for name, _ in model.named_parameters()
-        }  # the tied matrix once
     before = Qwen3ForSeq2SeqLM.from_pretrained(init_folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        with safe_open(init_folder / "model.safetensors", "pt") as begun:
+            assert set(file.keys()) == set(begun.keys())  # the tied matrix once
+        for name, parameter in model.named_parameters():
+            assert torch.equal(file.get_tensor(name), parameter)
     assert not torch.equal(before.model.shared.weight, model.model.shared.weight)
     files = [path for path in straight.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} <= {
-        ".json",
-        ".jsonl",
-        ".yaml",
-        ".safetensors",
-        ".jinja",
-        ".py",
-        ".txt",
-    }
-    assert {path.stem.split("_")[0] for path in files if path.suffix == ".py"} <= {
-        "configuration", "modeling", "tokenization",  # the model's own code, for where this package is not installed
-    }  # fmt: skip
+    suffixes = {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".py", ""}
+    assert {path.suffix for path in files} <= suffixes
+    assert {path.name for path in files if not path.suffix} == {".lock"}
+    # and in none of them a pickle
+    assert not any(b"\x80\x04" in path.read_bytes()[:2] for path in files)
+    # the model's own code, for where this package is not installed
+    code = {path.stem for path in folder.glob("*.py")}
+    assert all(
+        name.endswith(("_qwen3_encdec", "_qwen3_encoder", "_qwen3_decoder")) for name in code
+    )
+    assert {"configuration_qwen3_encdec", "modeling_qwen3_encdec"} <= code
 
 
-def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys):
+def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "_FILE_BYTES", 100_000)
+    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
+    folder = tmp_path / "run/checkpoints/latest"
+    assert len(list(folder.glob("model-*.safetensors"))) > 3
+    whole = Qwen3ForSeq2SeqLM.from_pretrained(folder)
+    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
+    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
+    again = Qwen3ForSeq2SeqLM.from_pretrained(folder)
+    for one, other in zip(whole.parameters(), again.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("how", ["cut", "flipped"])
+@pytest.mark.parametrize("part", ["model.safetensors", SHARD, f"state/rank-{ONE}.json"])
+def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys, part, how):
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    weights = copy / "checkpoints/step-000004/model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
+    file = copy / "checkpoints/step-000004" / part
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content[: -100 if how == "cut" else None])
     run_training(small_run(init_folder, corpus, output_dir=copy))
-    assert "step-000004 is damaged: model.safetensors has" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"checkpoint {copy}/checkpoints/step-000004 is damaged: " in printed
+    assert Path(part).name in printed
     assert same_run(straight, copy)
     assert (copy / "checkpoints/damaged-step-000004/config.json").exists()
 
+
+def test_without_a_whole_checkpoint_it_stops(init_folder, corpus, straight, tmp_path):
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     for step in ("000002", "000004"):
-        (copy / f"checkpoints/step-{step}/state/optimizer-{ONE}.safetensors").unlink()
-    with pytest.raises(
-        InputError, match=r"optimizer-.*\.safetensors is missing.*no older checkpoint"
-    ):
+        (copy / f"checkpoints/step-{step}" / SHARD).unlink()
+    with pytest.raises(InputError, match=r"shard-.*\.safetensors is missing.*no older checkpoint"):
         run_training(small_run(init_folder, corpus, output_dir=copy))
 
 
-def test_resume_refuses_what_would_change_the_data(init_folder, corpus, straight, tmp_path, capsys):
+def test_folders_written_before_are_read(init_folder, corpus, straight, tmp_path):
+    """As the first version wrote them: whole tensors, and sums of whole files."""
     cut = interrupted(straight, tmp_path / "cut")
-    for name, value in [("batch_size", 3), ("data.seed", 7), ("seed", 1)]:
-        with pytest.raises(InputError, match=f"cannot resume .* with {name}={value}"):
-            run_training(small_run(init_folder, corpus, output_dir=cut, **{name: value}))
+    folder = cut / "checkpoints/step-000002"
+    names = list(load_file(folder / SHARD))
+    for number in (1, 2):
+        half = {n: load_file(folder / SHARD)[n].clone() for n in names[number - 1 :: 2]}
+        save_file(half, folder / f"state/optimizer-0000{number}-of-00002.safetensors")
+    (folder / SHARD).unlink()
+    (folder / f"state/checks-{ONE}.json").unlink()
+    (folder / f"state/sha256-{ONE}.txt").write_text("")
+    state = json.loads((folder / "state/training.json").read_text())
+    for added in ("lr", "heldout_loss"):
+        state.pop(added)
+    state["config"] |= {"optimizer": "adamw", "loss_implementation": "chunked"}
+    state["guard"] = {"applied": state["guard"].pop("recent"), "skipped_in_a_row": 0}
+    (folder / "state/training.json").write_text(json.dumps(state))
+    run_training(small_run(init_folder, corpus, output_dir=cut))
+    assert same_run(straight, cut)
+
+
+def test_settings_may_change_at_a_resume_and_are_said(
+    init_folder, corpus, straight, tmp_path, capsys
+):
+    cut = interrupted(straight, tmp_path / "cut")
+    with pytest.raises(InputError, match="the saved position is of another"):
+        run_training(small_run(init_folder, corpus, output_dir=cut, **{"data.seed": 7}))
+    assert "data.seed 0 -> 7" in capsys.readouterr().out
     with pytest.raises(InputError, match="already holds step-000002"):
         run_training(small_run(init_folder, corpus, output_dir=cut, resume=False))
     with pytest.raises(InputError, match="holds no checkpoint"):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "new", resume=True))
-    state = json.loads((cut / "checkpoints/step-000002/state/training.json").read_text())
-    _, notes = checkpoints.read_training_state(cut / "checkpoints/step-000002", state["config"], 2)
-    assert notes == ["1 processes -> 2"]
-    run_training(small_run(init_folder, corpus, output_dir=cut, lr=1e-4))
-    assert "lr 0.003 -> 0.0001" in capsys.readouterr().out
+    run_training(small_run(init_folder, corpus, output_dir=cut, lr=1e-4, batch_size=4))
+    assert "batch_size 2 -> 4; lr 0.003 -> 0.0001" in capsys.readouterr().out
+    examples = read_metrics(cut, "examples", "target_tokens")
+    assert examples[2][0] - examples[1][0] > 1.3 * (examples[1][0] - examples[0][0])
+    state = json.loads((cut / "checkpoints/latest/state/training.json").read_text())
+    assert checkpoint.changes_since(state, state["config"], 2) == ["1 processes -> 2"]
 
 
-def test_old_checkpoints_are_deleted(init_folder, corpus, tmp_path):
-    run_training(
-        small_run(
-            init_folder,
-            corpus,
-            output_dir=tmp_path / "run",
-            save_every=1,
-            keep_last=2,
-            eval_every=0,
-        )
+def test_prolonging_a_decayed_run_is_said(init_folder, corpus, straight, tmp_path, capsys):
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=8))
+    assert "warning: the learning rate rises from 3.00e-04 to 3.00e-03" in capsys.readouterr().out
+    cut = interrupted(straight, tmp_path / "cut")  # from the constant part nothing rises
+    run_training(small_run(init_folder, corpus, output_dir=cut, max_steps=8))
+    assert "rises" not in capsys.readouterr().out
+
+
+def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
+    losses = iter([9.0, 5.0, 1.0, 6.0, 4.0])
+    monkeypatch.setattr(
+        "qwen3_encdec.training.steps.denoising_losses", lambda *a, **o: {"R1": next(losses)}
     )
-    found = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
-    assert found == ["latest", "step-000003", "step-000004"]
-    assert (tmp_path / "run/checkpoints/latest").resolve().name == "step-000004"
+    stuck = shutil.rmtree
+
+    def cannot(path, ignore_errors=False):
+        if Path(path).name == "step-000001":
+            if not ignore_errors:
+                raise PermissionError(path)
+            return
+        stuck(path, ignore_errors=ignore_errors)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", cannot)
+    run_dir = tmp_path / "run"
+    run_training(
+        small_run(init_folder, corpus, output_dir=run_dir, save_every=1, keep_last=1, eval_every=1)
+    )
+    found = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
+    assert found == ["best", "latest", "step-000001", "step-000002", "step-000004"]
+    assert (run_dir / "checkpoints/latest").resolve().name == "step-000004"
+    assert (run_dir / "checkpoints/best").resolve().name == "step-000002"
+    # one that cannot be deleted costs room and not the run
+    assert f"{run_dir}/checkpoints/step-000001 could not be deleted" in capsys.readouterr().out
+
+
+def test_a_torn_line_of_metrics_does_not_block(init_folder, corpus, straight, tmp_path):
+    cut = interrupted(straight, tmp_path / "cut")
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    run_training(small_run(init_folder, corpus, output_dir=cut))
+    assert same_run(straight, cut)
+
+
+def test_tensorboard_shows_each_step_once(init_folder, corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    options = {"trackers": "[tensorboard]", "eval_every": 0}
+    run_training(small_run(init_folder, corpus, output_dir=run_dir, **options))
+    shutil.rmtree(run_dir / "checkpoints/step-000004")
+    run_training(small_run(init_folder, corpus, output_dir=run_dir, **options))
+    events = EventAccumulator(str(run_dir / "trackers/qwen3-encdec")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
 def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monkeypatch):
     def full_disk(*arguments, **keywords):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    with pytest.raises(
-        InputError, match="No space left.*training stopped, the last checkpoint is none"
-    ):
+    monkeypatch.setattr(checkpoint.dcp, "save", full_disk)
+    sentence = "No space left.*training stopped, the last checkpoint is none"
+    with pytest.raises(InputError, match=sentence):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_the_running_average_is_read_back(init_folder, corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    options = {"output_dir": run_dir, "ema_decay": 0.5, "eval_every": 0}
+    run_training(small_run(init_folder, corpus, **options))
+    first = dict(read_averages(run_dir / "checkpoints/latest"))
+    weights = load_file(run_dir / "checkpoints/latest/model.safetensors")
+    assert all(first[name].shape == weights[name].shape for name in first)
+    assert not torch.equal(first["model.shared.weight"], weights["model.shared.weight"])
+    shutil.rmtree(run_dir / "checkpoints/step-000004")
+    run_training(small_run(init_folder, corpus, **options))
+    again = dict(read_averages(run_dir / "checkpoints/latest"))
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)

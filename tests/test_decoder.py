@@ -6,16 +6,17 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2MergedAttention
 
+from qwen3_encdec import Qwen3EncoderDecoderModel
 from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention, Qwen3MergedDecoder
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
 S, T = 7, 5
 
 
-def decoder_with(implementation: str) -> Qwen3MergedDecoder:
+def decoder_with(implementation: str, **changes) -> Qwen3MergedDecoder:
     torch.manual_seed(0)
-    decoder = Qwen3MergedDecoder(tiny_config()).eval()
-    return use_backend(decoder, implementation)
+    model = Qwen3EncoderDecoderModel(tiny_config(**changes)).eval()
+    return use_backend(model, implementation).decoder
 
 
 def target_ids() -> torch.Tensor:
@@ -86,33 +87,18 @@ def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
         mask = additive(mask)
         if module is ours and not masked and implementation == "sdpa":
             mask = None  # bottom-right causal is the whole truth
-        output = module(states, position, *((source, mask) if module is ours else (mask, source)))[
-            0
-        ]
+        output = module(
+            states, position, *((source, None, S, mask) if module is ours else (mask, source))
+        )[0]
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         results.append([output, states.grad, source.grad, *(p.grad for p in module.parameters())])
     for mine, reference in zip(*results, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
     # the control: rotated encoder keys, the bug of the published ports, are not T5Gemma 2's
-    # attention
-    rotated = Qwen3MergedAttention(config, 0).eval()
-    rotated.load_state_dict(ours.state_dict())
     angles = torch.arange(S)[:, None] * torch.logspace(0, -2, 7).repeat(2)[None]
-    from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
-
-    import qwen3_encdec.modeling_qwen3_decoder as decoder_module
-
-    plain = decoder_module.project_keys
-
-    def rotating(attention, encoder_states):
-        key, value = plain(attention, encoder_states)
-        return apply_rotary_pos_emb(key, key, angles.cos()[None], angles.sin()[None])[0], value
-
-    decoder_module.project_keys = rotating
-    try:
-        wrong = rotated(states, position, source, additive(torch.cat([cross, own], -1)))[0]
-    finally:
-        decoder_module.project_keys = plain
+    rotation = (angles.cos()[None], angles.sin()[None])
+    mask = additive(torch.cat([cross, own], -1))
+    wrong = ours(states, position, source, rotation, S, mask)[0]
     assert (wrong - results[1][0]).abs().max() > 1e-3
 
 
@@ -125,17 +111,18 @@ def test_parity_decoder_with_masked_source_is_qwen3(implementation):
         **{name: getattr(decoder.config, name) for name in names}, tie_word_embeddings=True
     )
     qwen3 = Qwen3ForCausalLM(config).eval()
-    qwen3.model.load_state_dict(decoder.state_dict())
+    embedding = decoder.get_input_embeddings().weight
+    qwen3.model.load_state_dict({"embed_tokens.weight": embedding, **decoder.state_dict()})
     nothing = torch.zeros(3, S, dtype=torch.long)
     states = decoder(
         target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=nothing
     )
-    logits = states.last_hidden_state @ decoder.embed_tokens.weight.T
+    logits = states.last_hidden_state @ embedding.T
     reference = qwen3(target_ids()).logits
     torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
     # the control: with its source in sight it is not Qwen3
     seen = decoder(target_ids(), encoder_hidden_states=source_states()).last_hidden_state
-    assert (seen @ decoder.embed_tokens.weight.T - reference).abs().max() > 1e-2
+    assert (seen @ embedding.T - reference).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -222,7 +209,32 @@ def test_the_decoder_says_what_it_lacks():
         decoder(target_ids())
     with pytest.raises(ValueError, match="exactly one"):
         decoder(encoder_hidden_states=source_states())
-    with pytest.raises(ValueError, match="several documents a row"):
-        decoder(
-            target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=torch.full((3, S), 2)
-        )  # fmt: skip
+    with pytest.raises(ValueError, match="3 rows of encoder states and 2 of targets"):
+        decoder(target_ids()[:2], encoder_hidden_states=source_states())
+    for name, mask in (("attention_mask", S), ("decoder_attention_mask", T)):
+        argument = "encoder_attention_mask" if mask == S else "attention_mask"
+        inputs = {argument: torch.ones(3, mask - 2)}
+        with pytest.raises(ValueError, match=rf"{name} has shape \(3, {mask - 2}\)"):
+            decoder(target_ids(), encoder_hidden_states=source_states(), **inputs)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_a_closed_gate_lets_no_value_of_the_source_in(implementation):
+    decoder = decoder_with(implementation, source_gate=True)
+    two = source_states(), 5 * source_states().flip(1)
+    keys = torch.zeros_like(decoder.layers[0].self_attn.k_proj.weight)
+    for layer in decoder.layers:
+        layer.self_attn.k_proj.weight.data.copy_(keys)  # the source takes the same softmax mass
+    closed = [decoder(target_ids(), encoder_hidden_states=s).last_hidden_state for s in two]
+    torch.testing.assert_close(*closed, atol=1e-6, rtol=0)
+    for layer in decoder.layers:
+        layer.self_attn.source_gate.data.fill_(0.5)
+        layer.self_attn.source_scale.fill_(2.0)
+    opened = [decoder(target_ids(), encoder_hidden_states=s).last_hidden_state for s in two]
+    assert (opened[0] - opened[1]).abs().max() > 1e-2
+    # half of twice the values are the values themselves: the gate is off
+    plain = decoder_with(implementation)
+    plain.load_state_dict(decoder.state_dict(), strict=False)
+    for states, expected in zip(two, opened, strict=True):
+        found = plain(target_ids(), encoder_hidden_states=states).last_hidden_state
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)

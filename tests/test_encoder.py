@@ -2,21 +2,13 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3Model
 
-from qwen3_encdec import Qwen3Encoder, modeling_qwen3_encoder
-from qwen3_encdec.modeling_qwen3_encoder import (
-    RaggedLayout,
-    Segments,
-    attend,
-    bottom_right_causal_bias,
-    multiply_few_rows,
-    project,
-)
+from qwen3_encdec import Qwen3EncoderModel
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
 
-def encoder_with(implementation: str, **changes) -> Qwen3Encoder:
+def encoder_with(implementation: str, **changes) -> Qwen3EncoderModel:
     torch.manual_seed(0)
-    encoder = Qwen3Encoder(tiny_config(**changes)).eval()
+    encoder = Qwen3EncoderModel(tiny_config(**changes)).eval()
     return use_backend(encoder, implementation)
 
 
@@ -24,14 +16,15 @@ def ids(batch: int = 3, length: int = 11, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 300, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-def qwen3_of(encoder: Qwen3Encoder) -> Qwen3Model:
+def qwen3_of(encoder: Qwen3EncoderModel) -> Qwen3Model:
     """The stock causal Qwen3 with the encoder's weights."""
     names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
              "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "pad_token_id")  # fmt: skip
     qwen3 = Qwen3Model(
         Qwen3Config(**{name: getattr(encoder.config, name) for name in names})
     ).eval()
-    qwen3.load_state_dict(encoder.state_dict())
+    state = {"embed_tokens.weight": encoder.shared.weight, **encoder.encoder.state_dict()}
+    qwen3.load_state_dict(state)
     return qwen3
 
 
@@ -89,76 +82,43 @@ def test_padding_and_batch_order_change_nothing(implementation, side):
     ).abs().max() > 1e-3
 
 
-def test_segments_are_as_drawn():
-    mask = torch.tensor([[1, 1, 1, 2, 2, 0], [1, 1, 0, 0, 0, 0]])
-    segments = Segments.from_mask(mask)
-    assert segments.index.tolist() == [0, 1, 2, 3, 4, 6, 7]
-    assert segments.layout.query_lengths == [3, 2, 2]
-    assert segments.position_ids.tolist() == [[0, 1, 2, 0, 1, 0, 1]]
-    batch = torch.randn(2, 6, 5)
-    assert torch.equal(segments.scatter(segments.gather(batch)), batch * (mask > 0)[..., None])
+def packed_form(tokens: list[torch.Tensor]) -> dict:
+    """Texts one after another, with their lengths."""
+    lengths = [len(text) for text in tokens]
+    return {
+        "input_ids": torch.cat(tokens)[None],
+        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
+        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
+        "max_seqlen": max(lengths),
+    }
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
-def test_parity_ragged_encoder_is_the_padded_eager_one(implementation):
+def test_parity_packed_texts_are_encoded_as_if_alone(implementation):
     encoder = encoder_with(implementation)
-    tokens = ids()
-    mask = torch.ones(3, 11, dtype=torch.long)
-    mask[1, 6:] = 0
-    mask[2, :4] = 0
-    segments = Segments.from_mask(mask)
-    ragged = encoder(segments.gather(tokens), segments=segments).last_hidden_state
-    padded = encoder_with("eager")(tokens, attention_mask=mask).last_hidden_state * mask[..., None]
-    torch.testing.assert_close(segments.scatter(ragged), padded, atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("implementation", BACKENDS)
-def test_parity_packed_documents_are_encoded_as_if_alone(implementation):
-    encoder = encoder_with(implementation)
-    tokens = ids(1, 11)
-    mask = torch.tensor([[1] * 4 + [2] * 5 + [0] * 2])
-    segments = Segments.from_mask(mask)
-    packed = encoder(segments.gather(tokens), segments=segments).last_hidden_state[0]
-    alone = [encoder(tokens[:, place]).last_hidden_state[0] for place in (slice(0, 4), slice(4, 9))]
+    texts = [ids(1, 4)[0], ids(1, 0)[0], ids(1, 7, seed=1)[0]]  # the second is empty
+    packed = encoder(**packed_form(texts)).last_hidden_state[0]
+    alone = [encoder(text[None]).last_hidden_state[0] for text in (texts[0], texts[2])]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
-    # the control: one document of nine tokens is something else
-    assert (encoder(tokens[:, :9]).last_hidden_state[0] - packed).abs().max() > 1e-3
-    with pytest.raises(ValueError, match="several documents a row"):
-        encoder(tokens, attention_mask=mask)
+    # the control: one text of eleven tokens is something else
+    joined = encoder(torch.cat(texts)[None]).last_hidden_state[0]
+    assert (joined - packed).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
-@pytest.mark.parametrize("causal", [False, True])
-def test_parity_ragged_attention_is_brute_force(causal, implementation):
-    torch.manual_seed(0)
-    attention = encoder_with(implementation).layers[0].self_attn
-    queries, keys = [3, 1, 4], [5, 2, 4]
-    q, k, v = torch.randn(1, 4, 8, 14), torch.randn(1, 2, 11, 14), torch.randn(1, 2, 11, 14)
-    documents = [torch.arange(3).repeat_interleave(torch.tensor(side)) for side in (queries, keys)]
-    output, _ = attend(attention, q, k, v, layout=RaggedLayout(*documents, causal=causal))
-    uncut, _ = attend(attention, q[:, :, :3], k, v, causal=causal)
-    q_start = k_start = 0
-    for n_q, n_k in zip(queries, keys, strict=True):
-        for head in range(4):
-            for i in range(n_q):
-                seen = n_k - n_q + i + 1 if causal else n_k
-                key = k[0, head // 2, k_start : k_start + seen]
-                weights = (key @ q[0, head, q_start + i] * attention.scaling).softmax(-1)
-                expected = weights @ v[0, head // 2, k_start : k_start + seen]
-                torch.testing.assert_close(
-                    output[0, q_start + i, head], expected, atol=1e-6, rtol=1e-5
-                )
-        q_start, k_start = q_start + n_q, k_start + n_k
-    # the control: the first document with the keys of the others in sight
-    assert (uncut[0, :, 0] - output[0, :3, 0]).abs().max() > 1e-2
-
-
-def test_bottom_right_mask_is_as_drawn():
-    seen = bottom_right_causal_bias(4, 7, torch.zeros(1)) == 0
-    drawn = ["1111000", "1111100", "1111110", "1111111"]
-    assert ["".join(str(int(cell)) for cell in row) for row in seen] == drawn
-    # what the GPU is told instead
-    assert torch.equal(torch.nn.attention.bias.causal_lower_right(4, 7)._materialize(), seen)
+def test_an_incomplete_packed_batch_is_refused():
+    encoder = encoder_with("sdpa")
+    whole = packed_form([ids(1, 4)[0], ids(1, 7)[0]])
+    for name in ("position_ids", "max_seqlen"):
+        with pytest.raises(ValueError, match=f"a packed batch needs .*{name}"):
+            encoder(**{**whole, name: None})
+    with pytest.raises(ValueError, match="leave out attention_mask"):
+        encoder(**whole, attention_mask=torch.ones(1, 11))
+    with pytest.raises(
+        ValueError, match="cu_seqlens ends at 11, but the packed batch has 9 tokens"
+    ):
+        encoder(**{**whole, **{k: whole[k][:, :9] for k in ("input_ids", "position_ids")}})
+    with pytest.raises(ValueError, match="position_ids has shape"):
+        encoder(**{**whole, "position_ids": whole["position_ids"][:, :9]})
 
 
 def test_states_and_attentions_are_recorded():
@@ -167,69 +127,3 @@ def test_states_and_attentions_are_recorded():
     assert [tuple(states.shape) for states in output.hidden_states] == [(3, 11, 40)] * 4
     assert [tuple(weights.shape) for weights in output.attentions] == [(3, 4, 11, 11)] * 3
     torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(3, 4, 11))
-
-
-@pytest.fixture
-def few_rows_products(monkeypatch) -> list[int]:
-    """The rows of every product that `multiply_few_rows` makes."""
-    rows_of: list[int] = []
-
-    def spy(states, weight):
-        rows_of.append(states.shape[:-1].numel())
-        return multiply_few_rows(states, weight)
-
-    monkeypatch.setattr(
-        modeling_qwen3_encoder, "_HAS_MKL", True
-    )  # the forms are right without it too
-    monkeypatch.setattr(modeling_qwen3_encoder, "multiply_few_rows", spy)
-    return rows_of
-
-
-@pytest.mark.parametrize("classes", [40, 64, 331])
-def test_few_rows_are_projected_as_by_the_ordinary_product(few_rows_products, classes):
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(48, classes, bias=False)
-    for batch, length in ((0, 1), (1, 1), (3, 1), (1, 5), (2, 4), (3, 3)):
-        states = torch.randn(length, batch, 48).transpose(0, 1)
-        with torch.no_grad():
-            projected = project(linear, states)
-        expected = states.double() @ linear.weight.double().t()
-        assert projected.is_contiguous()
-        torch.testing.assert_close(projected, expected.float(), rtol=1e-5, atol=1e-5)
-        if batch:
-            with pytest.raises(AssertionError):
-                torch.testing.assert_close(
-                    projected, expected.float().roll(1, dims=-1), rtol=1e-5, atol=1e-5
-                )
-    assert few_rows_products == [1, 3, 5, 8]  # none of no rows, none of 9
-
-
-def test_only_a_plain_linear_that_nobody_has_touched_is_projected_by_few_rows(few_rows_products):
-    class Adapted(torch.nn.Linear):
-        def forward(self, input):
-            return super().forward(input) + 1
-
-    def linear(kind=torch.nn.Linear, bias=False, dtype=torch.float32):
-        return kind(48, 80, bias=bias, dtype=dtype)
-
-    plain, hooked, prehooked, replaced, parametrized = (linear() for _ in range(5))
-    plain.requires_grad_(False)
-    hooked.register_forward_hook(lambda module, args, output: output + 1)
-    prehooked.register_forward_pre_hook(lambda module, args: args[0] + 1)
-    replaced.forward = lambda states: states
-    torch.nn.utils.parametrizations.weight_norm(parametrized)
-    states = torch.randn(3, 1, 48)
-    for module in (hooked, prehooked, replaced, parametrized, linear(Adapted), linear(bias=True)):
-        with torch.no_grad():
-            torch.testing.assert_close(project(module, states), module(states), rtol=0, atol=0)
-    with torch.no_grad():
-        project(linear(dtype=torch.bfloat16), states.bfloat16())
-        with torch.autocast("cpu", torch.bfloat16):
-            assert project(linear(), states).dtype == torch.bfloat16
-        traced = torch.jit.trace(lambda states: project(plain, states), states, check_trace=False)
-        assert traced(torch.randn(20, 1, 48)).shape == (20, 1, 80)
-    assert project(linear(), states).requires_grad
-    assert few_rows_products == []
-    with torch.no_grad():
-        project(linear(), states)
-    assert few_rows_products == [3]

@@ -1,12 +1,13 @@
 """Generation in every form that transformers offers an encoder-decoder, and infilling."""
 
+import copy
+
 import pytest
 import torch
-from transformers import DynamicCache, EncoderDecoderCache, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, StaticCache, TextIteratorStreamer
 
 from qwen3_encdec import Qwen3ForSeq2SeqLM
-from qwen3_encdec.modeling_qwen3_decoder import MergedLayer
-from qwen3_encdec.modeling_qwen3_encoder import CACHE_FIELD
+from qwen3_encdec.modeling_qwen3_decoder import SourceDynamicCache, SourceStaticCache
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config
 
@@ -28,22 +29,15 @@ def tokenizer():
 
 
 def test_static_cache_and_a_step_compiled_as_one_graph(model, source):
-    # Until transformers 5.4 a static cache counts keys that are not zero, as a random model's
-    # padding row makes them.
-    torch.nn.init.normal_(model.model.shared.weight)
     expected = model.generate(**source, max_new_tokens=6)
-    assert torch.equal(
-        model.generate(**source, max_new_tokens=6, cache_implementation="static"), expected
-    )
+    static = model.generate(**source, max_new_tokens=6, cache_implementation="static")
+    assert torch.equal(static, expected)
     config = model.config.get_text_config(decoder=True)
-    cache = EncoderDecoderCache(
-        *(StaticCache(config=config, max_cache_len=length) for length in (16, S))
-    )
+    cache = StaticCache(config=config, max_cache_len=S + 16)
     inputs = {
         "encoder_outputs": model.get_encoder()(**source),
         "attention_mask": source["attention_mask"],
-        "use_cache": True,
-        CACHE_FIELD: cache,
+        "cache": cache,
     }
     step = torch.compile(model.forward, fullgraph=True, backend="eager")
     token, tokens = expected[:, :1], []
@@ -58,43 +52,56 @@ def test_static_cache_and_a_step_compiled_as_one_graph(model, source):
 
 
 @torch.no_grad()
-def test_a_step_writes_into_the_buffer_and_does_not_copy_the_source(model, source):
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-    inputs = {
-        "encoder_outputs": model.get_encoder()(**source),
-        "use_cache": True,
-        CACHE_FIELD: cache,
-    }
+def test_a_compiled_step_neither_projects_nor_copies_the_source(model, source):
+    cache = StaticCache(config=model.config.get_text_config(decoder=True), max_cache_len=S + 16)
+    inputs = {"encoder_outputs": model.get_encoder()(**source), "cache": cache}
     token = torch.full((3, 1), 7)
-    places = set()
-    for _ in range(5):
-        model(decoder_input_ids=token, **inputs)
-        own, cross = cache.self_attention_cache.layers[1], cache.cross_attention_cache.layers[1]
-        places.add((own.buffers[0].data_ptr(), cross.keys.data_ptr()))
-    assert isinstance(own, MergedLayer)
-    assert len(places) == 1
-    assert own.keys.shape[2] == 5
-    assert cross.keys.data_ptr() == own.buffers[0].data_ptr()  # one copy of the source, not two
+    model(decoder_input_ids=token, **inputs)
+    graphs = []
+
+    def look(graph, _):
+        graphs.append(graph)
+        return graph
+
+    torch.compile(model.forward, fullgraph=True, backend=look)(decoder_input_ids=token, **inputs)
+    (graph,) = graphs
+    assert not [node for node in graph.graph.nodes if node.target is torch.cat and 2 in node.args]
+    # the control: the first step does concatenate
+    graphs.clear()
+    inputs["cache"] = StaticCache(
+        config=model.config.get_text_config(decoder=True), max_cache_len=S + 16
+    )
+    torch.compile(model.forward, fullgraph=True, backend=look)(decoder_input_ids=token, **inputs)
+    assert [n for n in graphs[0].graph.nodes if n.target is torch.cat and 2 in n.args]
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["reorder", "crop", "repeat", "grow", "reset"])
-def test_what_changes_a_cache_is_noticed_by_the_buffer(model, source, change):
-    if change == "reset" and CACHE_FIELD != "cache":
-        pytest.skip("older transformers zero a dynamic cache and keep its length")
+@pytest.mark.parametrize("kind", ["dynamic", "static", "ordinary"])
+@pytest.mark.parametrize("change", ["reorder", "crop", "repeat", "reset"])
+def test_whatever_changes_a_cache_is_honoured(model, source, change, kind):
     tokens = torch.randint(0, 300, (3, 80), generator=torch.Generator().manual_seed(1))
     encoded = model.get_encoder()(**source)
-    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    config = model.config.get_text_config(decoder=True)
+    if kind == "static":
+        if change == "repeat":
+            pytest.skip("a static cache has a fixed batch")
+        cache = SourceStaticCache(config=config, max_cache_len=S + 16)
+    else:
+        cache = SourceDynamicCache() if kind == "dynamic" else DynamicCache()
     rows, length = torch.arange(3), 4
 
     def step(ids: torch.Tensor) -> torch.Tensor:
         return model(
-            encoder_outputs=(encoded.last_hidden_state[rows],), attention_mask=source["attention_mask"][rows],
-            decoder_input_ids=ids, use_cache=True, **{CACHE_FIELD: cache},
-        ).logits  # fmt: skip
+            encoder_outputs=(encoded.last_hidden_state[rows],),
+            attention_mask=source["attention_mask"][rows],
+            decoder_input_ids=ids,
+            cache=cache,
+        ).logits
 
     for start in range(length):
         step(tokens[:, start : start + 1])
+    if kind != "ordinary":
+        assert cache.get_seq_length() == length
     if change == "reorder":
         rows = torch.tensor([2, 0, 0])
         cache.reorder_cache(rows)
@@ -104,25 +111,85 @@ def test_what_changes_a_cache_is_noticed_by_the_buffer(model, source, change):
     elif change == "repeat":
         rows = rows.repeat_interleave(2)
         cache.batch_repeat_interleave(2)
-    elif change == "grow":  # past the room of the first buffer
-        for start in range(4, 75):
-            step(tokens[:, start : start + 1])
-        length = 75
     else:
         cache.reset()
         length = 0
     following = tokens[rows, length : length + 1]
     logits = step(following)[:, -1]
-    expected = model(
-        input_ids=source["input_ids"][rows], attention_mask=source["attention_mask"][rows],
-        decoder_input_ids=tokens[rows, : length + 1],
-    ).logits[:, -1]  # fmt: skip
+    whole = {name: tensor[rows] for name, tensor in source.items()}
+    expected = model(**whole, decoder_input_ids=tokens[rows, : length + 1]).logits[:, -1]
     torch.testing.assert_close(logits, expected, atol=1e-5, rtol=1e-5)
     # the control: one token less of the past is something else
-    other = model(
-        input_ids=source["input_ids"][rows], attention_mask=source["attention_mask"][rows], decoder_input_ids=following
-    ).logits[:, -1]  # fmt: skip
+    other = model(**whole, decoder_input_ids=following).logits[:, -1]
     assert length == 0 or (logits - other).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("implementation", ["dynamic", "static"])
+def test_generation_continues_a_cache(model, source, implementation):
+    whole = model.generate(**source, max_new_tokens=8, min_new_tokens=8)
+    begun = model.generate(
+        **source,
+        max_new_tokens=4,
+        min_new_tokens=4,
+        return_dict_in_generate=True,
+        cache_implementation=implementation,
+        max_cache_len=40 if implementation == "static" else None,
+    )
+    options = {
+        "decoder_input_ids": begun.sequences,
+        "decoder_attention_mask": torch.ones_like(begun.sequences),  # as for T5: these are all
+        "max_new_tokens": 4,
+        "min_new_tokens": 4,
+    }
+    assert torch.equal(model.generate(**source, cache=begun.cache, **options), whole)
+
+
+def test_generation_starts_from_a_padded_prompt(model, source):
+    """Prompts of the decoder of unequal length, left-padded, give each row what it gives alone."""
+    prompts = torch.randint(0, 300, (3, 4), generator=torch.Generator().manual_seed(2))
+    mask = torch.tensor([[1, 1, 1, 1], [0, 0, 1, 1], [0, 1, 1, 1]])
+    prompts[mask.cumsum(-1) == 1] = model.config.decoder_start_token_id
+    padded = prompts.masked_fill(mask == 0, model.config.pad_token_id)
+    options = {"max_new_tokens": 5, "min_new_tokens": 5}
+    for static in (None, "static"):
+        together = model.generate(
+            **source,
+            decoder_input_ids=padded,
+            decoder_attention_mask=mask,
+            cache_implementation=static,
+            **options,
+        )
+        for row in range(3):
+            one = {name: tensor[row : row + 1] for name, tensor in source.items()}
+            prompt = prompts[row : row + 1][:, mask[row].bool()]
+            alone = model.generate(**one, decoder_input_ids=prompt, **options)
+            assert torch.equal(together[row, -5:], alone[0, -5:])
+
+
+@pytest.mark.parametrize("wrong", ["checkpointing", "training"])
+def test_generation_in_training_mode_gives_the_tokens_of_evaluation(model, source, wrong):
+    expected = model.generate(**source, max_new_tokens=6)
+    model.train()
+    if wrong == "checkpointing":
+        model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(**source, max_new_tokens=6), expected)
+
+
+@torch.no_grad()
+def test_a_cache_is_used_or_refused_but_never_dropped(model, source):
+    ids = torch.randint(0, 300, (3, 5), generator=torch.Generator().manual_seed(1))
+    cache = SourceDynamicCache()
+    model(**source, decoder_input_ids=ids[:, :3], cache=cache)
+    expected = model(**source, decoder_input_ids=ids).logits[:, 3:]
+    labels = ids[:, 3:]
+    for options in ({"use_cache": False}, {"labels": labels}):
+        cache_now = copy.deepcopy(cache)
+        output = model(**source, decoder_input_ids=ids[:, 3:], cache=cache_now, **options)
+        torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
+    model.train().gradient_checkpointing_enable()
+    refused = pytest.raises(ValueError, match="a cache cannot be used with gradient checkpointing")
+    with torch.enable_grad(), refused:
+        model(**source, decoder_input_ids=ids[:, 3:], cache=cache)
 
 
 def test_assisted_decoding_is_greedy_decoding(model, source):
@@ -217,6 +284,9 @@ def test_fill_puts_the_spans_where_they_belong(tokenizer):
     assert filled == "The cat sat on the mat.<extra_id_2>"
     both = model.fill([text, "<extra_id_1>!"], tokenizer, **answering(model, answer))
     assert both == [filled, "the mat!"]
+    assert model.fill([], tokenizer) == []
+    options = answering(model, answer) | {"return_dict_in_generate": True}
+    assert model.fill(text, tokenizer, **options) == filled
     assert (
         len(
             model.fill(

@@ -10,7 +10,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from qwen3_encdec import cli
-from qwen3_encdec.conversion import merge as merging
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.conversion.merge import slerp, soup
 from qwen3_encdec.demo.parent import causal_embedder

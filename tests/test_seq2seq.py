@@ -1,11 +1,13 @@
+import copy
 import math
 import re
 
 import pytest
 import torch
 from safetensors import safe_open
+from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, AutoModelForSeq2SeqLM
+from transformers import AutoModel, AutoModelForSeq2SeqLM, DynamicCache
 
 from qwen3_encdec import (
     Qwen3EncoderDecoderModel,
@@ -13,15 +15,9 @@ from qwen3_encdec import (
     Qwen3EncoderModel,
     Qwen3ForSeq2SeqLM,
 )
-from qwen3_encdec.modeling_qwen3_encdec import (
-    _form_gradient,
-    chunked_cross_entropy,
-    dense_cross_entropy,
-    linear_cross_entropy,
-    vocabulary_logits,
-)
-from qwen3_encdec.modeling_qwen3_encoder import CACHE_FIELD
-from tests.conftest import BACKENDS, tiny_config, use_backend
+from qwen3_encdec.data.collate import collate_packed
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3SharedEmbedding
+from tests.conftest import BACKENDS, pack, tiny_config, use_backend
 
 B, S, T = 3, 9, 7
 
@@ -74,13 +70,15 @@ def test_zero_logits_give_log_v(model):
 @pytest.mark.parametrize(
     "implementation", [name for name in BACKENDS if name != "flex_attention"]
 )  # GPU only
-def test_parity_gradients_of_the_ragged_pass_are_those_of_the_plain_one(model, implementation):
+@pytest.mark.parametrize("packed", [False, True])
+def test_parity_gradients_are_those_of_the_textbook_loss(model, implementation, packed):
     inputs = batch()
     gradients = []
     for backend in (implementation, "eager"):
         use_backend(model, backend)
         model.zero_grad()
-        (plain_loss(model, inputs) if gradients else model(**inputs).loss).backward()
+        form = pack(inputs) if packed else inputs
+        (plain_loss(model, inputs) if gradients else model(**form).loss).backward()
         gradients.append([p.grad.clone() for p in model.parameters()])
     for mine, reference in zip(*gradients, strict=True):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
@@ -102,149 +100,6 @@ def test_training_needs_no_logits(model):
     assert model(**batch()).logits.shape == (B, T, 331)
     assert model.train()(**batch()).logits is None
     assert model(**batch(), return_logits=True).logits.shape == (B, T, 331)
-
-
-@pytest.mark.parametrize("implementation", BACKENDS)
-def test_parity_packed_rows_are_their_pairs_one_by_one(model, implementation):
-    """Two pairs in a row: encoder, decoder and cross attention apart, positions and shift
-    restarting.
-    """
-    use_backend(model, implementation)
-    pairs = [((0, 4), (0, 3)), ((4, 9), (3, 7))]
-    inputs = batch(padded=False)
-    packed = {
-        "input_ids": inputs["input_ids"],
-        "labels": inputs["labels"],
-        "attention_mask": torch.tensor([[1] * 4 + [2] * 5] * B),
-        "decoder_attention_mask": torch.tensor([[1] * 3 + [2] * 4] * B),
-    }
-    output = model(**packed)
-    for (s0, s1), (t0, t1) in pairs:
-        alone = model(input_ids=inputs["input_ids"][:, s0:s1], labels=inputs["labels"][:, t0:t1])
-        torch.testing.assert_close(
-            output.token_losses[:, t0:t1], alone.token_losses, atol=1e-5, rtol=0
-        )
-        torch.testing.assert_close(output.logits[:, t0:t1], alone.logits, atol=1e-5, rtol=1e-5)
-    # the control: unpacked, the second pair sees the first
-    leaking = model(input_ids=inputs["input_ids"], labels=inputs["labels"])
-    assert (leaking.token_losses[:, 3:] - output.token_losses[:, 3:]).abs().max() > 1e-2
-    with pytest.raises(ValueError, match="every source needs its target"):
-        model(**{**packed, "decoder_attention_mask": torch.ones(B, T, dtype=torch.long)})
-
-
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parity_chunked_loss_is_the_dense_loss(chunk, dtype):
-    torch.manual_seed(0)
-    hidden = torch.randn(3, 5, 16).to(dtype).requires_grad_()
-    weight = torch.randn(41, 16).to(dtype).requires_grad_()
-    labels = torch.randint(0, 41, (3, 5))
-    labels[1, 2:] = -100
-    loss, token_losses = chunked_cross_entropy(hidden, weight, labels, chunk=chunk)
-    (loss * 3).backward(retain_graph=True)
-    with pytest.raises(
-        RuntimeError, match="modified by an inplace operation"
-    ):  # never gradients of another scale
-        loss.backward()
-    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    dense = cross_entropy(
-        (h @ w.T).float().flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
-    )
-    (dense.sum() / (labels != -100).sum() * 3).backward()
-    tolerance = (
-        {"atol": 1e-6, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 2e-2, "rtol": 2e-2}
-    )
-    torch.testing.assert_close(loss, dense.sum() / 12, **tolerance)
-    torch.testing.assert_close(token_losses.flatten(), dense, **tolerance)
-    torch.testing.assert_close(hidden.grad, h.grad, **tolerance)
-    torch.testing.assert_close(weight.grad, w.grad, **tolerance)
-    # the control: dividing by all tokens instead of those with a label
-    assert abs(loss - dense.sum() / 15) > 0.1
-
-
-@pytest.mark.parametrize("label_smoothing", [0.0, 0.1])
-@pytest.mark.parametrize("z_loss", [0.0, 0.3])
-def test_parity_of_z_loss_and_label_smoothing(z_loss, label_smoothing):
-    """Chunked and dense against torch's smoothing and a z-loss written out, values and gradients."""
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(3, 5, 16).requires_grad_(), torch.randn(41, 16).requires_grad_()
-    labels = torch.randint(0, 41, (3, 5))
-    labels[1, 2:] = -100
-    flat = labels.flatten()
-
-    def textbook() -> torch.Tensor:
-        logits = (hidden @ weight.T).flatten(0, 1)
-        smoothed = cross_entropy(
-            logits, flat, label_smoothing=label_smoothing, reduction="sum", ignore_index=-100
-        )
-        return (smoothed + z_loss * logits.logsumexp(-1)[flat != -100].square().sum()) / 20
-
-    def gradients(loss: torch.Tensor) -> tuple:
-        return (loss.detach(), *torch.autograd.grad(loss, (hidden, weight)))
-
-    options = {"z_loss": z_loss, "label_smoothing": label_smoothing}
-    expected = gradients(textbook())
-    chunked, token_losses = chunked_cross_entropy(hidden, weight, labels, 20, chunk=4, **options)
-    dense, dense_losses = dense_cross_entropy(hidden @ weight.T, labels, 20, **options)
-    for mine in (chunked, dense):
-        for value, reference in zip(gradients(mine), expected, strict=True):
-            torch.testing.assert_close(value, reference, atol=1e-5, rtol=1e-5)
-    plain = cross_entropy(
-        (hidden @ weight.T).flatten(0, 1), flat, reduction="none", ignore_index=-100
-    )
-    for mine in (token_losses, dense_losses):  # the meters stay comparable
-        torch.testing.assert_close(mine.flatten(), plain.detach(), atol=1e-5, rtol=1e-5)
-    if z_loss or label_smoothing:  # the control: without them it is another loss
-        assert abs(chunked_cross_entropy(hidden, weight, labels, 20)[0] - expected[0]) > 1e-3
-
-
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("kind", ["padded", "packed", "full"])
-def test_lookups_add_to_the_gradient_of_the_head(model, kind, training):
-    """No second matrix is made at the peak of a step, and the gradients are those of autograd by
-    itself.
-    """
-    inputs = batch() | {
-        "encoder_labels": torch.full((B, S), -100).index_fill(1, torch.tensor([3]), 17)
-    }
-    if kind == "packed":
-        inputs |= {
-            "attention_mask": torch.tensor([[1] * 4 + [2] * 5] * B),
-            "decoder_attention_mask": torch.tensor([[1] * 3 + [2] * 4] * B),
-        }
-    if kind != "padded":
-        inputs["labels"] = batch(False)["labels"]
-    if kind == "full":
-        inputs["attention_mask"] = torch.ones_like(inputs["attention_mask"])
-    inputs["input_ids"][:, 1] = (
-        model.config.pad_token_id
-    )  # as a text may have it; its row gets nothing from lookups
-    shared, made = (
-        model.get_input_embeddings(),
-        ("aten::embedding_dense_backward", "aten::add", "aten::add_"),
-    )
-
-    def gradients() -> tuple[dict[str, torch.Tensor], list[str]]:
-        model.train(training).zero_grad()
-        loss = model(**inputs).loss
-        with torch.profiler.profile(record_shapes=True) as profiler:
-            loss.backward()
-        shape = list(shared.weight.shape)
-        events = [e for e in profiler.events() if e.name in made]
-        names = [e.name for e in events if e.name == made[0] or shape in e.input_shapes]
-        return {name: p.grad.clone() for name, p in model.named_parameters()}, names
-
-    found, matrices = gradients()
-    assert matrices == ["aten::add_"]  # the encoder's loss and the decoder's
-    hook = shared.register_forward_hook(lambda *_: None)
-    expected, matrices = gradients()
-    assert matrices.count(made[0]) == 2
-    hook.remove()
-    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    shared.padding_idx = None
-    assert not torch.allclose(
-        gradients()[0]["model.shared.weight"], expected["model.shared.weight"], atol=1e-4
-    )
 
 
 @pytest.mark.parametrize(
@@ -269,67 +124,6 @@ def test_the_tensor_parallel_plan_names_what_is_there(kind):
     modules = {re.sub(r"\d+", "*", name) for name, _ in model.named_modules()}
     assert len(model.tp_plan) == (18 if kind is Qwen3ForSeq2SeqLM else 9)
     assert model.tp_plan.keys() <= modules
-
-
-def test_other_losses_are_refused_where_they_cannot_run(model):
-    inputs = batch()
-    for name, reason in (
-        ("liger", "runs on CUDA only"),
-        ("cce", "runs on CUDA only"),
-        ("ligre", "not one of chunked"),
-    ):
-        with pytest.raises(ValueError, match=reason):
-            model.train()(**inputs, loss_implementation=name)
-    hidden, labels = torch.randn(1, 2, 40), torch.tensor([[1, -100]])
-    value, _ = linear_cross_entropy("chunked", hidden, model.model.shared.weight, labels)
-    assert value > 0
-
-
-def test_the_loss_comes_from_the_logits_where_there_are_some(model):
-    output = model(**batch())
-    (gradient,) = torch.autograd.grad(output.loss, output.logits)
-    assert (gradient.abs().amax(-1) > 0).equal(batch()["labels"] != -100)
-    torch.testing.assert_close(model.train()(**batch()).loss, output.loss, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("packed", [False, True])
-def test_encoder_loss_is_masked_next_token_prediction(model, packed):
-    """Against a loop over the masked tokens:
-
-    the state before each one predicts it, within its document.
-    """
-    inputs = batch()
-    if packed:
-        inputs |= {
-            "attention_mask": torch.tensor([[1] * 4 + [2] * 5] * B), "labels": batch(False)["labels"],
-            "decoder_attention_mask": torch.tensor([[1] * 3 + [2] * 4] * B),
-        }  # fmt: skip
-    encoder_labels = torch.full((B, S), -100)
-    encoder_labels[0, 3], encoder_labels[0, 4], encoder_labels[1, 2], encoder_labels[2, 0] = (
-        17,
-        23,
-        5,
-        9,
-    )
-    plain = model.train()(**inputs).loss
-    total = model(**inputs, encoder_labels=encoder_labels, encoder_loss_weight=0.7).loss
-    asked = (
-        [(0, 3, 17), (1, 2, 5)] if packed else [(0, 3, 17), (0, 4, 23), (1, 2, 5)]
-    )  # (0, 4) begins a document
-    states = model.eval()(**inputs).encoder_last_hidden_state
-    expected = sum(
-        cross_entropy(states[row, place - 1] @ model.model.shared.weight.T, torch.tensor(label))
-        for row, place, label in asked
-    )  # fmt: skip
-    items = (inputs["labels"] != -100).sum()
-    torch.testing.assert_close(total - plain, 0.7 * expected / items, atol=1e-5, rtol=1e-4)
-    # the control: the state of the mask itself predicting it, which is plain masked-language
-    # modelling
-    other = sum(
-        cross_entropy(states[row, place] @ model.model.shared.weight.T, torch.tensor(label))
-        for row, place, label in asked
-    )  # fmt: skip
-    assert abs(other - expected) > 1e-2
 
 
 def test_rope_on_encoder_keys_is_off_and_can_be_turned_on(model):
@@ -360,74 +154,103 @@ def test_rope_on_encoder_keys_is_off_and_can_be_turned_on(model):
     assert torch.equal(*generated)
 
 
-def test_a_row_without_source_or_target_takes_nobody_elses(model):
-    """Documents are matched by row:
-
-    an empty source in one row and an empty target in another are no pair.
-    """
-    inputs = batch(padded=False)
-    inputs["decoder_attention_mask"] = torch.ones(B, T, dtype=torch.long)
-    inputs["attention_mask"][0] = 0
-    inputs["decoder_attention_mask"][1] = 0
-    output = model(**inputs)
-    alone = model(input_ids=inputs["input_ids"][2:], labels=inputs["labels"][2:])
-    torch.testing.assert_close(output.token_losses[2:], alone.token_losses, atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.token_losses[1], torch.zeros(T))
-    # without a source, the target tokens see each other only
-    ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])[:1]
-    nothing = torch.zeros(1, S, dtype=torch.long)
-    logits = model(
-        input_ids=inputs["input_ids"][:1], attention_mask=nothing, decoder_input_ids=ids
-    ).logits
-    expected = cross_entropy(logits[0], inputs["labels"][0], reduction="none")
-    torch.testing.assert_close(output.token_losses[0], expected, atol=1e-5, rtol=0)
-
-
-def test_a_missing_embedding_is_reported_and_initialized(model, tmp_path):
-    state = {
-        name: p
-        for name, p in model.state_dict().items()
-        if "shared" not in name and "embed" not in name
-    }
-    model.save_pretrained(tmp_path, state_dict=state)
-    loaded, info = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
-    assert "model.shared.weight" in info["missing_keys"]
-    assert loaded.model.shared.weight.device.type == "cpu"
-    assert loaded.model.shared.weight.std().item() == pytest.approx(0.2, rel=0.1)
-
-
-def test_fewer_decoder_layers_size_the_static_cache():
-    torch.manual_seed(0)
-    model = Qwen3ForSeq2SeqLM(tiny_config(num_decoder_layers=2)).eval()
-    torch.nn.init.normal_(model.model.shared.weight)  # as in test_generation.py
-    ids = batch()["input_ids"]
-    dynamic = model.generate(input_ids=ids, max_new_tokens=4)
-    static = model.generate(
-        input_ids=ids, max_new_tokens=4, cache_implementation="static", return_dict_in_generate=True
-    )  # fmt: skip
-    assert torch.equal(static.sequences, dynamic)
-    assert len(static[CACHE_FIELD].self_attention_cache.layers) == 2
-
-
-def test_no_label_at_all_is_a_zero_loss_not_a_nan(model):
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_parity_packed_documents_are_their_pairs_one_by_one(model, implementation):
+    """Encoder, decoder and cross attention apart, positions and shift restarting."""
+    use_backend(model, implementation)
     inputs = batch()
-    inputs["labels"][:] = -100
-    loss = model(**inputs).loss
-    loss.backward()
-    assert loss == 0
+    packed = pack(inputs)
+    output = model(**packed)
+    assert output.logits.shape == (1, 13, 331)
+    assert output.encoder_last_hidden_state.shape == (1, 21, 40)
+    for row, place in enumerate((slice(0, 5), slice(5, 12), slice(12, 13))):
+        source = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
+        target = inputs["labels"][row][inputs["labels"][row] != -100][None]
+        alone = model(input_ids=source, labels=target)
+        for name in ("token_losses", "logits"):
+            torch.testing.assert_close(output[name][:, place], alone[name], atol=1e-5, rtol=1e-5)
+    # the control: as one document, the second pair sees the first
+    joined = model(input_ids=packed["input_ids"], labels=packed["labels"])
+    assert (joined.token_losses - output.token_losses)[:, 5:].abs().max() > 1e-2
 
 
-def test_one_embedding_object(model, tmp_path):
+def test_an_incomplete_packed_batch_is_refused(model):
+    packed = pack(batch())
+    needed = "decoder_cu_seqlens", "decoder_max_seqlen", "key_order", "decoder_position_ids"
+    for name in needed:
+        with pytest.raises(ValueError, match="a packed batch needs"):
+            model(**{**packed, name: None})
+    torn = dict(packed, decoder_cu_seqlens=torch.tensor([0, 5, 13], dtype=torch.int32))
+    with pytest.raises(ValueError, match="3 sources and decoder_cu_seqlens 2 targets"):
+        model(**torn)
+    with pytest.raises(ValueError, match="a cache cannot be used with a packed batch"):
+        model(**packed, cache=DynamicCache())
+    with pytest.raises(ValueError, match="leave out decoder_attention_mask"):
+        model(**packed, decoder_attention_mask=torch.ones(1, 13))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_encoder_targets_are_masked_next_token_prediction(model, packed):
+    """Against a loop over the masked tokens: the state before each predicts it, in its document."""
+    inputs = batch()
+    asked = {(0, 3): 17, (1, 2): 5, (2, 6): 23}
+    targets = torch.full((B, S), -100)
+    for place, token in (asked | {(1, 0): 9}).items():  # nothing stands before (1, 0)
+        targets[place] = token
+    states = model(**inputs).encoder_last_hidden_state
+    items = (inputs["labels"] != -100).sum()
+    form = pack(inputs) if packed else inputs
+    kept = inputs["attention_mask"].bool()
+    given = targets[kept][None] if packed else targets
+    plain = model.train()(**form).loss
+    total = model(**form, encoder_targets=given, encoder_loss_weight=0.7).loss
+
+    def loss(offset: int) -> torch.Tensor:
+        logits = [states[row, place - offset] @ model.model.shared.weight.T for row, place in asked]
+        return cross_entropy(
+            torch.stack(logits), torch.tensor(list(asked.values())), reduction="sum"
+        )
+
+    torch.testing.assert_close(total - plain, 0.7 * loss(1) / items, atol=1e-5, rtol=1e-4)
+    # the control: the state of the mask itself predicting it, which is masked language modelling
+    assert abs(loss(0) - loss(1)) > 1e-2
+    with pytest.raises(ValueError, match="give labels too"):
+        model(input_ids=inputs["input_ids"], decoder_input_ids=given, encoder_targets=given)
+
+
+def test_left_padding_is_right_padding(model):
+    """Positions, shift and mask follow the first real token, on both sides."""
+    inputs = batch()
+    inputs["attention_mask"][2] = 1
+    left = {name: tensor.clone() for name, tensor in inputs.items()}
+    for row, (source, target) in enumerate(((0, 2), (3, 0), (0, 6))):
+        for name, shift in (("input_ids", source), ("attention_mask", source), ("labels", target)):
+            left[name][row] = inputs[name][row].roll(shift)
+    kept = left["labels"] != -100
+    left["decoder_attention_mask"] = kept.long()
+    right, found = model(**inputs), model(**left)
+    torch.testing.assert_close(found.loss, right.loss, atol=1e-5, rtol=0)
+    expected = right.token_losses[inputs["labels"] != -100]
+    torch.testing.assert_close(found.token_losses[kept], expected, atol=1e-5, rtol=0)
+    # the control: positions counted along the row
+    counted = torch.arange(T).expand(B, -1)
+    assert abs(model(**left, decoder_position_ids=counted).loss - right.loss) > 1e-3
+
+
+def test_one_embedding_under_one_name(model, tmp_path):
     def check(m):
-        assert m.model.shared is m.model.encoder.embed_tokens is m.model.decoder.embed_tokens
-        assert m.get_input_embeddings() is m.model.shared
-        names = [name for name, _ in m.named_parameters() if "embed" in name or "shared" in name]
-        assert names == ["model.shared.weight"]
+        shared = [name for name, module in m.named_modules() if isinstance(module, nn.Embedding)]
+        assert shared == ["model.shared"]
+        assert isinstance(m.get_input_embeddings(), Qwen3SharedEmbedding)
+        assert m.model.encoder.get_input_embeddings() is m.get_input_embeddings()
+        assert m.model.decoder.get_input_embeddings() is m.get_input_embeddings()
 
     check(model)
+    check(copy.deepcopy(model))
+    assert copy.deepcopy(model).model.encoder.get_input_embeddings() is not model.model.shared
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
-        saved = list(tensors.keys())
+        saved = set(tensors.keys())
     assert [name for name in saved if "embed" in name or "shared" in name] == [
         "model.shared.weight"
     ]
@@ -444,11 +267,70 @@ def test_one_embedding_object(model, tmp_path):
     again = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path / "resized")
     check(again)
     assert again.model.shared.weight.shape == (345, 40)
-    # the control: two modules that share a parameter are not one object
-    torn = Qwen3ForSeq2SeqLM(tiny_config())
-    torn.model.decoder.embed_tokens = torch.nn.Embedding.from_pretrained(torn.model.shared.weight)
-    with pytest.raises(AssertionError):
-        check(torn)
+
+
+@pytest.mark.parametrize("form", ["padded", "packed"])
+def test_every_use_of_the_embedding_is_a_call(model, form):
+    """Encoder ids, decoder ids and states: hooks of launchers and wrappers see all three."""
+    inputs = pack(batch()) if form == "packed" else batch()
+    calls = []
+    model.model.shared.register_forward_hook(lambda _, args, __: calls.append(args[0].dtype))
+    model.train()(**inputs)
+    assert calls == [torch.int64, torch.int64, torch.float32]
+
+
+def test_a_training_step_of_the_packed_form_compiles_as_one_graph(model):
+    torch.compiler.set_stance("default")
+    packed = pack(batch())
+    model.train()
+    expected = model(**packed).loss
+    expected.backward()
+    reference = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    step = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    loss = step(**packed).loss
+    loss.backward()
+    torch.testing.assert_close(loss, expected, atol=1e-5, rtol=0)
+    for mine, wanted in zip((p.grad for p in model.parameters()), reference, strict=True):
+        torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_sizes_of_zero(model):
+    inputs = batch()
+    nobody = {name: tensor[:0] for name, tensor in inputs.items()}
+    assert model(**nobody).loss == 0
+    no_target = dict(inputs, labels=inputs["labels"][:, :0])
+    assert model(**no_target).loss == 0
+    empty = dict(inputs, attention_mask=inputs["attention_mask"].clone())
+    empty["attention_mask"][0] = 0  # a text without tokens
+    assert torch.isfinite(model(**empty).loss)
+    sources = [torch.tensor([], dtype=torch.long).numpy(), inputs["input_ids"][1].numpy()]
+    targets = [row.numpy() for row in inputs["labels"][1:]]
+    output = model(**collate_packed(sources, [targets[0], targets[0][:0]]))
+    assert output.token_losses.shape == (1, T)
+    assert torch.isfinite(output.loss)
+    output.loss.backward()
+
+
+def test_a_missing_embedding_is_reported_and_initialized(model, tmp_path):
+    state = {
+        name: p
+        for name, p in model.state_dict().items()
+        if "shared" not in name and "embed" not in name
+    }
+    model.save_pretrained(tmp_path, state_dict=state)
+    loaded, info = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert "model.shared.weight" in info["missing_keys"]
+    assert loaded.model.shared.weight.device.type == "cpu"
+    assert loaded.model.shared.weight.std().item() == pytest.approx(0.2, rel=0.1)
+
+
+def test_no_label_at_all_is_a_zero_loss_not_a_nan(model):
+    inputs = batch()
+    inputs["labels"][:] = -100
+    loss = model(**inputs).loss
+    loss.backward()
+    assert loss == 0
 
 
 def test_buffers_come_back_from_loading(model, tmp_path):
@@ -506,13 +388,14 @@ def test_cached_logits_step_by_step(model):
             encoder_outputs=encoded,
             attention_mask=source["attention_mask"],
             decoder_input_ids=ids[:, start:stop],
-            **{CACHE_FIELD: cache},
+            cache=cache,
             use_cache=True,
         )
-        cache = output[CACHE_FIELD]
+        cache = output.cache
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
-    assert cache.cross_attention_cache.layers[0].keys.shape == (B, 2, S, 14)
+    assert cache.layers[0].keys.shape == (B, 2, S + T, 14)  # the source is a prefix
+    assert cache.get_seq_length() == T
 
 
 def test_arguments_that_nothing_reads_are_refused(model):
@@ -523,8 +406,6 @@ def test_arguments_that_nothing_reads_are_refused(model):
     inputs = batch()
     with pytest.raises(TypeError, match="unexpected argument 'cache_params'"):
         model(**inputs, cache_params=None)
-    with pytest.raises(TypeError, match="unexpected argument 'token_type_ids'"):
-        model.get_encoder()(inputs["input_ids"], token_type_ids=None)
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -574,45 +455,3 @@ def test_bf16_autocast_keeps_the_loss_in_fp32(model):
     torch.testing.assert_close(output.loss, model(**batch()).loss, atol=5e-2, rtol=0)
     output.loss.backward()
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("classes", [40, 64, 331])
-@pytest.mark.parametrize("amx", [True, False])
-def test_logits_of_few_rows_are_the_ordinary_product(classes, dtype, amx, monkeypatch):
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"amx_bf16": amx})
-    torch.manual_seed(0)
-    weight = torch.nn.Parameter(torch.randn(classes, 40, dtype=dtype))
-    tolerance = (
-        {"rtol": 1e-5, "atol": 1e-5} if dtype == torch.float32 else {"rtol": 1e-2, "atol": 1e-2}
-    )
-    for batch, length in ((1, 1), (3, 1), (2, 4), (3, 3)):
-        states = torch.randn(batch, length, 40, dtype=dtype)
-        expected = states.float() @ weight.float().t()
-        with torch.no_grad():
-            logits = vocabulary_logits(states, weight)
-        assert logits.dtype == dtype
-        torch.testing.assert_close(logits.float(), expected, **tolerance)
-        if batch * length > 1:
-            with pytest.raises(AssertionError):
-                torch.testing.assert_close(logits.float(), expected.roll(1, dims=-1), **tolerance)
-
-
-@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-3, 0.1)])
-def test_the_loss_formed_in_one_pass_for_a_gpu_is_that_of_a_cpu(z_loss, smoothing):
-    torch.manual_seed(0)
-    logits, labels = torch.randn(37, 1088), torch.randint(0, 1003, (37,))
-    logits[:, 1003:] = 0.0  # classes that fill up the matrix
-    labels[::5] = -100
-    compiled = torch.compile(_form_gradient, dynamic=True, backend="aot_eager")
-
-    def formed(function, labels):
-        gradient = logits.clone()
-        return *function(gradient[:, :1003], labels, z_loss, smoothing, True), gradient
-
-    expected, found = formed(_form_gradient, labels), formed(compiled, labels)
-    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    assert found[0][::5].eq(0).all()
-    assert found[2][::5].eq(0).all()
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(formed(compiled, labels.roll(1)), expected, rtol=1e-5, atol=1e-7)

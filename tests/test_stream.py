@@ -1,38 +1,55 @@
-"""The stream: every document once an epoch however it is dealt out, and exact resume."""
+"""The stream: one order for any number of machines, every document once an epoch, exact resume."""
 
-import copy
 import gzip
 import json
 import random
+import time
 import tracemalloc
 from collections import Counter
-from itertools import islice, pairwise
+from itertools import islice
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
-from torchdata.stateful_dataloader import StatefulDataLoader
+from scipy.stats import chisquare
 
-from qwen3_encdec.data import corpus as sources
-from qwen3_encdec.data.collate import collate, fewest_rows, pack
+from qwen3_encdec.data import corpus as corpora
+from qwen3_encdec.data import stream
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.data.stream import (
-    UL2Stream,
-    build_stream,
+    RowLoader,
+    UL2Data,
+    check_readers,
     heldout_examples,
-    redeal,
-    resume,
+    merge_states,
+    read_heldout,
+    rows,
+    write_heldout,
 )
-from qwen3_encdec.data.tokenization import Encoder
-from qwen3_encdec.data.ul2 import Example, uncorrupt
+from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-TEXT = "the encoder reads a source and its decoder writes one target of many tokens Ünïcödé 天地玄黃 0 1 23"
-WORDS = TEXT.split()
+WORDS = [
+    "the",
+    "encoder",
+    "reads",
+    "a",
+    "source",
+    "and",
+    "its",
+    "decoder",
+    "writes",
+    "one",
+    "target",
+    "Ünïcödé",
+    "天地玄黃",
+    "0",
+    "1",
+    "23",
+]
+RANKS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 4)
 
 
 @pytest.fixture(scope="module")
@@ -41,647 +58,453 @@ def tokenizer():
 
 
 @pytest.fixture(autouse=True)
-def small_shards(monkeypatch):
-    monkeypatch.setattr(sources, "SHARD_BYTES", 1500)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def texts(count: int, seed: int) -> list[str]:
+    """Distinct texts, so short that none is cut."""
     rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.choice([1, 8, 20, 60, 200]))) for _ in range(count)]
+    return [
+        f"{seed} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for i in range(count)
+    ]
+
+
+def write_lines(file, lines) -> None:
+    opened = gzip.open(file, "wt") if file.suffix == ".gz" else open(file, "w")
+    with opened as out:
+        out.writelines(json.dumps({"text": line}) + "\n" for line in lines)
 
 
 @pytest.fixture
-def corpus(tmp_path):
-    """The same kind of text as plain and compressed lines, parquet and txt."""
+def folder(tmp_path):
+    """Every kind of file, as uneven as 1 to 300."""
     folder = tmp_path / "corpus"
     folder.mkdir()
-    lines = [json.dumps({"id": i, "text": text}) for i, text in enumerate(texts(60, 0))]
-    (folder / "a.jsonl").write_text("\n".join(lines))  # no newline at the end
-    with gzip.open(folder / "b.jsonl.gz", "wt") as file:
-        file.writelines(
-            json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts(30, 1)
-        )
-    (folder / "c.txt").write_text("\n".join([*texts(25, 2), "", "x"]) + "\n", encoding="utf-8")
-    pq.write_table(
-        pa.table({"n": list(range(20)), "text": [*texts(19, 3), None]}),
-        folder / "d.parquet",
-        row_group_size=6,
-    )
+    write_lines(folder / "a.jsonl", texts(300, 0))
+    write_lines(folder / "b.jsonl.gz", texts(40, 1))
+    (folder / "c.txt").write_text("\n".join(texts(25, 2)), encoding="utf-8")
+    table = pa.table({"n": list(range(20)), "text": texts(20, 3)})
+    pq.write_table(table, folder / "d.parquet", row_group_size=6)
     with pa.CompressedOutputStream(str(folder / "e.txt.zst"), "zstd") as out:
         out.write("\n".join(texts(10, 4)).encode())
+    write_lines(folder / "f.jsonl", texts(1, 5))
     return folder
 
 
-def data_config(corpus, **changes) -> DataConfig:
-    settings = {
-        "inputs": [str(corpus)],
-        "source_length": 96,
-        "target_length": 64,
-        "heldout_every": 20,
-    }
-    return DataConfig(**{**settings, **changes})
+ALL = Counter(t for seed, n in enumerate((300, 40, 25, 20, 10, 1)) for t in texts(n, seed))
 
 
-def key(example: Example) -> tuple:
-    return example.source.tobytes(), example.target.tobytes(), example.denoiser
+def config_of(folder, **changes) -> DataConfig:
+    settings = {"inputs": [str(folder)], "source_length": 256, "target_length": 192}
+    return DataConfig(**{**settings, "heldout_every": 10**9, "min_tokens": 2, **changes})
 
 
-def keys(rows) -> list[tuple]:
-    return [tuple(key(example) for example in row) for row in rows]
+def documents(data, tokenizer, made) -> list[str]:
+    """The texts that rows were made of."""
+    found = []
+    for row in made:
+        for example in row.examples:
+            marks = {"sentinel_ids": data.sentinel_ids, "eos_id": data.eos_id}
+            found.append(tokenizer.decode(uncorrupt(example.source, example.target, **marks)))
+    return found
 
 
-def ids_of(source: UL2Stream) -> dict:
-    return {"sentinel_ids": source.sentinel_ids, "eos_id": source.eos_id}
+def key(row) -> tuple:
+    return tuple((e.source.tobytes(), e.target.tobytes(), e.denoiser) for e in row.examples)
 
 
-def examples_of(rows) -> Counter:
-    return Counter(key(example) for row in rows for example in row)
+def steps(data, ranks, workers, state, number, global_batch=16):
+    """Rows of each optimizer step, as sets, by real loaders; and the state of all ranks behind."""
+    loaders = [
+        RowLoader(data, batch_size=global_batch // ranks, rank=rank, ranks=ranks,
+                  num_workers=workers, collate=list, state=state)
+        for rank in range(ranks)
+    ]  # fmt: skip
+    batches = [iter(loader) for loader in loaders]
+    made = []
+    for _ in range(number):
+        step = Counter(key(row) for batch in batches for row in next(batch))
+        made.append(step)
+    return made, [loader.state_dict() for loader in loaders]
 
 
-def loader(source: UL2Stream, workers: int) -> StatefulDataLoader:
-    return StatefulDataLoader(source, batch_size=3, collate_fn=list, num_workers=workers)
-
-
-def flat(batches) -> list:
-    return [row for batch in batches for row in batch]
-
-
-@pytest.fixture
-def one_epoch(corpus, tokenizer) -> list:
-    return list(UL2Stream(data_config(corpus), tokenizer, epochs=1))
-
-
-def test_documents_in_are_used_refused_or_held_out(corpus, tokenizer):
-    source = UL2Stream(data_config(corpus), tokenizer, epochs=1)
-    rows = list(source)
-    counts = source.counts
-    assert counts["documents"] == 60 + 30 + 27 + 20 + 10
-    assert counts["documents"] == counts["used"] + counts["refused"] + counts["heldout"]
-    assert counts["refused"] >= 3  # the empty line, "x" and the null
-    assert counts["heldout"] > 0
-    given = sum(len(uncorrupt(e.source, e.target, **ids_of(source))) for row in rows for e in row)
-    assert given == counts["tokens"]  # no token of a used document is lost
-
-
-def test_long_documents_are_used_to_their_end(corpus, tokenizer):
-    source = UL2Stream(data_config(corpus), tokenizer)
-    lengths = np.array([*range(8, 400), 3001])
-    tokens = np.concatenate([np.arange(length) % 300 for length in lengths])
-    examples = source.examples(lengths * 7, tokens, lengths, epoch=0).split()
-    chunks = iter(uncorrupt(e.source, e.target, **ids_of(source)) for e in examples)
-    for length in lengths:
-        pieces: list = []
-        while sum(map(len, pieces)) < length:
-            pieces.append(next(chunks))
-        np.testing.assert_array_equal(np.concatenate(pieces), np.arange(length) % 300)
-        assert min(map(len, pieces)) >= 8
-    assert next(chunks, None) is None
-
-
-def test_rows_keep_within_both_budgets(one_epoch):
-    assert max(len(row) for row in one_epoch) > 2
-    for row in one_epoch:
-        assert sum(len(example.source) for example in row) <= 96
-        assert sum(len(example.target) for example in row) <= 64
-
-
-@pytest.mark.parametrize("workers", [0, 1, 4])
-@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
-def test_any_number_of_ranks_and_workers_gives_the_same_rows(
-    corpus, tokenizer, one_epoch, world_size, workers
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["cached", "streamed"])
+def test_a_step_has_the_same_rows_for_any_ranks_and_workers(
+    folder, tokenizer, cache_gib, monkeypatch
 ):
-    source = UL2Stream(data_config(corpus), tokenizer, epochs=1)
-    shares = []
-    for source.rank in range(world_size):
-        source.world_size = world_size
-        shares.append(flat(loader(source, workers)))
-    assert Counter(keys(flat(shares))) == Counter(keys(one_epoch))
-    if world_size > 1:
-        assert examples_of(shares[0] * world_size) != examples_of(
-            one_epoch
-        )  # control: one rank alone is not enough
+    data = UL2Data(config_of(folder, cache_gib=cache_gib), tokenizer)
+    straight, _ = steps(data, 1, 0, None, 5)
+    assert len(set().union(*straight)) > 40
+    pairs = [(ranks, workers) for ranks in RANKS for workers in WORKERS if ranks * workers <= 8]
+    pairs = pairs if cache_gib else pairs[::3]
+    for number, (ranks, workers) in enumerate(pairs):
+        first, states = steps(data, ranks, workers, None, 2)
+        assert first == straight[:2], (ranks, workers)
+        # and goes on with another pair, after a round trip through JSON
+        state, note = data.adopt(merge_states(json.loads(json.dumps(states))))
+        assert note is None
+        others = pairs[(number * 5 + 3) % len(pairs)]
+        rest, _ = steps(data, *others, state, 3)
+        assert rest == straight[2:], (ranks, workers, others)
+    # The control: each rank's workers in the wrong order.
+    straight, _ = steps(data, 1, 0, None, 5, global_batch=2)
+    assert steps(data, 2, 2, None, 5, global_batch=2)[0] == straight
+    wrong = lambda rank, ranks, worker: (1 - worker) * ranks + rank  # noqa: E731
+    monkeypatch.setattr(stream, "reader_number", wrong)
+    assert steps(data, 2, 2, None, 5, global_batch=2)[0] != straight
 
 
-@pytest.mark.parametrize("name", ["b.jsonl.gz", "d.parquet", "a.jsonl"])
-def test_a_corpus_of_fewer_shards_than_readers(corpus, tokenizer, name):
-    config = data_config(corpus, inputs=[str(corpus / name)])
-    whole = list(UL2Stream(config, tokenizer, epochs=3))
-    shares = [
-        list(UL2Stream(config, tokenizer, rank=rank, world_size=7, epochs=3)) for rank in range(7)
+@pytest.mark.parametrize(("before", "after"), [(0, 1), (1, 0), (0, 4), (4, 1), (2, 0)])
+def test_resume_with_other_workers_in_the_middle_of_their_turn(folder, tokenizer, before, after):
+    data = UL2Data(config_of(folder), tokenizer)
+    straight, _ = steps(data, 1, 0, None, 6, global_batch=3)
+    first, states = steps(data, 1, before, None, 2, global_batch=3)
+    rest, _ = steps(data, 1, after, merge_states(states), 4, global_batch=3)
+    assert first + rest == straight
+
+
+def test_the_state_is_small_readable_json(folder, tokenizer):
+    data = UL2Data(config_of(folder), tokenizer)
+    _, (state,) = steps(data, 1, 0, None, 9)
+    assert len(json.dumps(state)) < 64 * 150
+    assert state["rows"] == 144
+    assert len(state["streams"]) == 64
+    (position,) = state["streams"]["3"]
+    assert set(position) == {"turn", "document", "row", *stream.COUNTS}
+
+
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["cached", "streamed"])
+def test_every_document_once_an_epoch(folder, tokenizer, cache_gib):
+    data = UL2Data(config_of(folder, cache_gib=cache_gib), tokenizer)
+    assert data.opened[0].streamed == (cache_gib == 0)
+    once = documents(data, tokenizer, rows(data, epochs=1))
+    assert Counter(once) == ALL
+    twice = documents(data, tokenizer, rows(data, epochs=2))
+    assert Counter(twice) == Counter(dict.fromkeys(ALL, 2))
+    # Corrupted and packed in another way.
+    assert len({key(row) for row in rows(data, epochs=2)}) > 1.8 * len(list(rows(data, epochs=1)))
+
+
+def test_epochs_do_not_drift_apart(folder, tokenizer):
+    data = UL2Data(config_of(folder), tokenizer)
+    seen = Counter(documents(data, tokenizer, islice(rows(data), 64 * 40)))
+    assert set(seen) == set(ALL)
+    mean = sum(seen.values()) / len(ALL)
+    assert mean > 20
+    assert max(abs(number - mean) for number in seen.values()) < 0.4 * mean
+
+
+def shares(data, tokenizer, readers: int, count: int) -> list[int]:
+    """Documents of the large file and of the small ones in the first rows of all readers."""
+    loaders = [
+        iter(RowLoader(data, batch_size=1, rank=r, ranks=readers, collate=list))
+        for r in range(readers)
     ]
-    assert Counter(keys(flat(shares))) == Counter(keys(whole))
-    assert all(shares)
+    made = [row for _ in range(count // readers) for loader in loaders for row in next(loader)]
+    found = Counter(text.startswith("0 ") for text in documents(data, tokenizer, made))
+    return [found[True], found[False]]
 
 
-def test_a_reader_opens_only_the_compressed_files_that_are_its_own(corpus, tokenizer, monkeypatch):
-    folder = corpus.with_name("many")
-    folder.mkdir()
-    for number in range(16):
-        with gzip.open(folder / f"{number}.txt.gz", "wt") as file:
-            file.write("\n".join(texts(20, number)))
-    opened: list[str] = []
-    open_file = sources.Lines._open
+def fits(found: list[int], true: list[int]) -> bool:
+    """Chi-square over two classes; documents of an epoch are drawn without putting back."""
+    expected = np.array(true) / sum(true) * sum(found)
+    return chisquare(found, expected).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["gz", "zst"])
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["cached", "streamed"])
+def test_small_compressed_files_count_no_more_than_they_hold(tmp_path, tokenizer, kind, cache_gib):
+    sizes = [600] + [1] * 15
+    for number, size in enumerate(sizes):
+        lines = [json.dumps({"text": text}) for text in texts(size, number)]
+        kinds = {"gz": "gzip", "zst": "zstd"}
+        with pa.CompressedOutputStream(
+            str(tmp_path / f"{number:02}.jsonl.{kind}"), kinds[kind]
+        ) as out:
+            out.write("\n".join(lines).encode())
+    config = config_of(tmp_path, cache_gib=cache_gib, packing=False)
+    data = UL2Data(config, tokenizer)
+    for readers in (1, 2, 4, 8):
+        assert fits(shares(data, tokenizer, readers, 1200), [600, 15])
+    # The control: whole files dealt out to four readers that turn in their own files.
+    found = Counter()
+    for reader in range(4):
+        own = [n for n, size in enumerate(sizes) for _ in range(size) if n % 4 == reader]
+        found.update((own * 300)[i] == 0 for i in range(300))
+    assert not fits([found[True], found[False]], [600, 15])
+
+
+def test_a_sorted_corpus_is_not_a_curriculum(tmp_path, tokenizer):
+    for number in range(2):
+        write_lines(tmp_path / f"{number}.jsonl", texts(2000, number))
+    data = UL2Data(config_of(tmp_path), tokenizer)
+    batches = iter(RowLoader(data, batch_size=32, collate=list))
+    for batch in islice(batches, 12):
+        first = [text.startswith("0 ") for text in documents(data, tokenizer, batch)]
+        assert 0.15 < np.mean(first) < 0.85
+    # The control: the same rows in the order of the files.
+    in_order = sorted(documents(data, tokenizer, rows(data, epochs=1)))
+    assert all(text.startswith("0 ") for text in in_order[:1000])
+
+
+def test_mixtures_keep_to_their_weights(tmp_path, tokenizer):
+    for name, count, seed in (("web", 800, 0), ("books", 300, 1)):
+        (tmp_path / name).mkdir()
+        write_lines(tmp_path / name / "a.jsonl", texts(count, seed))
+    mixture = [
+        {"inputs": [str(tmp_path / "web")], "weight": 3},
+        {"inputs": [str(tmp_path / "books")], "weight": 1, "name": "library"},
+    ]
+    data = UL2Data(config_of(tmp_path, mixture=mixture), tokenizer)
+    loader = RowLoader(data, batch_size=64, collate=list)
+    batches = iter(loader)
+    assert 0.5 < 1 - np.mean([row.corpus for row in next(batches)]) < 0.95
+    for _ in range(20):
+        next(batches)
+    counts = loader.counts()
+    tokens = counts["tokens/web"] + counts["tokens/library"]
+    assert counts["tokens/web"] / tokens == pytest.approx(0.75, abs=0.02)
+    assert counts["documents/library"] > 0
+    assert {row.corpus for row in rows(data, epochs=1)} == {0, 1}
+
+
+def test_counts_and_report(folder, tokenizer):
+    (folder / "notes.pdf").write_text("x")
+    (folder / ".ipynb_checkpoints").mkdir()
+    write_lines(folder / ".ipynb_checkpoints" / "a.jsonl", ["hidden text"] * 5)
+    write_lines(folder / "g.jsonl", ["", "x", *texts(5, 9)])
+    data = UL2Data(config_of(folder, heldout_every=10, min_tokens=4), tokenizer)
+    last = {}
+    for row in rows(data, epochs=1):
+        last[row.stream] = row.position
+    total = Counter()
+    for position in last.values():
+        total.update({name: position[name] for name in stream.COUNTS})
+    assert total["documents"] + total["heldout"] + total["refused"] <= sum(ALL.values()) + 7
+    assert total["heldout"] > 15
+    first, passed = data.report()
+    assert first.startswith("corpus: 7 files, ")
+    assert "documents and" in first
+    assert "notes.pdf (no known kind)" in passed
+    assert ".ipynb_checkpoints (hidden" in passed
+
+
+def test_heldout_texts_are_spread_kept_and_never_trained_on(tmp_path, tokenizer):
+    for name, files in (("web", (400, 200, 600)), ("books", (500,))):
+        (tmp_path / name).mkdir()
+        for number, count in enumerate(files):
+            seed = 10 * (name == "books") + number
+            write_lines(tmp_path / name / f"{number}.jsonl", texts(count, seed) + texts(9, 99))
+    mixture = [
+        {"inputs": [str(tmp_path / "web")], "weight": 3},
+        {"inputs": [str(tmp_path / "books")], "weight": 1},
+    ]
+    config = config_of(tmp_path, mixture=mixture, heldout_every=10, min_tokens=4)
+    data = UL2Data(config, tokenizer)
+    chosen = data.choose_heldout(40)
+    assert Counter(text.corpus for text in chosen) == {0: 30, 1: 10}
+    by_file = Counter(text.path.rpartition("/")[2] for text in chosen if text.corpus == 0)
+    assert fits([by_file["0.jsonl"] + by_file["1.jsonl"], by_file["2.jsonl"]], [600, 600])
+    assert len({text.key for text in chosen}) == 40
+    # Kept with the run, as they are.
+    write_heldout(tmp_path / "heldout.json", chosen)
+    assert read_heldout(tmp_path / "heldout.json") == chosen
+    # Neither the seed nor the ranks have a say.
+    assert UL2Data(config_of(tmp_path, mixture=mixture, heldout_every=10, min_tokens=4, seed=7),
+                   tokenizer).choose_heldout(40) == chosen  # fmt: skip
+    held = {tokenizer.decode(text.tokens) for text in chosen}
+    trained = set(documents(data, tokenizer, rows(data, epochs=1)))
+    assert not any(text[:40] in {t[:40] for t in held} for text in trained)
+    # The control: another rule for training, and the same texts leak.
+    leaky = UL2Data(config_of(tmp_path, mixture=mixture, min_tokens=4), tokenizer)
+    trained = {t[:40] for t in documents(leaky, tokenizer, rows(leaky, epochs=1))}
+    assert any(text[:40] in trained for text in held)
+    with pytest.raises(InputError, match="5000 held-out texts are wanted and there are"):
+        data.choose_heldout(5000)
+
+
+def test_heldout_inputs_and_their_copies(tmp_path, tokenizer):
+    write_lines(tmp_path / "train.jsonl", texts(100, 0) + texts(20, 1))
+    write_lines(tmp_path / "held.jsonl", texts(20, 1))
+    config = config_of(tmp_path / "train.jsonl", heldout_inputs=[str(tmp_path / "held.jsonl")])
+    data = UL2Data(config, tokenizer)
+    assert sum(t.startswith("1 ") for t in documents(data, tokenizer, rows(data, epochs=1))) == 20
+    chosen = data.choose_heldout(20)
+    data.exclude(chosen)
+    trained = documents(data, tokenizer, rows(data, epochs=1))
+    assert Counter(trained) == Counter(texts(100, 0))
+    assert len(heldout_examples(config, tokenizer, 3)) == 15
+    same = config_of(tmp_path, heldout_inputs=[str(tmp_path / "held.jsonl")])
+    with pytest.raises(InputError, match=r"held.jsonl is an input and a held-out input"):
+        UL2Data(same, tokenizer)
+
+
+def test_choosing_heldout_texts_reads_a_few_blocks(tmp_path, tokenizer, monkeypatch):
+    for number in range(30):
+        write_lines(tmp_path / f"{number}.jsonl", texts(200, number))
+    data = UL2Data(config_of(tmp_path, heldout_every=5), tokenizer)
+    read = []
+    places = corpora.LinesFile.places
     monkeypatch.setattr(
-        sources.Lines, "_open", lambda self: opened.append(self.path) or open_file(self)
+        corpora.LinesFile, "places", lambda file, block: read.append(block) or places(file, block)
     )
-    config = data_config(folder)
-    source = UL2Stream(config, tokenizer, epochs=1)
-    everything = Counter(keys(source))
-    opened.clear()
-    readers = [reader(source, rank, 4) for rank in range(4)]
-    given = flat(take(readers, [None] * 4))
-    assert len(opened) == len(set(opened)) == 16
-    assert Counter(given) == everything
-
-    readers = [reader(source, rank, 4) for rank in range(4)]
-    given = flat(take(readers, [None, 2, 0, 9]))
-    merged = redeal([other.state_dict() for other in readers])
-    opened.clear()
-    given += flat(take([reader(source, rank, 2, merged) for rank in range(2)], [None, None]))
-    assert (
-        len(opened) == len(set(opened)) < 13
-    )  # what the first reader has read through stays closed
-    assert Counter(given) == everything
+    data.choose_heldout(20)
+    assert len(read) < 0.1 * data.opened[0].num_blocks
 
 
-def test_a_long_context_from_tokenizer_to_rows(tmp_path):
-    many = build_tokenizer(num_ranks=512, num_sentinel_tokens=1262)
-    words = random.Random(0).choices(WORDS, k=60_000)
-    (tmp_path / "a.txt").write_text(" ".join(words))
-    config = DataConfig(
-        [str(tmp_path)], source_length=16_384, target_length=16_384, heldout_inputs=["elsewhere"]
-    )
-    source = UL2Stream(config, many, epochs=6)
-    rows = list(source)
-    assert {e.denoiser for row in rows for e in row} == set(range(5))
-    assert max(len(e.source) for row in rows for e in row) > 16_000
-    assert all(
-        sum(len(e.source) for e in row) <= 16_384 and sum(len(e.target) for e in row) <= 16_384
-        for row in rows
-    )
-    whole = sum(len(uncorrupt(e.source, e.target, **ids_of(source))) for row in rows for e in row)
-    assert whole == source.counts["tokens"]
+def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
+    data = UL2Data(config_of(folder), tokenizer)
+    _, states = steps(data, 2, 0, None, 3)
+    state = merge_states(states)
+    write_lines(folder / "more.jsonl", texts(30, 7))
+    changed = UL2Data(config_of(folder), tokenizer)
+    with pytest.raises(InputError, match="is of another corpus, data config or tokenizer"):
+        changed.adopt(state)
+    changed = UL2Data(config_of(folder, accept_changes=True), tokenizer)
+    epoch = state["epoch"] + 1
+    state, note = changed.adopt(state)
+    assert note == f"the data has changed and begins anew at epoch {epoch}"
+    loader = RowLoader(changed, batch_size=16, collate=list, state=state)
+    next(iter(loader))
+    assert loader.epoch() == epoch
+    with pytest.raises(InputError, match="not those of all ranks"):
+        merge_states(states[:1])
+
+
+@pytest.mark.parametrize("change", [{"seed": 1}, {"source_length": 255}, {"streams": 32}])
+def test_settings_are_part_of_the_fingerprint(folder, tokenizer, change):
+    same = UL2Data(config_of(folder), tokenizer).fingerprint
+    assert UL2Data(config_of(folder, cache_gib=2.0), tokenizer).fingerprint == same
+    assert UL2Data(config_of(folder, **change), tokenizer).fingerprint != same
+
+
+def test_readers_must_divide_the_streams():
+    check_readers(DataConfig(), 8, 8)
     with pytest.raises(
-        InputError, match="R2 needs up to 1262 sentinels .*--num-sentinel-tokens 1262"
+        InputError, match=r"3 workers.*4 ranks, num_workers of 1, 2, 4, 8, 16 would"
     ):
-        UL2Stream(config, build_tokenizer(num_ranks=512, num_sentinel_tokens=1261))
-
-
-def test_epochs_differ_in_order_and_corruption_but_not_in_text(corpus, tokenizer):
-    two = list(UL2Stream(data_config(corpus), tokenizer, epochs=2))
-    one = list(UL2Stream(data_config(corpus), tokenizer, epochs=1))
-    assert keys(two[: len(one)]) == keys(one)
-    first, second = examples_of(one), examples_of(two[len(one) :])
-    assert sum((first & second).values()) < 0.2 * sum(first.values())
-    other = list(UL2Stream(data_config(corpus, seed=1), tokenizer, epochs=1))
-    assert keys(other) != keys(one)
-
-
-def reader(source: UL2Stream, rank: int, world_size: int, state: dict | None = None) -> UL2Stream:
-    """The same stream seen by another reader, without opening its corpus again."""
-    other = copy.copy(source)
-    other.rank, other.world_size = rank, world_size
-    other.load_state_dict(json.loads(json.dumps(state or source.state_at_epoch(0))))
-    return other
-
-
-def take(readers: list[UL2Stream], counts: list[int | None]) -> list[list]:
-    """So many rows of each reader, None for all."""
-    return [keys(islice(source, count)) for source, count in zip(readers, counts, strict=True)]
-
-
-def test_resume_after_200_random_stops_and_again_with_any_number_of_readers(corpus, tokenizer):
-    inputs = [str(corpus / name) for name in ("b.jsonl.gz", "c.txt", "d.parquet")]
-    source = UL2Stream(data_config(corpus, inputs=inputs), tokenizer, epochs=2)
-    alone = keys(source)
-    changes = wrong = 0
-    for seed in range(100):
-        rng = random.Random(seed)
-        sizes = [rng.choice([1, 2, 3, 8, 12]) for _ in range(3)]
-        readers = [reader(source, rank, sizes[0]) for rank in range(sizes[0])]
-        given: list = []
-        for before, after in pairwise(sizes):  # two stops
-            fair = len(alone) // before // 2
-            got = take(readers, [rng.randrange(fair + 1) for _ in readers])
-            given += flat(got)
-            states = [source.state_dict() for source in readers]
-            merged = redeal(states)
-            assert max(len(json.dumps(state)) for state in states) < 300 + 150 * sum(sizes)
-            readers = [reader(source, rank, after, merged) for rank in range(after)]
-            changes += before != after
-        remaining = flat(take(readers, [None] * len(readers)))
-        assert Counter(given + remaining) == Counter(alone)
-        counts = [other.counts for other in readers]
-        assert sum(counts, Counter()) == source.counts  # no document is lost, none counted twice
-        wrong += Counter(flat(take([reader(source, 0, 1, {**merged, "sources": [
-            {**part, "deals": []} for part in merged["sources"]]})], [None])) + given) != Counter(alone)  # fmt: skip
-    assert changes > 100
-    assert wrong > 50  # control: without the former readers' places rows come twice
-
-
-@pytest.mark.parametrize(("rank", "world_size"), [(0, 1), (1, 3)])
-def test_resume_gives_the_same_rows_in_the_same_order(corpus, tokenizer, rank, world_size):
-    inputs = [str(corpus / name) for name in ("b.jsonl.gz", "c.txt", "d.parquet")]
-    source = UL2Stream(
-        data_config(corpus, inputs=inputs), tokenizer, rank=rank, world_size=world_size, epochs=2
-    )
-    expected = keys(source)
-    for seed in range(50):
-        rng = random.Random(seed)
-        stops = sorted(rng.sample(range(len(expected) + 1), 2))
-        taken: list = []
-        state = source.state_at_epoch(0)
-        for stop in [*stops, len(expected)]:
-            resumed = reader(source, rank, world_size, state)
-            iterator = iter(resumed)
-            taken += keys(next(iterator) for _ in range(stop - len(taken)))
-            state = resumed.state_dict()
-        assert taken == expected
-        assert len(json.dumps(state)) < 500
-        assert list(iterator) == []
-        assert resumed.counts == source.counts
-    restarted = iter(reader(source, rank, world_size))
-    assert (
-        keys(next(restarted) for _ in range(5)) != expected[5:10]
-    )  # control: without the state it begins anew
+        check_readers(DataConfig(), 4, 3)
+    with pytest.raises(InputError, match="with 3 ranks, no num_workers would"):
+        check_readers(DataConfig(), 3, 0)
+    check_readers(DataConfig(streams=256), 64, 4)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_loader_resumes_exactly(corpus, tokenizer, workers):
-    source = build_stream(data_config(corpus), tokenizer)
-    straight = iter(loader(source, workers))
-    expected = [keys(next(straight)) for _ in range(40)]  # into the second epoch
-    taken, state = [], None
-    for steps in (3, 17, 20):
-        batches = loader(source, workers)
-        if state:
-            assert resume(source, batches, [state]) is None
-        iterator = iter(batches)
-        taken += [keys(next(iterator)) for _ in range(steps)]
-        state = json.loads(json.dumps(batches.state_dict()))
-    assert taken == expected
-    restarted = iter(loader(build_stream(data_config(corpus), tokenizer), workers))
-    assert [keys(next(restarted)) for _ in range(3)] != expected[3:6]
+def test_a_broken_line_is_one_sentence_at_its_row(tmp_path, tokenizer, workers):
+    lines = [json.dumps({"text": text}) for text in texts(600, 0)]
+    lines[400] = '{"text": "cut off'
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    data = UL2Data(config_of(tmp_path, source_length=64, target_length=48), tokenizer)
+    batches = iter(RowLoader(data, batch_size=4, num_workers=workers, collate=list))
+    made = []
+    with pytest.raises(InputError) as caught:
+        made.extend(next(batches) for _ in range(500))
+    message = str(caught.value)
+    assert "a.jsonl line 401: not valid JSON" in message
+    assert "\n" not in message
+    good = UL2Data(config_of(tmp_path, source_length=64, target_length=48), tokenizer)
+    assert made or workers  # some batches came before
+    del good
 
 
-def test_loaders_resume_with_other_ranks_and_workers(corpus, tokenizer):
-    source = UL2Stream(data_config(corpus), tokenizer, epochs=1)
-    everything = Counter(keys(source))
-    given: list = []
-    states: list = []
-    for (world_size, workers), batches_each in (((2, 2), 3), ((3, 0), 2), ((1, 3), None)):
-        next_states = []
-        for rank in range(world_size):
-            share = reader(source, rank, world_size)
-            batches = loader(share, workers)
-            if states:
-                assert "dealt out" in resume(share, batches, states)
-            iterator = iter(batches)
-            given += keys(flat(islice(iterator, batches_each)))
-            next_states.append(json.loads(json.dumps(batches.state_dict())))
-        states = next_states
-    assert Counter(given) == everything
+def test_a_corpus_with_nothing_to_train_on(tmp_path, tokenizer):
+    write_lines(tmp_path / "a.jsonl", ["x", "", "y"])
+    with pytest.raises(InputError, match="3 shorter than data.min_tokens=8"):
+        next(rows(UL2Data(config_of(tmp_path, min_tokens=8), tokenizer)))
+    # One usable document among many is found by every stream.
+    write_lines(tmp_path / "a.jsonl", ["x"] * 50 + texts(1, 0))
+    data = UL2Data(config_of(tmp_path, min_tokens=8), tokenizer)
+    assert len(list(islice(rows(data), 65))) == 65
 
 
-def test_resume_reads_one_shard_not_all_before_it(corpus, tokenizer, monkeypatch):
-    read = []
-    parse = sources._parse
-    monkeypatch.setattr(
-        sources, "_parse", lambda line, *rest: read.append(len(line)) or parse(line, *rest)
-    )
-    config = data_config(corpus, inputs=[str(corpus / "a.jsonl")])
-    source = UL2Stream(config, tokenizer, epochs=1)
-    *_, last = source
-    everything, state = sum(read), source.state_dict()
-    state["sources"][0]["place"] = [0, len(source.sources[0]) - 1, 0, 0]
-    resumed = UL2Stream(config, tokenizer, epochs=1)
-    resumed.load_state_dict(state)
-    read.clear()
-    assert keys(resumed)[-1:] == keys([last])
-    assert sum(read) < everything / 4
+def test_long_documents_are_used_to_their_end(tmp_path, tokenizer):
+    long = " ".join(random.Random(0).choices(WORDS, k=5000))
+    write_lines(tmp_path / "a.jsonl", [long, *texts(20, 1)])
+    config = config_of(tmp_path, source_length=96, target_length=64, min_tokens=8)
+    data = UL2Data(config, tokenizer)
+    tokens = data.encode(long)
+    chunks = []
+    for row in rows(data, epochs=1):
+        assert sum(len(e.source) for e in row.examples) <= 96
+        assert sum(len(e.target) for e in row.examples) <= 64
+        for e in row.examples:
+            marks = {"sentinel_ids": data.sentinel_ids, "eos_id": data.eos_id}
+            chunks.append(uncorrupt(e.source, e.target, **marks))
+    assert min(map(len, chunks)) >= 8
+    want = Counter(data.encode(t).tobytes() for t in texts(20, 1))
+    short = Counter(chunk.tobytes() for chunk in chunks if chunk.tobytes() in want)
+    assert short == want
+    assert sum(map(len, chunks)) - sum(len(data.encode(t)) for t in texts(20, 1)) == len(tokens)
 
 
-def test_a_state_of_another_stream_is_refused_unless_asked_for(corpus, tokenizer):
-    source = UL2Stream(data_config(corpus), tokenizer)
-    next(iter(source))
-    state = source.state_dict()
-    with pytest.raises(InputError, match="another corpus"):
-        UL2Stream(data_config(corpus, seed=1), tokenizer).load_state_dict(state)
-    resumed = UL2Stream(data_config(corpus), tokenizer, rank=1, world_size=2)
-    resumed.load_state_dict(state)
-    with pytest.raises(InputError, match="reader 0 of 1, this is 1 of 2"):
-        next(iter(resumed))
-    with pytest.raises(InputError, match="places of all readers"):
-        redeal([reader(source, 1, 2).state_dict()])
-    with pytest.raises(InputError, match="another corpus"):
-        UL2Stream(data_config(corpus), build_tokenizer(num_ranks=511)).load_state_dict(state)
-    edited = (corpus / "a.jsonl").read_text().replace("target", "tarsal")
-    (corpus / "a.jsonl").write_text(edited)  # the same size
-    changed = UL2Stream(data_config(corpus), tokenizer)
-    batches = loader(changed, 0)
-    with pytest.raises(InputError, match="accept_changes"):
-        resume(changed, batches, [{"dataset_state": state}])
-    changed = UL2Stream(data_config(corpus, accept_changes=True), tokenizer, epochs=2)
-    assert "new at epoch 1" in resume(changed, batches, [{"dataset_state": state}])
-    assert Counter(keys(changed)) == Counter(
-        keys(UL2Stream(data_config(corpus), tokenizer, epochs=2))
-    ) - Counter(keys(UL2Stream(data_config(corpus), tokenizer, epochs=1)))
-
-
-def fingerprint(corpus, tokenizer, **changes) -> str:
-    return UL2Stream(data_config(corpus, **changes), tokenizer).fingerprint
-
-
-def test_what_makes_a_stream_another_one(corpus, tokenizer, monkeypatch):
-    before = fingerprint(corpus, tokenizer)
-    assert fingerprint(corpus.rename(corpus.with_name("moved")), tokenizer) == before
-    corpus = corpus.with_name("moved")
-    parts = [{"inputs": [str(corpus / "a.jsonl")]}, {"inputs": [str(corpus / "c.txt")]}]
-    others = {
-        fingerprint(corpus, tokenizer, mixture=parts),
-        fingerprint(corpus, tokenizer, mixture=[{**parts[0], "weight": 3}, parts[1]]),
-        fingerprint(corpus, tokenizer, mixture=parts[::-1]),
-        fingerprint(corpus, tokenizer, mixture=parts, heldout_inputs=["elsewhere"]),
-    }
-    assert len(others | {before}) == 5
-    text = (corpus / "a.jsonl").read_text()
-    middle = len(text) // 2
-    (corpus / "a.jsonl").write_text(
-        text[:middle] + ("b" if text[middle] == "a" else "a") + text[middle + 1 :]
-    )
-    assert fingerprint(corpus, tokenizer) != before
-    monkeypatch.setattr(sources, "_LOOKED_AT", 0)  # control: a corpus too large to be read whole
-    unseen = fingerprint(corpus, tokenizer)
-    (corpus / "a.jsonl").write_text(text)
-    assert fingerprint(corpus, tokenizer) == unseen
-
-
-def test_mixtures_keep_to_their_weights_and_to_one_pass_an_epoch(corpus, tokenizer):
-    numbers = random.Random(7)
-    lines = (
-        " ".join(str(numbers.randrange(1000)) for _ in range(numbers.randrange(90)))
-        for _ in range(40)
-    )
-    (corpus / "numbers.txt").write_text("\n".join(lines))
-    parts = [
-        {"inputs": [str(corpus / "a.jsonl")], "weight": 3},
-        {"inputs": [str(corpus / "numbers.txt")]},
-    ]
-    config = data_config(corpus, mixture=parts)
-    source = UL2Stream(config, tokenizer)
-    of_numbers = set(source.encode("0123456789 ").tolist())
-    tokens = [0, 0]
-    for row in islice(source, 300):
-        text = np.concatenate(
-            [uncorrupt(e.source, e.target, **ids_of(source)) for e in row]
-        ).tolist()
-        tokens[set(text) <= of_numbers] += sum(len(e.source) + len(e.target) for e in row)
-    assert abs(tokens[0] / tokens[1] - 3) < 0.1
-    assert [part["tokens"] for part in source.state_dict()["sources"]] == tokens
-
-    whole = UL2Stream(config, tokenizer, epochs=2)
-    everything = Counter(keys(whole))
-    shares = [reader(whole, rank, 3) for rank in range(3)]
-    given_rows = flat(take(shares, [9, 4, 14]))
-    merged = redeal([share.state_dict() for share in shares])
-    assert (
-        Counter(
-            given_rows + flat(take([reader(whole, r, 2, merged) for r in range(2)], [None, None]))
-        )
-        == everything
-    )
-    first = UL2Stream(data_config(corpus, inputs=parts[0]["inputs"]), tokenizer, epochs=2)
-    assert not Counter(keys(first)) - everything
-    for bad, message in (
-        ([{"inputs": []}], "inputs is empty"),
-        ([{"inputs": ["a"], "weight": 0}], "weight=0"),
-        ([{"input": ["a"]}], "a source has inputs"),
-        ([{"inputs": "a"}], "list of inputs"),
-    ):
-        with pytest.raises(InputError, match=message):
-            data_config(corpus, mixture=bad)
-
-
-def test_mode_tokens_name_the_kind_of_denoiser(corpus, tokenizer, one_epoch):
-    config = data_config(corpus, mode_tokens=True)
-    source = UL2Stream(config, tokenizer, epochs=1)
-    vocabulary = tokenizer.get_vocab()
-    modes = {name: vocabulary[f"<|reserved_{i}|>"] for i, name in enumerate("RXS")}
-    rows = list(source)
-    assert {e.denoiser for row in rows for e in row} == set(range(5))
-    for row in rows:
-        assert sum(len(e.source) for e in row) <= 96
-        for example in row:
-            assert example.source[0] == modes[config.denoisers[example.denoiser].name[0]]
-            assert not np.isin([*example.source[1:], *example.target], list(modes.values())).any()
-            with pytest.raises(ValueError, match="mode token"):
-                uncorrupt(example.source, example.target, **ids_of(source), mode_ids=[0])
-    given = sum(
-        len(uncorrupt(e.source, e.target, **ids_of(source), mode_ids=source.prefix_ids))
-        for r in rows
-        for e in r
-    )
-    assert given == source.counts["tokens"]
-    assert not any(
-        np.isin(e.source, list(modes.values())).any() for row in one_epoch for e in row
-    )  # off by default
-    assert [e.source[0] for e in heldout_examples(config, tokenizer, 1)] == [
-        modes[n] for n in "RRXXS"
-    ]
-    with pytest.raises(InputError, match="'dense' does not begin with R, X or S"):
-        data_config(
-            corpus, mode_tokens=True, preset=[{"name": "dense", "mean_span": 2, "corruption": 0.5}]
-        )
+def test_a_row_after_a_long_run_comes_at_once(tmp_path, tokenizer):
+    write_lines(tmp_path / "a.jsonl", texts(20_000, 0))
+    data = UL2Data(config_of(tmp_path), tokenizer)
+    _, (state,) = steps(data, 1, 0, None, 1)
+    for positions in state["streams"].values():
+        positions[0]["turn"] += 10**6  # thousands of epochs on
+    began = time.process_time()
+    next(iter(RowLoader(data, batch_size=1, collate=list, state=state)))
+    assert time.process_time() - began < 0.5
 
 
 def test_memory_does_not_grow(tmp_path, tokenizer):
-    lines = (json.dumps({"text": text}) + "\n" for text in texts(400, 3))
-    (tmp_path / "a.jsonl").write_text("".join(lines))
-    rows = iter(UL2Stream(data_config(tmp_path, source_length=256, target_length=256), tokenizer))
-    for _ in range(200):
-        next(rows)
+    write_lines(tmp_path / "a.jsonl", texts(3000, 0))
+    stream_of_rows = rows(UL2Data(config_of(tmp_path), tokenizer))
+    for _ in islice(stream_of_rows, 300):
+        pass
     tracemalloc.start()
-    for _ in range(200):
-        next(rows)
+    for _ in islice(stream_of_rows, 100):
+        pass
     before = tracemalloc.get_traced_memory()[0]
-    for _ in range(2000):
-        next(rows)
-    grown = tracemalloc.get_traced_memory()[0] - before
+    for _ in islice(stream_of_rows, 1500):
+        pass
+    after = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    assert grown < 300_000
+    assert after - before < 2e6
 
 
 def test_control_tokens_in_the_corpus_stay_text(tmp_path, tokenizer):
-    attack = "ignore <extra_id_3> and <|im_end|> and <|endoftext|> <think> please " * 3
-    (tmp_path / "attack.jsonl").write_text(json.dumps({"text": attack}))
-    naive = tokenizer(attack)["input_ids"]
-    control = {*tokenizer.sentinel_token_ids, tokenizer.eos_token_id, tokenizer.pad_token_id}
-    assert control & set(naive)  # the attack works where nobody looks
-    source = UL2Stream(data_config(tmp_path), tokenizer, epochs=1)
-    (row,) = UL2Stream(
-        data_config(tmp_path, source_length=512, target_length=512), tokenizer, epochs=1
+    attack = "a <extra_id_3> and <|im_end|> and <|endoftext|> and <think> within a text"
+    write_lines(tmp_path / "a.jsonl", [attack])
+    data = UL2Data(config_of(tmp_path), tokenizer)
+    (row,) = rows(data, epochs=1)
+    (example,) = row.examples
+    back = uncorrupt(
+        example.source, example.target, sentinel_ids=data.sentinel_ids, eos_id=data.eos_id
     )
-    tokens = uncorrupt(row[0].source, row[0].target, **ids_of(source))
-    assert not control & set(tokens.tolist())
-    assert tokenizer.decode(tokens) == attack
+    assert tokenizer.decode(back) == attack
+    added = set(tokenizer.get_added_vocab().values())
+    assert not added & set(back.tolist())
 
 
-def test_heldout_texts_are_fixed_shared_by_denoisers_and_never_trained_on(corpus, tokenizer):
-    config = data_config(corpus, heldout_every=5)
-    held = heldout_examples(config, tokenizer, 6)
-    assert [e.denoiser for e in held] == [0, 1, 2, 3, 4] * 6
-    source = UL2Stream(config, tokenizer, epochs=1)
-    ids = ids_of(source)
-    originals = [tuple(uncorrupt(e.source, e.target, **ids)) for e in held]
-    assert all(len(set(originals[i : i + 5])) == 1 for i in range(0, 30, 5))
-    assert len(set(originals)) == 6
-    assert all(len(e.source) <= 96 and len(e.target) <= 64 for e in held)
-    again = heldout_examples(data_config(corpus, heldout_every=5, seed=9), tokenizer, 6)
-    assert keys([again]) == keys([held])
-
-    documents = [document for shard in source.sources[0] for document in flat(shard.blocks())]
-    unseen = {document.text for document in documents if document.checksum % 5 == 0}
-    trained = b"".join(
-        tokens.astype(np.int32).tobytes()
-        for row in source
-        for example in row
-        for tokens in [uncorrupt(example.source, example.target, **ids)]
-    )
-    encode = Encoder(tokenizer)
-    long = [text for text in unseen if len(encode(text)) > 45]
-    assert long
-    assert not any(encode(text)[:40].tobytes() in trained for text in long)
-    control = next(d.text for d in documents if d.checksum % 5 and len(d.text) > 300)
-    assert encode(control)[:40].tobytes() in trained
+def test_mode_tokens_name_the_kind_of_denoiser(folder, tokenizer):
+    data = UL2Data(config_of(folder, mode_tokens=True), tokenizer)
+    names = [f"<|reserved_{'RXS'.index(d.name[0])}|>" for d in data.config.denoisers]
+    modes = tokenizer.convert_tokens_to_ids(names)
+    for row in islice(rows(data), 40):
+        for example in row.examples:
+            assert example.source[0] == modes[example.denoiser]
+    assert set(modes) <= set(data.kept_ids.tolist())
 
 
-def test_heldout_inputs_replace_the_hash(corpus, tokenizer):
-    config = data_config(
-        corpus, inputs=[str(corpus / "a.jsonl")], heldout_inputs=[str(corpus / "c.txt")]
-    )
-    assert len(heldout_examples(config, tokenizer, 3)) == 15
-    source = UL2Stream(config, tokenizer, epochs=1)
-    list(source)
-    assert source.counts["heldout"] == 0
-    with pytest.raises(InputError, match="there are"):
-        heldout_examples(config, tokenizer, 500)
+def test_without_packing_a_row_is_an_example(folder, tokenizer):
+    packed = UL2Data(config_of(folder), tokenizer)
+    single = UL2Data(config_of(folder, packing=False), tokenizer)
+    alone = list(rows(single, epochs=1))
+    assert all(len(row.examples) == 1 for row in alone)
+    together = Counter(k for row in rows(packed, epochs=1) for k in key(row))
+    assert Counter(k for row in alone for k in key(row)) == together
 
 
-def test_packing_is_deterministic_complete_and_close_to_the_bound(one_epoch):
-    examples = [example for row in one_epoch for example in row] * 3
-    rows = pack(examples, 96, 64)
-    assert keys(rows) == keys(pack(examples, 96, 64))
-    assert examples_of(rows) == examples_of([examples])
-    fewest = fewest_rows(examples, 96, 64)
-    assert fewest / len(examples) < 0.85 < 0.97 < fewest / len(rows)  # control: one example a row
-    with pytest.raises(ValueError, match="exceeds"):
-        pack(examples, 10, 64)
-
-
-def test_no_packing_needs_fewer_rows_than_the_bound():
-    def best(sizes: list[tuple[int, int]], rooms: list[tuple[int, int]]) -> int:
-        if not sizes:
-            return len(rooms)
-        (source, target), *others = sizes
-        fits = [i for i, (s, t) in enumerate(rooms) if s >= source and t >= target]
-        options = [
-            (i, [*rooms[:i], (rooms[i][0] - source, rooms[i][1] - target), *rooms[i + 1 :]])
-            for i in fits
-        ]
-        return min(
-            best(others, rooms)
-            for rooms in [r for _, r in options] + [[*rooms, (10 - source, 6 - target)]]
-        )
-
-    rng = np.random.default_rng(0)
-    tight = too_high = 0
-    for _ in range(150):
-        sizes = [(int(rng.integers(1, 11)), int(rng.integers(1, 7))) for _ in range(6)]
-        examples = [Example(np.zeros(s), np.zeros(t), 0) for s, t in sizes]
-        bound, optimum = fewest_rows(examples, 10, 6), best(sizes, [])
-        assert bound <= optimum + 1e-9
-        assert len(pack(examples, 10, 6)) >= optimum
-        tight += bound > optimum - 1
-        too_high += (
-            bound + 1 > optimum
-        )  # control: the check would notice a bound that is one too high
-    assert tight > 60
-    assert too_high > 60
-
-
-def test_buckets_hold_the_same_examples_and_need_less_padding(corpus, tokenizer, monkeypatch):
-    monkeypatch.setattr(sources, "SHARD_BYTES", 10**6)
-    rows = list(UL2Stream(data_config(corpus, packing="buckets"), tokenizer, epochs=1))
-    assert all(len(row) == 1 for row in rows)
-    assert examples_of(rows) == examples_of(UL2Stream(data_config(corpus), tokenizer, epochs=1))
-
-    def padded(rows: list) -> int:
-        batches = [collate(rows[start : start + 4], pad_id=0) for start in range(0, len(rows), 4)]
-        return sum(batch["input_ids"].numel() + batch["labels"].numel() for batch in batches)
-
-    unsorted = list(UL2Stream(data_config(corpus, packing=False), tokenizer, epochs=1))
-    real = sum(len(e.source) + len(e.target) for (e,) in rows)
-    assert padded(rows) - real < 0.5 * (padded(unsorted) - real)
-
-
-def test_without_packing_a_row_is_an_example(corpus, tokenizer, one_epoch):
-    rows = list(UL2Stream(data_config(corpus, packing=False), tokenizer, epochs=1))
-    assert all(len(row) == 1 for row in rows)
-    assert examples_of(rows) == examples_of(one_epoch)
-
-
-def test_collate_by_hand():
-    a = Example(np.array([5, 6, 9], np.int32), np.array([7, 9], np.int32), 2)
-    b = Example(np.array([8, 9], np.int32), np.array([1, 2, 9], np.int32), 0)
-    batch = collate([[a, b], [b]], pad_id=0)
-    assert {name: tensor.tolist() for name, tensor in batch.items()} == {
-        "input_ids": [[5, 6, 9, 8, 9], [8, 9, 0, 0, 0]],
-        "attention_mask": [[1, 1, 1, 2, 2], [1, 1, 0, 0, 0]],
-        "labels": [[7, 9, 1, 2, 9], [1, 2, 9, -100, -100]],
-        "decoder_attention_mask": [[1, 1, 2, 2, 2], [1, 1, 1, 0, 0]],
-        "denoiser": [[2, 2, 0, 0, 0], [0, 0, 0, -1, -1]],
-    }
-    assert all(tensor.dtype == torch.int64 for tensor in batch.values())
-    assert (
-        len({tensor.untyped_storage().data_ptr() for tensor in batch.values()}) == 1
-    )  # one piece between processes
-    assert collate([[a]], pad_id=0, source_length=8, target_length=6)["labels"].shape == (1, 6)
-
-
-def test_a_corpus_without_one_usable_document_is_an_error(tmp_path, tokenizer):
-    (tmp_path / "short.txt").write_text("a\nb\n\n")
-    with pytest.raises(InputError, match="no example"):
-        next(iter(UL2Stream(data_config(tmp_path), tokenizer)))
-
-
-def test_a_line_longer_than_many_shards_is_read_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "SHARD_BYTES", 2**14)
-    long = "word " * 200_000
-    (tmp_path / "a.txt").write_text(f"first\n{long}\nlast\n")
-    read = []
-    open_file = sources.Lines._open
-
-    def counting(self):
-        file = open_file(self)
-        raw = file.readline
-        return type("Counting", (), {
-            "__enter__": lambda self: self, "__exit__": lambda *_: file.close(), "seek": lambda _, at: file.seek(at),
-            "readline": lambda _, *size: read.append(raw(*size)) or read[-1],
-        })()  # fmt: skip
-
-    monkeypatch.setattr(sources.Lines, "_open", counting)
-    shards = open_corpus([str(tmp_path)])
-    documents = [document.text for shard in shards for document in flat(shard.blocks())]
-    assert len(shards) > 60
-    assert documents == ["first", long, "last"]
-    assert sum(map(len, read)) < 2.1 * len(long)
-
-
-def test_shards_partition_a_file_at_any_size(corpus, monkeypatch):
-    expected = [json.loads(line)["text"] for line in (corpus / "a.jsonl").read_text().splitlines()]
-    for size in (1, 37, 500, 10**6):
-        monkeypatch.setattr(sources, "SHARD_BYTES", size)
-        shards = open_corpus([str(corpus / "a.jsonl")])
-        documents = [document for shard in shards for document in flat(shard.blocks())]
-        assert [document.text for document in documents] == expected
-        assert len({document.id for document in documents}) == len(expected)
+def test_a_prefetching_loader_counts_only_what_it_gave(folder, tokenizer):
+    data = UL2Data(config_of(folder), tokenizer)
+    loader = RowLoader(data, batch_size=2, num_workers=2, collate=list)
+    batches = iter(loader)
+    tokens = 0
+    for _ in range(5):
+        for row in next(batches):
+            tokens += sum(len(e.source) + len(e.target) for e in row.examples)
+    assert loader.counts()["tokens/corpus"] == tokens
+    assert loader.state_dict()["rows"] == 10

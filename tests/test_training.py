@@ -1,29 +1,31 @@
 """The training loop against a plain one written out here, and the inputs it refuses."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from functools import partial
-from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch.utils.flop_counter import FlopCounterMode
 
-from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec.data.collate import collate, collate_masked, mask_token_id
-from qwen3_encdec.data.stream import build_stream
+from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec.data.collate import collate_masked_rows, collate_rows, mask_token_id
+from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training import plan as budget
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.loop import run_training
-from qwen3_encdec.training.optimization import build_optimizer, learning_rate
+from qwen3_encdec.training.optimization import (
+    build_optimizer,
+    learning_rate,
+    set_learning_rate,
+)
 
+ROOT = Path(__file__).parents[1]
 WORDS = [
     "the",
     "loss",
@@ -54,14 +56,18 @@ def write_corpus(path: Path, documents: int = 120) -> Path:
     return path
 
 
+SMALL = {
+    "max_steps": 4, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2, "log_every": 1, "save_every": 2,
+    "keep_last": 0, "eval_every": 2, "eval_examples_per_denoiser": 2, "trackers": "[]",
+    "num_workers": 0, "data.heldout_every": 10, "data.source_length": 64, "data.target_length": 64,
+    "max_grad_norm": 0.5,
+}  # fmt: skip
+
+
 def small_run(folder: Path, corpus: Path, **changes) -> TrainingConfig:
-    settings = {
-        "model": folder, "max_steps": 4, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2, "log_every": 1,
-        "save_every": 2, "keep_last": 0, "eval_every": 2, "eval_examples_per_denoiser": 2, "trackers": "[]",
-        "data.inputs": f"[{corpus}]", "data.heldout_every": 10, "data.source_length": 64, "data.target_length": 64,
-        "max_grad_norm": 0.5, "output_dir": corpus.parent / "run",
-    }  # fmt: skip
-    return load_config(None, [f"{key}={value}" for key, value in {**settings, **changes}.items()])
+    settings = {"model": folder, "data.inputs": f"[{corpus}]", "output_dir": corpus.parent / "run"}
+    settings |= SMALL | changes
+    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
 
 
 def read_metrics(run_dir: Path, *names: str) -> list[tuple]:
@@ -80,37 +86,34 @@ def plain_trace(
     tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(config.model)
     model = Qwen3ForSeq2SeqLM.from_pretrained(config.model, dtype=torch.float32).train()
     optimizer = build_optimizer(model, config)
-    streams = [
-        iter(build_stream(config.data, tokenizer, rank=r, world_size=world_size))
-        for r in range(world_size)
-    ]
-    options = {"z_loss": config.z_loss, "label_smoothing": config.label_smoothing}
-    make_batch = partial(collate, pad_id=tokenizer.pad_token_id)
+    data = UL2Data(config.data, tokenizer)
+    parts = config.gradient_accumulation_steps * world_size
+    rows = RowLoader(
+        data, batch_size=config.batch_size * parts, rank=0, ranks=1, num_workers=0, collate=list
+    )
+    options = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
+    make_batch = collate_rows
     if config.mntp_weight:
-        kept = np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids])
         make_batch = partial(
-            collate_masked, pad_id=tokenizer.pad_token_id, mask_id=mask_token_id(tokenizer), kept_ids=kept,
+            collate_masked_rows,
+            mask_id=mask_token_id(tokenizer),
+            kept_ids=data.kept_ids,
             probability=config.mntp_probability,
-        )  # fmt: skip
+        )
         options["encoder_loss_weight"] = config.mntp_weight
-    for step in range(1, config.max_steps + 1):
-        parts = [
-            list(islice(s, config.batch_size))
-            for _ in range(config.gradient_accumulation_steps)
-            for s in streams
-        ]
-        parts = parts if per_micro_batch else [[row for part in parts for row in part]]
+    for step, step_rows in zip(range(1, config.max_steps + 1), rows, strict=False):
+        count = parts if per_micro_batch else 1
+        size = len(step_rows) // count
         loss = torch.zeros(())
-        for part in parts:
-            batch = make_batch(part)
+        for part in range(count):
+            batch = make_batch(step_rows[part * size :][:size])
             batch.pop("denoiser")
             output = model(**batch, **options)
-            loss = loss + output.loss / len(parts)
+            loss = loss + output.loss / count
             likelihood = output.token_losses.sum() / (batch["labels"] != -100).sum()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, config)
+        set_learning_rate(optimizer, learning_rate(step, config))
         optimizer.step()
         optimizer.zero_grad()
         # The log has the negative log-likelihood, whatever the loss adds to it.
@@ -165,58 +168,6 @@ def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path
     plain = list(plain_trace(small_run(init_folder, corpus, **{**options, name: 0.0}), 1))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(trace, plain, rtol=1e-5, atol=1e-5)
-
-
-def test_masked_sources(init_folder, corpus):
-    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder)
-    stream = build_stream(small_run(init_folder, corpus).data, tokenizer)
-    rows = list(islice(stream, 40))
-    kept = np.array([tokenizer.eos_token_id, *tokenizer.sentinel_token_ids])
-    options = {
-        "pad_id": tokenizer.pad_token_id,
-        "mask_id": mask_token_id(tokenizer),
-        "kept_ids": kept,
-    }
-    plain = collate(rows, pad_id=tokenizer.pad_token_id)
-    masked = collate_masked(rows, probability=0.3, **options)
-    labels = masked.pop("encoder_labels")
-    chosen = labels != -100
-    assert torch.equal(torch.where(chosen, labels, masked["input_ids"]), plain["input_ids"])
-    assert (masked["input_ids"][chosen] == mask_token_id(tokenizer)).all()
-    assert not np.isin(labels.numpy(), kept).any()
-    can_be = (plain["attention_mask"] > 0) & torch.from_numpy(
-        ~np.isin(plain["input_ids"].numpy(), kept)
-    )
-    assert not (chosen & ~can_be).any()
-    assert (chosen.sum() / can_be.sum()).item() == pytest.approx(0.3, abs=0.04)
-    for name in set(plain) - {"input_ids"}:
-        assert torch.equal(masked[name], plain[name])
-    # in whatever batch a row comes
-    alone = collate_masked(rows[7:8], probability=0.3, **options)["encoder_labels"][0]
-    assert torch.equal(alone, labels[7, : len(alone)])
-
-
-def test_schedules():
-    config = load_config(None, ["max_steps=100", "warmup_steps=10", "lr=1.0", "min_lr_ratio=0.1"])
-    assert [learning_rate(step, config) for step in (1, 5, 10, 80)] == [0.1, 0.5, 1.0, 1.0]
-    assert learning_rate(90, config) == pytest.approx(0.55)
-    for schedule in ("wsd", "cosine", "linear"):
-        changed = load_config(
-            None, ["max_steps=100", "warmup_steps=10", "lr=1.0", f"schedule={schedule}"]
-        )
-        rates = [learning_rate(step, changed) for step in range(1, 101)]
-        assert max(rates) == 1.0
-        assert rates[-1] == pytest.approx(0.1)
-        assert rates[9:] == sorted(rates[9:], reverse=True)
-
-
-def test_norms_and_embedding_are_not_decayed(model):
-    decayed, undecayed = build_optimizer(model, TrainingConfig()).param_groups
-    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0.0)
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    assert sorted(map(id, decayed["params"] + undecayed["params"])) == sorted(names)
-    assert all(names[id(parameter)].endswith("proj.weight") for parameter in decayed["params"])
-    assert any(names[id(parameter)] == "model.shared.weight" for parameter in undecayed["params"])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tmp_path):
@@ -280,39 +231,6 @@ def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
         run_training(small_run(init_folder, corpus, output_dir=foreign))
 
 
-def test_dry_run_writes_nothing(init_folder, corpus, tmp_path, capsys):
-    config = small_run(init_folder, corpus, output_dir=tmp_path / "run")
-    run_training(config, dry_run=True)
-    assert list(tmp_path.iterdir()) == []
-    printed = capsys.readouterr().out
-    model = Qwen3ForSeq2SeqLM.from_pretrained(init_folder)
-    assert f"parameters        {sum(p.numel() for p in model.parameters()):,}" in printed
-    assert "tokens per step   256" in printed
-    assert "max_steps: 4" in printed
-
-
-def test_flops_formula_against_a_counter():
-    config = Qwen3EncoderDecoderConfig(
-        vocab_size=331, num_sentinel_tokens=11, hidden_size=40, intermediate_size=56, num_hidden_layers=3,
-        num_decoder_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=14, pad_token_id=300,
-        eos_token_id=302, attn_implementation="eager",
-    )  # fmt: skip
-    model, source, target = Qwen3ForSeq2SeqLM(config).train(), 19, 11
-    ids = torch.randint(290, (5, source)), torch.randint(290, (5, target))
-    with FlopCounterMode(display=False) as counter:
-        model(
-            input_ids=ids[0], attention_mask=torch.ones_like(ids[0]), labels=ids[1]
-        ).loss.backward()
-    sizes = budget.count_parameters(config)
-    expected = budget.flops(config, sizes, source, target, 5)
-    # eager attention computes the half of T^2 that the causal mask hides
-    hidden_half = 5 * 12 * 4 * 14 * config.num_decoder_layers * target**2 / 2
-    assert counter.get_total_flops() == pytest.approx(expected + hidden_half, rel=0.01)
-    assert counter.get_total_flops() != pytest.approx(
-        budget.flops(config, sizes, target, source, 5), rel=0.01
-    )
-
-
 def test_the_script_answers_bad_input_with_one_sentence(tmp_path):
     script = Path(__file__).parents[1] / "scripts/train.py"
     done = subprocess.run(
@@ -326,3 +244,59 @@ def test_the_script_answers_bad_input_with_one_sentence(tmp_path):
     assert (
         done.stderr == "error: the command line: unknown key bacth_size; did you mean batch_size?\n"
     )
+
+
+def test_what_people_see(init_folder, corpus, tmp_path, capfd):
+    run_dir = tmp_path / "run"
+    run_training(small_run(init_folder, corpus, output_dir=run_dir))
+    printed, errors = capfd.readouterr()
+    lines = printed.splitlines()
+    assert errors == ""  # no foreign progress bars
+    steps = [line for line in lines if re.match(r"step [1-4] of 4: loss", line)]
+    assert len(steps) == 4
+    for unit in ("nats/token", "tokens/s", "GiB", "data wait", "elapsed 0:00:", "remaining 0:00:"):
+        assert all(unit in line for line in steps)
+    last = run_dir / "checkpoints/step-000004"
+    assert lines[-2] == f"last checkpoint: {last}"
+    assert lines[-1].startswith(f"next: qwen3-encdec extract --checkpoint {last}")
+
+
+def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    script = (
+        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"
+    )
+    script += "; file.write('4711'); file.flush(); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(run_dir / ".lock")]
+    (run_dir / "qwen3_encdec.json").write_text('{"kind": "training run"}')
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(
+            InputError, match=r"another run trains in .*run \(process 4711\); stop it"
+        ):
+            run_training(small_run(init_folder, corpus, output_dir=run_dir))
+        other.kill()
+    assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).exists()
+
+
+def test_stop_is_looked_at_during_start_up(init_folder, corpus, tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "qwen3_encdec.json").write_text('{"kind": "training run"}')
+    (run_dir / "STOP").touch()
+    run_training(small_run(init_folder, corpus, output_dir=run_dir))
+    assert "asked to stop: ended after step 0 of 4" in capsys.readouterr().out
+    assert not (run_dir / "STOP").exists()
+    assert not (run_dir / "checkpoints").exists()
+
+
+def test_a_tracker_that_fails_stops_nothing(init_folder, corpus, tmp_path, monkeypatch, capsys):
+    def broken(self, values, step=None, log_kwargs=None):
+        raise ConnectionError("the tracker's server is gone")
+
+    monkeypatch.setattr("accelerate.Accelerator.log", broken)
+    run_dir = tmp_path / "run"
+    assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).name == "step-000004"
+    assert "step 4 could not be logged: the tracker's server is gone" in capsys.readouterr().err
+    assert len(read_metrics(run_dir, "loss")) == 4

@@ -12,7 +12,8 @@ import yaml
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten, load_config
 
-SHIPPED = Path(__file__).parents[1] / "configs/training_config.yaml"
+ROOT = Path(__file__).parents[1]
+SHIPPED = ROOT / "configs/training_config.yaml"
 
 
 def test_shipped_config_is_complete():
@@ -22,17 +23,12 @@ def test_shipped_config_is_complete():
 
 
 def test_config_survives_a_round_trip(tmp_path):
-    config = load_config(
-        SHIPPED, ["lr=3e-5", "data.source_length=96", "resume=false", "trackers=[wandb, trackio]"]
-    )
+    changes = ["lr=3e-5", "data.source_length=96", "resume=false", "trackers=[wandb, trackio]"]
+    config = load_config(SHIPPED, changes)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
     assert load_config(tmp_path / "config.yaml") == config
-    assert (config.lr, config.data.source_length, config.resume, config.betas) == (
-        3e-5,
-        96,
-        False,
-        (0.9, 0.95),
-    )
+    assert (config.lr, config.data.source_length, config.resume) == (3e-5, 96, False)
+    assert config.betas == (0.9, 0.95)
 
 
 def test_the_traps_of_yaml_1_1(tmp_path):
@@ -44,50 +40,56 @@ def test_the_traps_of_yaml_1_1(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("text", "parts"),
+    ("text", "sentence"),
     [
-        ("bacth_size: 3", ["unknown key bacth_size", "did you mean batch_size"]),
-        (
-            "data: {sorce_length: 3}",
-            ["unknown key data.sorce_length", "did you mean data.source_length"],
-        ),
-        ("lr: fast", ["lr must be a number", "'fast'"]),
-        ("lr: .nan", ["lr must be above 0", "nan"]),
-        ("max_steps: 10.5", ["max_steps must be an integer", "10.5"]),
-        ("max_steps: true", ["max_steps must be an integer", "True"]),
-        ("batch_size: 0", ["batch_size must be at least 1", "0"]),
-        ("schedule: cos", ["schedule must be one of wsd, cosine, linear", "'cos'"]),
-        ("resume: maybe", ["resume must be true or false or one of auto", "'maybe'"]),
-        ("betas: [0.9]", ["betas", "[0.9]"]),
-        ("trackers: [abacus]", ["trackers must be among", "abacus"]),
-        ("warmup_steps: 2000", ["warmup_steps must be at most max_steps 1000", "2000"]),
-        ("data: []", ["data must be a mapping", "[]"]),
-        ("data: {inputs: []}", ["data.inputs is empty"]),
-        ("- 1", ["must be a mapping"]),
-        ("a: [", ["not valid YAML"]),
+        ("bacth_size: 3", "unknown key bacth_size; did you mean batch_size?"),
+        ("learning_rate: 3", "unknown key learning_rate; did you mean lr?"),
+        ("save_steps: 3", "unknown key save_steps; did you mean save_every?"),
+        ("data: {sorce_length: 3}", "key data.sorce_length; did you mean data.source_length?"),
+        ("lr: fast", "lr must be a valid number, got 'fast'"),
+        ("lr: .nan", "lr must be a finite number, got nan"),
+        ("lr: true", "lr must be a number, got True"),
+        ("max_steps: 10.5", "max_steps must be a valid integer, got 10.5"),
+        ("max_steps: true", "max_steps must be a valid integer, got True"),
+        ("batch_size: 0", "batch_size must be greater than or equal to 1, got 0"),
+        ("schedule: cos", "schedule must be 'wsd', 'cosine' or 'linear', got 'cos'"),
+        ("resume: maybe", "resume must be a valid boolean or 'auto', got 'maybe'"),
+        ("betas: [0.9]", "betas must have another item, got [0.9]"),
+        ("betas: [0.9, 2]", "betas must be less than 1, got 2"),
+        ("trackers: [abacus]", "'trackio' or 'wandb', got 'abacus'"),
+        ("warmup_steps: 2000", "warmup_steps must be at most max_steps 1000, got 2000"),
+        ("data: []", "data must be a mapping, got []"),
+        ("data: {source_length: x}", "data.source_length must be a valid integer, got 'x'"),
+        ("data: {inputs: []}", "data.inputs is empty"),
+        ("- 1", "the config must be a mapping, got [1]"),
+        ("a: [", "not valid YAML"),
     ],
 )
-def test_bad_values_are_named(tmp_path, text, parts):
+def test_bad_values_are_named(tmp_path, text, sentence):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(InputError) as error:
         load_config(path)
-    for part in ["mine.yaml", *parts]:
-        assert part in str(error.value)
+    assert "mine.yaml" in str(error.value)
+    assert sentence in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_bad_overrides_name_the_command_line():
-    with pytest.raises(
-        InputError, match="the command line: unknown key max_step; did you mean max_steps"
-    ):
-        load_config(SHIPPED, ["max_step=3"])
-    with pytest.raises(InputError, match="key=value"):
-        load_config(SHIPPED, ["max_steps"])
-    with pytest.raises(InputError, match=r"data\.key=value"):
-        load_config(SHIPPED, ["lr.peak=3"])
-    with pytest.raises(InputError, match="unknown key adam"):
-        load_config(SHIPPED, ["adam.lr=3"])
+@pytest.mark.parametrize(
+    ("override", "sentence"),
+    [
+        ("max_step=3", "the command line: unknown key max_step; did you mean max_steps"),
+        ("max_steps", "key=value"),
+        ("lr.peak=3", r"data\.key=value"),
+        ("adam.lr=3", "unknown key adam"),
+    ],
+)
+def test_bad_overrides_name_the_command_line(override, sentence):
+    with pytest.raises(InputError, match=sentence):
+        load_config(SHIPPED, [override])
+
+
+def test_a_file_that_is_not_there_is_named():
     with pytest.raises(InputError, match=r"nowhere\.yaml"):
         load_config("nowhere.yaml")
 

@@ -50,6 +50,8 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         attention_dropout: Dropout on the attention weights while training.
         rope_on_encoder_keys: Rotate encoder keys in merged attention by their source positions; an
             ablation.
+        source_gate: Scale the values that the decoder makes of encoder states, and multiply them by
+            a learned gate per key head; off, the decoder is T5Gemma 2's.
         use_cache: Whether the decoder returns its key/value cache outside training.
         pad_token_id: `<|endoftext|>`; None in a vocabulary too small to have it.
         eos_token_id: `<|im_end|>`; differs from the padding, so that masking labels never hides an EOS. None like it.
@@ -65,7 +67,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     """
 
     model_type = "qwen3_encdec"
-    keys_to_ignore_at_inference = ["past_key_values", "cache", "token_losses"]  # noqa: RUF012
+    keys_to_ignore_at_inference = ["cache", "token_losses"]  # noqa: RUF012
     default_theta = 1_000_000.0
     base_model_tp_plan = {  # noqa: RUF012
         f"{stack}.layers.*.{module}": style
@@ -100,6 +102,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         attention_bias: bool = False,
         attention_dropout: float = 0.0,
         rope_on_encoder_keys: bool = False,
+        source_gate: bool = False,
         use_cache: bool = True,
         # special tokens
         pad_token_id: int | None = _PAD,
@@ -134,6 +137,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         self.attention_bias = attention_bias
         self.attention_dropout = attention_dropout
         self.rope_on_encoder_keys = rope_on_encoder_keys
+        self.source_gate = source_gate
         self.use_cache = use_cache
         self.pad_token_id = pad_token_id
         self.eos_token_id = eos_token_id
@@ -153,6 +157,18 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             is_encoder_decoder=is_encoder_decoder,
             **kwargs,
         )
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the configuration of a saved one; another model's is refused by name."""
+        kind = config_dict.get("model_type", cls.model_type)
+        if kind != cls.model_type:
+            raise ValueError(
+                f"this is a {kind!r} model, not an encoder-decoder; make one of a dense Qwen3 with: "
+                "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID "
+                "--output-dir ./qwen3-encdec-init"
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None

@@ -2,15 +2,13 @@
 # Licensed under the Apache License, Version 2.0.
 """The decoder: Qwen3 whose one attention module does self- and cross-attention together.
 
-Departures from transformers' Qwen3, after T5Gemma 2 (`modeling_t5gemma2.py` in transformers; arXiv
-2512.14856):
+Departures from transformers' Qwen3, after T5Gemma 2 (arXiv 2512.14856):
 
 - merged attention: the same q/k/v/o projections and one softmax over encoder and decoder keys;
 - q_norm and k_norm apply to everything, RoPE to decoder queries and keys only. Encoder keys are not
   rotated: the source is a set of states whose order is already in them;
-- keys are laid out encoder first. T5Gemma 2 puts the decoder first and needs a dense mask; with the
-  encoder first the mask is exactly causal, aligned to the bottom right (S = 3 source tokens, T = 4
-  target tokens):
+- the source is a prefix: keys are laid out encoder first, so that the mask is exactly causal,
+  aligned to the bottom right (S = 3 source tokens, T = 4 target tokens):
 
               encoder   decoder
               0 1 2     0 1 2 3
@@ -19,17 +17,23 @@ Departures from transformers' Qwen3, after T5Gemma 2 (`modeling_t5gemma2.py` in 
     query 2   1 1 1     1 1 1 0
     query 3   1 1 1     1 1 1 1
 
-Shapes: B batch, S source length, T target length, P target tokens in the cache before this call, N
-target and M source tokens of a ragged batch, H query heads, K key/value heads, D head dimension, E
-hidden size.
+  The cache is that of a decoder-only model, its first S entries the encoder's keys and values,
+  written once with the first target tokens;
+- optionally (`source_gate`), the values made of encoder states are scaled to the size of the
+  decoder's own and multiplied by a learned gate per key head that begins at 0: a pretrained
+  decoder then begins as the language model it was.
+
+Shapes: B batch, S source length, T target length, P target tokens in the cache before this call, M
+source and N target tokens of a packed batch of D documents, H query heads, K key/value heads, d
+head dimension, E hidden size.
 """
 
-import inspect
-from typing import Unpack
+from dataclasses import dataclass
+from typing import Any, Unpack
 
 import torch
 from torch import nn
-from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
@@ -37,113 +41,84 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3Attention,
     Qwen3MLP,
     Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
     rotate_half,
 )
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .modeling_qwen3_encoder import (
-    CACHE_FIELD,
-    Qwen3EncoderDecoderPreTrainedModel,
-    RaggedLayout,
-    Segments,
+from .attention_qwen3_encdec import (
+    Varlen,
     attend,
-    is_packed,
-    is_ragged,
-    move,
-    one_cache,
-    project,
-    project_heads,
-    project_keys,
-    refuse_unknown,
+    project_key_value,
+    project_query,
+    reorder_keys,
 )
+from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from .modeling_qwen3_encoder import Qwen3Stack, check_packed, check_shape
 
-# Not every option exists in every transformers from 5.2 on.
-_CAUSAL_MASK_OPTIONS = inspect.signature(create_causal_mask).parameters
+
+class SourcePrefix:
+    """A cache whose first `source_length` entries are the source's; its length is the target's.
+
+    `generate` counts target tokens by `get_seq_length`; mask builders place queries behind
+    everything the cache holds by `get_query_offset`.
+    """
+
+    source_length = 0
+
+    @classmethod
+    def around(cls, cache: Cache, source_length: int) -> Any:
+        """Return a view of an ordinary cache, sharing its layers, for a source of this length."""
+        view = cls.__new__(cls)
+        view.__dict__.update(cache.__dict__)
+        view.source_length = source_length if bool(cache.get_query_offset() > 0) else 0
+        return view
+
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        """Count the entries of the source and the target."""
+        return super().get_seq_length(layer_idx)  # type: ignore[misc]
+
+    def get_seq_length(self, layer_idx: int = 0) -> Any:
+        """Count the entries of the target."""
+        return super().get_seq_length(layer_idx) - self.source_length  # type: ignore[misc]
+
+    def reset(self) -> None:
+        """Empty the cache."""
+        super().reset()  # type: ignore[misc]
+        self.source_length = 0
 
 
-class MergedSegments:
-    """How the keys of a ragged batch interleave: document by document, its M source then its N
-    target tokens.
+class SourceDynamicCache(SourcePrefix, DynamicCache):
+    """A growing cache that begins with the source."""
+
+
+class SourceStaticCache(SourcePrefix, StaticCache):
+    """A cache of fixed size that begins with the source."""
+
+
+@dataclass
+class PackedKeys:
+    """Merged keys of a packed batch: document by document, its source before its target.
 
     Attributes:
-        source, target: segments of the encoder and of the decoder tokens.
-        key_order: reorders [all source tokens ; all target tokens] into document order.
-        layout: bottom-right causal attention of the target tokens to the keys in that order.
+        layout: Bottom-right causal attention of the targets to the keys in that order.
+        order, inverse: [M + N] int64, from [all sources ; all targets] to it and back.
     """
 
-    def __init__(self, source: Segments, target: Segments):
-        both = torch.cat([source.documents, target.documents])
-        wanted = torch.isin(both, target.documents)  # a source without a target has no reader
-        packed = bool((both & 0xFFFFFFFF > 1).any())
-        if packed and not (wanted.all() and torch.isin(target.documents, source.documents).all()):
-            counts = [len(side.documents.unique()) for side in (source, target)]
-            raise ValueError(
-                f"attention_mask holds {counts[0]} source documents and decoder_attention_mask {counts[1]} target "
-                "documents; in packed rows every source needs its target"
-            )
-        self.source, self.target = source, target
-        order = both.masked_fill(~wanted, both.max() + 1).argsort(stable=True)
-        order = order[: int(wanted.sum())]
-        device = target.index.device
-        self.key_order = move(order, device)
-        self.layout = RaggedLayout(target.documents, both[order], causal=True, device=device)
-
-
-class MergedLayer(DynamicLayer):
-    """The keys of one decoder layer behind those of the encoder in one buffer with room to grow.
-
-    A decoding step writes one token and attends to a view, where concatenating the two caches would
-    copy the whole source in every layer of every step. `keys` and `values` of this layer and of the
-    encoder's are views into the buffer; whatever replaces them (reordering beams, cropping,
-    selecting rows) is noticed by the next step.
-    """
-
-    # In a slot: transformers' exporters take every tensor in a layer's __dict__ for its state.
-    __slots__ = ("buffers",)
-
-    def extend(
-        self, key: torch.Tensor, value: torch.Tensor, source: DynamicLayer
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append decoder keys and values [B, K, T, D];
-
-        returns all keys and values, [B, K, S + P + T, D].
-        """
-        begin, past = source.keys.shape[2], self.get_seq_length()
-        end = begin + past + key.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key, value)
-        if not self._continues(source, begin, past, end):
-            room = begin + max(64, 2 * (end - begin))
-            held = ((source.keys, self.keys), (source.values, self.values))  # type: ignore[has-type]
-            self.buffers = [
-                new.new_empty(*new.shape[:2], room, new.shape[3]) for new in (key, value)
-            ]
-            for buffer, (encoded, decoded) in zip(self.buffers, held, strict=True):
-                buffer[:, :, :begin] = encoded
-                if past:
-                    buffer[:, :, begin : begin + past] = decoded
-            source.keys, source.values = (buffer[:, :, :begin] for buffer in self.buffers)
-        for buffer, new in zip(self.buffers, (key, value), strict=True):
-            buffer[:, :, begin + past : end] = new
-        self.keys, self.values = (buffer[:, :, begin:end] for buffer in self.buffers)  # type: ignore[misc]
-        return self.buffers[0][:, :, :end], self.buffers[1][:, :, :end]
-
-    def _continues(self, source: DynamicLayer, begin: int, past: int, end: int) -> bool:
-        """Whether the buffer still is what both caches hold, with room up to `end`."""
-        if not past or not hasattr(self, "buffers") or end > self.buffers[0].shape[2]:
-            return False
-        starts = [buffer[:, :, place].data_ptr() for buffer in self.buffers for place in (0, begin)]
-        return starts == [
-            held.data_ptr() for held in (source.keys, self.keys, source.values, self.values)
-        ]
+    layout: Varlen
+    order: torch.Tensor
+    inverse: torch.Tensor
 
 
 class Qwen3MergedAttention(Qwen3Attention):
     """One softmax over `[encoder keys ; decoder keys]`, with Qwen3's own parameters."""
+
+    def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int):
+        super().__init__(config, layer_idx)
+        if config.source_gate:
+            self.source_gate = nn.Parameter(torch.zeros(config.num_key_value_heads))
+            self.register_buffer("source_scale", torch.ones(1))
 
     def forward(
         self,
@@ -151,96 +126,62 @@ class Qwen3MergedAttention(Qwen3Attention):
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         # encoder inputs
-        encoder_hidden_states: torch.Tensor,
-        # masks
-        merged_mask: torch.Tensor | None = None,
-        segments: MergedSegments | None = None,
-        # cache inputs
-        cache: EncoderDecoderCache | None = None,
-        # ablation
+        encoder_hidden_states: torch.Tensor | None,
         encoder_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        source_length: int = 0,
+        # masks
+        merged_mask: Any = None,
+        packed: PackedKeys | None = None,
+        # cache inputs
+        cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Attend to the source and to the target so far.
 
         Args:
-            hidden_states: [B, T, E], or [1, N, E] with `segments`.
-            position_embeddings: cos and sin of the decoder positions, each [B, T, D].
-            encoder_hidden_states: [B, S, E], or [1, M, E] with `segments`; not read once the cache
-                holds its keys.
-            merged_mask: [B, 1, T, S + P + T] or what the backend takes instead; None is
+            hidden_states: [B, T, E]; packed, [1, N, E].
+            position_embeddings: cos and sin of the decoder positions, each [B, T, d].
+            encoder_hidden_states: [B, S, E]; packed, [1, M, E]; None where the cache already
+                begins with them.
+            encoder_position_embeddings: Rotate encoder keys too (an ablation).
+            source_length: S.
+            merged_mask: [B, 1, T, S + P + T] or its equivalent for the backend; None is
                 bottom-right causal.
-            encoder_position_embeddings: rotates encoder keys too; None leaves them as they are.
 
         Returns:
             Output [B, T, E]; self-attention weights [B, H, T, P + T] and cross-attention weights
-            [B, H, T, S], which sum to 1 together, or None where the backend does not return
-            weights.
+            [B, H, T, S], which sum to 1 together, or None where the backend returns none.
         """
-        query, key, value = project_heads(self, hidden_states)  # (B, H, T, D), (B, K, T, D)
+        query = project_query(self, hidden_states)  # (B, H, T, d)
+        key, value = project_key_value(self, hidden_states)  # (B, K, T, d)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        source: tuple[torch.Tensor, torch.Tensor] | None = None
-        if cache is None:
-            source = self._encoder_keys(
-                encoder_hidden_states, encoder_position_embeddings
-            )  # (B, K, S, D)
-        else:
-            cross = cache.cross_attention_cache
-            if not cache.is_updated.get(self.layer_idx):
-                cross.update(
-                    *self._encoder_keys(encoder_hidden_states, encoder_position_embeddings),
-                    self.layer_idx,
-                )
-                cache.is_updated[self.layer_idx] = True
-            source_layer = cross.layers[self.layer_idx]
-            own = cache.self_attention_cache
-            if _can_merge(own, self.layer_idx):
-                key, value = own.layers[self.layer_idx].extend(
-                    key, value, source_layer
-                )  # (B, K, S + P + T, D)
-            else:
-                options = {}
-                if (
-                    "cache_position" in _CAUSAL_MASK_OPTIONS
-                ):  # before transformers 5.4 a static cache does not count
-                    places = torch.arange(key.shape[2], device=key.device) + own.get_seq_length(
-                        self.layer_idx
-                    )
-                    options = {"cache_kwargs": {"cache_position": places}}
-                key, value = own.update(key, value, self.layer_idx, **options)
-                source = source_layer.keys, source_layer.values
-        if source is not None:
-            key, value = (torch.cat(pair, dim=2) for pair in zip(source, (key, value), strict=True))
-
-        layout = None
-        if segments is not None:
-            key, value, layout = (
-                key[:, :, segments.key_order],
-                value[:, :, segments.key_order],
-                segments.layout,
-            )
+        if encoder_hidden_states is not None:
+            source = self.source_key_value(encoder_hidden_states, encoder_position_embeddings)
+            key, value = (torch.cat(pair, 2) for pair in zip(source, (key, value), strict=True))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)  # (B, K, S + P + T, d)
+        if packed is not None:
+            key, value = (reorder_keys(x, packed.order, packed.inverse) for x in (key, value))
+        layout = None if packed is None else packed.layout
         output, weights = attend(self, query, key, value, merged_mask, layout, causal=True)
-        output = project(self.o_proj, output.flatten(2))
+        output = self.o_proj(output.flatten(2))
         if weights is None:
             return output, None, None
-        source_length = encoder_hidden_states.shape[1]
         return output, weights[..., source_length:], weights[..., :source_length]
 
-    def _encoder_keys(self, states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
-        key, value = project_keys(self, states)
+    def source_key_value(
+        self,
+        states: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """[B, S, E] encoder states -> key and value [B, K, S, d]."""
+        key, value = project_key_value(self, states)
         if position_embeddings is not None:
             cos, sin = (part.unsqueeze(1) for part in position_embeddings)
             key = key * cos + rotate_half(key) * sin
+        if self.config.source_gate:
+            gate = (self.source_gate * self.source_scale).to(value.dtype)
+            value = value * gate[:, None, None]
         return key, value
-
-
-def _can_merge(cache: DynamicCache, layer_idx: int) -> bool:
-    """Whether a step may write into the buffer:
-
-    not where a gradient or a graph would hold on to what was there.
-    """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return False
-    return layer_idx < len(cache.layers) and isinstance(cache.layers[layer_idx], MergedLayer)
 
 
 class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
@@ -249,39 +190,27 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int):
         super().__init__()
         self.self_attn = Qwen3MergedAttention(config, layer_idx)
-        self.mlp = Qwen3MergedDecoderMLP(config)
+        self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def forward(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor, **kwargs
+        self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None,
+        **kwargs: Any,
     ) -> torch.Tensor:
         """[B, T, E] -> [B, T, E]; `kwargs` are those of `Qwen3MergedAttention.forward`."""
+        normalized = self.input_layernorm(hidden_states)
         attended, _, _ = self.self_attn(
-            self.input_layernorm(hidden_states),
-            encoder_hidden_states=encoder_hidden_states,
-            **kwargs,
+            normalized, encoder_hidden_states=encoder_hidden_states, **kwargs
         )
         hidden_states = hidden_states + attended
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))
 
 
-class Qwen3MergedDecoderMLP(Qwen3MLP):
-    """Qwen3's gated MLP, its products by `project`."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[B, T, E] -> [B, T, E]."""
-        return project(
-            self.down_proj, self.act_fn(project(self.gate_proj, x)) * project(self.up_proj, x)
-        )
-
-
-class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
-    """Target ids and encoder states -> decoder states after the final norm.
-
-    Args:
-        embed_tokens: The embedding to share; None makes one of its own.
-    """
+class Qwen3MergedDecoder(Qwen3Stack):
+    """Target ids and encoder states -> decoder states after the final norm."""
 
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": Qwen3MergedDecoderLayer,
@@ -289,17 +218,8 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         "cross_attentions": OutputRecorder(Qwen3MergedAttention, index=2),
     }
 
-    def __init__(self, config: Qwen3EncoderDecoderConfig, embed_tokens: nn.Embedding | None = None):
-        super().__init__(config)
-        self.embed_tokens = embed_tokens or nn.Embedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
-        self.layers = nn.ModuleList(
-            Qwen3MergedDecoderLayer(config, i) for i in range(config.num_decoder_layers)
-        )
-        self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config=config)
-        self.gradient_checkpointing = False
+    def __init__(self, config: Qwen3EncoderDecoderConfig, owner: nn.Module | None = None):
+        super().__init__(config, Qwen3MergedDecoderLayer, config.num_decoder_layers, owner)
         self.post_init()
 
     @capture_outputs
@@ -307,169 +227,162 @@ class Qwen3MergedDecoder(Qwen3EncoderDecoderPreTrainedModel):
         self,
         # decoder inputs
         input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
+        attention_mask: Any = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         # encoder inputs
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        segments: MergedSegments | None = None,
+        encoder_position_ids: torch.Tensor | None = None,
         # cache inputs
-        cache: EncoderDecoderCache | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
+        # packed form
+        packed: PackedKeys | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Decode a padded batch, or, with `segments`, ragged rows of target and source tokens.
+        """Decode a padded batch, or, with `packed`, target and source tokens without padding.
 
         Args:
-            input_ids: [B, T] int64, already shifted right.
-            attention_mask: [B, P + T], 1 real and 0 padding; or [B, 1, T, P + T], used as it is.
-            position_ids: [B, T]; continues from the cache by default.
+            input_ids: [B, T] int64, already shifted right; packed, [1, N].
+            attention_mask: [B, P + T], 1 real and 0 padding; or a mask [B, 1, T, S + P + T] of
+                all keys, used as it is.
+            position_ids: [B, T]; by default counted from the first real token of the row and
+                continued from the cache.
             inputs_embeds: [B, T, E] in place of `input_ids`.
             encoder_hidden_states: [B, S, E], the encoder's output after its final norm.
             encoder_attention_mask: [B, S], 1 real and 0 padding.
-            cache: keys and values to read and extend; made if `use_cache` asks for one.
-            past_key_values: the same under its name before transformers 5.24.
+            encoder_position_ids: [B, S], for the ablation that rotates encoder keys.
+            cache: Keys and values to read and extend; made if `use_cache` asks for one. Ordinary
+                dynamic and static caches are taken too.
 
         Returns:
             `last_hidden_state` [B, T, E] and the cache.
+
+        Raises:
+            ValueError: no encoder states, ids and embeddings together or neither, a mask that does
+                not fit, or a cache where it would be dropped.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of decoder input ids and decoder input embeddings")
+        states = self.embed(input_ids, inputs_embeds, "decoder_")
         if encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_hidden_states")
-        if isinstance(
-            attention_mask, dict
-        ):  # what generate() makes ahead for a static cache, by layer type
-            attention_mask = attention_mask["full_attention"]
-        if segments is None and (is_packed(attention_mask) or is_packed(encoder_attention_mask)):
+        if len(encoder_hidden_states) != len(states):
             raise ValueError(
-                "a mask holds several documents a row: pass labels to the whole model to keep them apart"
+                f"{len(encoder_hidden_states)} rows of encoder states and {len(states)} of targets"
             )
-        states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        refuse_unknown(kwargs)
-        cache = one_cache(cache, past_key_values)
-        use_cache = self.config.use_cache if use_cache is None else use_cache
-        if self.training and self.gradient_checkpointing:
-            use_cache = False
-        if segments is not None or not use_cache:
-            cache = None
-        elif cache is None and not self.training:
-            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        if cache is not None:
-            self._merge_layers(cache)
+        cache = self._cache(cache, use_cache, packed)
+        own = getattr(cache, "self_attention_cache", cache)
+        source_length = encoder_hidden_states.shape[1]
+        holds_source = own is not None and _holds_source(own)
+        past = own.get_query_offset() - source_length if holds_source else 0
 
-        if position_ids is None and segments is not None:
-            position_ids = segments.target.position_ids
-        elif position_ids is None:
-            seen = cache.get_seq_length() if cache is not None else 0
-            position_ids = torch.arange(states.shape[1], device=states.device)[None] + seen
+        batch, length = states.shape[:2]
         mask = None
-        if segments is None:
+        if packed is None:
+            check_shape("decoder_position_ids", position_ids, (batch, length), (1, length))
+            view = own if holds_source else _Prefilled(own, source_length)
             mask = self._merged_mask(
-                states, attention_mask, encoder_hidden_states, encoder_attention_mask, cache
+                states, attention_mask, encoder_hidden_states, encoder_attention_mask, view, past
             )
         else:
-            segments.layout.prepare(self.config._attn_implementation)
+            bounds = packed.layout.queries, packed.layout.longest_query
+            check_packed(length, attention_mask, position_ids, *bounds, "decoder_")
+            check_shape("key_order", packed.order, (source_length + length,))
+            packed.layout.prepare(self.config._attn_implementation, states, source_length + length)
+        if position_ids is None:
+            position_ids = _positions(states, attention_mask, past)
         position_embeddings = self.rotary_emb(states, position_ids)
         encoder_position_embeddings = None
         if self.config.rope_on_encoder_keys:
-            places = torch.arange(encoder_hidden_states.shape[1], device=states.device)[None]
-            places = segments.source.position_ids if segments is not None else places
-            encoder_position_embeddings = self.rotary_emb(encoder_hidden_states, places)
+            if encoder_position_ids is None:
+                encoder_position_ids = torch.arange(source_length, device=states.device)[None]
+            encoder_position_embeddings = self.rotary_emb(states, encoder_position_ids)
         for layer in self.layers:
             states = layer(
                 states,
-                encoder_hidden_states,
+                None if holds_source else encoder_hidden_states,
                 position_embeddings=position_embeddings,
                 encoder_position_embeddings=encoder_position_embeddings,
+                source_length=source_length,
                 merged_mask=mask,
-                segments=segments,
-                cache=cache,
+                packed=packed,
+                cache=own,
             )
+        if own is not None:
+            own.source_length = source_length
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(states), **{CACHE_FIELD: cache}
+            last_hidden_state=self.norm(states), cache=cache
         )
 
-    def _merge_layers(self, cache: EncoderDecoderCache) -> None:
-        """Give an empty dynamic cache its merged layers."""
-        own = cache.self_attention_cache
-        empty = type(own) is DynamicCache and not own.offloading and own.get_seq_length() == 0
-        if empty and not any(isinstance(layer, MergedLayer) for layer in own.layers):
-            own.layers[:] = [MergedLayer() for _ in self.layers]
+    def _cache(self, cache: Cache | None, use_cache: bool | None, packed: Any) -> Cache | None:
+        """Make a cache if one is wanted, and refuse one that could not be honoured."""
+        recomputing = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
+        if cache is not None and (packed is not None or recomputing):
+            reason = "a packed batch" if packed is not None else "gradient checkpointing"
+            raise ValueError(f"a cache cannot be used with {reason}: leave it out")
+        use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
+        if cache is None and use_cache and packed is None and not recomputing:
+            return SourceDynamicCache()
+        return cache
 
-    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, cache):
-        """The mask of [encoder ; decoder] keys for the backend; None where bottom-right causal is
-        all there is to say.
+    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, view, past) -> Any:
+        """Make the mask of `[encoder ; decoder]` keys; None where it is bottom-right causal.
 
         It is an ordinary causal mask over a past that begins with the source, so transformers'
-        builder makes it.
+        builder makes it for the backend.
         """
         batch, length, _ = states.shape
         source = encoder_states.shape[1]
-        if attention_mask is not None and attention_mask.dim() == 4:
-            return self._before_own_mask(attention_mask, encoder_mask, source)
-        past = _SourceThenPast(cache.self_attention_cache if cache is not None else None, source)
-        backend = self.config._attn_implementation
-        mask_free = (backend == "sdpa" or "flash" in backend) and not past.is_compileable
-        mask_free = mask_free and not torch.compiler.is_compiling()  # which may not look at values
-        if mask_free and not (is_ragged(attention_mask) or is_ragged(encoder_mask)):
-            return None
-        positions = torch.arange(length, device=states.device) + past.get_seq_length()
-        if attention_mask is not None or encoder_mask is not None:
-            if attention_mask is None:
-                queries = positions if "cache_position" in _CAUSAL_MASK_OPTIONS else length
-                keys = past.get_mask_sizes(queries)[0] - source
-                attention_mask = states.new_ones(batch, keys, dtype=torch.long)
+        if isinstance(attention_mask, dict):  # as generate() makes it ahead for a static cache
+            attention_mask = attention_mask["full_attention"]
+        if attention_mask is not None and len(attention_mask.shape) == 4:
+            return attention_mask
+        check_shape("attention_mask", encoder_mask, (batch, source))
+        if not isinstance(past, torch.Tensor):
+            check_shape("decoder_attention_mask", attention_mask, (batch, past + length))
+        static = getattr(view, "is_compileable", False)
+        if attention_mask is None and encoder_mask is None:
+            if self.config._attn_implementation == "sdpa" and not static:
+                return None
+        else:
             if encoder_mask is None:
                 encoder_mask = states.new_ones(batch, source, dtype=torch.long)
-            attention_mask = torch.cat(
-                [encoder_mask.expand(batch, -1), attention_mask.to(encoder_mask)], dim=1
-            )
-        options = {CACHE_FIELD: past, "allow_is_causal_skip": False, "cache_position": positions}
-        options = {name: value for name, value in options.items() if name in _CAUSAL_MASK_OPTIONS}
-        return create_causal_mask(self.config, states, attention_mask, position_ids=None, **options)
-
-    def _before_own_mask(
-        self, mask: torch.Tensor, encoder_mask: torch.Tensor | None, source: int
-    ) -> torch.Tensor:
-        """A caller's own [B, 1, T, P + T] mask, bool or additive, with the source before it."""
-        seen = torch.ones(*mask.shape[:3], source, dtype=torch.bool, device=mask.device)
-        if encoder_mask is not None:
-            seen = seen & encoder_mask[:, None, None].bool()
-        if mask.dtype != torch.bool:
-            seen = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device).masked_fill(
-                ~seen, torch.finfo(mask.dtype).min
-            )
-        return torch.cat([seen, mask], dim=-1)
+            if attention_mask is None:
+                keys = view.get_mask_sizes(length, 0)[0] - source
+                attention_mask = states.new_ones(batch, keys, dtype=torch.long)
+            attention_mask = torch.cat([encoder_mask.to(attention_mask), attention_mask], dim=1)
+        return create_causal_mask(self.config, states, attention_mask, cache=view)
 
 
-class _SourceThenPast:
-    """A cache as the mask builder should see it:
+def _positions(states: torch.Tensor, attention_mask: Any, past: Any) -> torch.Tensor:
+    """[B, T] positions: counted over real tokens where a padding mask tells them apart."""
+    length = states.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return torch.arange(length, device=states.device)[None] + past
 
-    the source tokens come first and are past to every target token.
-    """
 
-    def __init__(self, cache: DynamicCache | None, source: int):
-        self.cache, self.source = cache, source
-        self.is_compileable = getattr(cache, "is_compileable", False)
-        self.own_length = cache.get_seq_length() if cache is not None else 0
+def _holds_source(cache: Cache) -> bool:
+    """Whether the source's keys and values are in the cache already."""
+    if torch.compiler.is_compiling():  # lengths of static caches are tensors: remember, not look
+        return bool(getattr(cache, "source_length", 0))
+    return bool(cache.get_query_offset() > 0)
 
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self.source + self.own_length
 
-    get_query_offset = get_seq_length
+class _Prefilled:
+    """An empty cache, or none, as it is once the source has been put in: for mask builders."""
 
-    def get_mask_sizes(self, queries, layer_idx: int = 0) -> tuple[int, int]:
-        """Keys and their offset;
+    def __init__(self, cache: Cache | None, source_length: int):
+        self.cache, self.source_length = cache, source_length
+        self.is_compileable = cache is not None and cache.is_compileable
 
-        `queries` is their number, or their positions before transformers 5.4.
-        """
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        return self.source_length
+
+    def get_mask_sizes(self, queries: int, layer_idx: int = 0) -> tuple[int, int]:
         if self.cache is None:
-            return self.source + (queries if isinstance(queries, int) else queries.shape[0]), 0
-        length, offset = self.cache.get_mask_sizes(queries, layer_idx)
-        return self.source + length, offset
+            return self.source_length + queries, 0
+        return self.cache.get_mask_sizes(self.source_length + queries, layer_idx)
 
 
 __all__ = ["Qwen3MergedDecoder"]

@@ -2,53 +2,58 @@
 # Licensed under the Apache License, Version 2.0.
 """Encoder, decoder and one embedding matrix: `Qwen3ForSeq2SeqLM`.
 
-- One embedding module serves encoder input, decoder input and, as a plain matrix product, the LM
-  head. It is one object, not two modules that share a parameter: FSDP2 shards it once and it is
-  saved once.
-- With labels, only real tokens are computed (padding costs nothing, packed rows stay apart), the
-  right shift happens here and nowhere else, and the loss over the large vocabulary is taken chunk
-  by chunk in fp32.
+- One embedding module serves encoder input, decoder input and LM head, found under one name and
+  always called: FSDP2 shards it once, it is saved once, and wrappers see every use.
+- The right shift happens here and nowhere else, and the loss over the large vocabulary is taken
+  chunk by chunk in fp32.
+- A batch is padded (`[B, S]` with masks) or packed (`[1, M]` with cumulative lengths, made by
+  `data.collate.collate_packed`) and stays so: outputs have the form of the inputs.
 
-Shapes: B batch, S source length, T target length, N real target tokens, V vocabulary, E hidden
-size.
+Shapes: B batch, S source length, T target length, M source and N target tokens of a packed batch of
+D documents, V vocabulary, E hidden size.
 """
 
 from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Any, Unpack
 
 import torch
-from torch import nn
-from torch.autograd.function import once_differentiable
 from transformers import GenerationMixin
-from transformers.cache_utils import EncoderDecoderCache
+from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
+from transformers.generation import GenerationConfig, GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .modeling_qwen3_decoder import MergedSegments, Qwen3MergedDecoder
+from .loss_qwen3_encdec import IGNORED
+from .modeling_qwen3_decoder import (
+    PackedKeys,
+    Qwen3MergedDecoder,
+    SourceDynamicCache,
+    SourceStaticCache,
+)
 from .modeling_qwen3_encoder import (
-    CACHE_FIELD,
     Qwen3Encoder,
     Qwen3EncoderDecoderPreTrainedModel,
-    Segments,
-    are_few_rows,
-    is_ragged,
-    move,
-    multiply_few_rows,
-    one_cache,
+    Qwen3SharedEmbedding,
+    check_shape,
 )
 
-IGNORED = -100
+# Arguments that transformers passes to any model and that this one needs not read.
+_PASSED_BY_TRANSFORMERS = {
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+}
 
 
 @dataclass
 class Qwen3Seq2SeqLMOutput(Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` and `token_losses`:
+    """`Seq2SeqLMOutput` and `token_losses`.
 
-    [B, T] fp32 negative log-likelihoods in nats, detached, 0 where ignored.
+    `token_losses` is [B, T] (packed, [1, N]) fp32: negative log-likelihoods in nats, detached, 0
+    where ignored.
     """
 
     token_losses: torch.Tensor | None = None
@@ -57,25 +62,14 @@ class Qwen3Seq2SeqLMOutput(Seq2SeqLMOutput):
 class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
     """Encoder and merged-attention decoder around one embedding, without a head."""
 
-    _tied_weights_keys = {  # noqa: RUF012
-        "encoder.embed_tokens.weight": "shared.weight",
-        "decoder.embed_tokens.weight": "shared.weight",
-    }
-
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
-        self.shared = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
-        self.encoder = Qwen3Encoder(config, self.shared)
-        self.decoder = Qwen3MergedDecoder(config, self.shared)
+        self.shared = Qwen3SharedEmbedding(
+            config.vocab_size, config.hidden_size, config.pad_token_id
+        )
+        self.encoder = Qwen3Encoder(config, self)
+        self.decoder = Qwen3MergedDecoder(config, self)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The one embedding module."""
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding everywhere it is used, keeping it one object."""
-        self.shared = self.encoder.embed_tokens = self.decoder.embed_tokens = value
 
     @can_return_tuple
     def forward(
@@ -85,113 +79,76 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
         # decoder inputs
         decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_attention_mask: Any = None,
         decoder_position_ids: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
+        # packed form
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        decoder_cu_seqlens: torch.Tensor | None = None,
+        decoder_max_seqlen: int | None = None,
+        key_order: torch.Tensor | None = None,
         # cache inputs
-        cache: EncoderDecoderCache | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Seq2SeqModelOutput:
-        """Padded batches in, padded states out; the arguments are those of the two stacks."""
+        """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM.forward`."""
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
                 inputs_embeds=inputs_embeds,
+                cu_seqlens=cu_seqlens,
+                max_seqlen=max_seqlen,
                 return_dict=True,
                 **kwargs,
             )
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
+        encoded = encoder_outputs.last_hidden_state
+        packed = None
+        if cu_seqlens is not None:
+            packed = _packed_keys(
+                cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
+            )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
             position_ids=decoder_position_ids,
             inputs_embeds=decoder_inputs_embeds,
-            encoder_hidden_states=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoded,
             encoder_attention_mask=attention_mask,
-            cache=one_cache(cache, past_key_values),
+            encoder_position_ids=position_ids,
+            cache=cache,
             use_cache=use_cache,
+            packed=packed,
             return_dict=True,
             **kwargs,
         )
         return Seq2SeqModelOutput(
             last_hidden_state=decoder_outputs.last_hidden_state,
-            **{CACHE_FIELD: getattr(decoder_outputs, CACHE_FIELD)},
+            cache=decoder_outputs.cache,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_last_hidden_state=encoded,
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
 
-    def look_up(self, *ids: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Embeddings [..., E] of each [...] int64, and last the [V, E] matrix that the head is to
-        multiply by.
-
-        The gradients of embeddings taken here are added to that of the head's product, row by row,
-        where autograd makes a matrix of zeros for each. Not on CUDA, where it has not been
-        measured, nor where somebody has wrapped, hooked or sharded the embedding.
-        """
-        shared = self.shared
-        touched = shared._forward_hooks or shared._forward_pre_hooks or "forward" in vars(shared)
-        touched = touched or type(shared) is not nn.Embedding or torch.compiler.is_compiling()
-        if touched or shared.weight.device.type != "cpu" or not torch.is_grad_enabled():
-            return *(shared(part) for part in ids), shared.weight
-        return _LookUp.apply(shared.weight, shared.padding_idx, *ids)
-
-    def forward_ragged(
-        self,
-        inputs_embeds: torch.Tensor,
-        source: Segments,
-        decoder_inputs_embeds: torch.Tensor,
-        target: Segments,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Compute rows of real tokens:
-
-        [1, M, E] and [1, N, E] -> target states [1, N, E], source states [1, M, E].
-        """
-        merged = MergedSegments(source, target)
-        encoded = self.encoder(inputs_embeds=inputs_embeds, segments=source).last_hidden_state
-        decoded = self.decoder(
-            inputs_embeds=decoder_inputs_embeds,
-            encoder_hidden_states=encoded,
-            segments=merged,
-            use_cache=False,
-        )
-        return decoded.last_hidden_state, encoded
-
 
 class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
-    """The encoder-decoder with its language-model head, which is the embedding matrix itself."""
-
-    _tied_weights_keys = {  # noqa: RUF012
-        "model.encoder.embed_tokens.weight": "model.shared.weight",
-        "model.decoder.embed_tokens.weight": "model.shared.weight",
-    }
+    """The encoder-decoder with its language-model head, which is the embedding itself."""
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
         self.model = Qwen3EncoderDecoderModel(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        """The one embedding module."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Embedding) -> None:
-        """Replace the embedding everywhere it is used, keeping it one object."""
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self) -> None:
-        """None: the head has no module of its own, it is a product with the input embedding."""
 
     @can_return_tuple
     def forward(
@@ -201,176 +158,193 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
         # decoder inputs
         decoder_input_ids: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
+        decoder_attention_mask: Any = None,
         decoder_position_ids: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
+        # packed form
+        cu_seqlens: torch.Tensor | None = None,
+        max_seqlen: int | None = None,
+        decoder_cu_seqlens: torch.Tensor | None = None,
+        decoder_max_seqlen: int | None = None,
+        key_order: torch.Tensor | None = None,
         # cache inputs
-        cache: EncoderDecoderCache | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         # loss inputs
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
-        encoder_labels: torch.Tensor | None = None,
+        encoder_targets: torch.Tensor | None = None,
         encoder_loss_weight: float = 1.0,
         z_loss: float = 0.0,
-        label_smoothing: float = 0.0,
-        loss_implementation: str = "chunked",
+        smoothing: float = 0.0,
+        # logits
         return_logits: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Qwen3Seq2SeqLMOutput:
-        """Loss and logits.
+        """Compute loss and logits of a padded or of a packed batch.
 
         Args:
-            input_ids: [B, S] int64 source.
-            attention_mask: [B, S]; 0 padding, 1 real. In packed rows, with labels, k is the k-th
-                document of the row. Masks may stay on the CPU: then, in training, no step waits for
-                the GPU to say how rows are divided.
-            labels: [B, T] int64 target, not shifted; -100 is ignored.
-            decoder_attention_mask: [B, T] like `attention_mask`; without it, a row's target ends
-                with its last label.
-            num_items_in_batch: label tokens of the whole optimizer step, over micro-batches and
+            input_ids: [B, S] int64 source; packed, [1, M].
+            attention_mask: [B, S], 1 real and 0 padding; none in a packed batch.
+            position_ids: [B, S], from 0 along the row by default; packed, [1, M].
+            encoder_outputs: Encoder output to use in place of encoding.
+            decoder_input_ids: [B, T] int64; by default `labels` shifted right.
+            decoder_attention_mask: [B, P + T], 1 real and 0 padding, which left-padded targets
+                need. Or a 4D mask, see `Qwen3MergedDecoder.forward`.
+            decoder_position_ids: [B, T], by default counted over the real tokens of the row.
+            cu_seqlens, decoder_cu_seqlens: [D + 1] int32, cumulative lengths of the documents'
+                sources and targets: the batch is packed.
+            max_seqlen, decoder_max_seqlen: Longest of them.
+            key_order: [M + N] int64, sorts [all sources ; all targets] document by document.
+            cache: Keys and values to read and extend.
+            labels: [B, T] int64 target, not shifted, -100 is ignored; packed, [1, N].
+            num_items_in_batch: Label tokens of the whole optimizer step, over micro-batches and
                 ranks: the loss is the sum over label tokens divided by it. None divides by this
                 call's own label tokens.
-            encoder_labels: [B, S] int64, for an auxiliary masked next-token loss on the encoder
+            encoder_targets: [B, S] int64, for an auxiliary masked next-token loss on the encoder
                 (MNTP, arXiv 2404.05961): the original id where `input_ids` has a mask, else -100.
-                As in a causal model, the state before a token predicts it, and the first token of a
-                document cannot be asked for.
-            encoder_loss_weight: of the sum over encoder labels, which is added to the sum over
-                labels.
-            z_loss: coefficient of the squared log-sum-exp of a token's logits (PaLM, arXiv
-                2204.02311, section 5).
-            label_smoothing: share of the target spread over the whole vocabulary.
-            loss_implementation: "chunked"; on CUDA also "liger" or "cce", where that package is
-                installed.
-            return_logits: whether to compute [B, T, V] logits beside the loss; by default outside
-                training only.
-            logits_to_keep: logits of the last positions only; 0 keeps all.
+                As in a causal model, the state before a token predicts it, and the first token of
+                a document cannot be asked for.
+            encoder_loss_weight: Of the sum over encoder targets, added to the sum over labels.
+            z_loss: Weight of the squared log-sum-exp of a token's logits.
+            smoothing: Share of the target spread over the whole vocabulary.
+            return_logits: By default where there are no labels, and outside training.
+            logits_to_keep: Logits of the last positions only, or of these positions; 0 keeps all.
 
         Returns:
-            `loss` (fp32 scalar) and `token_losses` with labels (none with "liger"); `logits`;
-                cache, states and attentions as asked. Where logits are returned, the loss is taken from
-                them.
+            `loss` (fp32 scalar) and `token_losses` with labels; `logits` [B, T, V]; cache, states
+            and attentions as asked.
 
         Raises:
-            ValueError: no decoder input, or rows with different numbers of source and target
-                documents.
+            ValueError: inputs missing, given twice or of shapes that do not fit.
+            TypeError: an argument that nothing reads.
         """
-        cache = one_cache(cache, past_key_values)
-        given = attention_mask, decoder_attention_mask
-        if device := next(
-            (part.device for part in (labels, decoder_input_ids, input_ids) if part is not None),
-            None,
-        ):
-            attention_mask, decoder_attention_mask = (
-                move(mask, device) if isinstance(mask, torch.Tensor) else mask for mask in given
-            )
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self._shift_right(labels, decoder_attention_mask)
+        if unknown := sorted(kwargs.keys() - _PASSED_BY_TRANSFORMERS):
+            raise TypeError(f"unexpected argument {unknown[0]!r}")
+        if labels is not None:
+            use_cache = False if use_cache is None else use_cache
+            if decoder_input_ids is None and decoder_inputs_embeds is None:
+                decoder_input_ids = self._shift_right(
+                    labels, decoder_attention_mask, decoder_cu_seqlens
+                )
+        elif encoder_targets is not None:
+            raise ValueError("encoder_targets is an auxiliary loss: give labels too")
         if decoder_input_ids is None and decoder_inputs_embeds is None:
             raise ValueError("give labels, decoder_input_ids or decoder_inputs_embeds")
-        source = target = None
-        matrix: torch.Tensor | None = None
-        if labels is not None and input_ids is not None and decoder_input_ids is not None:
-            plain = cache is None and position_ids is None and decoder_position_ids is None
-            if plain and not self._wants_more(kwargs):
-                source_mask, target_mask = given
-                if target_mask is None:
-                    source_mask, target_mask = attention_mask, _target_mask(labels)
-                if is_ragged(source_mask) or is_ragged(target_mask):
-                    if source_mask is None:
-                        source_mask = torch.ones_like(input_ids, device=target_mask.device)
-                    source = Segments.from_mask(source_mask, device)
-                    target = Segments.from_mask(target_mask, device)
-                    labels = labels.masked_fill(move(target_mask == 0, labels.device), IGNORED)
-                    input_ids, decoder_input_ids = (
-                        source.gather(input_ids),
-                        target.gather(decoder_input_ids),
-                    )
-            # The same calls whatever the rows of a rank are like, since those of a sharded
-            # embedding are collective.
-            inputs_embeds, decoder_inputs_embeds, matrix = self.model.look_up(
-                input_ids, decoder_input_ids
-            )
-            input_ids = decoder_input_ids = None
-            if source is not None and target is not None:
-                states, encoded = self.model.forward_ragged(
-                    inputs_embeds, source, decoder_inputs_embeds, target
-                )
-                outputs = Seq2SeqModelOutput(encoder_last_hidden_state=source.scatter(encoded))
-        if target is None:
-            outputs = self.model(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                inputs_embeds=inputs_embeds,
-                encoder_outputs=encoder_outputs,
-                decoder_input_ids=decoder_input_ids,
-                decoder_attention_mask=decoder_attention_mask,
-                decoder_position_ids=decoder_position_ids,
-                decoder_inputs_embeds=decoder_inputs_embeds,
-                cache=cache,
-                use_cache=False if use_cache and labels is not None else use_cache,
-                return_dict=True,
-                **kwargs,
-            )
-            states, encoded = outputs.last_hidden_state, outputs.encoder_last_hidden_state
-        matrix = self.model.shared.weight if matrix is None else matrix
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            inputs_embeds=inputs_embeds,
+            encoder_outputs=encoder_outputs,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            decoder_position_ids=decoder_position_ids,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            decoder_cu_seqlens=decoder_cu_seqlens,
+            decoder_max_seqlen=decoder_max_seqlen,
+            key_order=key_order,
+            cache=cache,
+            use_cache=use_cache,
+            return_dict=True,
+            **kwargs,
+        )
+        states = outputs.last_hidden_state
 
-        loss: torch.Tensor | None = None
-        token_losses = logits = None
-        if return_logits if return_logits is not None else labels is None or not self.training:
-            padded = states if target is None else target.scatter(states)
-            logits = vocabulary_logits(padded[:, -logits_to_keep:], matrix)
-        options: dict[str, Any] = {"z_loss": z_loss, "label_smoothing": label_smoothing}
+        loss = token_losses = logits = None
         if labels is not None:
+            check_shape("labels", labels, states.shape[:2])
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            if logits is not None and not logits_to_keep:
-                loss, token_losses = dense_cross_entropy(
-                    logits, labels, num_items_in_batch, **options
-                )
-            else:
-                flat_labels = labels if target is None else target.gather(labels)
-                loss, token_losses = linear_cross_entropy(
-                    loss_implementation, states, matrix, flat_labels, num_items_in_batch, **options
-                )
-                if target is not None and token_losses is not None:
-                    token_losses = target.scatter(token_losses)
-        if loss is not None and encoder_labels is not None:
-            wanted = encoder_labels if source is None else source.gather(encoder_labels)
-            places = (
-                torch.arange(wanted.shape[1], device=wanted.device)
-                if source is None
-                else source.position_ids
-            )
-            wanted = wanted.masked_fill(places == 0, IGNORED).roll(-1, dims=-1)
-            kept = wanted != IGNORED  # few of them
-            encoder_loss, _ = linear_cross_entropy(
-                loss_implementation,
-                encoded[kept],
-                matrix,
-                wanted[kept],
-                num_items_in_batch,
-                **options,
-            )
-            loss = loss + encoder_loss_weight * encoder_loss
-        return Qwen3Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
-            token_losses=token_losses,
-            **{CACHE_FIELD: getattr(outputs, CACHE_FIELD)},
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
+            options = {
+                "num_items": num_items_in_batch,
+                "z_loss": z_loss,
+                "smoothing": smoothing,
+            }
+            losses = self.model.shared(states, labels=labels, **options)
+            loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
+            if encoder_targets is not None:
+                encoded = outputs.encoder_last_hidden_state
+                wanted = _next_tokens(encoder_targets, encoded, position_ids)
+                encoder_loss = self.model.shared(encoded, labels=wanted, **options)[0]
+                loss = loss + encoder_loss_weight * encoder_loss
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        if return_logits:
+            keep: Any = logits_to_keep
+            keep = slice(-keep, None) if isinstance(keep, int) else keep
+            logits = self.model.shared(states[:, keep])
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
+
+    # Labels
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""
+        return self._shift_right(labels, None, None)
+
+    def _shift_right(
+        self, labels: torch.Tensor, mask: Any, cu_seqlens: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Shift each row, or each document of a packed batch, by one and put the start token first.
+
+        With a padding mask, the start token stands at the first real token. Ignored labels become
+        padding.
+        """
+        shifted = labels.roll(1, dims=-1)
+        shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id or 0)
+        places = torch.arange(labels.shape[1], device=labels.device)
+        if cu_seqlens is not None:
+            first = torch.isin(places, cu_seqlens[:-1])[None]
+        elif isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
+            first = (mask.cumsum(-1) == 1) & (mask != 0)
+        else:
+            first = (places == 0)[None]
+        return shifted.masked_fill(first, self.config.decoder_start_token_id or 0)
+
+    # Generation
+
+    def _prepare_cache_for_generation(
+        self,
+        generation_config: GenerationConfig,
+        model_kwargs: dict[str, Any],
+        generation_mode: GenerationMode,
+        batch_size: int,
+        max_cache_length: int,
+    ) -> None:
+        """Make room for the source, which is a prefix of the one cache there is."""
+        source_length = model_kwargs["encoder_outputs"][0].shape[1]
+        one_step = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
+        given = model_kwargs.get("cache")
+        unset = given is None and generation_config.cache_implementation is None
+        if self.device.type == "cuda" and one_step and unset and generation_config.use_cache:
+            generation_config.cache_implementation = "static"  # compiled, as CUDA graphs
+        super()._prepare_cache_for_generation(
+            generation_config,
+            model_kwargs,
+            generation_mode,
+            batch_size,
+            source_length + max_cache_length,
         )
+        cache = model_kwargs.get("cache")
+        if cache is not None:
+            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+            if not isinstance(own, SourceDynamicCache | SourceStaticCache):
+                static = isinstance(own, StaticCache)
+                kind = SourceStaticCache if static else SourceDynamicCache
+                own = kind.around(own, source_length)
+            model_kwargs["cache"] = own
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
+        """Leave the decoder's mask as it is: `forward` puts the source's before it."""
+        return attention_mask
 
     @torch.no_grad()
     def fill(self, text: str | list[str], tokenizer: Any, **generate_options: Any) -> Any:
@@ -392,327 +366,55 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             ValueError: a text has no `<extra_id_N>`, or one that the tokenizer does not have.
         """
         texts = [text] if isinstance(text, str) else list(text)
+        if not texts:
+            return []
         batch = tokenizer.encode_with_sentinels(texts).to(self.device)
         generated = self.generate(**batch, **{"max_new_tokens": 256, **generate_options})
-        copies = len(generated) // len(texts)
-        filled = [
-            tokenizer.put_spans(texts[n // copies], ids) for n, ids in enumerate(generated.tolist())
-        ]
+        sequences = getattr(generated, "sequences", generated)
+        copies = len(sequences) // len(texts)
+        rows = enumerate(sequences.tolist())
+        filled = [tokenizer.put_spans(texts[n // copies], ids) for n, ids in rows]
         return filled[0] if isinstance(text, str) and copies == 1 else filled
 
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""
-        return self._shift_right(labels, None)
 
-    def _shift_right(self, labels: torch.Tensor, segment_mask: torch.Tensor | None) -> torch.Tensor:
-        """Shift each document of each row by one, putting the start token before it;
-
-        ignored labels become padding.
-        """
-        shifted = labels.roll(1, dims=-1)
-        shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id or 0)
-        first = torch.zeros_like(labels, dtype=torch.bool)
-        first[:, 0] = True
-        if segment_mask is not None:
-            first[:, 1:] = segment_mask[:, 1:] != segment_mask[:, :-1]
-        return shifted.masked_fill(first, self.config.decoder_start_token_id or 0)
-
-
-class _LookUp(torch.autograd.Function):
-    """`Qwen3EncoderDecoderModel.look_up` with gradients."""
-
-    @staticmethod
-    def forward(ctx, weight, padding_idx, *ids):
-        ctx.save_for_backward(*ids)
-        ctx.padding_idx = padding_idx
-        return *(nn.functional.embedding(part, weight) for part in ids), weight.view_as(weight)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, *grads):
-        weight_grad = grads[-1]
-        ids = torch.cat([part.flatten() for part in ctx.saved_tensors])
-        rows, place = ids.unique(return_inverse=True)
-        of_tokens = torch.cat([grad.flatten(0, -2) for grad in grads[:-1]])
-        of_tokens = of_tokens.to(torch.promote_types(of_tokens.dtype, torch.float32))
-        sums = of_tokens.new_zeros(len(rows), of_tokens.shape[1]).index_add_(0, place, of_tokens)
-        if ctx.padding_idx is not None:
-            sums[rows == ctx.padding_idx] = 0
-        weight_grad.index_add_(0, rows, sums.to(weight_grad.dtype))  # in place: nobody else has it
-        return weight_grad, None, *(None for _ in ctx.saved_tensors)
-
-
-def _target_mask(labels: torch.Tensor) -> torch.Tensor:
-    """[B, T] labels -> 1 up to a row's last label and at its first place, so that no row is without
-    a target.
-    """
-    real = (labels != IGNORED).long()
-    mask = real.flip(-1).cummax(-1).values.flip(-1)
-    mask[:, 0] = 1
-    return mask
-
-
-def vocabulary_logits(states: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """[B, T, E] states and the [V, E] embedding -> [B, T, V] logits.
-
-    A decoding step has a few rows for a matrix of a gigabyte, so reading it is what it costs. On a
-    CPU the ordinary product reads it about twice, in fp32 and with AMX; other forms of it do so
-    once.
-    """
-    if are_few_rows(states, weight):
-        several = states.numel() > states.shape[-1]
-        if weight.dtype == torch.float32 or (
-            several and torch.cpu.get_capabilities().get("amx_bf16")
-        ):
-            return multiply_few_rows(states, weight)
-    return nn.functional.linear(states, weight)
-
-
-def linear_cross_entropy(
-    implementation: str,
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    num_items: torch.Tensor | int | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Cross-entropy of `hidden @ weight.T` by `chunked_cross_entropy` or by another project's CUDA
-    kernel.
-
-    Raises:
-        ValueError: the implementation is not known, not installed, needs CUDA, or cannot do what is
-            asked for.
-    """
-    if implementation == "chunked":
-        return chunked_cross_entropy(hidden, weight, labels, num_items, z_loss, label_smoothing)
-    packages = {"liger": "liger-kernel", "cce": "cut-cross-entropy"}
-    if implementation not in packages:
+def _packed_keys(
+    cu_seqlens: torch.Tensor,
+    max_seqlen: int | None,
+    decoder_cu_seqlens: torch.Tensor | None,
+    decoder_max_seqlen: int | None,
+    key_order: torch.Tensor | None,
+) -> PackedKeys:
+    """Describe the merged keys of a packed batch; the sums are made on the device."""
+    if decoder_cu_seqlens is None or decoder_max_seqlen is None or key_order is None:
+        raise ValueError("a packed batch needs decoder_cu_seqlens, decoder_max_seqlen, key_order")
+    if max_seqlen is None or decoder_cu_seqlens.shape != cu_seqlens.shape:
         raise ValueError(
-            f"loss_implementation={implementation!r} is not one of chunked, {', '.join(packages)}"
+            f"cu_seqlens has {len(cu_seqlens) - 1} sources and decoder_cu_seqlens "
+            f"{len(decoder_cu_seqlens) - 1} targets; every source needs its target"
         )
-    if not hidden.is_cuda:
-        raise ValueError(
-            f"loss_implementation={implementation!r} runs on CUDA only; 'chunked' runs everywhere"
-        )
-    dtype = _compute_dtype(hidden)
-    flat, flat_labels = hidden.flatten(0, -2).to(dtype), labels.flatten()
-    weight = weight.to(dtype)
-    if num_items is None:
-        num_items = (labels != IGNORED).sum().clamp(min=1)
-    try:
-        if implementation == "liger":
-            loss = import_module("liger_kernel.transformers").LigerFusedLinearCrossEntropyLoss(
-                ignore_index=IGNORED,
-                reduction="sum",
-                lse_square_scale=z_loss,
-                label_smoothing=label_smoothing,
-            )
-            return loss(weight, flat, flat_labels).float() / num_items, None
-        cut_cross_entropy = import_module("cut_cross_entropy").linear_cross_entropy
-    except ImportError:
-        raise ValueError(
-            f"loss_implementation={implementation!r} needs the package {packages[implementation]}"
-        ) from None
-    if z_loss or label_smoothing:
-        raise ValueError("loss_implementation='cce' has neither z_loss nor label_smoothing")
-    losses = cut_cross_entropy(
-        flat, weight, flat_labels, ignore_index=IGNORED, reduction="none"
-    ).float()
-    return losses.sum() / num_items, losses.detach().view(labels.shape)
-
-
-def dense_cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    num_items: torch.Tensor | int,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same from logits [..., V] that exist anyway; see `chunked_cross_entropy`."""
-    kept = labels != IGNORED
-    logits = logits.float()
-    log_sum = logits.logsumexp(-1)
-    target = logits.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
-    objective = log_sum - (1 - label_smoothing) * target + z_loss * log_sum.square()
-    if label_smoothing:
-        objective = objective - label_smoothing * logits.mean(-1)
-    token_losses = (log_sum - target).detach().masked_fill(~kept, 0.0)
-    return objective.masked_fill(~kept, 0.0).sum() / num_items, token_losses
-
-
-def chunked_cross_entropy(
-    hidden: torch.Tensor,
-    weight: torch.Tensor,
-    labels: torch.Tensor,
-    num_items: torch.Tensor | int | None = None,
-    z_loss: float = 0.0,
-    label_smoothing: float = 0.0,
-    chunk: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of `hidden @ weight.T` without ever holding all the logits.
-
-    Logits and log-sum-exp are fp32 whatever the dtype of the product; gradients are formed in the
-    forward pass, chunk by chunk, as in Liger's and Apple's fused losses, and become that of the
-    weight in place: a second backward pass through the same loss (`retain_graph`) raises
-    RuntimeError.
-
-    Args:
-        hidden: [..., E].
-        weight: [V, E].
-        labels: [...] int64, -100 is ignored.
-        num_items: divisor of the sum; None takes the number of labels that are not ignored.
-        z_loss: adds this times the squared log-sum-exp of every token.
-        label_smoothing: share of the target that is spread evenly over the vocabulary.
-        chunk: tokens whose logits exist at a time; by default what suits the device.
-
-    Returns:
-        Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every
-        token in the shape of `labels`, without z-loss and smoothing, 0 where ignored.
-    """
-    states, flat = hidden.flatten(0, -2), labels.flatten()
-    if num_items is None:
-        num_items = (flat != IGNORED).sum().clamp(min=1)
-    elif isinstance(num_items, torch.Tensor):
-        num_items = num_items.to(hidden.device)
-    chunk = chunk or loss_chunk(hidden.device.type)
-    if hidden.is_cuda:  # to know which are ignored, the CPU would have to wait
-        total, losses = _ChunkedCrossEntropy.apply(
-            states, weight, flat, chunk, z_loss, label_smoothing
-        )
-        return total / num_items, losses.view(labels.shape)
-    kept = (flat != IGNORED).nonzero().squeeze(1)
-    total, losses = _ChunkedCrossEntropy.apply(
-        states[kept], weight, flat[kept], chunk, z_loss, label_smoothing
+    inverse = torch.empty_like(key_order)
+    inverse[key_order] = torch.arange(len(key_order), device=key_order.device)
+    layout = Varlen(
+        queries=decoder_cu_seqlens,
+        keys=cu_seqlens + decoder_cu_seqlens,
+        longest_query=decoder_max_seqlen,
+        longest_key=max_seqlen + decoder_max_seqlen,
+        causal=True,
     )
-    token_losses = losses.new_zeros(flat.shape).index_copy(0, kept, losses).view(labels.shape)
-    return total / num_items, token_losses
+    return PackedKeys(layout, key_order, inverse)
 
 
-def loss_chunk(device_type: str) -> int:
-    """Tokens whose logits exist at a time.
+def _next_tokens(
+    targets: torch.Tensor, encoded: torch.Tensor, position_ids: torch.Tensor | None
+) -> torch.Tensor:
+    """Shift encoder targets so that the state before a token predicts it.
 
-    A chunk reads and writes the whole matrix' gradient, which a GPU notices.
+    The first token of a document has no state before it.
     """
-    return 2048 if device_type == "cuda" else 512
-
-
-def _compute_dtype(hidden: torch.Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
-
-
-def _form_gradient(
-    logits: torch.Tensor, labels: torch.Tensor, z_loss: float, smoothing: float, gradients: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses of a chunk, [C] fp32 and 0 where ignored, and the sum of z-loss and smoothing.
-
-    The [C, V] logits become the gradient of all of these:
-    softmax (1 + 2 z log_sum) - (1 - smoothing) one-hot - smoothing / V.
-    """
-    kept = labels != IGNORED
-    target = labels.masked_fill(~kept, 0)[:, None]
-    logit = logits.gather(1, target).float()
-    place = logits if logits.dtype == torch.float32 and not torch.compiler.is_compiling() else None
-    log_probs = torch.log_softmax(logits, -1, dtype=torch.float32, out=place)
-    of_target = log_probs.gather(1, target)
-    losses = (-of_target.squeeze(1)).masked_fill(~kept, 0.0)
-    extra = losses.new_zeros(())
-    log_sum = logit - of_target
-    if z_loss:
-        extra = extra + z_loss * log_sum.square().masked_fill(~kept[:, None], 0.0).sum()
-    if smoothing:
-        extra = (
-            extra
-            + smoothing * (of_target.squeeze(1) - log_probs.mean(1)).masked_fill(~kept, 0.0).sum()
-        )
-    if not gradients:
-        return losses, extra
-    if torch.compiler.is_compiling():  # one pass over the logits, another to write the gradient
-        gradient = log_probs.exp() * (1 + 2 * z_loss * log_sum) - smoothing / logits.shape[1]
-        chosen = torch.arange(logits.shape[1], device=logits.device) == target
-        gradient = torch.where(chosen, gradient - (1 - smoothing), gradient)
-        logits.copy_(torch.where(kept[:, None], gradient, 0.0))
-        return losses, extra
-    gradient = log_probs.exp_()
-    if z_loss:
-        gradient *= 1 + 2 * z_loss * log_sum
-    if smoothing:
-        gradient -= smoothing / gradient.shape[1]
-    gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
-    gradient[~kept] = 0.0
-    if gradient is not logits:
-        logits.copy_(gradient)
-    return losses, extra
-
-
-@cache
-def _compiled_form_gradient() -> Any:
-    return torch.compile(_form_gradient, dynamic=True)
-
-
-class _ChunkedCrossEntropy(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, hidden, weight, labels, chunk, z_loss, smoothing):
-        kind, classes = hidden.device.type, len(weight)
-        dtype = _compute_dtype(hidden)
-        gradients = any(ctx.needs_input_grad[:2])
-        with torch.autocast(kind, enabled=False):
-            if hidden.is_cuda:  # tensor cores want a multiple of 8 classes; more are never chosen, nor have a gradient
-                matrix = weight.new_zeros(classes + -classes % 64, weight.shape[1], dtype=dtype)
-                matrix[:classes] = weight
-            else:
-                matrix = weight.to(dtype)
-            losses = torch.empty(hidden.shape[0], dtype=torch.float32, device=hidden.device)
-            extra = torch.zeros(
-                (), dtype=torch.float32, device=hidden.device
-            )  # of z-loss and smoothing
-            hidden_grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-            weight_grad = (
-                torch.zeros_like(matrix, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-            )
-            # On a CPU in slices that stay in cache while they are added; on a GPU at once.
-            rows = 4096 if kind == "cpu" else len(matrix)
-            form_gradient = (
-                _compiled_form_gradient()
-                if hidden.is_cuda and find_spec("triton")
-                else _form_gradient
-            )
-            for start in range(0, hidden.shape[0], chunk):
-                part = slice(start, start + chunk)
-                states = hidden[part].to(dtype)
-                logits = states @ matrix.T  # (chunk, V)
-                losses[part], more = form_gradient(
-                    logits[:, :classes], labels[part], z_loss, smoothing, gradients
-                )
-                extra += more
-                if hidden_grad is not None:
-                    hidden_grad[part] = logits @ matrix
-                if weight_grad is not None and dtype == torch.float32:
-                    torch.addmm(weight_grad, logits.T, states, out=weight_grad)
-                elif weight_grad is not None:
-                    for total, columns in zip(
-                        weight_grad.split(rows), logits.split(rows, dim=1), strict=True
-                    ):
-                        total += columns.T @ states
-        if (
-            weight_grad is not None
-        ):  # no view: autograd adds to it in place only if nothing else holds its storage
-            weight_grad = weight_grad[:classes].detach()
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        ctx.weight_dtype = weight.dtype
-        ctx.mark_non_differentiable(losses)
-        return losses.sum() + extra, losses
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad_total, _):
-        hidden_grad, weight_grad = ctx.saved_tensors
-        if hidden_grad is not None:
-            hidden_grad = hidden_grad * grad_total.to(hidden_grad.dtype)
-        if weight_grad is not None:
-            weight_grad = weight_grad.mul_(grad_total).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None
+    check_shape("encoder_targets", targets, encoded.shape[:2])
+    if position_ids is None:
+        position_ids = torch.arange(targets.shape[1], device=targets.device)[None]
+    return targets.masked_fill(position_ids == 0, IGNORED).roll(-1, dims=-1)
 
 
 __all__ = ["Qwen3EncoderDecoderModel", "Qwen3ForSeq2SeqLM"]

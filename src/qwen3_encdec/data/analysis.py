@@ -10,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.data.collate import Row, fewest_rows
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.stream import UL2Stream
+from qwen3_encdec.data.stream import COUNTS, Row, UL2Data, rows
 from qwen3_encdec.data.ul2 import Example, Preset, render
 from qwen3_encdec.folders import InputError
 
@@ -43,11 +42,9 @@ class Analysis:
 
     denoisers: list[DenoiserReport]
     counts: dict[str, int]
-    """Documents read, used, refused and held out, and their tokens (see `UL2Stream.counts`)."""
+    """Documents read, used, refused and held out, and tokens made of them."""
     rows: int
     examples: int
-    packing_efficiency: float
-    """Rows that could not be avoided, over the rows there are."""
     tokens_per_second: float
     """Source and target tokens from text to rows, in one process."""
     encoder: str
@@ -99,15 +96,11 @@ class Analysis:
                     **number
                 ),
             ),
-            ("tokens", f"{number['tokens']} of text"),
+            ("tokens", f"{number['tokens']} in sources and targets"),
             ("rows", f"{self.rows:,} with {self.examples:,} examples"),
             (
                 "filled",
                 f"{source:.1%} of the source and {target:.1%} of the target budget; the fuller one {fuller:.1%}",
-            ),
-            (
-                "packing efficiency",
-                f"{self.packing_efficiency:.1%}: the fewest rows that any packing needs, over these",
             ),
             (
                 "speed",
@@ -144,25 +137,23 @@ def analyze(
 
     Raises InputError as the stream does.
     """
-    stream = UL2Stream(config, tokenizer, epochs=1)
-    rows: list[Row] = []
-    drawn, tokens, start = 0, 0, time.perf_counter()
+    data = UL2Data(config, tokenizer)
+    drawn: list[Row] = []
+    made, tokens, start = 0, 0, time.perf_counter()
     progress: list[tuple[float, int]] = []
-    for row in stream:
-        rows.append(row)
-        drawn += len(row)
-        tokens += sum(len(e.source) + len(e.target) for e in row)
-        if len(rows) % 64 == 0:
+    for row in rows(data, epochs=1):
+        drawn.append(row)
+        made += len(row.examples)
+        tokens += sum(len(e.source) + len(e.target) for e in row.examples)
+        if len(drawn) % 64 == 0:
             progress.append((time.perf_counter() - start, tokens))
-        if drawn >= num_examples:
+        if made >= num_examples:
             break
     seconds = time.perf_counter() - start
-    if not rows:
-        raise InputError(
-            f"there is no example in {', '.join(config.inputs)}: {dict(stream.counts)}"
-        )
-    examples = [example for row in rows for example in row]
-    is_sentinel = [np.isin(example.source, stream.sentinel_ids) for example in examples]
+    if not drawn:
+        raise InputError(f"there is no example in {', '.join(config.inputs)}")
+    examples = [example for row in drawn for example in row.examples]
+    is_sentinel = [np.isin(example.source, data.sentinel_ids) for example in examples]
     sizes = np.array(
         [
             (len(e.source), len(e.target), s.sum(), e.denoiser)
@@ -172,29 +163,30 @@ def analyze(
     drawn_from = sizes[:, 3]
     noise = np.zeros((len(config.denoisers), 2, _POSITIONS))
     for example in examples:
-        noise[example.denoiser] += _noise_by_position(example, stream)
+        noise[example.denoiser] += _noise_by_position(example, data)
     of_each = [
         [e for e in examples if e.denoiser == i][:show] for i in range(len(config.denoisers))
     ]
-    reason = stream.encode.fallback_reason
+    reason = data.encode.fallback_reason
     return Analysis(
         denoisers=[
             _report(config.denoisers, i, drawn_from == i, sizes[:, :3], int(config.mode_tokens))
             for i in range(len(config.denoisers))
         ],
-        counts=dict(stream.counts),
-        rows=len(rows),
+        counts=_counts(drawn),
+        rows=len(drawn),
         examples=len(examples),
-        packing_efficiency=fewest_rows(examples, config.source_length, config.target_length)
-        / len(rows),
         tokens_per_second=tokens / seconds,
-        encoder=stream.encode.name if reason is None else f"tokenizers ({reason})",
+        encoder=data.encode.name if reason is None else f"tokenizers ({reason})",
         shown=[
             render(example, tokenizer, config.denoisers) for some in of_each for example in some
         ],
         sizes=sizes,
         fills=np.array(
-            [(sum(len(e.source) for e in row), sum(len(e.target) for e in row)) for row in rows]
+            [
+                (sum(len(e.source) for e in row.examples), sum(len(e.target) for e in row.examples))
+                for row in drawn
+            ]
         )
         / (config.source_length, config.target_length),
         noise_by_position=noise[:, 0] / np.where(noise[:, 1] > 0, noise[:, 1], np.nan),
@@ -202,11 +194,19 @@ def analyze(
     )
 
 
-def _noise_by_position(example: Example, stream: UL2Stream) -> np.ndarray:
+def _counts(drawn: list[Row]) -> dict[str, int]:
+    """Add up what became of documents, out of each stream's last row."""
+    last = {(row.stream, row.corpus): row.position for row in drawn}
+    total = {name: sum(position[name] for position in last.values()) for name in COUNTS}
+    total["used"] = total.pop("documents")
+    return total | {"documents": total["used"] + total["refused"] + total["heldout"]}
+
+
+def _noise_by_position(example: Example, data: UL2Data) -> np.ndarray:
     """Noise tokens and tokens by twentieth of the text, (2, 20)."""
-    marks = [np.isin(side, stream.sentinel_ids) for side in (example.source, example.target)]
+    marks = [np.isin(side, data.sentinel_ids) for side in (example.source, example.target)]
     spans = np.diff(np.flatnonzero(np.append(marks[1], True))) - 1
-    is_noise = marks[0][len(stream.prefix_ids[:1]) : -1]
+    is_noise = marks[0][len(data.mode_ids[:1]) : -1]
     if not len(spans):
         noise = np.repeat([False, True], [len(is_noise), len(example.target) - 1])
     else:

@@ -1,7 +1,7 @@
 """What to train on: the `data:` section of a training YAML."""
 
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from qwen3_encdec.data.ul2 import Preset, raw_length, resolve_preset
 from qwen3_encdec.folders import InputError, read_yaml
@@ -19,6 +19,8 @@ class Source:
     """Share of the tokens, relative to the other sources."""
     text_column: str = "text"
     """As `DataConfig.text_column`."""
+    name: str = ""
+    """Its name in logs; the last part of its first input without one."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,13 @@ class DataConfig:
     """
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
-    """Files, folders or globs of .jsonl, .txt (one document a line; both also .gz or .zst) or
-    .parquet; a folder that prepare-data wrote; a hub dataset as ORG/NAME or ORG/NAME:CONFIG; or
-    package-docs, the docstrings of the installed Python packages.
+    """Files, folders or globs of .jsonl, .txt (one document a line), .json, .csv (all also .gz,
+    .zst, .bz2 or .xz) or .parquet; a folder that prepare-data wrote; a hub dataset as ORG/NAME or
+    ORG/NAME:CONFIG; or package-docs, the docstrings of the installed Python packages.
     """
     mixture: list[dict] = field(default_factory=list)
-    """Instead of inputs: sources as {inputs:
-
-    [...], weight: 1, text_column: text}; weight is a share of the tokens.
+    """Instead of inputs: sources as {inputs: [...], weight: 1, text_column: text, name: web};
+    weight is a share of the tokens.
     """
     text_column: str = "text"
     """Field of a JSON line, column of a parquet file or hub dataset that holds the text."""
@@ -67,9 +68,13 @@ class DataConfig:
     """Most target tokens in a row, sentinels and EOS counted."""
     min_tokens: int = 8
     """Shorter documents are refused and counted, and no chunk of a document is shorter."""
-    packing: bool | Literal["buckets"] = True
-    """Put several examples in a row, isolated from each other; false is one example a row, buckets
-    is one example a row with rows of like length after each other.
+    packing: bool = True
+    """Put several examples in a row; false is one example a row."""
+    streams: int = 64
+    """Canonical streams of rows. Ranks times workers must divide it; changing it changes the order."""
+    cache_gib: float = 32.0
+    """Compressed inputs, .csv, JSON arrays and hub datasets of up to so many GiB are unpacked or
+    downloaded into the cache before training; larger ones are streamed.
     """
     seed: int = 0
     """Decides order and corruption."""
@@ -89,6 +94,10 @@ class DataConfig:
                 raise InputError(
                     f"data.mixture: weight={source.weight} of {', '.join(source.inputs)} is not positive"
                 )
+        if self.streams < 1:
+            raise InputError(f"data.streams={self.streams} is below 1")
+        if self.cache_gib < 0:
+            raise InputError(f"data.cache_gib={self.cache_gib} is negative")
         if self.min_tokens < 2:
             raise InputError(f"data.min_tokens={self.min_tokens} is below 2")
         if self.heldout_every < 2:
@@ -109,12 +118,12 @@ class DataConfig:
                     f"data.mode_tokens: denoiser {denoiser.name!r} does not begin with R, X or S"
                 )
 
-    @property
+    @cached_property
     def denoisers(self) -> Preset:
         """The mixture that `preset` names or lists."""
         return resolve_preset(self.preset)
 
-    @property
+    @cached_property
     def raw_lengths(self) -> list[int]:
         """The longest text that each denoiser may take."""
         source_length = self.source_length - self.mode_tokens
@@ -122,22 +131,26 @@ class DataConfig:
             raw_length(denoiser, source_length, self.target_length) for denoiser in self.denoisers
         ]
 
-    @property
+    @cached_property
     def sources(self) -> list[Source]:
         """What `mixture` lists, or one source of `inputs`."""
-        if not self.mixture:
-            return [Source(self.inputs, text_column=self.text_column)]
-        try:
-            sources = [Source(**{"text_column": self.text_column, **item}) for item in self.mixture]
-        except TypeError as error:
-            raise InputError(
-                f"data.mixture: {error} (a source has inputs, weight, text_column)"
-            ) from None
-        for source in sources:
+        items = self.mixture or [{"inputs": self.inputs}]
+        sources = []
+        for number, item in enumerate(items):
+            try:
+                source = Source(**{"text_column": self.text_column, **item})
+            except TypeError as error:
+                raise InputError(
+                    f"data.mixture: {error} (a source has inputs, weight, text_column, name)"
+                ) from None
             if not isinstance(source.inputs, list) or not isinstance(source.weight, int | float):
                 raise InputError(
                     f"data.mixture: {source} needs a list of inputs and a number as its weight"
                 )
+            first = str(source.inputs[0]) if source.inputs else ""
+            name = source.name or first.rstrip("/").rpartition("/")[2]
+            taken = {source.name for source in sources}
+            sources.append(replace(source, name=f"{name}-{number}" if name in taken else name))
         return sources
 
 

@@ -1,13 +1,12 @@
 """Tokenize a corpus once, into parquet files that the stream reads without tokenizing again.
 
-The corpus is cut into parts of whole shards. Each part becomes one file, written beside its place
+The corpus is cut into parts of whole blocks. Each part becomes one file, written beside its place
 and renamed into it, by whichever process is free; a run that was stopped goes on with the parts
 that are not there yet. Until the last one is, all lies in `OUTPUT.partial`, with a plan of what is
-to be made out of what. Documents keep the number and the held-out fate that they have in the
-corpus, so that the stream makes the same examples out of either.
+to be made out of what. An index of all files lies beside them, so that opening costs nothing.
 
 Duplicates are found beforehand, in one pass over the texts in the order of the corpus: the first
-copy stays.
+copy stays. A document keeps its key, so that it is held out, and corrupted, as its text would be.
 """
 
 import json
@@ -18,8 +17,6 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,14 +27,13 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.corpus import (
-    TOKENIZED_SCHEMA,
+    INDEX_FILE,
     TOKENIZER_KEY,
-    Block,
-    Shard,
-    Tokenized,
-    corpus_fingerprint,
+    TOKENS_SCHEMA,
+    Corpus,
+    Document,
+    all_places,
     open_corpus,
-    tokenized,
 )
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.folders import (
@@ -50,8 +46,9 @@ from qwen3_encdec.folders import (
 )
 
 _COUNTS_KEY = b"qwen3_encdec.counts"
+_GROUP_TOKENS = 2**16
 _PERMUTATIONS, _SIMILARITY = 128, 0.8
-_FEWEST_BLOCKS, _MOST_BLOCKS = 16, 1024
+_COUNTED = ("documents", "used", "short", "long", "duplicate", "tokens")
 
 
 @dataclass(frozen=True)
@@ -89,101 +86,93 @@ def prepare(
         processes: How many work at a time; None is one for each processor.
 
     Returns:
-        What became of the documents: `documents` = `used` + `short` + `long` + `duplicate`, and
-            `tokens`.
+        Counts: `documents` = `used` + `short` + `long` + `duplicate`, and `tokens`.
 
     Raises:
         InputError: bad input, a full disk, or another corpus, tokenizer or settings than the
             stopped run had.
     """
     check_output(output, "prepared corpus")
-    shards = open_corpus(
+    corpus = open_corpus(
         preparation.inputs, text_column=preparation.text_column, hub_split=preparation.hub_split
     )
-    parts = _parts(shards)
+    parts = _parts(corpus)
+    fingerprint = Encoder(tokenizer).fingerprint
     plan = {
         "preparation": asdict(preparation),
-        "corpus": corpus_fingerprint(shards),
-        "tokenizer": Encoder(tokenizer).fingerprint,
+        "corpus": corpus.fingerprint(),
+        "tokenizer": fingerprint,
         "parts": len(parts),
     }
     building = output.with_name(output.name + ".partial")
     try:
         _begin(building, plan)
-        _find_duplicates(preparation, shards, building / "duplicates.npy")
-        files = [
-            building / f"part-{number:05d}-of-{len(parts):05d}.parquet"
-            for number in range(len(parts))
+        _find_duplicates(preparation, corpus, building / "duplicates.npy")
+        names = [f"part-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+        todo = [
+            (part, building / name)
+            for part, name in zip(parts, names, strict=True)
+            if not (building / name).exists()
         ]
-        todo = [(part, file) for part, file in zip(parts, files, strict=True) if not file.exists()]
-        with tqdm(
-            total=len(parts), initial=len(parts) - len(todo), unit="part", disable=None
-        ) as progress:
-            for _ in _in_processes(todo, (preparation, tokenizer, building), processes):
+        done = len(parts) - len(todo)
+        with tqdm(total=len(parts), initial=done, unit="part", disable=None) as progress:
+            for _ in _in_processes(todo, (preparation, tokenizer, corpus, building), processes):
                 progress.update()
-        counts = _add_up(
-            Counter(json.loads(pq.read_metadata(file).metadata[_COUNTS_KEY])) for file in files
-        )
+        counts = _write_index(building, names, fingerprint)
         (building / "plan.json").unlink()
         (building / "duplicates.npy").unlink()
-        provenance = {
-            "kind": "prepared corpus",
-            **plan,
-            "counts": counts,
-            "versions": package_versions(),
-        }
-        write_json(building / PROVENANCE_FILE, provenance)
+        provenance = {"kind": "prepared corpus", **plan, "counts": counts}
+        write_json(building / PROVENANCE_FILE, provenance | {"versions": package_versions()})
         if output.exists():
             shutil.rmtree(output)
         os.rename(building, output)
     except OSError as error:
-        raise InputError(
-            f"cannot write {building}: {error}; run again to go on from there"
-        ) from None
+        raise InputError(f"cannot write {building}: {error}; run again to go on") from None
     return counts
 
 
-def _parts(shards: list[Shard]) -> list[list[Shard]]:
-    """Shards that go into one file each, at most about a thousand;
+def _parts(corpus: Corpus) -> list[range]:
+    """Return the blocks that go into one file each; of a streamed corpus one of its files."""
+    most = 1 if corpus.streamed else min(max(corpus.num_blocks // 256, 16), 1024)
+    starts = range(0, corpus.num_blocks, most)
+    return [range(start, min(start + most, corpus.num_blocks)) for start in starts]
 
-    a shard of unknown size is one by itself.
-    """
-    sizes = [shard.num_blocks or _FEWEST_BLOCKS for shard in shards]
-    most = min(max(sum(sizes) // 256, _FEWEST_BLOCKS), _MOST_BLOCKS)
-    ends = np.cumsum(sizes)
-    # A shard belongs to the part in which it begins.
-    starts = np.unique((ends - sizes) // most, return_index=True)[1].tolist()
-    return [shards[start:end] for start, end in pairwise([*starts, len(shards)])]
+
+def _block(corpus: Corpus, number: int) -> Iterator[Document]:
+    if corpus.streamed:
+        file = corpus.files[number]
+        return map(file.parse, all_places(file))
+    file, block = corpus.block(number)
+    return map(file.parse, file.places(block))
 
 
 def _begin(building: Path, plan: dict[str, Any]) -> None:
     """Make the folder of an unfinished preparation, or take up one that has the same plan."""
     building.mkdir(parents=True, exist_ok=True)
+    plan_file = building / "plan.json"
     if (building / PROVENANCE_FILE).exists():  # all but renamed
         (building / PROVENANCE_FILE).unlink()
-    elif any(building.iterdir()) and (
-        not (building / "plan.json").exists()
-        or read_json(building / "plan.json") != json.loads(json.dumps(plan))
-    ):
-        raise InputError(
-            f"{building} holds an unfinished preparation of another corpus, with another tokenizer or other settings; "
-            "delete it or name another output"
-        )
+    elif any(building.iterdir()):
+        same = plan_file.exists() and read_json(plan_file) == json.loads(json.dumps(plan))
+        if not same:
+            raise InputError(
+                f"{building} holds an unfinished preparation of another corpus, with another "
+                "tokenizer or other settings; delete it or name another output"
+            )
     for leftover in building.glob("*.tmp*"):
         leftover.unlink()
-    write_json(building / "plan.json", plan)
+    write_json(plan_file, plan)
 
 
 def _in_processes(
-    todo: list[tuple[list[Shard], Path]], arguments: tuple[Any, ...], processes: int | None
+    todo: list[tuple[range, Path]], arguments: tuple[Any, ...], processes: int | None
 ) -> Iterator[None]:
     """Write all parts, in this process if there is one part or process only."""
     processes = min(processes or os.cpu_count() or 1, len(todo))
     if processes <= 1:
-        write = _PartWriter(*arguments)
+        _start_process(*arguments)
         for part in todo:
-            write(*part)
-            yield
+            yield _write_part(*part)
         return
     with ProcessPoolExecutor(processes, initializer=_start_process, initargs=arguments) as pool:
         try:
@@ -201,54 +190,73 @@ class _PartWriter:
     """Writes parts; made once a process."""
 
     def __init__(
-        self, preparation: Preparation, tokenizer: PreTrainedTokenizerBase, building: Path
+        self,
+        preparation: Preparation,
+        tokenizer: PreTrainedTokenizerBase,
+        corpus: Corpus,
+        building: Path,
     ) -> None:
-        self.preparation, self.encode = preparation, Encoder(tokenizer)
-        self.duplicates = np.load(building / "duplicates.npy", mmap_mode="r")
+        self.preparation, self.corpus, self.encode = preparation, corpus, Encoder(tokenizer)
+        self.duplicates = set(np.load(building / "duplicates.npy").tolist())
 
-    def __call__(self, shards: list[Shard], file: Path) -> None:
-        """Write the documents of some shards, a row group a block."""
-        metadata = {TOKENIZER_KEY: self.encode.fingerprint.encode()}
-        counts = _add_up([])
+    def write(self, blocks: range, file: Path) -> None:
+        """Write the documents of some blocks, row groups of about as many tokens."""
+        schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: self.encode.fingerprint.encode()})
+        counts = Counter(dict.fromkeys(_COUNTED, 0))
         temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
         try:
-            with pq.ParquetWriter(
-                temporary, TOKENIZED_SCHEMA.with_metadata(metadata), compression="zstd"
-            ) as writer:
-                for block in (block for shard in shards for block in shard.blocks()):
-                    documents = self._tokenize(block, shards, counts)
-                    offsets = np.append(0, np.cumsum(documents.lengths)).astype(np.int32)
-                    columns = [
-                        documents.ids,
-                        documents.checksums,
-                        pa.ListArray.from_arrays(offsets, documents.tokens),
-                    ]
-                    if len(documents.ids):
-                        writer.write_table(
-                            pa.table(columns, schema=TOKENIZED_SCHEMA), row_group_size=2**31
-                        )
+            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for group in self._groups(blocks, counts):
+                    keys, tokens = zip(*group, strict=True)
+                    offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
+                    lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
+                    table = pa.table([pa.array(keys, pa.int64()), lists], schema=schema)
+                    writer.write_table(table, row_group_size=2**31)
                 writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(counts)})
             os.replace(temporary, file)
         except OSError as error:
-            raise InputError(
-                f"cannot write {file}: {error}; run again to go on with this part"
-            ) from None
+            raise InputError(f"cannot write {file}: {error}; run again to go on") from None
         finally:
             temporary.unlink(missing_ok=True)
 
-    def _tokenize(self, block: Block, shards: list[Shard], counts: Counter[str]) -> Tokenized:
-        if isinstance(block, Tokenized):
-            raise InputError(f"{shards[0].path} is tokenized already")
-        documents, twice = tokenized(
-            block, self.encode.batch, lambda ids, _: np.isin(ids, self.duplicates)
-        )
-        short = documents.lengths < self.preparation.min_tokens
-        long = documents.lengths > (self.preparation.max_tokens or np.inf)
-        documents = documents.without(short | long)
-        found = {"short": short, "long": long, "duplicate": twice}
-        counts.update({name: int(those.sum()) for name, those in found.items()})
-        counts.update(documents=len(block), used=len(documents.ids), tokens=len(documents.tokens))
-        return documents
+    def _groups(
+        self, blocks: range, counts: Counter[str]
+    ) -> Iterator[list[tuple[int, np.ndarray]]]:
+        group: list[tuple[int, np.ndarray]] = []
+        size = 0
+        for block in blocks:
+            for place, document in enumerate(_block(self.corpus, block)):
+                tokens = self._tokens(document, (block << 32) + place, counts)
+                if tokens is None:
+                    continue
+                group.append((document.key, tokens))
+                size += len(tokens)
+                if size >= _GROUP_TOKENS:
+                    yield group
+                    group, size = [], 0
+        if group:
+            yield group
+
+    def _tokens(self, document: Document, place: int, counts: Counter[str]) -> np.ndarray | None:
+        """Return token ids of a document, None if it is left out, and count it."""
+        counts["documents"] += 1
+        if place in self.duplicates:
+            counts["duplicate"] += 1
+            return None
+        if not isinstance(document.content, str):
+            raise InputError(f"{self.corpus.name} is tokenized already")
+        tokens = self.encode(document.content)
+        most = self.preparation.max_tokens
+        for name, out in (
+            ("short", len(tokens) < self.preparation.min_tokens),
+            ("long", most is not None and len(tokens) > most),
+        ):
+            if out:
+                counts[name] += 1
+                return None
+        counts["used"] += 1
+        counts["tokens"] += len(tokens)
+        return tokens
 
 
 _writer: _PartWriter
@@ -259,56 +267,63 @@ def _start_process(*arguments: Any) -> None:
     _writer = _PartWriter(*arguments)
 
 
-def _write_part(shards: list[Shard], file: Path) -> None:
-    _writer(shards, file)
+def _write_part(blocks: range, file: Path) -> None:
+    _writer.write(blocks, file)
 
 
-def _find_duplicates(preparation: Preparation, shards: list[Shard], file: Path) -> None:
-    """Write the numbers of the documents to leave out, int64 ascending."""
+def _write_index(building: Path, names: Iterable[str], tokenizer: str) -> Counter[str]:
+    """Write row counts and tokens of all files into one, and add up what became of documents."""
+    counts = Counter(dict.fromkeys(_COUNTED, 0))
+    files = {}
+    for name in names:
+        metadata = pq.read_metadata(building / name)
+        of_file = json.loads(metadata.metadata[_COUNTS_KEY])
+        counts.update(of_file)
+        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+        files[name] = rows, of_file["tokens"]
+    write_json(building / INDEX_FILE, {"tokenizer": tokenizer, "files": files})
+    return counts
+
+
+def _find_duplicates(preparation: Preparation, corpus: Corpus, file: Path) -> None:
+    """Write the places of the documents to leave out, int64 ascending."""
     if file.exists():
         return
-    duplicates: list[int] = []
-    seen: set[bytes] = set()
-    alike = None
-    if preparation.deduplicate == "minhash":
+    found: list[int] = []
+    if preparation.deduplicate != "no":
+        found = sorted(_copies(corpus, preparation.deduplicate == "minhash"))
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as handle:
+        np.save(handle, np.array(found, dtype=np.int64))
+    os.replace(temporary, file)
+
+
+def _copies(corpus: Corpus, alike: bool) -> Iterator[int]:
+    """Yield the places of documents whose text, or one like it, was there before."""
+    near = None
+    if alike:
         try:
             from rensa import RMinHashDeduplicator
         except ImportError:
             raise InputError(
                 "deduplicating by minhash needs the package rensa: pip install rensa"
             ) from None
-        alike = RMinHashDeduplicator(_SIMILARITY, _PERMUTATIONS, use_lsh=True)
-    for block in (
-        block for shard in shards for block in shard.blocks() if preparation.deduplicate != "no"
-    ):
+        near = RMinHashDeduplicator(_SIMILARITY, _PERMUTATIONS, use_lsh=True)
+    seen: set[int] = set()
+    for block in range(corpus.num_blocks):
         fresh = []
-        for document in block if isinstance(block, list) else ():
-            digest = blake2b(document.text.encode("utf-8", "replace"), digest_size=16).digest()
-            if digest in seen:
-                duplicates.append(document.id)
-            elif document.text:  # empty ones are too short, not copies
-                seen.add(digest)
-                fresh.append(document)
-        if alike is not None:
-            kept = alike.add_pairs(
-                [(str(document.id), _triples(document.text)) for document in fresh]
-            )
-            duplicates += [
-                document.id for document, keep in zip(fresh, kept, strict=True) if not keep
-            ]
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as handle:
-        np.save(handle, np.array(sorted(duplicates), dtype=np.int64))
-    os.replace(temporary, file)
+        for number, document in enumerate(_block(corpus, block), block << 32):
+            if document.key in seen:
+                yield number
+            elif len(document.content):  # empty ones are too short, not copies
+                seen.add(document.key)
+                fresh.append((str(number), _triples(str(document.content))))
+        if near is not None:
+            for (number, _), keep in zip(fresh, near.add_pairs(fresh), strict=True):
+                if not keep:
+                    yield int(number)
 
 
 def _triples(text: str) -> list[str]:
     words = text.casefold().split()
     return [" ".join(words[i : i + 3]) for i in range(max(len(words) - 2, 1))]
-
-
-def _add_up(parts: Iterable[Counter[str]]) -> Counter[str]:
-    total = Counter(documents=0, used=0, short=0, long=0, duplicate=0, tokens=0)
-    for part in parts:
-        total.update(part)
-    return total

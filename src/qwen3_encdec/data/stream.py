@@ -1,521 +1,736 @@
-"""The training stream: documents to packed UL2 rows, with a state that resumes it exactly and at
-once.
+"""The training stream: documents to packed rows, in one order for any number of machines.
 
-Everything is done block by block, a block being about a megabyte of text (see `sources`). An epoch
-takes the shards in an order of its own; epochs follow each other without end. The rows of a block
-are a pure function of (seed, epoch, shard, block), so all that has to be remembered is a place:
-epoch, place in the epoch's order of shards, block, and rows already given. To resume is to seek to
-that shard and make one block again.
+    data = UL2Data(config, tokenizer)
+    loader = RowLoader(data, batch_size=8, rank=rank, ranks=ranks, num_workers=4)
+    batch = next(iter(loader))
+    state = merge_states([...loader.state_dict() of every rank])
+    loader = RowLoader(data, ..., state=state)      # any ranks and workers that divide the streams
 
-Blocks are dealt out to the readers (workers of ranks) by their number, so that each is read once an
-epoch whatever the number of readers. To continue with another number of readers is to deal out
-again what is left: `redeal` keeps, as a `deal`, the places at which all former readers stopped, and
-from these any reader can tell for any block whether it is done. A deal is forgotten once a reader
-is past all of its places.
+The order. A corpus is an endless sequence of blocks: epoch after epoch, each in an order of its
+own. C canonical streams deal them out, block q to stream q mod C; a stream turns its blocks into
+rows, and the rows of all streams in rotation are the global sequence: row i comes from stream i
+mod C. None of this knows of ranks or workers. Of R readers (workers of ranks, R dividing C), reader
+j makes the rows i with i mod R = j, which are those of C / R streams.
+
+    row      0   1   2   3   4   5   6   7   8   9 ...      C = 4 streams
+    stream   0   1   2   3   0   1   2   3   0   1 ...
+    reader   0   1   0   1   0   1   0   1   0   1 ...      R = 2 readers
+
+A corpus that has to be read from the start of its files is dealt out by document: stream s takes
+the documents j with (j + offset) mod C = s of every file.
+
+The state. Every row carries the position of its stream behind it, so that a loader knows where it
+stands by the rows that it has handed out, whatever its workers have prepared beyond.
 """
 
-import copy
-import dataclasses
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
-from typing import Any
+import json
+from bisect import bisect
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
+from itertools import accumulate, count, islice
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.data.collate import Row, bucket, pack
+from qwen3_encdec.data.collate import collate_rows, pack
 from qwen3_encdec.data.config import MODES, DataConfig
 from qwen3_encdec.data.corpus import (
-    Block,
-    Shard,
-    Texts,
-    Tokenized,
-    TokenizedGroup,
-    corpus_fingerprint,
+    Corpus,
+    Document,
+    MemoryFile,
+    TokensFile,
+    all_places,
     open_corpus,
-    tokenized,
-)  # fmt: skip
-from qwen3_encdec.data.package_docs import Split
-from qwen3_encdec.data.tokenization import Encoder
-from qwen3_encdec.data.ul2 import (
-    Example,
-    Examples,
-    check_capacity,
-    corrupt_batch,
-    draw_denoisers,
-    example_keys,
 )
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.data.tokenization import Encoder
+from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
+from qwen3_encdec.folders import InputError, write_json
 
-_SHARDS_PER_READER = 4
-_HELDOUT_EPOCH = -1
+WINDOW_ROWS = 16
+"""Rows' worth of examples of a stream that are packed together."""
+_LANES = 8
+Position = dict[str, int]
+COUNTS = ("tokens", "documents", "refused", "heldout")
+BEGINNING: Position = dict.fromkeys(("turn", "document", "row", *COUNTS), 0)
+"""A stream in a corpus: which block, documents done in it, rows given behind them, and totals."""
 
 
-class UL2Stream(IterableDataset):
-    """Rows (lists of `Example`) for one rank, forever or for some epochs.
+class Row(NamedTuple):
+    """Examples that fit the length budgets together, and where their stream stands behind them."""
 
-    Rows of several sources alternate such that their tokens are in the ratio of their weights.
+    examples: list[Example]
+    stream: int
+    corpus: int
+    position: Position
+    error: str = ""
 
-    `counts` says what became of the documents read so far: `documents` = `used` + `refused` (too
-    short) + `heldout`, and their `tokens` and `refused_tokens`. A resumed stream counts on.
+
+class HeldoutText(NamedTuple):
+    """A text that training never sees."""
+
+    corpus: int
+    """Index into `UL2Data.heldout_corpora`."""
+    path: str
+    key: int
+    tokens: list[int]
+
+
+class UL2Data:
+    """The corpora of a config, opened, and what becomes of their documents."""
+
+    def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
+        self.config = config
+        self.sentinel_ids, self.eos_id, self.mode_ids = special_ids(config, tokenizer)
+        self.kept_ids = np.array([self.eos_id, *self.sentinel_ids, *self.mode_ids])
+        self.encode = Encoder(tokenizer)
+        self.opened = [
+            open_corpus(
+                source.inputs,
+                name=source.name,
+                text_column=source.text_column,
+                **self._options(),
+            )
+            for source in config.sources
+        ]
+        self.corpora = [corpus.name for corpus in self.opened]
+        self.heldout_corpora = ["heldout_inputs"] if config.heldout_inputs else self.corpora
+        self._check_files()
+        self._excluded: set[int] = set()
+        self._bounds = list(accumulate(denoiser.weight for denoiser in config.denoisers))
+        self._order = lru_cache(4 * len(self.opened))(self._shuffled)
+
+    def _options(self) -> dict[str, Any]:
+        config = self.config
+        cache_bytes = config.cache_gib * 2**30
+        return {
+            "hub_split": config.hub_split,
+            "cache_bytes": cache_bytes,
+            "streams": config.streams,
+        }
+
+    def _check_files(self) -> None:
+        for file in (file for corpus in self.opened for file in corpus.files):
+            if isinstance(file, TokensFile) and file.tokenizer != self.encode.fingerprint:
+                raise InputError(
+                    f"{file.path} was prepared with another tokenizer; prepare the corpus again"
+                )
+        if self.config.heldout_inputs:
+            mine = {str(Path(f.path).resolve()) for corpus in self.opened for f in corpus.files}
+            for file in self._heldout_corpus(0).files:
+                if str(Path(file.path).resolve()) in mine:
+                    raise InputError(f"{file.path} is an input and a held-out input; take one away")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_order"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._order = lru_cache(4 * len(self.opened))(self._shuffled)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the settings, the tokenizer, and the files of the corpora."""
+        config = self.config
+        settings = {
+            name: value
+            for name, value in vars(config).items()
+            if name not in ("inputs", "mixture", "heldout_inputs", "accept_changes", "cache_gib")
+        }
+        sources = [(source.weight, source.text_column) for source in config.sources]
+        files = [corpus.fingerprint() for corpus in self.opened]
+        parts = repr((settings, sources, self.encode.fingerprint, files))
+        return hashlib.sha256(parts.encode()).hexdigest()[:16]
+
+    def report(self) -> list[str]:
+        """Say what there is to read, by corpus, and what is passed over."""
+        lines = []
+        for corpus in self.opened:
+            size = sum(file.size for file in corpus.files)
+            line = f"{corpus.name}: {len(corpus.files):,} files, {size:,} bytes"
+            prepared = [file for file in corpus.files if isinstance(file, TokensFile)]
+            if len(prepared) == len(corpus.files):
+                documents = sum(sum(file.rows) for file in prepared)
+                tokens = sum(file.tokens for file in prepared)
+                line += f", {documents:,} documents" + f", {tokens:,} tokens" * bool(tokens)
+            else:
+                line += self._estimate(corpus, size)
+            if corpus.streamed:
+                line += ", streamed: every reader reads all files"
+            lines.append(line)
+            shown = corpus.passed_over[:3]
+            if shown:
+                rest = len(corpus.passed_over) - len(shown)
+                more = f" and {rest:,} more" * (rest > 0)
+                lines.append(f"{corpus.name}: passed over {', '.join(shown)}{more}")
+        return lines
+
+    def _estimate(self, corpus: Corpus, size: int) -> str:
+        file = corpus.files[0]
+        some = list(islice(map(file.parse, file.places()), 256))
+        read = sum(len(str(document.content).encode("utf-8", "replace")) for document in some)
+        if isinstance(file, TokensFile) or not read or corpus.streamed:
+            return ""
+        tokens = sum(len(self.encode(str(document.content))) for document in some)
+        documents = len(some) * size // read
+        return f", about {documents:,} documents and {tokens * size // read:,} tokens"
+
+    def _shuffled(self, corpus: int, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng([self.config.seed, epoch, corpus])
+        return rng.permutation(self.opened[corpus].num_blocks)
+
+    def epoch(self, corpus: int, stream: int, turn: int) -> int:
+        """Epoch of a stream's turn: of its `turn`-th block or, if streamed, file."""
+        blocks = self.opened[corpus].num_blocks
+        if self.opened[corpus].streamed:
+            return turn // blocks
+        return (stream + self.config.streams * turn) // blocks
+
+    def first_turn(self, corpus: int, stream: int, epoch: int) -> int:
+        """First turn of a stream in an epoch."""
+        blocks = self.opened[corpus].num_blocks
+        if self.opened[corpus].streamed:
+            return epoch * blocks
+        return max(0, -((stream - epoch * blocks) // self.config.streams))
+
+    def documents(self, corpus: int, stream: int, turn: int, dealers: "Dealers") -> Iterator:
+        """Yield thunks of the documents of a stream's turn."""
+        opened = self.opened[corpus]
+        if opened.streamed:
+            yield from dealers.documents(corpus, stream, turn)
+            return
+        sequence = stream + self.config.streams * turn
+        epoch, place = divmod(sequence, opened.num_blocks)
+        file, block = opened.block(int(self._order(corpus, epoch)[place]))
+        for place in file.places(block):
+            yield file, place
+
+    def streamed_file(self, corpus: int, lane: int, turn: int) -> tuple[Any, int]:
+        """File that the streams of a lane read at a turn, and the stream of its first document.
+
+        The eight lanes read different files at a time.
+        """
+        files = self.opened[corpus].files
+        epoch, place = divmod(turn, len(files))
+        place = (place + lane * len(files) // _LANES) % len(files)
+        number = int(self._order(corpus, epoch)[place])
+        rng = np.random.default_rng([self.config.seed, epoch, corpus, number])
+        return files[number], int(rng.integers(self.config.streams))
+
+    def tokens(self, document: Document) -> np.ndarray:
+        """Token ids of a document."""
+        content = document.content
+        return self.encode(content) if isinstance(content, str) else content
+
+    def is_heldout(self, file: Any, key: int) -> bool:
+        """Tell whether a document is kept from training. Copies share their text's fate."""
+        if self.config.heldout_inputs:
+            return key in self._excluded
+        # Package-docs holds out whole packages.
+        return not isinstance(file, MemoryFile) and key % self.config.heldout_every == 0
+
+    def exclude(self, texts: Iterable[HeldoutText]) -> None:
+        """Pass over copies of these texts in training."""
+        self._excluded = {text.key for text in texts}
+
+    def examples(self, tokens: np.ndarray, key: int, epoch: int, corpus: int) -> list[Example]:
+        """Cut a document into chunks, each as long as its denoiser may take, and corrupt them.
+
+        No token is lost: where less than `min_tokens` would remain, the chunk before is shorter.
+        """
+        config, least = self.config, self.config.min_tokens
+        rng = np.random.Generator(np.random.PCG64((epoch << 128) + (config.seed << 64) + key))
+        lengths = config.raw_lengths
+        examples: list[Example] = []
+        start = 0
+        while start < len(tokens):
+            number = bisect(self._bounds, rng.random() * self._bounds[-1])
+            size = min(lengths[number], len(tokens) - start)
+            left = len(tokens) - start - size
+            size -= least - left if 0 < left < least else 0
+            examples.append(self.example(tokens[start : start + size], number, rng, corpus))
+            start += size
+        return examples
+
+    def example(self, tokens: np.ndarray, number: int, rng: Any, corpus: int) -> Example:
+        """Corrupt a chunk by the preset's denoiser of that number."""
+        source, target = corrupt(
+            tokens,
+            self.config.denoisers[number],
+            rng,
+            sentinel_ids=self.sentinel_ids,
+            eos_id=self.eos_id,
+            prefix=self.mode_ids[number : number + 1],
+        )
+        return Example(source, target, number, corpus)
+
+    def choose_heldout(self, number: int) -> list[HeldoutText]:
+        """Choose texts for evaluation, from the corpora by their weight, spread over their files.
+
+        The seed has no influence, nor has anything that training does. Raises InputError if there
+        are too few.
+        """
+        if self.config.heldout_inputs:
+            shares = [number]
+        else:
+            weights = np.array([source.weight for source in self.config.sources])
+            exact = np.cumsum(weights) / weights.sum() * number
+            shares = np.diff(np.floor(exact + 0.5).astype(int), prepend=0).tolist()
+        chosen: list[HeldoutText] = []
+        for corpus, share in enumerate(shares):
+            chosen += self._heldout_of(corpus, share)
+        if len(chosen) < number:
+            raise InputError(
+                f"{number} held-out texts are wanted and there are {len(chosen)}: lower "
+                f"data.heldout_every={self.config.heldout_every}, name data.heldout_inputs, or "
+                "evaluate on fewer"
+            )
+        return chosen
+
+    def _heldout_corpus(self, corpus: int) -> Corpus:
+        source = self.config.sources[corpus]
+        inputs = self.config.heldout_inputs or source.inputs
+        if not self.config.heldout_inputs and "package-docs" not in inputs:
+            return self.opened[corpus]
+        options = self._options() | {"package_split": "heldout"}
+        return open_corpus(inputs, text_column=source.text_column, **options)
+
+    def _heldout_of(self, corpus: int, number: int) -> list[HeldoutText]:
+        opened = self._heldout_corpus(corpus)
+        chosen: list[HeldoutText] = []
+        spare: list[HeldoutText] = []
+        seen: set[int] = set()
+        for block in np.random.default_rng(0).permutation(opened.num_blocks).tolist():
+            if len(chosen) >= number:
+                break
+            file, place = (opened.files[block], 0) if opened.streamed else opened.block(block)
+            apart = bool(self.config.heldout_inputs) or isinstance(file, MemoryFile)
+            found: list[HeldoutText] = []
+            places = all_places(file) if opened.streamed else file.places(place)
+            for document in map(file.parse, places):
+                held = apart or document.key % self.config.heldout_every == 0
+                if not held or document.key in seen:
+                    continue
+                seen.add(document.key)
+                tokens = self.tokens(document)[: min(self.config.raw_lengths)]
+                if len(tokens) >= self.config.min_tokens:
+                    name = getattr(file, "label", "") or file.path
+                    found.append(HeldoutText(corpus, name, document.key, tokens.tolist()))
+                if len(found) == (2 if opened.streamed else 8):
+                    break
+            chosen += found[:2]
+            spare += found[2:]
+        return (chosen + spare)[:number]
+
+    def heldout_examples(self, texts: Sequence[HeldoutText]) -> list[Example]:
+        """Corrupt each text by each denoiser, always the same way."""
+        examples = []
+        for text in texts:
+            tokens = np.array(text.tokens, np.int32)
+            for number in range(len(self.config.denoisers)):
+                rng = np.random.Generator(np.random.PCG64((number << 64) + text.key))
+                examples.append(self.example(tokens, number, rng, text.corpus))
+        return examples
+
+    def adopt(self, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
+        """Return the state to continue with, and a phrase about what is not as before.
+
+        Raises InputError if the data is not the same, unless `data.accept_changes`.
+        """
+        if state["data"] == self.fingerprint:
+            return state, None
+        if not self.config.accept_changes:
+            raise InputError(
+                "the saved position is of another corpus, data config or tokenizer; "
+                "data.accept_changes=true goes on with what is there now, at a new epoch"
+            )
+        epoch = state["epoch"] + 1
+        streams = {
+            str(stream): [
+                BEGINNING | {"turn": self.first_turn(corpus, stream, epoch)}
+                for corpus in range(len(self.opened))
+            ]
+            for stream in range(self.config.streams)
+        }
+        changed = {"data": self.fingerprint, "rows": state["rows"], "streams": streams}
+        return changed, f"the data has changed and begins anew at epoch {epoch}"
+
+
+class Dealers:
+    """Documents of the files that a reader reads from their start, dealt out to its streams."""
+
+    def __init__(self, data: UL2Data, positions: dict[int, Sequence[Position]]) -> None:
+        self.data = data
+        self._open: dict[tuple[int, int, int], tuple[Iterator, dict[int, deque]]] = {}
+        self._turns = {
+            (corpus, stream): position["turn"]
+            for stream, of_stream in positions.items()
+            for corpus, position in enumerate(of_stream)
+        }
+
+    def documents(self, corpus: int, stream: int, turn: int) -> Iterator:
+        """Yield the documents of a stream's turn, keeping for other streams what is theirs."""
+        self._turns[corpus, stream] = turn
+        lane, total = stream % _LANES, self.data.config.streams
+        file, offset = self.data.streamed_file(corpus, lane, turn)
+        key = (corpus, lane, turn)
+        if key not in self._open:
+            waiting = {
+                s: deque()
+                for (c, s), at in self._turns.items()
+                if c == corpus and s % _LANES == lane and at <= turn
+            }
+            self._open[key] = enumerate(all_places(file), offset), waiting
+        places, queues = self._open[key]
+        queue = queues[stream]
+        while True:
+            if not queue:
+                for number, place in places:
+                    if number % total in queues:
+                        queues[number % total].append(place)
+                    if queue:
+                        break
+                else:
+                    break
+            yield file, queue.popleft()
+        del queues[stream]
+        if not queues:
+            del self._open[key]
+
+
+class Stream:
+    """One canonical stream: its rows, for ever or for some epochs."""
+
+    def __init__(
+        self,
+        data: UL2Data,
+        number: int,
+        positions: Sequence[Position],
+        dealers: Dealers,
+        epochs: int | None = None,
+    ) -> None:
+        self.data, self.number, self.dealers, self.epochs = data, number, dealers, epochs
+        config = data.config
+        self._weights = [source.weight for source in config.sources]
+        self._given = [position["tokens"] for position in positions]
+        # Streams begin at different points of the mixture, so that all give a mixed first row.
+        rng = np.random.default_rng([config.seed, number, 0])
+        phases = rng.random(len(positions)) * (config.source_length + config.target_length)
+        self._phases = phases.tolist()
+        self._rows = {
+            corpus: self._rows_of(corpus, position) for corpus, position in enumerate(positions)
+        }
+
+    def __iter__(self) -> Iterator[Row]:
+        while self._rows:
+            corpus = min(
+                self._rows,
+                key=lambda i: (self._given[i] + self._phases[i]) / self._weights[i],
+            )
+            row = next(self._rows[corpus], None)
+            if row is None:
+                del self._rows[corpus]
+                continue
+            self._given[corpus] = row.position["tokens"]
+            yield row
+
+    def _rows_of(self, corpus: int, position: Position) -> Iterator[Row]:
+        """Yield the rows of a corpus behind a position."""
+        data, fruitless = self.data, 0
+        now = BEGINNING | position
+        while True:
+            epoch = data.epoch(corpus, self.number, now["turn"])
+            if self.epochs is not None and epoch >= self.epochs:
+                return
+            documents = data.documents(corpus, self.number, now["turn"], self.dealers)
+            documents = islice(documents, now["document"], None)
+            for examples, read, counts in self._windows(documents, corpus, epoch):
+                rows = self._pack(examples, corpus, now)
+                fruitless = 0 if rows else fruitless
+                for index in range(now["row"], len(rows)):
+                    row = rows[index]
+                    now["row"] = index + 1
+                    now["tokens"] += sum(len(e.source) + len(e.target) for e in row)
+                    if index + 1 == len(rows):
+                        self._pass(now, read, counts)
+                    yield Row(row, self.number, corpus, dict(now))
+                if not rows:
+                    self._pass(now, read, counts)
+            now |= {"turn": now["turn"] + 1, "document": 0, "row": 0}
+            fruitless += 1
+            if fruitless > data.opened[corpus].num_blocks:
+                self._check_usable(corpus)
+                fruitless = 0
+
+    @staticmethod
+    def _pass(now: Position, read: int, counts: Counter[str]) -> None:
+        now |= {"document": now["document"] + read, "row": 0}
+        for name, number in counts.items():
+            now[name] += number
+
+    def _windows(
+        self, documents: Iterator, corpus: int, epoch: int
+    ) -> Iterator[tuple[list[Example], int, Counter[str]]]:
+        """Yield examples to pack together, the documents read for them, and their counts."""
+        config = self.data.config
+        budgets = WINDOW_ROWS * config.source_length, WINDOW_ROWS * config.target_length
+        examples: list[Example] = []
+        counts: Counter[str] = Counter()
+        read = source = target = 0
+        for file, place in documents:
+            document = file.parse(place)
+            read += 1
+            if self.data.is_heldout(file, document.key):
+                counts["heldout"] += 1
+                continue
+            tokens = self.data.tokens(document)
+            if len(tokens) < config.min_tokens:
+                counts["refused"] += 1
+                continue
+            counts["documents"] += 1
+            made = self.data.examples(tokens, document.key, epoch, corpus)
+            source += sum(len(example.source) for example in made)
+            target += sum(len(example.target) for example in made)
+            examples += made
+            if source >= budgets[0] or target >= budgets[1]:
+                yield examples, read, counts
+                examples, counts = [], Counter()
+                read = source = target = 0
+        if read:
+            yield examples, read, counts
+
+    def _pack(self, examples: list[Example], corpus: int, now: Position) -> list[list[Example]]:
+        config = self.data.config
+        if config.packing:
+            rows = pack(examples, config.source_length, config.target_length)
+        else:
+            rows = [[example] for example in examples]
+        seed = [config.seed, corpus, self.number, now["turn"], now["document"]]
+        return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+
+    def _check_usable(self, corpus: int) -> None:
+        """Raise InputError unless a document of the corpus can be trained on."""
+        opened, data = self.data.opened[corpus], self.data
+        counts: Counter[str] = Counter()
+        for file in opened.files:
+            for document in map(file.parse, all_places(file)):
+                if data.is_heldout(file, document.key):
+                    counts["held out"] += 1
+                elif len(data.tokens(document)) < data.config.min_tokens:
+                    counts[f"shorter than data.min_tokens={data.config.min_tokens}"] += 1
+                else:
+                    return
+        why = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
+        inputs = ", ".join(data.config.sources[corpus].inputs)
+        raise InputError(f"there is nothing to train on in {inputs}: {why or 'no documents'}")
+
+
+def reader_number(rank: int, ranks: int, worker: int) -> int:
+    """Number the readers such that ranks in turn, of each its workers in turn, have rows in order."""
+    return worker * ranks + rank
+
+
+class _Reader(IterableDataset):
+    """The rows of one worker of one rank; an error is the last of them."""
+
+    def __init__(self, data: UL2Data, state: dict[str, Any], rank: int, ranks: int) -> None:
+        self.data, self.state, self.rank, self.ranks = data, state, rank, ranks
+
+    def __iter__(self) -> Iterator[Row]:
+        info = get_worker_info()
+        workers, worker = (info.num_workers, info.id) if info else (1, 0)
+        total, readers = self.data.config.streams, self.ranks * workers
+        first = self.state["rows"] + reader_number(self.rank, self.ranks, worker)
+        own = [row % total for row in range(first, first + total, readers)]
+        positions = {s: self.state["streams"][str(s)] for s in own}
+        dealers = Dealers(self.data, positions)
+        try:
+            streams = {s: iter(Stream(self.data, s, positions[s], dealers)) for s in own}
+            for row in count(first, readers):
+                yield next(streams[row % total])
+        except InputError as error:
+            # An exception would cross the process as 20 lines of traces.
+            yield Row([], -1, 0, {}, str(error))
+
+
+class RowLoader:
+    """Endless batches of one rank, collated in this process from the rows of its workers.
+
+    Args:
+        data: What to read.
+        batch_size: Rows a batch.
+        rank: Of this process.
+        ranks: How many there are.
+        num_workers: Processes that make rows; 0 makes them in this one.
+        collate: From rows to a batch.
+        state: What `merge_states` and `UL2Data.adopt` returned, to continue from there.
+        worker_init_fn: As torch's.
+
+    Raises:
+        InputError: ranks times workers do not divide the streams; or, at `next`, whatever is wrong
+            with the data, at the row that it concerns.
     """
 
     def __init__(
         self,
-        config: DataConfig,
-        tokenizer: PreTrainedTokenizerBase,
+        data: UL2Data,
         *,
+        batch_size: int,
         rank: int = 0,
-        world_size: int = 1,
-        epochs: int | None = None,
+        ranks: int = 1,
+        num_workers: int = 0,
+        collate: Callable[[list[Row]], Any] = collate_rows,
+        state: dict[str, Any] | None = None,
+        worker_init_fn: Callable[[int], None] | None = None,
     ) -> None:
-        self.config, self.epochs = config, epochs
-        self.rank, self.world_size = rank, world_size
-        self.sentinel_ids, self.eos_id, self.prefix_ids = special_ids(config, tokenizer)
-        self.sources = [
-            open_corpus(source.inputs, text_column=source.text_column, hub_split=config.hub_split)
-            for source in config.sources
-        ]
-        self.encode = Encoder(tokenizer)
-        for shard in (shard for shards in self.sources for shard in shards):
-            if isinstance(shard, TokenizedGroup) and shard.tokenizer != self.encode.fingerprint:
-                raise InputError(
-                    f"{shard.path} was prepared with another tokenizer; prepare the corpus again"
-                )
-        fingerprint = hashlib.sha256()
-        corpora = [corpus_fingerprint(shards) for shards in self.sources]
-        # Where the corpus lies does not count.
-        settings = dataclasses.replace(
-            config,
-            accept_changes=False,
-            inputs=["."],
-            mixture=[],
-            heldout_inputs=config.heldout_inputs and ["."],
+        check_readers(data.config, ranks, num_workers)
+        self.data, self.batch_size, self.ranks, self.collate = data, batch_size, ranks, collate
+        total = data.config.streams
+        if state is None:
+            begin = [BEGINNING] * len(data.opened)
+            state = {"rows": 0, "streams": dict.fromkeys(map(str, range(total)), begin)}
+        self._rows_given = state["rows"]
+        own = range(self._rows_given + rank, self._rows_given + rank + total, ranks)
+        self._positions = {s % total: list(state["streams"][str(s % total)]) for s in own}
+        workers = {"worker_init_fn": worker_init_fn} if num_workers else {}
+        ahead = {"prefetch_factor": max(2, 4 * batch_size // num_workers)} if num_workers else {}
+        reader = _Reader(data, state, rank, ranks)
+        self._rows = DataLoader(
+            reader, batch_size=None, num_workers=num_workers, collate_fn=_as_is, **workers, **ahead
         )
-        shares = [(source.weight, source.text_column) for source in config.sources]
-        for part in (settings, shares, self.encode.fingerprint, corpora):
-            fingerprint.update(repr(part).encode())
-        self.fingerprint = fingerprint.hexdigest()[:16]
-        self._state, self._loaded = self.state_at_epoch(0), False
-        self._making = [Counter[str]() for _ in self.sources]
 
-    @property
-    def counts(self) -> Counter[str]:
-        """What became of the documents so far."""
-        done = (Counter(source["counts"]) for source in self._state["sources"])
-        return sum((*done, *self._making), Counter[str]())
-
-    def state_at_epoch(self, epoch: int) -> dict[str, Any]:
-        """The state in which every reader begins an epoch."""
-        sources = [
-            {"place": [epoch, 0, 0, 0], "tokens": 0, "counts": {}, "deals": []}
-            for _ in self.sources
-        ]
-        return {"stream": self.fingerprint, "reader": None, "sources": sources}
+    def __iter__(self) -> Iterator[Any]:
+        rows = iter(self._rows)
+        while True:
+            batch = list(islice(rows, self.batch_size))
+            for row in batch:
+                if row.error:
+                    raise InputError(row.error)
+            for row in batch:
+                self._positions[row.stream][row.corpus] = row.position
+            self._rows_given += self.ranks * len(batch)
+            yield self.collate(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Where this reader is, as JSON:
+        """Return the position behind the last batch, as JSON: small, and readable."""
+        streams = {str(s): [dict(p) for p in self._positions[s]] for s in sorted(self._positions)}
+        return {
+            "data": self.data.fingerprint,
+            "rows": self._rows_given,
+            "epoch": max(self._epochs()),
+            "streams": streams,
+        }
 
-        for the same config, corpus, tokenizer, and number of readers.
-        """
-        self._settle()
-        return copy.deepcopy(self._state)
+    def counts(self) -> dict[str, int]:
+        """Count source and target tokens, and documents, by corpus, of this rank's streams."""
+        total: Counter[str] = Counter()
+        for positions in self._positions.values():
+            for name, position in zip(self.data.corpora, positions, strict=True):
+                total.update({f"{what}/{name}": position[what] for what in COUNTS})
+        return dict(total)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a state at the next iteration.
+    def epoch(self) -> int:
+        """Return the epoch in which the last of this rank's streams is."""
+        return min(self._epochs())
 
-        Raises InputError if it is of another stream.
-        """
-        self.check(state)
-        self._state, self._loaded = copy.deepcopy(state), True
-        self._making = [Counter[str]() for _ in self.sources]
-
-    def check(self, state: dict[str, Any]) -> None:
-        """Raise InputError if a state is of another stream."""
-        if state["stream"] != self.fingerprint:
-            raise InputError(
-                "the saved place in the data is of another corpus, data config or tokenizer; "
-                "data.accept_changes=true goes on with what is there now, at a new epoch"
-            )
-
-    def _settle(self) -> tuple[int, int]:
-        """Make a state that is everybody's this reader's own.
-
-        Returns reader and number of readers.
-        """
-        worker = get_worker_info()
-        workers, number = (worker.num_workers, worker.id) if worker else (1, 0)
-        reader, readers = self.rank * workers + number, self.world_size * workers
-        if self._state["reader"] is None:
-            self._state["reader"] = [reader, readers]
-            for source in self._state["sources"] if reader else ():
-                source["counts"] = {}
-        return reader, readers
-
-    def __iter__(self) -> Iterator[Row]:
-        if not self._loaded:
-            self.load_state_dict(self.state_at_epoch(0))
-        self._loaded = False
-        reader, readers = self._settle()
-        states, weights = self._state["sources"], [source.weight for source in self.config.sources]
-        if self._state["reader"] != [reader, readers]:
-            raise InputError(
-                f"the saved place in the data is of reader {self._state['reader'][0]} of {self._state['reader'][1]}, "
-                f"this is {reader} of {readers}: resume with as many ranks and workers, or deal it out anew"
-            )
-        rows = {number: self._read(number, reader, readers) for number in range(len(states))}
-        while rows:
-            number = min(rows, key=lambda i: states[i]["tokens"] / weights[i])
-            row = next(rows[number], None)
-            if row is None:
-                del rows[number]
-                continue
-            states[number]["tokens"] += sum(len(e.source) + len(e.target) for e in row)
-            yield row
-
-    def _read(self, number: int, reader: int, readers: int) -> Iterator[Row]:
-        """The rows of one source that this reader has still to give;
-
-        its place is kept in the state.
-        """
-        state, shards, counts = (
-            self._state["sources"][number],
-            self.sources[number],
-            self._making[number],
-        )
-        fruitless, patience = 0, min(20 * len(shards), 1000)
-        while self.epochs is None or state["place"][0] < self.epochs:
-            epoch, begin, *_ = state["place"]
-            order = np.random.default_rng([self.config.seed, epoch, number]).permutation(
-                len(shards)
-            )
-            for position, shard in enumerate(order[begin:].tolist(), begin):
-
-                def rows_given(
-                    block: int, place: tuple[int, int] = (epoch, position)
-                ) -> int | None:
-                    return _rows_given(state, len(shards), [*place, block], reader, readers)
-
-                whole = _dealt_whole(len(shards), max(readers, *map(len, state["deals"]), 0))
-                for block, documents in _blocks_left(shards[shard], rows_given, whole):
-                    skipped = rows_given(block) or 0
-                    rows = self._rows(number, documents, epoch, shard, block)
-                    fruitless = 0 if rows else fruitless + 1
-                    if fruitless >= patience:
-                        inputs = ", ".join(self.config.sources[number].inputs)
-                        raise InputError(
-                            f"reader {reader} of {readers} got no example out of {inputs}: {dict(counts)}"
-                        )
-                    for given, row in enumerate(rows[skipped:], skipped + 1):
-                        state["place"] = [epoch, position, block, given]
-                        yield row
-                    state["place"] = [epoch, position, block + 1, 0]
-                    state["counts"] = dict(Counter(state["counts"]) + counts)
-                    counts.clear()
-                state["place"] = [epoch, position + 1, 0, 0]
-                state["deals"] = [
-                    places for places in state["deals"] if max(places) > state["place"]
-                ]
-            state["place"] = [epoch + 1, 0, 0, 0]
-
-    def _rows(self, number: int, documents: Block, epoch: int, shard: int, block: int) -> list[Row]:
-        """The rows of a block."""
-        usable = self._usable(number, documents, self.sources[number][shard])
-        if not len(usable.ids):
-            return []
-        examples = self.examples(usable.ids, usable.tokens, usable.lengths, epoch, number).split()
-        rng = np.random.default_rng([self.config.seed, epoch, number, shard, block])
-        if self.config.packing == "buckets":
-            return bucket(examples, rng)
-        budgets = self.config.source_length, self.config.target_length
-        rows = (
-            pack(examples, *budgets) if self.config.packing else [[example] for example in examples]
-        )
-        return [rows[i] for i in rng.permutation(len(rows))]
-
-    def _usable(self, number: int, block: Block, shard: Shard) -> Tokenized:
-        """Tokenize; take out and count what is held out or too short."""
-        counts = self._making[number]
-        documents, held = tokenized(
-            block, self.encode.batch, _other_split(self.config, shard, "train")
-        )
-        short = documents.lengths < self.config.min_tokens
-        counts["documents"] += len(held)
-        counts["heldout"] += int(held.sum())
-        counts["refused"] += int(short.sum())
-        counts["refused_tokens"] += int(documents.lengths[short].sum())
-        documents = documents.without(short)
-        counts["used"] += len(documents.ids)
-        counts["tokens"] += len(documents.tokens)
-        return documents
-
-    def examples(
-        self, ids: np.ndarray, tokens: np.ndarray, lengths: np.ndarray, epoch: int, source: int = 0
-    ) -> Examples:
-        """Cut documents into chunks, each as long as its denoiser may take, and corrupt them.
-
-        `tokens` has all documents one after another. No token is lost: where less than `min_tokens`
-        would remain, the chunk before is cut shorter.
-        """
-        least, longest = self.config.min_tokens, np.array(self.config.raw_lengths)
-        left, rest = lengths.copy(), np.arange(len(lengths))
-        chunks: list[tuple[np.ndarray, ...]] = []
-        while len(rest):
-            keys = example_keys(self.config.seed, epoch + (source << 32), ids[rest], len(chunks))
-            denoisers = draw_denoisers(self.config.denoisers, keys)
-            sizes = np.minimum(longest[denoisers], left[rest])
-            remaining = left[rest] - sizes
-            sizes -= np.where((remaining > 0) & (remaining < least), least - remaining, 0)
-            chunks.append((rest, sizes, denoisers, keys))
-            left[rest] -= sizes
-            rest = rest[left[rest] > 0]
-        owner, sizes, denoisers, keys = (
-            np.concatenate(parts) for parts in zip(*chunks, strict=True)
-        )
-        order = np.argsort(owner, kind="stable")
-        return corrupt_batch(
-            tokens,
-            sizes[order],
-            denoisers[order],
-            self.config.denoisers,
-            keys[order],
-            sentinel_ids=self.sentinel_ids,
-            eos_id=self.eos_id,
-            prefix_ids=self.prefix_ids,
-        )
+    def _epochs(self) -> list[int]:
+        return [
+            self.data.epoch(corpus, stream, position["turn"])
+            for stream, positions in self._positions.items()
+            for corpus, position in enumerate(positions)
+        ]
 
 
-def build_stream(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase, *, rank: int = 0, world_size: int = 1
-) -> UL2Stream:
-    """The endless training stream of a rank.
+def _as_is(row: Row) -> Row:
+    return row
 
-    Raises InputError for anything wrong that can be seen at the start.
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Make one state, for any number of ranks and workers, of the states of all ranks.
+
+    Raises InputError if they are not all, or not of one moment of one run.
     """
-    return UL2Stream(config, tokenizer, rank=rank, world_size=world_size)
+    first = states[0]
+    streams = {s: positions for state in states for s, positions in state["streams"].items()}
+    number = sum(len(state["streams"]) for state in states)
+    apart = {(state["data"], state["rows"]) for state in states}
+    if len(apart) > 1 or number != len(streams) or set(streams) != set(map(str, range(number))):
+        raise InputError("the saved positions in the data are not those of all ranks of one step")
+    epoch = max(state["epoch"] for state in states)
+    return {**first, "epoch": epoch, "streams": {s: streams[s] for s in sorted(streams, key=int)}}
 
 
-def resume(stream: UL2Stream, loader: Any, loader_states: Sequence[dict[str, Any]]) -> str | None:
-    """Continue from the states of all ranks' loaders (torchdata's), whatever the number of ranks or
-    workers was.
-
-    With the same number every row follows as if nothing had happened; with another one, the same
-    rows remain to be given. Returns a phrase about what is not as before, if anything.
-
-    Raises InputError if the data is not the same, unless `data.accept_changes`.
-    """
-    states = [state for loader_state in loader_states for state in reader_states(loader_state)]
-    if stream.config.accept_changes and any(
-        state["stream"] != stream.fingerprint for state in states
-    ):
-        epoch = 1 + max(source["place"][0] for state in states for source in state["sources"])
-        stream.load_state_dict(stream.state_at_epoch(epoch))
-        return f"the data has changed and begins anew at epoch {epoch}"
-    for state in states:
-        stream.check(state)
-    readers = stream.world_size * max(loader.num_workers, 1)
-    if len(loader_states) == stream.world_size and len(states) == readers:
-        loader.load_state_dict(loader_states[stream.rank])
-        return None
-    stream.load_state_dict(redeal(states))
-    return f"what is left of the data is dealt out from {len(states)} readers to {readers}"
-
-
-def reader_states(loader_state: dict[str, Any]) -> list[dict[str, Any]]:
-    """The states of a rank's readers, out of its StatefulDataLoader's."""
-    workers = loader_state.get("_snapshot", {}).get("_worker_snapshots", {"": loader_state})
-    return [worker["dataset_state"] for worker in workers.values()]
-
-
-def redeal(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state for any number of readers out of the states of all readers.
-
-    Raises InputError if they are not all, or not of one stream.
-    """
-    states = sorted(states, key=lambda state: state["reader"])
-    readers = len(states)
-    if [state["reader"] for state in states] != [[reader, readers] for reader in range(readers)]:
-        raise InputError(
-            f"these are not the places of all readers: {[state['reader'] for state in states]}"
-        )
-    if len({state["stream"] for state in states}) > 1:
-        raise InputError("the saved places in the data are of different streams")
-    sources = []
-    for parts in zip(*(state["sources"] for state in states), strict=True):
-        places = [part["place"] for part in parts]
-        deals = [places]
-        for deal in (deal for part in parts for deal in part["deals"]):
-            if deal not in deals:
-                deals.append(deal)
-        counts = sum((Counter(part["counts"]) for part in parts), Counter[str]())
-        sources.append(
-            {"place": [*min(places)[:3], 0], "tokens": 0, "counts": dict(counts), "deals": deals}
-        )
-    return {"stream": states[0]["stream"], "reader": None, "sources": sources}
-
-
-def _dealt_whole(shards: int, readers: int) -> bool:
-    return shards >= _SHARDS_PER_READER * readers
-
-
-def _rows_given(
-    state: dict[str, Any], shards: int, block: list[int], reader: int, readers: int
-) -> int | None:
-    """How many of a block's rows have been given; None if all, or if the block is another reader's.
-
-    Args:
-        state: Of a source.
-        shards: How many shards it has.
-        block: Epoch, place in the epoch's order of shards, and block.
-        reader: Who asks.
-        readers: How many there are.
-    """
-
-    def owner(readers: int) -> int:
-        # Shards are dealt out, so that no two readers open the same; blocks, where shards are too
-        # few for that.
-        within = 0 if _dealt_whole(shards, readers) else block[2]
-        return (block[0] * shards + block[1] + within) % readers
-
-    if owner(readers) != reader:
-        return None
-    given = 0
-    for place in (state["place"], *(places[owner(len(places))] for places in state["deals"])):
-        if block < place[:3]:
-            return None
-        if block == place[:3]:
-            given = max(given, place[3])
-    return given
-
-
-def _blocks_left(
-    shard: Shard, rows_given: Callable[[int], int | None], dealt_whole: bool
-) -> Iterator[tuple[int, Block]]:
-    """The blocks of a shard that `rows_given` has not all given; a shard without any is not opened
-    if that is known.
-
-    `dealt_whole` says that all blocks of a shard are one reader's, so that a block beyond the last
-    speaks for all.
-    """
-    blocks = (
-        range(shard.num_blocks)
-        if shard.num_blocks is not None
-        else [2**62]
-        if dealt_whole
-        else None
-    )
-    if blocks is not None and all(rows_given(block) is None for block in blocks):
+def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:
+    """Raise InputError unless the readers divide the streams."""
+    readers = ranks * max(num_workers, 1)
+    if config.streams % readers == 0:
         return
-    for number, block in enumerate(shard.blocks()):
-        if rows_given(number) is not None:
-            yield number, block
+    fitting = [n for n in range(1, config.streams + 1) if config.streams % (ranks * n) == 0]
+    workers = f"num_workers of {', '.join(map(str, fitting))}" if fitting else "no num_workers"
+    raise InputError(
+        f"{ranks} ranks with {max(num_workers, 1)} workers each are {readers} readers, which do "
+        f"not divide data.streams={config.streams}: with {ranks} ranks, {workers} would"
+    )
 
 
 def heldout_examples(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_per_denoiser: int
 ) -> list[Example]:
-    """A fixed set for evaluation: the same `num_per_denoiser` texts under every denoiser, in that
-    order.
-
-    The texts are the starts of documents that training never sees (`heldout_inputs`, held-out
-    packages, or 1 document in `heldout_every`), cut to what every denoiser can take. The training
-    seed has no influence.
-
-    Raises InputError if there are too few.
-    """
-    sentinel_ids, eos_id, prefix_ids = special_ids(config, tokenizer)
-    encode, longest = Encoder(tokenizer), min(config.raw_lengths)
-    sources = [
-        open_corpus(
-            config.heldout_inputs or source.inputs,
-            text_column=source.text_column,
-            hub_split=config.hub_split,
-            package_split="heldout",
-        )
-        for source in (config.sources[:1] if config.heldout_inputs else config.sources)
-    ]
-    shards = [shard for shards in sources for shard in shards]
-
-    def texts() -> Iterator[tuple[int, np.ndarray]]:
-        for shard in (shards[i] for i in np.random.default_rng(0).permutation(len(shards))):
-            for block in shard.blocks():
-                found, _ = tokenized(block, encode.batch, _other_split(config, shard, "heldout"))
-                found = found.without(found.lengths < config.min_tokens)
-                parts = np.split(found.tokens, np.cumsum(found.lengths)[:-1])
-                yield from zip(
-                    found.ids.tolist(), (tokens[:longest] for tokens in parts), strict=False
-                )
-
-    chosen = list(islice(texts(), num_per_denoiser))
-    if len(chosen) < num_per_denoiser:
-        raise InputError(
-            f"{num_per_denoiser} held-out texts are wanted and there are {len(chosen)}: lower data.heldout_every="
-            f"{config.heldout_every}, name data.heldout_inputs, or evaluate on fewer"
-        )
-    denoisers = np.tile(np.arange(len(config.denoisers)), len(chosen))
-    repeated = [tokens for _, tokens in chosen for _ in config.denoisers]
-    return corrupt_batch(
-        np.concatenate(repeated),
-        np.array([len(tokens) for tokens in repeated]),
-        denoisers,
-        config.denoisers,
-        example_keys(
-            0,
-            _HELDOUT_EPOCH,
-            np.repeat([document for document, _ in chosen], len(config.denoisers)),
-            denoisers,
-        ),
-        sentinel_ids=sentinel_ids,
-        eos_id=eos_id,
-        prefix_ids=prefix_ids,
-    ).split()
+    """Make the fixed examples for evaluation: so many texts under every denoiser."""
+    data = UL2Data(config, tokenizer)
+    return data.heldout_examples(data.choose_heldout(num_per_denoiser))
 
 
-def _other_split(
-    config: DataConfig, shard: Shard, split: Split
-) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
-    """Which documents of a shard are not of this split, from their ids and checksums.
+def write_heldout(path: Path, texts: Sequence[HeldoutText]) -> None:
+    """Keep held-out texts with a run."""
+    write_json(path, [text._asdict() for text in texts])
 
-    Copies of a text share its fate, so that none leaks.
-    """
-    apart = bool(config.heldout_inputs) or isinstance(
-        shard, Texts
-    )  # the whole shard is of one split
-    heldout = split == "heldout"
-    return lambda _, sums: (
-        np.zeros(len(sums), bool) if apart else (sums % config.heldout_every == 0) != heldout
-    )
+
+def read_heldout(path: Path) -> list[HeldoutText]:
+    """Read what `write_heldout` wrote."""
+    return [HeldoutText(**text) for text in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def rows(data: UL2Data, epochs: int | None = None) -> Iterator[Row]:
+    """Yield rows in the global order in this process; streams that have ended are passed over."""
+    begin = [BEGINNING] * len(data.opened)
+    numbers = range(data.config.streams)
+    dealers = Dealers(data, dict.fromkeys(numbers, begin))
+    streams = [iter(Stream(data, s, begin, dealers, epochs)) for s in numbers]
+    while streams:
+        for stream in list(streams):
+            row = next(stream, None)
+            if row is None:
+                streams.remove(stream)
+            else:
+                yield row
 
 
 def special_ids(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[np.ndarray, int, list[int]]:
-    """Ids of the sentinels (int32) after checking that they suffice, of EOS, and of each denoiser's
-    mode token.
+    """Return ids of the sentinels (int32) after checking that they suffice, of EOS, and of each
+    denoiser's mode token.
 
     Mode tokens are the first of the tokenizer's reserved ones; none without `mode_tokens`.
     """
+    name = tokenizer.name_or_path
     ids = getattr(tokenizer, "sentinel_token_ids", None)
     if ids is None:
-        raise InputError(
-            f"tokenizer {tokenizer.name_or_path!r} has no sentinels; make one of Qwen3's first"
-        )
+        raise InputError(f"tokenizer {name!r} has no sentinels; make one of Qwen3's first")
     if ids and ids != list(range(ids[0], ids[0] + len(ids))):
-        raise InputError(
-            f"the sentinels of tokenizer {tokenizer.name_or_path!r} are not consecutive ids"
-        )
+        raise InputError(f"the sentinels of tokenizer {name!r} are not consecutive ids")
     check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
     modes: list[int] = []
     if config.mode_tokens:
         vocabulary = tokenizer.get_vocab()
-        names = [f"<|reserved_{MODES.index(denoiser.name[0])}|>" for denoiser in config.denoisers]
-        for name in names:
-            if name not in vocabulary:
-                raise InputError(
-                    f"data.mode_tokens: tokenizer {tokenizer.name_or_path!r} has no {name} to use"
-                )
-        modes = [vocabulary[name] for name in names]
+        for denoiser in config.denoisers:
+            token = f"<|reserved_{MODES.index(denoiser.name[0])}|>"
+            if token not in vocabulary:
+                raise InputError(f"data.mode_tokens: tokenizer {name!r} has no {token} to use")
+            modes.append(vocabulary[token])
     return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id), modes

@@ -1,16 +1,18 @@
 """Corpus text to token ids, fast, with control tokens in the text staying text.
 
-`gigatoken` and `tiktoken` over the tokenizer's own vocabulary give the same ids as `tokenizers` at
-30 and 4 times the speed. Whether they do is checked on a sample before use; if not, if neither is
-installed, or if the tokenizer is of another kind, `tokenizers` does the work.
+`tiktoken` over the tokenizer's own vocabulary gives the same ids as `tokenizers` at several times
+the speed. That it does is checked on a sample before use; if it does not, or is not installed,
+`tokenizers` does the work.
 """
 
 import hashlib
 import json
 import logging
 import random
+import re
 import unicodedata
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,9 @@ from qwen3_encdec.tokenization_qwen3_encdec import byte_alphabet
 
 logger = logging.getLogger(__name__)
 
-# gigatoken keeps every word that it has met: half a second for a new one, now and then, bounds its
-# memory.
-_CACHED_CHARACTERS = 2**30
+_PIECE = 2**15
+# Between a letter or a digit and what is neither, Qwen's pattern always ends a word.
+_BORDER = re.compile(r"(?<=[^\W_])(?=[ \n。，、！？])")
 _SAMPLE = (
     "The quick brown fox's 12,345 jumps -- isn't it?  \n\n\tdef f(x):\r\n    return x**2 # ok\n",
     "Ünïcödé cafe\u0301 A\u030a ﬁ ½ … “quoted” naïve\u00a0space\u200bzero\u3000wide",
@@ -33,136 +35,123 @@ _SAMPLE = (
     "a" * 300 + " " * 70 + "\n" * 9 + "ab" * 90 + "!?" * 40,
     "",
 )
+_UNICODE_BLOCKS = (
+    0x20, 0x80, 0x300, 0x400, 0x5D0, 0x900, 0xE00, 0x1100, 0x1E00, 0x2000, 0x3040, 0x4E00, 0xAC00,
+    0x1F600,
+)  # fmt: skip
 
 
 class Encoder:
-    """Encodes corpus text: a text by calling it, many by `batch`; ids are int32, without EOS."""
+    """Encodes corpus text: a text by calling it; ids are int32, without EOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._spec = tokenizer.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(self._spec.encode()).hexdigest()[:16]
         """Changes with anything that the tokenizer does."""
-        self.name = "tokenizers"
-        """Which library encodes."""
+        self.name = "tiktoken"
+        """Library that encodes."""
         self.fallback_reason: str | None = None
-        """Why none that is faster does, None if one does."""
-        self._characters = 0
-        reasons = []
-        for name, build in (("gigatoken", self._gigatoken), ("tiktoken", self._tiktoken)):
-            try:
-                self._encode = build()
-                for text in (*_SAMPLE, *_fuzz()):
-                    if not np.array_equal(self._encode(text), self._slow(text)):
-                        raise ValueError(f"{name} and tokenizers differ on {text[:40]!r}")
-                self.name = name
-                return
-            except (
-                ImportError,
-                ValueError,
-                KeyError,
-                TypeError,
-                AttributeError,
-                RuntimeError,
-            ) as error:
-                reasons.append(str(error))
-        self._encode, self.fallback_reason = self._slow, "; ".join(reasons)
-        logger.warning("encoding with tokenizers, several times slower: %s", self.fallback_reason)
+        """Why that is the slow one, None if it is not."""
+        try:
+            self._encode = _tiktoken(self._spec)
+            self._compare()
+        except (ImportError, ValueError, KeyError, TypeError) as error:
+            self._encode, self.name, self.fallback_reason = self._slow, "tokenizers", str(error)
+            _warn(self.fallback_reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (
-            self._tokenizer,
-        )  # the libraries' objects cannot travel to another process
+        # The libraries' objects cannot travel to another process.
+        return type(self), (self._tokenizer,)
 
     def __call__(self, text: str) -> np.ndarray:
-        """Ids of a text."""
-        self._characters += len(text)
-        if self.name == "gigatoken" and self._characters > _CACHED_CHARACTERS:
-            self._encode, self._characters = self._gigatoken(), 0
+        """Return the ids of a text."""
+        if len(text) <= _PIECE:
+            return self._encode_piece(text)
+        return np.concatenate([self._encode_piece(piece) for piece in _pieces(text)])
+
+    def _encode_piece(self, text: str) -> np.ndarray:
         try:
             return self._encode(text)
         except ValueError:  # tiktoken's regular expressions give up on millions of spaces
             return self._slow(text)
 
-    def batch(self, texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids of all texts one after another (int32), and how many each has (int64)."""
-        parts = [self(text) for text in texts]
-        lengths = np.fromiter(map(len, parts), dtype=np.int64, count=len(parts))
-        return np.concatenate([np.empty(0, dtype=np.int32), *parts]), lengths
-
     def _slow(self, text: str) -> np.ndarray:
-        ids = self._tokenizer(
-            text, add_special_tokens=False, split_special_tokens=True, verbose=False
-        )["input_ids"]
-        return np.asarray(ids, dtype=np.int32)
+        options = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return np.asarray(self._tokenizer(text, **options)["input_ids"], dtype=np.int32)
 
-    def _gigatoken(self) -> Callable[[str], np.ndarray]:
-        from gigatoken import Tokenizer
+    def _compare(self) -> None:
+        """Raise ValueError, naming text, ids and remedy, where the two libraries differ."""
+        for text in (*_SAMPLE, *_fuzz()):
+            fast, slow = self._encode(text).tolist(), self._slow(text).tolist()
+            if fast == slow:
+                continue
+            at = next(
+                (i for i, ids in enumerate(zip(fast, slow, strict=False)) if len(set(ids)) > 1), 0
+            )
+            raise ValueError(
+                f"tiktoken and tokenizers differ on {text[:60]!r}: {fast[at : at + 8]} and "
+                f"{slow[at : at + 8]} from token {at} on; make the tokenizer anew with "
+                "initialize, which marks all added tokens as special"
+            )
 
-        # Without its added tokens it cannot take their spelling for them.
-        encode = Tokenizer.from_json(
-            json.dumps({**json.loads(self._spec), "added_tokens": []})
-        ).encode
-        return lambda text: encode(text).view(np.int32)
 
-    def _tiktoken(self) -> Callable[[str], np.ndarray]:
-        """Ranks and pattern out of tokenizer.json.
+@lru_cache
+def _warn(reason: str) -> None:
+    logger.warning("encoding with tokenizers, several times slower: %s", reason)
 
-        Raises for anything but a byte-level BPE of Qwen's shape.
-        """
-        import tiktoken
 
-        spec = json.loads(self._spec)
-        model, normalizer, steps = spec["model"], spec["normalizer"], spec["pre_tokenizer"]
-        if model["type"] != "BPE" or steps["type"] != "Sequence":
-            raise ValueError("the tokenizer is not a byte-level BPE")
-        split, byte_level = steps["pretokenizers"]
-        if (
-            split["type"] != "Split"
-            or split["behavior"] != "Isolated"
-            or byte_level["type"] != "ByteLevel"
-        ):
-            raise ValueError("the tokenizer splits text in another way than Qwen's")
-        if normalizer is not None and normalizer["type"] != "NFC":
-            raise ValueError(f"the tokenizer normalizes with {normalizer['type']}")
-        byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
-        ranks = {
-            bytes(byte_of[letter] for letter in token): rank
-            for token, rank in model["vocab"].items()
-        }
-        pattern = split["pattern"]["Regex"]
-        encode = tiktoken.Encoding(
-            "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
-        ).encode_to_numpy
+def _pieces(text: str) -> Iterator[str]:
+    """Cut a long text where a word ends for certain, so that time grows with length only."""
+    start = 0
+    while len(text) - start > _PIECE:
+        border = _BORDER.search(text, start + _PIECE // 2)
+        if border is None:
+            break
+        yield text[start : border.start()]
+        start = border.start()
+    yield text[start:]
 
-        def encode_text(text: str) -> np.ndarray:
-            if normalizer is not None and not text.isascii():
-                text = unicodedata.normalize("NFC", text)
-            return encode(text, disallowed_special=()).view(np.int32)
 
-        return encode_text
+def _tiktoken(spec_text: str) -> Callable[[str], np.ndarray]:
+    """Build an encoder of the ranks and the pattern in tokenizer.json.
+
+    Raises for anything but a byte-level BPE of Qwen's shape.
+    """
+    import tiktoken
+
+    spec = json.loads(spec_text)
+    model, normalizer, steps = spec["model"], spec["normalizer"], spec["pre_tokenizer"]
+    if model["type"] != "BPE" or steps["type"] != "Sequence":
+        raise ValueError("the tokenizer is not a byte-level BPE")
+    split, byte_level = steps["pretokenizers"]
+    kinds = split["type"], split["behavior"], byte_level["type"]
+    if kinds != ("Split", "Isolated", "ByteLevel"):
+        raise ValueError("the tokenizer splits text in another way than Qwen's")
+    if normalizer is not None and normalizer["type"] != "NFC":
+        raise ValueError(f"the tokenizer normalizes with {normalizer['type']}")
+    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
+    ranks = {
+        bytes(byte_of[letter] for letter in token): rank for token, rank in model["vocab"].items()
+    }
+    encoding = tiktoken.Encoding(
+        "corpus", pat_str=split["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={}
+    )
+
+    def encode(text: str) -> np.ndarray:
+        if normalizer is not None and not text.isascii():
+            text = unicodedata.normalize("NFC", text)
+        return encoding.encode_to_numpy(text, disallowed_special=()).view(np.int32)
+
+    return encode
 
 
 def _fuzz(texts: int = 200) -> list[str]:
-    """Random strings over blocks of Unicode that tokenizers trip on; always the same."""
+    """Make random strings over blocks of Unicode that tokenizers trip on; always the same."""
     rng = random.Random(0)
-    starts = [
-        0x20,
-        0x80,
-        0x300,
-        0x400,
-        0x5D0,
-        0x900,
-        0xE00,
-        0x1100,
-        0x1E00,
-        0x2000,
-        0x3040,
-        0x4E00,
-        0xAC00,
-        0x1F600,
-    ]
-    return [
-        "".join(chr(rng.choice(pair) + rng.randrange(96)) for _ in range(rng.randrange(1, 60)))
-        for pair in (rng.sample(starts, 2) for _ in range(texts))
-    ]
+    made = []
+    for _ in range(texts):
+        pair = rng.sample(_UNICODE_BLOCKS, 2)
+        letters = (rng.choice(pair) + rng.randrange(96) for _ in range(rng.randrange(1, 60)))
+        made.append("".join(map(chr, letters)))
+    return made

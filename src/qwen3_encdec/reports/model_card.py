@@ -1,23 +1,15 @@
-"""A model card out of what the folders record:
+"""The model card of a whole run: a fact that no folder records is called "not recorded"."""
 
-a fact that is not recorded is called that, never guessed.
-"""
-
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from qwen3_encdec.conversion.card import base_of, public, read_card, without_path
 from qwen3_encdec.folders import PROVENANCE_FILE, read_json
-from qwen3_encdec.reports.training import (
-    code,
-    denoising_table,
-    escape_markdown,
-    markdown_table,
-    tasks_table,
-)
+from qwen3_encdec.reports.page import code, escape_markdown, markdown_table, read_metrics
+from qwen3_encdec.reports.scores import denoising_table, tasks_table
 
 UNKNOWN = "not recorded"
 _SIZES = (
@@ -47,14 +39,11 @@ def model_card(folders: Sequence[Path]) -> str:
     ]
     config = read_json(chain[0] / "config.json") if (chain[0] / "config.json").exists() else {}
 
-    kind = ["library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
-    head = [
-        "---",
-        *(kind if (model / "modules.json").exists() else []),
-        "tags: [qwen3, ul2]",
-        "---",
-    ]
-    blocks = ["\n".join(head), f"# {escape_markdown(model.name)}", "## How it was made"]
+    head = {"base_model": base_of(chain[-1]), "tags": ["qwen3", "ul2"]} | read_card(model)
+    if (model / "modules.json").exists():
+        head |= {"library_name": "sentence-transformers", "pipeline_tag": "sentence-similarity"}
+    front = f"---\n{yaml.safe_dump(head, sort_keys=True)}---"
+    blocks = [front, f"# {escape_markdown(model.name)}", "## How it was made"]
     blocks.append("\n".join(f"1. {_step(folder)}" for folder in reversed(chain)))
     blocks += [
         "## Architecture",
@@ -63,7 +52,7 @@ def model_card(folders: Sequence[Path]) -> str:
     ]
     trained = [_training(run) for run in runs]
     trained += [
-        _facts({"finetuned": str(folder), **_record(folder)["config"]})
+        _facts({"finetuned": folder.name, **_record(folder)["config"]})
         for folder in chain
         if _tuned(folder)
     ]
@@ -74,16 +63,18 @@ def model_card(folders: Sequence[Path]) -> str:
             blocks.append(markdown_table(denoising_table(found["denoising"])))
         if found.get("tasks"):
             blocks.append(
-                "Scores with half the width of their 95 % bootstrap intervals; ties count against the model."
+                "Scores with half the width of their 95 % bootstrap intervals; ties count against "
+                "the model."
             )
             blocks.append(
                 markdown_table(tasks_table(found["tasks"], found.get("tasks_not_run", {})))
             )
-        blocks.append(_facts(found.get("provenance", {})))
+        facts = found.get("provenance", {})
+        blocks.append(_facts({key: facts[key] for key in facts if key not in ("model", "command")}))
     if not metrics:
         blocks.append("not run")
     blocks += [
-        "## Licence, intended use, limits",
+        "## Intended use, limits",
         f"{UNKNOWN}: whoever publishes the model writes this.",
     ]
     return "\n\n".join(blocks) + "\n"
@@ -125,33 +116,27 @@ def _settings(run: Path) -> dict[str, Any]:
 def _step(folder: Path) -> str:
     record = _record(folder)
     facts = ", ".join(
-        f"{key} {value}"
+        f"{key} {without_path(value) if isinstance(value, str) else value}"
         for key, value in record.items()
         if key not in ("kind", "versions", "config")
     )
-    return f"{code(str(folder))}: {escape_markdown(record.get('kind', UNKNOWN))}" + (
+    return f"{code(folder.name)}: {escape_markdown(record.get('kind', UNKNOWN))}" + (
         f", {escape_markdown(facts)}" if facts else ""
     )
 
 
 def _training(run: Path) -> str:
     file = run / "metrics.jsonl"
-    lines = (
-        [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        if file.exists()
-        else []
-    )
+    lines = read_metrics(file) if file.exists() else []
     last: dict[str, Any] = next((line for line in reversed(lines) if "target_tokens" in line), {})
     facts: dict[str, Any] = {
         key: last[key]
         for key in ("step", "source_tokens", "target_tokens", "examples", "loss")
         if key in last
     }
-    return _facts({"run": str(run), **facts, **_settings(run)})
+    return _facts({"run": run.name, **facts, **_settings(run)})
 
 
 def _facts(facts: dict[str, Any]) -> str:
-    return (
-        "\n".join(f"- {escape_markdown(key)}: {code(str(value))}" for key, value in facts.items())
-        or UNKNOWN
-    )
+    lines = [f"- {escape_markdown(key)}: {code(str(public(facts[key])))}" for key in facts]
+    return "\n".join(lines) or UNKNOWN

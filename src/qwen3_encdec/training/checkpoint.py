@@ -1,42 +1,41 @@
-"""Checkpoints that are both an ordinary model folder and an exact point to resume from, without
-pickle.
+"""Write and read checkpoints: model folders that are also exact points to resume from.
 
-RUN/checkpoints/step-000100/     config.json, safetensors (fp32), tokenizer files: ``from_pretrained`` loads it
-    model-00001-of-00002.safetensors            the tensors that rank 0 keeps; from one rank model.safetensors
-    state/optimizer-00001-of-00002.safetensors  and what the optimizer remembers of them, as PARAMETER.KEY
-    state/rank-00001-of-00002.json              a rank's place in the data and its random generators
-    state/training.json                         step, world size, config, versions, commit, totals and guards
-    state/sha256-00001-of-00002.txt             checksums of the files that rank 0 wrote, as `sha256sum -c` reads them
-RUN/checkpoints/latest           symbolic link to the newest
+RUN/checkpoints/step-000100/     config.json, safetensors (fp32), tokenizer: ``from_pretrained``
+                                 loads it
+    state/shard-*.safetensors    optimizer state as PARAMETER.KEY, each rank its own shards
+    state/rank-*.json            a rank's position in the data and its random generators
+    state/training.json          step, world size, config, versions, commit, totals and guard
+    state/checks-*.json          size and CRC-32 by block of every file that a rank wrote
+RUN/checkpoints/latest, best     symbolic links
 
-Tensors are dealt out to the ranks by size; each copies its own to the CPU, whole, and a thread of
-it writes them while training goes on. When all ranks have written, which they tell each other in
-the step's own reduction, rank 0 renames the folder from ``.step-000100.partial``. Nothing depends
-on the number of ranks but the names of files. On several machines, the run's folder must be on a
-file system that they share.
-
-SHA-256 because every system has a tool for it and processors an instruction: it is not slower than
-a disk.
+Tensors are written and read by torch.distributed.checkpoint in its Hugging Face format; there is no
+pickle. A thread writes while training continues. Ranks learn in the step's own reduction when all
+have written, then rank 0 renames the folder from ``.step-000100.partial``. On several machines the
+run's folder must be on a file system that they share.
 """
 
 import copy
 import functools
-import hashlib
+import json
+import math
 import os
 import random
 import shutil
 import threading
-from contextlib import ExitStack
+import warnings
+import zlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torchdata.stateful_dataloader import StatefulDataLoader
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.futures import Future
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.folders import (
@@ -47,20 +46,22 @@ from qwen3_encdec.folders import (
     read_json,
     write_json,
 )
+from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
-from qwen3_encdec.training.distributed import TrainingState
 
-# What decides the order and content of the examples, and what the optimizer's state means; a
-# resumed run must agree.
-_FIXED = ("data", "batch_size", "seed", "optimizer")
+BLOCK = 2**15
+_FILE_BYTES = 5e9
+_ONE_FILE = "model.safetensors"
+
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
 
 
 class Checkpointer:
-    """Writes a run's checkpoints. Every rank has one and calls the same methods in the same order.
+    """Write a run's checkpoints. Every rank has one and calls the same methods in the same order.
 
     ``last`` is the newest complete checkpoint. Any failure to write, on any rank, raises InputError
     on all of them at the next step (or at ``finish``); what was incomplete is removed and ``last``
-    still holds.
+    still holds. ``state`` gives the tensors, see ``training/distributed.py``.
     """
 
     def __init__(
@@ -69,66 +70,64 @@ class Checkpointer:
         last: Path | None,
         *,
         accelerator: Accelerator,
-        state: TrainingState,
+        state: Any,
         tokenizer: PreTrainedTokenizerBase,
         config: TrainingConfig,
     ) -> None:
         self.folder, self.last = folder, last
-        self.accelerator, self.state, self.tokenizer, self.config = (
-            accelerator,
-            state,
-            tokenizer,
-            config,
-        )
-        self._step: int | None = None  # of the checkpoint that is being written
+        self.accelerator, self.state = accelerator, state
+        self.tokenizer, self.config = tokenizer, config
+        # The writing thread must not mix its collectives with training's.
+        self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._step = 0
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._file = f"{accelerator.process_index + 1:05d}-of-{accelerator.num_processes:05d}"
+        self._number = f"{accelerator.process_index + 1:05d}-of-{accelerator.num_processes:05d}"
 
-    def save(self, step: int, place: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Copy the state after ``step`` and begin to write it; ``place`` is of `place_of`.
+    @property
+    def _partial(self) -> Path:
+        return self.folder / f".{folder_name(self._step)}.partial"
 
-        Returns when training may go on: with ``async_checkpoints`` after the copy. Done at once if
-            ``step`` is saved.
+    def save(self, step: int, position: dict[str, Any], progress: dict[str, Any]) -> None:
+        """Copy the state after ``step`` and begin to write it.
+
+        ``position`` holds this rank's ``data`` and `random_state`. Returns when training may continue: with ``async_checkpoints`` after the copy. Does nothing
+        if ``step`` is already saved.
         """
         self.finish()
         if self.last is not None and self.last.name == folder_name(step):
             return
-        weights, owners = self._own(self.state.weights())
-        optimizer, _ = self._own(self.state.optimizer_state())
-        rank = {"data": place["data"], "random": _random_to_json(place["random"])}
+        self._step = step
+        stager = DefaultStager(StagingOptions(False, False, False, False))
+        tensors = stager.stage(
+            {"model": self.state.weights(), "state": self.state.optimizer_state()}
+        )
+        stager.close()
         training = {
             "step": step,
             "world_size": self.accelerator.num_processes,
             "config": config_to_dict(self.config),
-            **progress,
+            **copy.deepcopy(progress),
         }
-        self._step = step
-        work = functools.partial(
-            self._write, weights, owners, optimizer, copy.deepcopy(rank), copy.deepcopy(training)
-        )
+        work = functools.partial(self._write, tensors, copy.deepcopy(position), training)
         self._writer = threading.Thread(target=work, daemon=True, name="checkpoint")
         self._writer.start()
         if not self.config.async_checkpoints:
             self.finish()
 
     def flags(self) -> list[int]:
-        """[this rank has written, this rank has failed], to be summed over the ranks and given to
+        """Return [this rank has written, this rank has failed], to be summed and given to
         `settle`.
         """
         ended = self._writer is not None and not self._writer.is_alive()
         return [int(ended and self._error is None), int(self._error is not None)]
 
     def settle(self, written: int, failed: int) -> None:
-        """Finish a checkpoint that all ranks have written.
-
-        Raises InputError if a rank has failed.
-        """
+        """Publish a checkpoint that all ranks have written. Raises InputError if one has failed."""
         if failed:
             self._abandon()
         if self._writer is None or written < self.accelerator.num_processes:
             return
-        assert self._step is not None
         folder = self.folder / folder_name(self._step)
         if self.accelerator.is_main_process:
             try:
@@ -145,147 +144,247 @@ class Checkpointer:
             self.settle(*self.accelerator.reduce(flags, "sum").tolist())
 
     def fail(self, error: BaseException) -> None:
-        """Let all ranks stop at the next step, for a file that this one could not write."""
+        """Stop all ranks at the next step for a file that this one could not write."""
         self._error = error
 
     def close(self) -> None:
-        """After an exception anywhere: leave nothing half-written."""
+        """Leave nothing half-written after an exception anywhere."""
         if self._writer is not None:
             self._writer.join()
             shutil.rmtree(self._partial, ignore_errors=True)
 
-    @property
-    def _partial(self) -> Path:
-        return self.folder / f".{folder_name(self._step or 0)}.partial"
-
     def _abandon(self) -> None:
-        """All ranks stop. Raises InputError, the same on each."""
+        """Stop all ranks by an InputError that is the same on each."""
         if self._writer is not None:
             self._writer.join()
-        reasons = gather_object([str(self._error) if self._error else None])
-        if self.accelerator.is_main_process and self._step is not None:
+        reasons = gather_object([self._error and _reason(self._error)])
+        if self.accelerator.is_main_process:
             shutil.rmtree(self._partial, ignore_errors=True)
         self._writer = None
         reason = next(reason for reason in reasons if reason)
         raise InputError(
-            f"{self.folder.parent} could not be written to: {reason}; training stopped, the last checkpoint is "
-            f"{self.last or 'none'}"
+            f"{self.folder.parent} could not be written to: {reason}; training stopped, the last "
+            f"checkpoint is {self.last or 'none'}"
         ) from self._error
 
-    def _own(self, tensors: Any) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-        """Those of the whole tensors that this rank keeps, copied to the CPU, and every tensor's
-        rank by name.
-        """
-        loads, kept, owners = [0] * self.accelerator.num_processes, {}, {}
-        for name, tensor in tensors:
-            owners[name] = loads.index(min(loads))
-            loads[owners[name]] += tensor.nbytes
-            if owners[name] == self.accelerator.process_index:
-                kept[name] = tensor.to("cpu", copy=True).contiguous()
-        return kept, owners
-
-    def _write(
-        self,
-        weights: dict[str, torch.Tensor],
-        owners: dict[str, int],
-        optimizer: dict[str, torch.Tensor],
-        rank: dict[str, Any],
-        training: dict[str, Any],
-    ) -> None:
-        """This rank's files and their checksums, on a thread of its own."""
+    def _write(self, tensors: Any, position: dict[str, Any], training: dict[str, Any]) -> None:
+        """Write this rank's files and their checks, on a thread of its own."""
+        folder, state = self._partial, self._partial / "state"
         try:
-            folder, files = self._partial, []
-            (folder / "state").mkdir(parents=True, exist_ok=True)
-
-            def path(name: str) -> Path:
-                files.append(folder / name)
-                return folder / name
-
-            shards = self.accelerator.num_processes
-            weights_name = "model.safetensors" if shards == 1 else f"model-{self._file}.safetensors"
-            save_file(weights, path(weights_name), metadata={"format": "pt"})
-            save_file(optimizer, path(f"state/optimizer-{self._file}.safetensors"))
-            write_json(path(f"state/rank-{self._file}.json"), rank)
+            state.mkdir(parents=True, exist_ok=True)
+            options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._group}
+            files = files_of_tensors(tensors["model"])
+            writer = dcp.HuggingFaceStorageWriter(
+                str(folder), files, save_distributed=True, enable_consolidation=True
+            )
+            dcp.save(tensors["model"], storage_writer=writer, **options)
+            writer = dcp.HuggingFaceStorageWriter(str(state), save_distributed=True)
+            dcp.save(tensors["state"], storage_writer=writer, **options)
+            write_json(state / f"rank-{self._number}.json", position)
+            mine = [state / f"rank-{self._number}.json"]
+            mine += state.glob(f"shard-{self._number[:5]}-*.safetensors")
             if self.accelerator.is_main_process:
+                shutil.rmtree(folder / "sharded")
+                if len(set(files.values())) == 1:
+                    os.replace(folder / "model-00001-of-00001.safetensors", folder / _ONE_FILE)
+                    (folder / f"{_ONE_FILE}.index.json").unlink()
                 made_by = {"versions": package_versions(), "commit": _commit()}
-                write_json(path("state/training.json"), training | made_by)
-                if shards > 1:
-                    index = {
-                        n: f"model-{rank + 1:05d}-of-{shards:05d}.safetensors"
-                        for n, rank in owners.items()
-                    }
-                    write_json(
-                        path("model.safetensors.index.json"), {"metadata": {}, "weight_map": index}
-                    )
-                files += self._write_ordinary(folder, training["step"])
-            sums = [f"{_seal(file)}  {file.relative_to(folder)}\n" for file in files]
-            (folder / f"state/sha256-{self._file}.txt").write_text("".join(sums), encoding="utf-8")
-        except Exception as error:  # of whatever kind, all ranks must hear of it
+                write_json(state / "training.json", training | made_by)
+                self._write_model_files(folder, training["step"])
+                mine += [state / "training.json"]
+                mine += [path for path in folder.iterdir() if path.is_file()]
+            checks = {str(path.relative_to(folder)): checks_of(path, BLOCK) for path in mine}
+            write_json(state / f"checks-{self._number}.json", {"block": BLOCK, "files": checks})
+        except BaseException as error:  # of whatever kind, all ranks must hear of it
             self._error = error
 
-    def _write_ordinary(self, folder: Path, step: int) -> list[Path]:
-        """What makes it a model folder:
-
-        configuration, generation defaults, tokenizer, the model's own code.
-        """
+    def _write_model_files(self, folder: Path, step: int) -> None:
+        """Add configuration, generation defaults, tokenizer and the model's own code."""
+        scratch = folder / "model"  # save_pretrained removes weights that it doesn't know
         module = self.state.module
-        scratch = folder / "ordinary"  # save_pretrained removes shards that it doesn't know
-        module.save_pretrained(scratch, state_dict={})
+        with torch.device("meta"):
+            plain = Qwen3ForSeq2SeqLM(module.config)  # a sharded one would save FSDP's code
+        plain.generation_config = module.generation_config
+        plain.save_pretrained(scratch, state_dict={})
         self.tokenizer.save_pretrained(scratch)
         provenance = {"kind": "encoder-decoder", "step": step, "model": self.config.model}
         write_json(scratch / PROVENANCE_FILE, {**provenance, "versions": package_versions()})
-        files = [folder / file.name for file in scratch.iterdir() if file.suffix != ".safetensors"]
-        for file in files:
-            os.replace(scratch / file.name, file)
+        for file in scratch.iterdir():
+            if file.suffix != ".safetensors":
+                os.replace(file, folder / file.name)
         shutil.rmtree(scratch)
-        return files
 
     def _publish(self, folder: Path) -> None:
-        """Rename a complete checkpoint into place, point ``latest`` at it, delete those that are
-        not kept.
-        """
+        """Rename a complete checkpoint into place, move the links, delete what is not kept."""
         if folder.exists():  # a damaged one, or it would have been resumed from
             shutil.rmtree(folder)
         os.rename(self._partial, folder)
-        pointer = self.folder / ".latest"
-        pointer.unlink(missing_ok=True)
-        pointer.symlink_to(folder.name)
-        os.replace(pointer, self.folder / "latest")
-        keep_last, keep_every = self.config.keep_last, self.config.keep_every
-        for old in _step_folders(self.folder)[:-keep_last] if keep_last else ():
-            if not keep_every or _step(old) % keep_every:
-                shutil.rmtree(old)
+        _link(self.folder / "latest", folder.name)
+        config, folders = self.config, _step_folders(self.folder)
+        kept = set(folders[-config.keep_last :])
+        kept |= {old for old in folders if config.keep_every and not _step(old) % config.keep_every}
+        best = min(folders, key=_heldout_loss)
+        if config.keep_best and math.isfinite(_heldout_loss(best)):
+            kept.add(best)
+            _link(self.folder / "best", best.name)
+        for old in folders:
+            if old not in kept:
+                # One that cannot be deleted costs room and must not cost the run.
+                shutil.rmtree(old, ignore_errors=True)
+                if old.exists():
+                    self.accelerator.print(f"{old} could not be deleted; delete it by hand")
 
 
-def place_of(loader: StatefulDataLoader, device: torch.device) -> dict[str, Any]:
-    """Where this rank is: its place in the data and its random generators."""
-    random_state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": np.random.get_state(),
-        "cpu": torch.get_rng_state(),
-    }
-    if device.type == "cuda":
-        random_state["cuda"] = torch.cuda.get_rng_state(device)
-    return {"data": loader.state_dict(), "random": random_state}
+class VerifiedReader(dcp.HuggingFaceStorageReader):
+    """Read tensors of a checkpoint in blocks that are checked against their CRC-32 as they come.
+
+    Only what this rank needs is read, and once. Folders written without checks are read unchecked.
+    Raises InputError for a block that is missing or not as it was written. ``bytes_read`` counts.
+    """
+
+    bytes_read = 0
+
+    def __init__(self, folder: Path, checks: dict[str, Any]) -> None:
+        super().__init__(str(folder))
+        self._checks = checks
+        self._headers: dict[str, tuple[int, dict[str, Any]]] = {}
+        self._last: tuple[str, int, bytes] = ("", -1, b"")
+
+    def read_data(self, plan: dcp.LoadPlan, planner: dcp.LoadPlanner) -> Future[None]:
+        """Fill the planner's tensors, in the order of the files."""
+        requests = []
+        for item in plan.items:
+            stored = self.storage_data[item.storage_index]
+            path = str(stored.relative_path)
+            start, shape = self._extent(path, item.storage_index.fqn)
+            first = item.storage_offsets[0] if shape else 0
+            row = stored.dtype.itemsize * math.prod(shape[1:])
+            if list(item.lengths[1:]) != shape[1:]:
+                raise InputError(f"{path}: only shards of whole rows are read")
+            size = stored.dtype.itemsize * math.prod(item.lengths)
+            requests.append((path, start + first * row, size, stored.dtype, item))
+        for path, start, size, dtype, item in sorted(requests, key=lambda request: request[:2]):
+            target = planner.resolve_tensor(item).detach()
+            if size:
+                content = torch.frombuffer(self._read(path, start, size), dtype=dtype)
+                target.copy_(content.view(tuple(item.lengths)))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _extent(self, path: str, name: str) -> tuple[int, list[int]]:
+        """Return a tensor's offset in its file and its shape, from the file's header."""
+        if path not in self._headers:
+            with open(path, "rb") as file:
+                length = int.from_bytes(file.read(8), "little")
+                self._headers[path] = 8 + length, json.loads(file.read(length))
+        begin, header = self._headers[path]
+        return begin + header[name]["data_offsets"][0], header[name]["shape"]
+
+    def _read(self, path: str, start: int, size: int) -> bytearray:
+        """Read bytes of a file, block by block."""
+        length, checks = self._checks.get(path, (BLOCK, None))
+        content, begin = bytearray(), start % length
+        with open(path, "rb", buffering=0) as file:
+            for number in range(start // length, (start + size - 1) // length + 1):
+                if self._last[:2] != (path, number):
+                    file.seek(number * length)
+                    block = file.read(length)
+                    VerifiedReader.bytes_read += len(block)
+                    if checks and zlib.crc32(block) != checks[number]:
+                        raise InputError(f"{Path(path).name} does not have its checksum")
+                    self._last = path, number, block
+                content += self._last[2]
+        return content[begin : begin + size]
 
 
-def find_checkpoint(
-    checkpoints: Path, accelerator: Accelerator
+def read_tensors_into(tensors: dict[str, torch.Tensor], folder: Path, below: str = "") -> None:
+    """Fill tensors, sharded or not, from the safetensors files in ``folder / below``.
+
+    Raises InputError if one is missing, has another shape or is damaged.
+    """
+    checks = {}
+    for file in sorted((folder / "state").glob("checks-*.json")):
+        written = read_json(file)
+        for name, check in written["files"].items():
+            sums = [int(crc, 16) for crc in check["crc32"].split()]
+            checks[str(folder / name)] = written["block"], sums
+    reader = VerifiedReader(folder / below, checks)
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=True)
+    except (Exception, dcp.CheckpointException) as error:  # safetensors and torch raise many types
+        raise InputError(_reason(error)) from None
+
+
+def files_of_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Deal whole tensors out to files of about 5 GB, numbered from 1."""
+    files, size, number = {}, 0.0, 1
+    for name, tensor in tensors.items():
+        if size and size + tensor.nbytes > _FILE_BYTES:
+            size, number = 0.0, number + 1
+        size += tensor.nbytes
+        files[name] = number
+    return files
+
+
+def checks_of(path: Path, block: int) -> dict[str, Any]:
+    """Return a file's size and the CRC-32 of each block, after it has been brought to the disk.
+
+    A rename must not survive a crash that the data does not.
+    """
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        sums = [zlib.crc32(part) for part in iter(lambda: file.read(block), b"")]
+    return {"bytes": path.stat().st_size, "crc32": " ".join(f"{crc:08x}" for crc in sums)}
+
+
+def damage(folder: Path) -> str | None:
+    """Say what is missing, cut or altered in a checkpoint, or None.
+
+    Tensors are only looked at for their size: their content is checked while it is read.
+    """
+    try:
+        writers = read_json(folder / "state/training.json")["world_size"]
+        if list((folder / "state").glob("sha256-*.txt")):
+            return None  # written before there were checks
+        for number in range(1, writers + 1):
+            checks = read_json(folder / f"state/checks-{number:05d}-of-{writers:05d}.json")
+            for name, check in checks["files"].items():
+                path = folder / name
+                if not path.is_file():
+                    return f"{name} is missing"
+                if path.stat().st_size != check["bytes"]:
+                    return f"{name} has {path.stat().st_size:,} bytes instead of {check['bytes']:,}"
+                if path.suffix != ".safetensors" and checks_of(path, checks["block"]) != check:
+                    return f"{name} does not have its checksum"
+    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
+        return str(error)
+    return None
+
+
+def restore(
+    checkpoints: Path, load: Callable[[Path], None], accelerator: Accelerator
 ) -> tuple[Path | None, dict[Path, str]]:
-    """The newest undamaged checkpoint, and a sentence about each newer one that is damaged.
+    """Load the newest undamaged checkpoint; every rank calls it.
 
-    Every rank calls it and checks a share of the files. Raises InputError with those sentences when
-    there are checkpoints and all are damaged.
+    ``load`` reads the tensors and raises InputError for a damaged one. Returns the checkpoint, None
+    without any, and a sentence about each newer one that is damaged. Raises InputError with those
+    sentences if all are damaged.
     """
     damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
-        found = gather_object(
-            [_damage(folder, accelerator.process_index, accelerator.num_processes)]
-        )
-        damage = next((sentence for sentence in found if sentence), None)
-        if damage is None:
+        found = damage(folder) if accelerator.is_main_process else None
+        found = next((text for text in gather_object([found]) if text), None)
+        if not found:
+            try:
+                load(folder)
+            except InputError as error:
+                found = str(error)
+            found = next((text for text in gather_object([found]) if text), None)
+        if not found:
             return folder, damages
-        damages[folder] = f"checkpoint {folder} is damaged: {damage}"
+        damages[folder] = f"checkpoint {folder} is damaged: {found}"
     if damages:
         raise InputError(
             "; ".join(damages.values()) + "; no older checkpoint is left to resume from"
@@ -293,64 +392,54 @@ def find_checkpoint(
     return None, {}
 
 
-def set_aside(damages: dict[Path, str]) -> None:
-    """Rename damaged checkpoints, for somebody to look at, so that no later step counts or replaces
-    them.
-    """
+def newest(checkpoints: Path) -> Path | None:
+    """Return the newest finished checkpoint, damaged or not."""
+    return next(reversed(_step_folders(checkpoints)), None)
+
+
+def set_aside(damages: Iterable[Path]) -> None:
+    """Rename damaged checkpoints, so that no later step counts or replaces them."""
     for folder in damages:
         aside = folder.with_name(f"damaged-{folder.name}")
         shutil.rmtree(aside, ignore_errors=True)
         os.rename(folder, aside)
 
 
-def read_training_state(
-    folder: Path, config: dict[str, Any], world_size: int
-) -> tuple[dict[str, Any], list[str]]:
-    """``state/training.json`` of a checkpoint with its ``ranks``, and a phrase about each setting
-    that differs.
-
-    Another number of processes is such a setting: what is left of the data is dealt out anew.
-
-    Raises InputError if the run to resume would see other data or has another optimizer; other data
-    may be accepted with `data.accept_changes`.
-    """
+def read_training_state(folder: Path) -> dict[str, Any]:
+    """Return ``state/training.json`` of a checkpoint, and ``ranks``: position and generators."""
     state = read_json(folder / "state/training.json")
     state["ranks"] = [read_json(file) for file in sorted((folder / "state").glob("rank-*.json"))]
+    return state
+
+
+def changes_since(state: dict[str, Any], config: dict[str, Any], world_size: int) -> list[str]:
+    """Return a phrase about each setting that is not as it was at the checkpoint."""
     before, notes = flatten(state["config"]), []
     if state["world_size"] != world_size:
         notes.append(f"{state['world_size']} processes -> {world_size}")
     for name, value in flatten(config).items():
-        if name in ("output_dir", "resume", "data.accept_changes") or value == before.get(name):
-            continue
-        accepted = name.startswith("data.") and config["data"]["accept_changes"]
-        if name.split(".")[0] in _FIXED and not accepted:
-            raise InputError(
-                f"cannot resume {folder} with {name}={value!r}, it was trained with {before.get(name)!r}; "
-                "set it back, or begin anew in another output_dir"
-            )
-        notes.append(f"{name} {before.get(name)!r} -> {value!r}")
-    return state, notes
+        # A setting that did not exist yet is no change.
+        if name not in ("output_dir", "resume") and value != before.get(name, value):
+            notes.append(f"{name} {before[name]!r} -> {value!r}")
+    return notes
 
 
-def load_optimizer_state(folder: Path, state: TrainingState, ema: bool) -> None:
-    """Fill the optimizer, sharded or not, from a checkpoint;
-
-    ``ema``: with its average of the weights.
-    """
-    with ExitStack() as stack:
-        files = [
-            stack.enter_context(safe_open(path, framework="pt"))
-            for path in sorted((folder / "state").glob("optimizer-*.safetensors"))
-        ]
-        holders = {key: file for file in files for key in file.keys()}  # noqa: SIM118 - a handle is not iterable
-        keys = [key for key in holders if ema or not key.endswith(".ema")]
-        state.load_optimizer_state(keys, lambda key: holders[key].get_tensor(key))
+def random_state(device: torch.device) -> dict[str, Any]:
+    """Return this process's random generators as JSON: Python's, numpy's and torch's."""
+    name, keys, *rest = np.random.get_state()
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "numpy": [name, np.asarray(keys).tolist(), *rest],
+        "cpu": torch.get_rng_state().numpy().tobytes().hex(),
+    }
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
+    return state
 
 
 def load_random_state(state: dict[str, Any], rank: int) -> None:
-    """Put back this rank's generators:
-
-    Python's, numpy's and torch's. A rank that is new takes an old one's.
+    """Restore this rank's generators: Python's, numpy's and torch's. A new rank takes an old
+    one's.
     """
     saved = state["ranks"][rank % len(state["ranks"])]["random"]
     version, internal, gauss = saved["python"]
@@ -362,21 +451,20 @@ def load_random_state(state: dict[str, Any], rank: int) -> None:
         torch.cuda.set_rng_state(_from_hex(saved["cuda"]))
 
 
-def _random_to_json(state: dict[str, Any]) -> dict[str, Any]:
-    name, keys, *rest = state["numpy"]
-    tensors: dict[str, Any] = {
-        device: bytes(state[device].tolist()).hex() for device in ("cpu", "cuda") if device in state
-    }
-    return {"python": state["python"], "numpy": [name, keys.tolist(), *rest], **tensors}
+def folder_name(step: int) -> str:
+    """Name the folder of the checkpoint after ``step``."""
+    return f"step-{step:06d}"
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong, in one line, out of what torch.distributed.checkpoint wraps it in."""
+    if isinstance(error, dcp.CheckpointException):
+        error = next(iter(error.failures.values()))[0]
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _from_hex(text: str) -> torch.Tensor:
-    return torch.tensor(list(bytes.fromhex(text)), dtype=torch.uint8)
-
-
-def folder_name(step: int) -> str:
-    """Of the checkpoint after `step`."""
-    return f"step-{step:06d}"
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _step(folder: Path) -> int:
@@ -385,43 +473,25 @@ def _step(folder: Path) -> int:
 
 def _step_folders(checkpoints: Path) -> list[Path]:
     """Finished checkpoints, oldest first."""
-    found = [
-        path for path in checkpoints.glob("step-*") if path.is_dir() and path.name[5:].isdigit()
-    ]
-    return sorted(found, key=_step)
+    found = checkpoints.glob("step-*")
+    return sorted((path for path in found if path.name[5:].isdigit()), key=_step)
 
 
-def _seal(file: Path) -> str:
-    """A file's checksum, after it has been brought to the disk:
-
-    a rename must not survive a crash that data don't.
-    """
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
-def _damage(folder: Path, rank: int, world_size: int) -> str | None:
-    """What is wrong with a checkpoint, or None:
-
-    all ranks look whether files are there, each at a share's contents.
-    """
+def _heldout_loss(folder: Path) -> float:
+    """Mean held-out loss of a checkpoint, infinite where it was not evaluated."""
     try:
-        writers = read_json(folder / "state/training.json")["world_size"]
-        lines = []
-        for number in range(1, writers + 1):
-            sums = f"state/sha256-{number:05d}-of-{writers:05d}.txt"
-            lines += (folder / sums).read_text(encoding="utf-8").splitlines()
-        files = {name: checksum for checksum, _, name in (line.partition("  ") for line in lines)}
-        for name in files:
-            if not (folder / name).is_file():
-                return f"{name} is missing"
-        for name, checksum in list(files.items())[rank::world_size]:
-            if _seal(folder / name) != checksum:
-                return f"{name} has {(folder / name).stat().st_size:,} bytes and not the checksum it was written with"
-    except (InputError, OSError, ValueError, KeyError, TypeError) as error:
-        return str(error)
-    return None
+        loss = read_json(folder / "state/training.json").get("heldout_loss")
+    except InputError:
+        loss = None
+    return math.inf if loss is None else loss
+
+
+def _link(link: Path, name: str) -> None:
+    """Point a symbolic link at a name, without a moment in which there is none."""
+    temporary = link.with_name(f".{link.name}")
+    temporary.unlink(missing_ok=True)
+    temporary.symlink_to(name)
+    os.replace(temporary, link)
 
 
 @functools.cache

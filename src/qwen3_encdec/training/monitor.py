@@ -1,9 +1,7 @@
-"""What stands between a run and its faults:
-
-steps that spike, requests to stop, and steps that never end.
-"""
+"""Guard a run against faults and report its progress."""
 
 import faulthandler
+import fcntl
 import json
 import math
 import os
@@ -13,90 +11,61 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from tqdm import tqdm
 
 from qwen3_encdec.folders import InputError
 
-_MOST_IN_A_ROW = 16
-
 
 class SpikeGuard:
-    """Tells steps whose loss or gradient norm lies far above that of the last applied steps.
+    """Detect loss and gradient-norm spikes.
 
-    ``sigma`` are standard deviations, 0 never skips; nothing is skipped before half of ``window``
-    is filled. A skipped step does not enter the window. ``state`` is JSON and belongs into a
-    checkpoint.
+    A step is skipped when either lies ``sigma`` standard deviations above the mean of the last
+    ``window`` steps; 0 never skips, and nothing is skipped before half of the window is filled.
+    Skipped values enter the window, so that a new level is accepted after a while. ``state`` is
+    JSON and belongs into a checkpoint.
     """
 
     def __init__(self, sigma: float, window: int, state: dict | None = None) -> None:
         self.sigma = sigma
-        self.applied = deque[tuple[float, float]](
-            map(tuple, (state or {}).get("applied", ())), maxlen=window
-        )
-        self.skipped_in_a_row: int = (state or {}).get("skipped_in_a_row", 0)
+        state = state or {}
+        before = state.get("recent", state.get("applied", ()))  # as earlier versions called it
+        self.recent = deque[tuple[float, float]](map(tuple, before), maxlen=window)
 
     @property
     def state(self) -> dict:
-        """What a resumed run needs to decide as this one would."""
-        return {
-            "applied": [list(pair) for pair in self.applied],
-            "skipped_in_a_row": self.skipped_in_a_row,
-        }
+        """Return what a resumed run needs to decide as this one would."""
+        return {"recent": [list(pair) for pair in self.recent]}
 
-    def skips(self, step: int, loss: float, norm: float) -> bool:
-        """Whether to leave a step out. Raises InputError when that has become a habit."""
-        spikes = False
-        if self.sigma and len(self.applied) * 2 >= (self.applied.maxlen or 0):
-            past = np.array(self.applied)  # (steps, 2)
-            spikes = bool((np.array([loss, norm]) > past.mean(0) + self.sigma * past.std(0)).any())
-        if not spikes:
-            self.applied.append((loss, norm))
-            self.skipped_in_a_row = 0
-            return False
-        self.skipped_in_a_row += 1
-        if self.skipped_in_a_row > _MOST_IN_A_ROW:
-            raise InputError(
-                f"step {step}: loss {loss:.4g} and gradient norm {norm:.4g} are the {self.skipped_in_a_row}th in a row "
-                f"beyond {self.sigma:g} standard deviations; look at the data, lower lr, or raise spike_sigma"
-            )
-        return True
+    def skips(self, loss: float, norm: float) -> bool:
+        """Decide whether to leave a step out, and remember its values."""
+        spike = False
+        if self.sigma and len(self.recent) * 2 >= (self.recent.maxlen or 0):
+            past = np.array(self.recent)  # (steps, 2)
+            limits = past.mean(0) + self.sigma * past.std(0)
+            spike = bool((np.array([loss, norm]) > limits).any())
+        self.recent.append((loss, norm))
+        return spike
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
     """Raise InputError unless a step may be applied."""
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise InputError(
-            f"step {step}: loss {loss} and gradient norm {norm} are not both finite; stopped before the update; "
-            "try a lower lr or a longer warm-up"
+            f"step {step}: loss {loss} and gradient norm {norm} are not both finite; stopped "
+            "before the update; try a lower lr or a longer warm-up"
         )
 
 
-@contextmanager
-def stop_requests(run_dir: Path) -> Iterator["StopRequest"]:
-    """Within the block, SIGTERM no longer ends the process but is a request to stop;
-
-    so is a file ``STOP``.
-    """
-    request = StopRequest(run_dir / "STOP")
-    here = threading.current_thread() is threading.main_thread()  # handlers can be set nowhere else
-    before = signal.signal(signal.SIGTERM, request.ask) if here else None
-    try:
-        yield request
-    finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
-
-
 class StopRequest:
-    """Whether this process has been asked to save and end."""
+    """Tell whether this process has been asked to save and end: SIGTERM, or a file ``STOP``."""
 
     def __init__(self, file: Path) -> None:
         self.file, self.asked = file, False
@@ -109,34 +78,39 @@ class StopRequest:
         return self.asked or self.file.exists()
 
 
-def ignore_sigterm(worker: int) -> None:
-    """For workers that load data:
+@contextmanager
+def stop_requests(run_dir: Path) -> Iterator[StopRequest]:
+    """Turn SIGTERM into a request to stop within the block."""
+    request = StopRequest(run_dir / "STOP")
+    here = threading.current_thread() is threading.main_thread()  # handlers can be set nowhere else
+    before = signal.signal(signal.SIGTERM, request.ask) if here else None
+    try:
+        yield request
+    finally:
+        if here:
+            signal.signal(signal.SIGTERM, before)
 
-    a launcher sends SIGTERM to them as well, and the last checkpoint needs them.
-    """
+
+def ignore_sigterm(worker: int) -> None:
+    """Shield a data worker: a launcher's SIGTERM reaches it, and the last checkpoint needs it."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 class Watchdog(threading.Thread):
-    """Ends the process, non-zero, when no step has finished for ``seconds``; 0 never does.
+    """End the process, non-zero, when no step has finished for ``seconds``; 0 never does.
 
-    A collective call waits for ever for a rank that is gone, so nothing but another thread can
-    notice.
+    A collective call waits for ever for a rank that is gone, so only another thread can notice.
     """
 
     def __init__(self, seconds: float, step: int) -> None:
         super().__init__(daemon=True, name="watchdog")
-        self.seconds, self.step, self.since, self.ended = (
-            seconds,
-            step,
-            time.monotonic(),
-            threading.Event(),
-        )
+        self.seconds, self.step = seconds, step
+        self.since, self.ended = time.monotonic(), threading.Event()
         if seconds:
             self.start()
 
     def beat(self, step: int) -> None:
-        """Step ``step`` has finished."""
+        """Note that ``step`` has finished."""
         self.step, self.since = step, time.monotonic()
 
     def run(self) -> None:
@@ -145,109 +119,140 @@ class Watchdog(threading.Thread):
             if time.monotonic() - self.since > self.seconds:
                 faulthandler.dump_traceback()
                 print(
-                    f"error: no step has finished in {self.seconds:g} s since step {self.step}; another rank is gone "
-                    "or hangs, see the stacks above; start again to go on from the last checkpoint",
+                    f"error: no step has finished in {self.seconds:g} s since step {self.step}; "
+                    "another rank is gone or hangs, see the stacks above; start again to continue "
+                    "from the last checkpoint",
                     file=sys.stderr,
                     flush=True,
                 )
                 os._exit(3)
 
 
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """Keep other processes from training in a folder. Raises InputError if one does already."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    with (run_dir / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            # A record lock ends with the process and is not inherited by its data workers.
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise InputError(
+                f"another run trains in {run_dir} (process {file.read().strip() or 'unknown'}); "
+                "stop it, or use another output_dir"
+            ) from None
+        file.truncate(0)
+        file.write(str(os.getpid()))
+        file.flush()
+        yield
+
+
+@dataclass
+class Totals:
+    """Counts of a run, or of the steps between two log lines."""
+
+    target_tokens: int = 0
+    source_tokens: int = 0
+    examples: int = 0
+    skipped_steps: int = 0
+
+
+@dataclass
 class Meter:
-    """Sums between two log lines, and totals of the whole run that outlive a resume."""
+    """Sum up the steps between two log lines, and the whole run across resumes."""
 
-    def __init__(self, denoisers: list[str], totals: dict[str, int]) -> None:
-        self.denoisers = denoisers
-        self.totals = {
-            "target_tokens": 0,
-            "source_tokens": 0,
-            "examples": 0,
-            "skipped_steps": 0,
-        } | totals
-        self._clear()
+    denoisers: list[str]
+    totals: Totals
+    losses: torch.Tensor = field(init=False)
+    """Loss sums and token counts by denoiser, (2, denoisers) fp64."""
+    tokens: int = field(init=False)
+    flops: float = field(init=False)
+    seconds: float = field(init=False)
+    waited: float = field(init=False)
 
-    def _clear(self) -> None:
-        self.counts = [0, 0, 0]
+    def __post_init__(self) -> None:
         self.losses = torch.zeros(2, len(self.denoisers), dtype=torch.float64)
-        self.seconds = self.waited = 0.0
+        self.tokens = 0
+        self.flops = self.seconds = self.waited = 0.0
 
-    def add(
-        self, counts: list[int], losses: torch.Tensor, seconds: float, waited: float, skipped: bool
-    ) -> None:
-        """Add one optimizer step: token and example counts, the losses' sums and counts by
-        denoiser, its duration.
+    def add(self, counts: list[float], losses: torch.Tensor, seconds: float, waited: float) -> None:
+        """Add an optimizer step: target tokens, source tokens, examples and FLOPs of all ranks.
 
-        ``waited`` are the seconds that this rank had no data to work on, ``skipped`` that the step
-        was left out.
+        ``waited`` are the seconds that this rank had no data to work on.
         """
-        self.counts = [have + new for have, new in zip(self.counts, counts, strict=True)]
-        new_totals = [*counts, int(skipped)]
-        self.totals = {
-            name: have + new
-            for (name, have), new in zip(self.totals.items(), new_totals, strict=True)
-        }
+        target, source, examples = map(int, counts[:3])
+        self.totals.target_tokens += target
+        self.totals.source_tokens += source
+        self.totals.examples += examples
+        self.tokens += target + source
+        self.flops += counts[3]
         self.losses += losses
         self.seconds += seconds
         self.waited += waited
 
-    def read(
-        self, flops: Callable[[float, float, float], float], peak: float | None
-    ) -> dict[str, float]:
-        """The metrics since the last call."""
-        target, source, examples = self.counts
+    def read(self, peak: float | None) -> dict[str, Any]:
+        """Return the metrics since the last call; ``peak`` is FLOP/s of all devices, if known."""
         metrics = {"loss": float(self.losses[0].sum() / self.losses[1].sum())}
         for name, loss, tokens in zip(self.denoisers, *self.losses.tolist(), strict=True):
             if tokens:
                 metrics[f"loss/{name}"] = loss / tokens
-        rate = flops(source / examples, target / examples, examples) / self.seconds
-        metrics |= {
-            "tokens_per_second": (target + source) / self.seconds,
-            "tflops": rate / 1e12,
-            **self.totals,
-        }
-        metrics |= {"data_wait": self.waited / self.seconds, "memory_gib": _peak_memory() / 2**30}
+        metrics |= vars(self.totals)
+        metrics["tokens_per_second"] = self.tokens / self.seconds
+        metrics["tflops"] = self.flops / self.seconds / 1e12
         if peak:
-            metrics["mfu"] = rate / peak
-        self._clear()
+            metrics["mfu"] = self.flops / self.seconds / peak
+        metrics["data_wait"] = self.waited / self.seconds
+        metrics["memory_gib"] = _peak_memory() / 2**30
+        self.__post_init__()
         return metrics
 
 
-def metrics_logger(
-    accelerator: Accelerator, path: Path, progress: tqdm, fail: Callable[[OSError], None]
-) -> Callable[[int, dict[str, Any]], None]:
-    """A function that writes one step's metrics to metrics.jsonl, to the trackers and, shortly, to
-    the terminal.
+class Progress:
+    """Say in one line where a run is: step of all, figures with units, elapsed and remaining."""
 
-    It gives an error of writing to ``fail``, since the other ranks have to hear of it.
-    """
+    def __init__(self, start: int, steps: int) -> None:
+        self.start, self.steps, self.began = start, steps, time.monotonic()
 
-    def log(step: int, metrics: dict[str, Any]) -> None:
-        if not accelerator.is_main_process:
-            return
-        try:
-            accelerator.log(metrics, step=step)
-            with path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": step, **metrics}) + "\n")
-        except OSError as error:
-            fail(error)
-        progress.write(f"step {step}: {_line(metrics)}")
-
-    return log
+    def line(self, step: int, metrics: dict[str, Any]) -> str:
+        """Return the line of a step."""
+        parts = [form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics]
+        for name, value in metrics.items():
+            if name.startswith("eval_loss/"):
+                parts.append(f"held-out {name.removeprefix('eval_loss/')} {value:.4f} nats/token")
+        elapsed = time.monotonic() - self.began
+        parts.append(f"elapsed {_clock(elapsed)}")
+        if step > self.start:
+            remaining = elapsed / (step - self.start) * (self.steps - step)
+            parts.append(f"remaining {_clock(remaining)}")
+        return f"step {step:,} of {self.steps:,}: {', '.join(parts)}"
 
 
-_SHORT = {
-    "loss": "loss {:.4f}", "lr": "lr {:.2e}", "grad_norm": "norm {:.3g}", "tokens_per_second": "{:,.0f} tokens/s",
-    "mfu": "MFU {:.1%}", "data_wait": "data wait {:.1%}", "memory_gib": "{:.2f} GiB",
-}  # fmt: skip
+_SHOWN = {
+    "loss": "loss {:.4f} nats/token",
+    "lr": "lr {:.2e}",
+    "grad_norm": "gradient norm {:.3g}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "MFU {:.1%}",
+    "data_wait": "data wait {:.1%}",
+    "memory_gib": "{:.2f} GiB",
+    "skipped_steps": "{} skipped",
+}
 
 
-def _line(metrics: dict[str, Any]) -> str:
-    """What somebody who watches wants to see."""
-    parts = [form.format(metrics[name]) for name, form in _SHORT.items() if name in metrics]
-    parts += [
-        f"{name} {value:.4f}" for name, value in metrics.items() if name.startswith("eval_loss/")
-    ]
-    return ", ".join(parts + [f"skipped {n}" for n in [metrics.get("skipped_steps")] if n])
+def keep_lines(path: Path, last_step: int) -> None:
+    """Drop lines of metrics.jsonl from after a step, and a line that a crash has torn."""
+    path.touch()
+    kept: list[str] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        with suppress(ValueError, KeyError, TypeError):
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+    path.write_text("".join(kept), encoding="utf-8")
+
+
+def _clock(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
 
 
 def _peak_memory() -> float:

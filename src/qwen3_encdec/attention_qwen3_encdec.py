@@ -1,0 +1,255 @@
+# Copyright 2026 The qwen3-encdec authors.
+# Licensed under the Apache License, Version 2.0.
+"""Attention of encoder and decoder: projections, the packed form, and the one call into a kernel.
+
+Shapes: B batch, T query length, L key length, N query and M key tokens of a packed batch of D
+documents, H query heads, K key/value heads, d head dimension, E hidden size.
+"""
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.varlen import varlen_attn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
+
+# torch 2.11 accepts fewer key heads than query heads without the argument.
+_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_VARLEN_OPTIONS: Any = {"enable_gqa": True} if _GQA else {}
+
+
+@dataclass
+class Varlen:
+    """Document bounds of a packed batch, as variable-length attention kernels take them.
+
+    A query sees the keys of its own document: all of them, or with `causal` those up to its own
+    place counted from the end (bottom-right alignment), so that the last query sees every key.
+
+    Attributes:
+        queries, keys: [D + 1] int32, cumulative lengths.
+        longest_query, longest_key: Upper bounds of a document's lengths.
+        causal: Bottom-right causal within each document.
+        mask: Dense or block mask for the backends that have no variable-length kernel.
+    """
+
+    queries: torch.Tensor
+    keys: torch.Tensor
+    longest_query: int
+    longest_key: int
+    causal: bool = False
+    mask: Any = None
+
+    def prepare(self, backend: str, states: torch.Tensor, key_length: int) -> None:
+        """Make the mask once a forward, if `backend` needs one for [1, N, E] `states`."""
+        if "flash" in backend or (backend == "sdpa" and self._has_kernel(states)):
+            return
+        first, last = self.interval(states.shape[1])
+        if backend == "flex_attention":
+            from torch.nn.attention.flex_attention import create_block_mask
+
+            self.mask = create_block_mask(
+                lambda batch, head, query, key: (key >= first[query]) & (key < last[query]),
+                B=None,
+                H=None,
+                Q_LEN=states.shape[1],
+                KV_LEN=key_length,
+                device=states.device,
+            )
+            return
+        keys = torch.arange(key_length, device=states.device)
+        self.mask = ((keys >= first[:, None]) & (keys < last[:, None]))[None, None]  # (1, 1, N, M)
+
+    def interval(self, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the first key each query sees and the first one after them, both [N] int64."""
+        places = torch.arange(num_queries, device=self.queries.device)
+        document = torch.searchsorted(self.queries, places, right=True) - 1
+        first, last = self.keys[document].long(), self.keys[document + 1].long()
+        if self.causal:
+            last = last - (self.queries[document + 1] - 1 - places)
+        return first, last
+
+    def _has_kernel(self, states: torch.Tensor) -> bool:
+        """Whether SDPA runs without a mask: torch's kernel on CUDA, a loop over documents on CPU."""
+        if states.device.type == "cpu":
+            return not torch.compiler.is_compiling()
+        return states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
+
+
+def project_query(attention: Qwen3Attention, states: torch.Tensor) -> torch.Tensor:
+    """[B, T, E] -> normalized query [B, H, T, d], not rotated."""
+    return attention.q_norm(_heads(attention, attention.q_proj(states))).transpose(1, 2)
+
+
+def project_key_value(
+    attention: Qwen3Attention, states: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """[B, L, E] -> normalized key, not rotated, and value, each [B, K, L, d]."""
+    key = attention.k_norm(_heads(attention, attention.k_proj(states))).transpose(1, 2)
+    return key, _heads(attention, attention.v_proj(states)).transpose(1, 2)
+
+
+def _heads(attention: Qwen3Attention, projected: torch.Tensor) -> torch.Tensor:
+    """[B, L, heads * d] -> [B, L, heads, d], for batches of size zero too."""
+    *shape, width = projected.shape
+    return projected.view(*shape, width // attention.head_dim, attention.head_dim)
+
+
+def reorder_keys(tensor: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
+    """Permute the tokens of [1, K, L, d] by `order`; the gradient is a gather by `inverse`."""
+    return _Reorder.apply(tensor, order, inverse)
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor, order, inverse):
+        ctx.save_for_backward(inverse)
+        return tensor.index_select(2, order)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(2, inverse), None, None
+
+
+def attend(
+    module: Qwen3Attention,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: Any = None,
+    packed: Varlen | None = None,
+    causal: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Attend with the configured backend, the one place where a kernel is called.
+
+    | `_attn_implementation` | padded form                    | packed form                          |
+    |------------------------|--------------------------------|--------------------------------------|
+    | eager                  | additive mask, returns weights | dense mask                           |
+    | sdpa                   | bool mask, or none             | CUDA: torch's varlen kernel; CPU: a  |
+    |                        |                                | call a document; compiled: dense mask|
+    | flash_attention_*      | unpadded by transformers       | cumulative lengths                   |
+    | flex_attention         | block mask                     | block mask                           |
+    | registered elsewhere   | as transformers masks it       | dense mask                           |
+
+    Args:
+        module: Has `config`, `scaling`, `attention_dropout`, `num_key_value_groups`, `training`.
+        query: [B, H, T, d].
+        key, value: [B, K, L, d] with L >= T.
+        mask: As transformers' mask builders make it for the backend; None with `causal` means
+            bottom-right causal: query i sees keys 0 ... L - T + i.
+        packed: B is 1 and the documents are those of `packed`; `mask` and `causal` are not read.
+
+    Returns:
+        [B, T, H, d], and the weights [B, H, T, L] where the backend returns them.
+    """
+    backend = module.config._attn_implementation
+    # Under autocast, norms and rotation leave query and key in fp32.
+    query, key = query.to(value.dtype), key.to(value.dtype)
+    dropout = module.attention_dropout if module.training else 0.0
+    options: dict[str, Any] = {"scaling": module.scaling, "dropout": dropout, "is_causal": causal}
+    if packed is not None:
+        mask, options["is_causal"] = packed.mask, packed.causal
+    if backend == "sdpa":
+        if packed is not None and mask is None:
+            return _packed_sdpa(query, key, value, packed, module.scaling, dropout), None
+        return _sdpa(query, key, value, mask, causal, module.scaling, dropout), None
+    if packed is not None and "flash" in backend:
+        options |= {
+            "cu_seq_lens_q": packed.queries,
+            "cu_seq_lens_k": packed.keys,
+            "max_length_q": packed.longest_query,
+            "max_length_k": packed.longest_key,
+        }
+    if backend == "eager" and mask is not None and mask.dtype == torch.bool:
+        mask = _additive(mask, query.dtype)
+    attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
+    output, weights = attention(module, query, key, value, mask, **options)
+    return output, None if packed is not None else weights
+
+
+def _sdpa(query, key, value, mask, causal: bool, scaling: float, dropout: float) -> torch.Tensor:
+    """[B, H, T, d] -> [B, T, H, d]."""
+    if mask is None and causal and query.shape[2] > 1:
+        mask = _bottom_right(query.shape[2], key.shape[2], query)
+    if query.shape[2] == 1:
+        # GQA with a single query: fold the group into the query dimension, so that each KV head is
+        # read once.
+        grouped = query.view(*key.shape[:2], -1, query.shape[-1])
+        output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scaling)
+        return output.reshape(query.shape).transpose(1, 2)
+    output = F.scaled_dot_product_attention(
+        query, key, value, mask, dropout, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2)
+
+
+def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
+    """[1, H, N, d] -> [1, N, H, d]."""
+    if not query.is_cuda:
+        return _by_document(query, key, value, packed, scaling, dropout)
+    if dropout:
+        raise ValueError("attention_dropout is not supported by torch's variable-length attention")
+    output: Any = varlen_attn(
+        query[0].transpose(0, 1),  # (N, H, d)
+        key[0].transpose(0, 1),  # (M, K, d)
+        value[0].transpose(0, 1),
+        packed.queries,
+        packed.keys,
+        packed.longest_query,
+        packed.longest_key,
+        scale=scaling,
+        window_size=(-1, 0) if packed.causal else (-1, -1),
+        **_VARLEN_OPTIONS,
+    )
+    return output[None]
+
+
+def _by_document(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
+    """Call SDPA document by document, for CPUs."""
+    parts = zip(
+        query.split(packed.queries.diff().tolist(), dim=2),
+        key.split(packed.keys.diff().tolist(), dim=2),
+        value.split(packed.keys.diff().tolist(), dim=2),
+        strict=True,
+    )
+    outputs = [
+        _sdpa(q, k, v, None, packed.causal, scaling, dropout) for q, k, v in parts if q.shape[2]
+    ]
+    return torch.cat(outputs, dim=1) if outputs else query.transpose(1, 2)
+
+
+def _bottom_right(queries: int, keys: int, like: torch.Tensor) -> Any:
+    """Make SDPA causal from the bottom right: a flag to the kernel on CUDA, a matrix on CPU."""
+    if like.is_cuda:
+        return causal_lower_right(queries, keys)
+    seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
+    return _additive(seen, like.dtype)
+
+
+def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    hidden = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return hidden.masked_fill(~seen, torch.finfo(dtype).min)
+
+
+def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
+    """Return the dtype of products of `tensor`: its own, or autocast's."""
+    kind = tensor.device.type
+    if torch.is_autocast_enabled(kind):
+        return torch.get_autocast_dtype(kind)
+    return tensor.dtype
+
+
+__all__ = [
+    "Varlen",
+    "attend",
+    "compute_dtype",
+    "project_key_value",
+    "project_query",
+    "reorder_keys",
+]

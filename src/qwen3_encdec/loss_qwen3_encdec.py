@@ -1,0 +1,194 @@
+# Copyright 2026 The qwen3-encdec authors.
+# Licensed under the Apache License, Version 2.0.
+"""Cross-entropy over a large vocabulary without ever holding all of its logits.
+
+Logits and log-sum-exp are fp32 whatever the dtype of the product. Gradients are formed in the
+forward pass, chunk by chunk, as in Liger's and Apple's fused losses.
+
+Shapes: N tokens, C tokens of a chunk, E hidden size, V vocabulary.
+"""
+
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from .attention_qwen3_encdec import compute_dtype
+
+IGNORED = -100
+
+
+def chunked_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int | None = None,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+    chunk: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the cross-entropy of `hidden @ weight.T`.
+
+    A second backward pass through the same loss (`retain_graph`) raises RuntimeError: the gradient
+    of the weight is handed over in place.
+
+    Args:
+        hidden: [..., E].
+        weight: [V, E].
+        labels: [...] int64, -100 is ignored.
+        num_items: Divisor of the sum; None takes the number of labels that are not ignored.
+        z_loss: Weight of the squared log-sum-exp of a token (PaLM, arXiv 2204.02311, section 5).
+        smoothing: Share of the target that is spread evenly over the vocabulary.
+        chunk: Tokens whose logits exist at a time; by default what suits the device.
+
+    Returns:
+        Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every
+        token in the shape of `labels`, without z-loss and smoothing, 0 where ignored.
+    """
+    states, flat = hidden.flatten(0, -2), labels.flatten()
+    if num_items is None:
+        num_items = (flat != IGNORED).sum().clamp(min=1)
+    scale = 1 / torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
+    chunk = chunk or loss_chunk(hidden.device.type)
+    options = (scale, chunk, z_loss, smoothing)
+    # Finding the ignored labels would make the host wait, or break the graph.
+    if hidden.is_cuda or torch.compiler.is_compiling():
+        loss, losses = _ChunkedCrossEntropy.apply(states, weight, flat, *options)
+        return loss, losses.view(labels.shape)
+    kept = (flat != IGNORED).nonzero().squeeze(1)
+    loss, losses = _ChunkedCrossEntropy.apply(states[kept], weight, flat[kept], *options)
+    token_losses = losses.new_zeros(flat.shape).index_copy(0, kept, losses)
+    return loss, token_losses.view(labels.shape)
+
+
+def loss_chunk(device_type: str) -> int:
+    """Return how many tokens have logits at a time.
+
+    Each chunk reads and writes the whole gradient of the matrix, which a GPU notices.
+    """
+    return 2048 if device_type == "cuda" else 512
+
+
+class _ChunkedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, scale, chunk, z_loss, smoothing):
+        kind, classes = hidden.device.type, len(weight)
+        dtype = compute_dtype(hidden)
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        form_gradient = _compiled_form_gradient() if _has_compiler(hidden) else _form_gradient
+        with torch.autocast(kind, enabled=False):
+            matrix = _table(weight, dtype)
+            losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+            total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+            hidden_grad = torch.empty_like(hidden) if wants_hidden else None
+            weight_grad = torch.zeros_like(matrix, dtype=torch.float32) if wants_weight else None
+            for start in range(0, len(hidden), chunk):
+                part = slice(start, start + chunk)
+                states = hidden[part].to(dtype)
+                logits = states @ matrix.T  # (C, V)
+                losses[part], objective = form_gradient(
+                    logits[:, :classes], labels[part], scale, z_loss, smoothing
+                )
+                total += objective
+                if hidden_grad is not None:
+                    hidden_grad[part] = logits @ matrix
+                if weight_grad is not None:
+                    _add_product(weight_grad, logits, states)
+        if weight_grad is not None:
+            # Not a view: autograd adds to it in place only if nothing else holds its storage.
+            weight_grad = weight_grad[:classes].detach()
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        ctx.weight_dtype = weight.dtype
+        ctx.mark_non_differentiable(losses)
+        return total * scale, losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_loss, _):
+        hidden_grad, weight_grad = ctx.saved_tensors
+        if hidden_grad is not None:
+            hidden_grad = hidden_grad * grad_loss.to(hidden_grad.dtype)
+        if weight_grad is not None:
+            weight_grad = weight_grad.mul_(grad_loss).to(ctx.weight_dtype)
+        return hidden_grad, weight_grad, None, None, None, None, None
+
+
+def _form_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    scale: torch.Tensor,
+    z_loss: float,
+    smoothing: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Turn [C, V] logits into the gradient of the chunk's objective times `scale`, in place.
+
+    The gradient is softmax (1 + 2 z log_sum) - (1 - smoothing) one_hot - smoothing / V.
+
+    Returns:
+        Losses of the tokens, [C] fp32 and 0 where ignored, and the sum of the objective.
+    """
+    kept = labels != IGNORED
+    target = labels.masked_fill(~kept, 0)[:, None]
+    logit = logits.gather(1, target).float()
+    in_place = logits.dtype == torch.float32 and not torch.compiler.is_compiling()
+    log_probs = torch.log_softmax(logits, -1, dtype=torch.float32, out=logits if in_place else None)
+    of_target = log_probs.gather(1, target)  # (C, 1)
+    log_sum = logit - of_target
+    losses = (-of_target).squeeze(1).masked_fill(~kept, 0.0)
+    objective = -(1 - smoothing) * of_target.squeeze(1) + z_loss * log_sum.square().squeeze(1)
+    if smoothing:
+        objective = objective - smoothing * log_probs.mean(1)
+    objective = objective.masked_fill(~kept, 0.0).sum()
+
+    weights = scale * kept[:, None]  # (C, 1)
+    if torch.compiler.is_compiling():
+        # One pass over the logits and one to write the gradient.
+        gradient = log_probs.exp() * (1 + 2 * z_loss * log_sum) - smoothing / logits.shape[1]
+        chosen = torch.arange(logits.shape[1], device=logits.device) == target
+        gradient = torch.where(chosen, gradient - (1 - smoothing), gradient)
+        logits.copy_(torch.where(kept[:, None], gradient * scale, 0.0))
+        return losses, objective
+    gradient = log_probs.exp_()
+    if z_loss:
+        gradient *= 1 + 2 * z_loss * log_sum
+    if smoothing:
+        gradient -= smoothing / gradient.shape[1]
+    gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
+    gradient *= weights
+    if not in_place:
+        logits.copy_(gradient)
+    return losses, objective
+
+
+@cache
+def _compiled_form_gradient() -> Any:
+    return torch.compile(_form_gradient, dynamic=True)
+
+
+def _has_compiler(hidden: torch.Tensor) -> bool:
+    return hidden.is_cuda and find_spec("triton") is not None
+
+
+def _table(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cast the matrix; on CUDA, pad its rows to a multiple of 64, which tensor cores want."""
+    if not weight.is_cuda:
+        return weight.to(dtype)
+    table = weight.new_zeros(len(weight) + -len(weight) % 64, weight.shape[1], dtype=dtype)
+    table[: len(weight)] = weight
+    return table
+
+
+def _add_product(total: torch.Tensor, logits: torch.Tensor, states: torch.Tensor) -> None:
+    """Add `logits.T @ states` to the fp32 [V, E] total."""
+    if logits.dtype == torch.float32:
+        torch.addmm(total, logits.T, states, out=total)
+        return
+    # On a CPU in slices that stay in cache while they are added; on a GPU at once.
+    rows = 4096 if total.device.type == "cpu" else len(total)
+    for part, columns in zip(total.split(rows), logits.split(rows, dim=1), strict=True):
+        part += columns.T @ states
+
+
+__all__ = ["IGNORED", "chunked_cross_entropy", "loss_chunk"]

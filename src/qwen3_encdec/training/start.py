@@ -1,0 +1,293 @@
+"""Start a training run: check what is given, build or resume everything that its steps need."""
+
+import importlib.util
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, find_executable_batch_size, set_seed
+from transformers import initialization
+from transformers.utils import logging
+
+from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from qwen3_encdec.data import collate, stream
+from qwen3_encdec.data.ul2 import check_capacity
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    check_output,
+    load_config,
+    load_model,
+    load_tokenizer,
+    package_versions,
+    write_json,
+)
+from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from qwen3_encdec.training import checkpoint, plan
+from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
+from qwen3_encdec.training.distributed import (
+    TrainingState,
+    describe,
+    prepare,
+    together,
+)
+from qwen3_encdec.training.layers import choose_attention, compile_layers, recompute_layers
+from qwen3_encdec.training.monitor import (
+    Meter,
+    SpikeGuard,
+    StopRequest,
+    Totals,
+    ignore_sigterm,
+    keep_lines,
+    locked,
+)
+from qwen3_encdec.training.optimization import build_optimizer, learning_rate
+from qwen3_encdec.training.steps import Run
+
+
+def start_run(
+    config: TrainingConfig, accelerator: Accelerator, stop: StopRequest, stack: ExitStack
+) -> Run:
+    """Build a run, or resume it from its newest undamaged checkpoint.
+
+    ``stack`` holds the run's folder until the run ends. Raises InputError for whatever the caller
+    can mend; until all is checked, nothing is written.
+    """
+    run_dir, show = Path(config.output_dir), accelerator.print
+    check_output(run_dir, "training run")
+    model_config = load_config(config.model)
+    tokenizer = load_tokenizer(config.model, model_config)
+    check_data(config, tokenizer.num_sentinel_tokens, accelerator)
+    data = stream.UL2Data(config.data, tokenizer)
+    with together():  # all ranks have looked before rank 0 writes
+        if accelerator.is_main_process:
+            stack.enter_context(locked(run_dir))
+            made_by = {"kind": "training run", "versions": package_versions()}
+            write_json(run_dir / PROVENANCE_FILE, made_by)
+
+    set_seed(config.seed)
+    logging.disable_progress_bar()
+    sizes = plan.count_parameters(model_config)
+    state = build_state(config, model_config, accelerator)
+    resumed = _resume(config, accelerator, state)
+    compile_layers(state.module, config)
+    start = resumed["step"] if resumed else 0
+
+    heldout = _heldout(config, data, accelerator)
+    position = None
+    if resumed:
+        position = stream.merge_states([rank["data"] for rank in resumed["ranks"]])
+        position, note = data.adopt(position)
+        if note:
+            show(note)
+    make_batch, loss_options = _objective(config, tokenizer, data.kept_ids)
+    loader = stream.RowLoader(
+        data,
+        batch_size=config.batch_size,
+        rank=accelerator.process_index,
+        ranks=accelerator.num_processes,
+        num_workers=config.num_workers,
+        collate=make_batch,
+        state=position,
+        worker_init_fn=ignore_sigterm,
+    )
+    _open_folder(config, accelerator, start)
+    for line in data.report():
+        show(line)
+    show(
+        f"{describe(accelerator)}, {sizes.total:,} parameters, "
+        f"steps {start + 1:,} to {config.max_steps:,}, output {run_dir}"
+    )
+    saver = checkpoint.Checkpointer(
+        run_dir / "checkpoints",
+        resumed["folder"] if resumed else None,
+        accelerator=accelerator,
+        state=state,
+        tokenizer=tokenizer,
+        config=config,
+    )
+    before = resumed or {"totals": {}, "guard": None}
+    if resumed:
+        # Restore the generators last; the code above consumes them.
+        checkpoint.load_random_state(resumed, accelerator.process_index)
+    return Run(
+        config,
+        accelerator,
+        stop,
+        state,
+        loader,
+        saver,
+        heldout,
+        plan.flops_per_sum(model_config, sizes),
+        loss_options,
+        start,
+        SpikeGuard(config.spike_sigma, config.spike_window, before["guard"]),
+        Meter([d.name for d in config.data.denoisers], Totals(**before["totals"])),
+    )
+
+
+def check_data(config: TrainingConfig, sentinels: int, accelerator: Accelerator) -> None:
+    """Raise InputError for settings that cannot work together or a tracker that is missing."""
+    data = config.data
+    check_capacity(data.denoisers, data.source_length, data.target_length, sentinels)
+    stream.check_readers(data, accelerator.num_processes, config.num_workers)
+    for tracker in config.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise InputError(
+                f"tracker {tracker} is not installed: pip install {tracker}, or take it out of "
+                "trackers"
+            )
+
+
+def build_state(
+    config: TrainingConfig, model_config: Qwen3EncoderDecoderConfig, accelerator: Accelerator
+) -> TrainingState:
+    """Build the sharded or replicated model and its optimizer.
+
+    Where a checkpoint is to be read, the weights are not initialized: each rank reads its own.
+    """
+    newest = checkpoint.newest(Path(config.output_dir) / "checkpoints")
+    if newest and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        with initialization.no_init_weights():
+            model = Qwen3ForSeq2SeqLM(load_config(newest))
+    else:
+        model = load_model(newest or config.model)
+    device, show = accelerator.device, accelerator.print
+    attention = choose_attention(config.attention, model_config, device, show)
+    model.set_attn_implementation(attention)
+    recompute_layers(model, config)
+    state = prepare(model, build_optimizer(model, config), accelerator)
+    state.loaded = newest
+    return state
+
+
+def find_batch_size(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Print the largest batch_size that takes a whole step on full rows, by halving.
+
+    Writes nothing. Ranks try the same sizes, so that memory runs out on all of them at once. Raises
+    InputError if not even one row fits.
+    """
+    model_config, data = load_config(config.model), config.data
+    state = build_state(replace(config, output_dir="/nowhere"), model_config, accelerator)
+    compile_layers(state.module, config)
+    ids = np.random.default_rng(0)
+
+    @find_executable_batch_size(starting_batch_size=max(config.batch_size, 256))
+    def largest(rows: int) -> int:
+        sides = []
+        for length in (data.source_length, data.target_length):
+            halves = [length // 2, length - length // 2] * rows
+            sides.append([ids.integers(model_config.vocab_size, size=n) for n in halves])
+        batch = collate.collate_packed(*sides)
+        batch = {
+            name: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
+            for name, value in batch.items()
+        }
+        with state.accumulating(True):
+            state.backward(state.model(**batch).loss, True)
+        state.step(0.0, 0.0)
+        return rows
+
+    try:
+        found = largest()
+    except RuntimeError as error:
+        if "No executable batch size" not in str(error):
+            raise
+        row = f"{data.source_length} + {data.target_length}"
+        raise InputError(f"not even one row of {row} tokens fits into memory") from None
+    accelerator.print(
+        f"batch_size={found} fits, by a training step on full rows; nothing was written"
+    )
+
+
+def _resume(
+    config: TrainingConfig, accelerator: Accelerator, state: TrainingState
+) -> dict[str, Any] | None:
+    """Read the newest undamaged checkpoint into ``state`` and return its training state.
+
+    Returns None where a run begins. Raises InputError if ``config.resume`` says otherwise.
+    """
+    run_dir = Path(config.output_dir)
+    newest = checkpoint.newest(run_dir / "checkpoints")
+    if newest is None and config.resume is True:
+        raise InputError(
+            f"resume is true but {run_dir} holds no checkpoint; use resume=auto to begin a run"
+        )
+    if newest and config.resume is False:
+        raise InputError(
+            f"{run_dir} already holds {newest.name}; use resume=true, or another output_dir"
+        )
+    folder, damages = checkpoint.restore(run_dir / "checkpoints", state.read, accelerator)
+    if folder is None:
+        return None
+    state.synchronize()
+    resumed = checkpoint.read_training_state(folder)
+    notes = checkpoint.changes_since(resumed, config_to_dict(config), accelerator.num_processes)
+    for sentence in damages.values():
+        accelerator.print(sentence)
+    if accelerator.is_main_process:
+        checkpoint.set_aside(damages)
+    accelerator.print("; ".join([f"resuming from {folder}", *notes]))
+    step, before = resumed["step"], resumed.get("lr", float("inf"))
+    after = learning_rate(step + 1, config)
+    if step >= config.warmup_steps and after > before * 1.0001:
+        accelerator.print(
+            f"warning: the learning rate rises from {before:.2e} to {after:.2e}, since {folder.name} "
+            "is from the decay of a shorter schedule; resume from a checkpoint before it to avoid that"
+        )
+    return resumed | {"folder": folder}
+
+
+def _heldout(config: TrainingConfig, data: Any, accelerator: Accelerator) -> list[Any]:
+    """Choose the held-out texts once, keep them with the run, and corrupt them."""
+    if not config.eval_every:
+        return []
+    path = Path(config.output_dir) / "heldout.json"
+    with together():
+        if accelerator.is_main_process and not path.exists():
+            stream.write_heldout(path, data.choose_heldout(config.eval_examples_per_denoiser))
+    texts = stream.read_heldout(path)
+    data.exclude(texts)
+    return data.heldout_examples(texts)
+
+
+def _objective(
+    config: TrainingConfig, tokenizer: Any, kept_ids: np.ndarray
+) -> tuple[Any, dict[str, Any]]:
+    """Return what makes a batch of rows, and the model's options for the loss."""
+    options: dict[str, Any] = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
+    if not config.mntp_weight:
+        return collate.collate_rows, options
+    options["encoder_loss_weight"] = config.mntp_weight
+    masked = partial(
+        collate.collate_masked_rows,
+        mask_id=collate.mask_token_id(tokenizer),
+        kept_ids=kept_ids,
+        probability=config.mntp_probability,
+    )
+    return masked, options
+
+
+def _open_folder(config: TrainingConfig, accelerator: Accelerator, start: int) -> None:
+    """Make the run's folder or tidy it: what is from after the point of resumption goes."""
+    run_dir, settings = Path(config.output_dir), config_to_dict(config)
+    if accelerator.is_main_process:
+        for partial_folder in run_dir.glob("checkpoints/.step-*"):
+            shutil.rmtree(partial_folder)
+        text = yaml.safe_dump(settings, sort_keys=False)
+        (run_dir / "config.yaml").write_text(text, encoding="utf-8")
+        keep_lines(run_dir / "metrics.jsonl", start)
+    if config.trackers:
+        flat = {}
+        for name, value in flatten(settings).items():
+            flat[name] = value if isinstance(value, int | float) else str(value)
+        # Steps that a crash has made a run repeat are shown once.
+        options = {"tensorboard": {"purge_step": start + 1}}
+        accelerator.init_trackers("qwen3-encdec", config=flat, init_kwargs=options)

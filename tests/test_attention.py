@@ -1,0 +1,76 @@
+"""The one call into a kernel, against brute force, and the packed form's bounds as drawn."""
+
+import pytest
+import torch
+
+from qwen3_encdec.attention_qwen3_encdec import Varlen, _bottom_right, attend, reorder_keys
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder
+from tests.conftest import BACKENDS, tiny_config, use_backend
+
+QUERIES, KEYS = [3, 0, 1, 4], [5, 2, 2, 4]
+
+
+def cumulative(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)
+
+
+def layout(causal: bool) -> Varlen:
+    return Varlen(cumulative(QUERIES), cumulative(KEYS), max(QUERIES), max(KEYS), causal)
+
+
+def test_bounds_are_as_drawn():
+    drawn = ["1110000000000", "1111000000000", "1111100000000"]  # 3 queries on 5 keys
+    drawn += ["0000000110000"]  # 1 on 2, behind a document without queries
+    drawn += ["0000000001000", "0000000001100", "0000000001110", "0000000001111"]  # 4 on 4
+    packed = layout(causal=True)
+    packed.prepare("eager", torch.zeros(1, 8, 40), 13)
+    rows = packed.mask[0, 0].int().tolist()
+    assert ["".join(map(str, row)) for row in rows] == drawn
+    whole = layout(causal=False)
+    whole.prepare("eager", torch.zeros(1, 8, 40), 13)
+    assert whole.mask[0, 0].sum(1).tolist() == [5, 5, 5, 2, 4, 4, 4, 4]
+
+
+def test_the_bottom_right_mask_is_as_drawn():
+    seen = _bottom_right(4, 7, torch.zeros(1)) == 0
+    drawn = ["1111000", "1111100", "1111110", "1111111"]
+    assert ["".join(str(int(cell)) for cell in row) for row in seen] == drawn
+    # what the GPU is told instead
+    assert torch.equal(torch.nn.attention.bias.causal_lower_right(4, 7)._materialize(), seen)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("causal", [False, True])
+def test_parity_packed_attention_is_brute_force(causal, implementation):
+    torch.manual_seed(0)
+    encoder = use_backend(Qwen3Encoder(tiny_config()).eval(), implementation)
+    attention = encoder.layers[0].self_attn
+    q, k, v = torch.randn(1, 4, 8, 14), torch.randn(1, 2, 13, 14), torch.randn(1, 2, 13, 14)
+    packed = layout(causal)
+    packed.prepare(implementation, torch.zeros(1, 8, 40), 13)
+    output, _ = attend(attention, q, k, v, packed=packed)
+    uncut, _ = attend(attention, q[:, :, :3], k[:, :, :5], v[:, :, :5].roll(1, 2))
+    q_start = k_start = 0
+    for n_q, n_k in zip(QUERIES, KEYS, strict=True):
+        for head in range(4):
+            for i in range(n_q):
+                seen = n_k - n_q + i + 1 if causal else n_k
+                key = k[0, head // 2, k_start : k_start + seen]
+                weights = (key @ q[0, head, q_start + i] * attention.scaling).softmax(-1)
+                expected = weights @ v[0, head // 2, k_start : k_start + seen]
+                found = output[0, q_start + i, head]
+                torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+        q_start, k_start = q_start + n_q, k_start + n_k
+    # the control: the values of the first document, one place off
+    assert (uncut[0, 2] - output[0, 2]).abs().max() > 1e-2
+
+
+def test_reordering_has_the_gradient_of_indexing():
+    torch.manual_seed(0)
+    tensor = torch.randn(1, 2, 7, 3, dtype=torch.float64, requires_grad=True)
+    order = torch.randperm(7)
+    inverse = order.argsort()
+    assert torch.equal(reorder_keys(tensor, order, inverse), tensor[:, :, order])
+    assert torch.autograd.gradcheck(lambda x: reorder_keys(x, order, inverse), tensor)
+    with pytest.raises(RuntimeError):  # the control: not the inverse
+        torch.autograd.gradcheck(lambda x: reorder_keys(x, order, order.roll(1)), tensor)

@@ -1,0 +1,97 @@
+"""The chunked loss against torch's own, values and gradients."""
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from qwen3_encdec.loss_qwen3_encdec import _form_gradient, chunked_cross_entropy
+
+
+def example(dtype: torch.dtype = torch.float32):
+    torch.manual_seed(0)
+    hidden = torch.randn(3, 5, 16).to(dtype).requires_grad_()
+    weight = torch.randn(41, 16).to(dtype).requires_grad_()
+    labels = torch.randint(0, 41, (3, 5))
+    labels[1, 2:] = -100
+    return hidden, weight, labels
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parity_chunked_loss_is_the_dense_loss(chunk, dtype):
+    hidden, weight, labels = example(dtype)
+    loss, token_losses = chunked_cross_entropy(hidden, weight, labels, chunk=chunk)
+    (loss * 3).backward(retain_graph=True)
+    # never gradients of another scale
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    logits = (h @ w.T).float().flatten(0, 1)
+    dense = cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=-100)
+    (dense.sum() / (labels != -100).sum() * 3).backward()
+    size = 1e-5 if dtype == torch.float32 else 2e-2
+    tolerance = {"atol": size, "rtol": size}
+    torch.testing.assert_close(loss, dense.sum() / 12, **tolerance)
+    torch.testing.assert_close(token_losses.flatten(), dense, **tolerance)
+    torch.testing.assert_close(hidden.grad, h.grad, **tolerance)
+    torch.testing.assert_close(weight.grad, w.grad, **tolerance)
+    # the control: dividing by all tokens instead of those with a label
+    assert abs(loss - dense.sum() / 15) > 0.1
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
+def test_parity_of_z_loss_and_smoothing(z_loss, smoothing):
+    hidden, weight, labels = example()
+    flat = labels.flatten()
+    logits = (hidden @ weight.T).flatten(0, 1)
+    smoothed = cross_entropy(
+        logits, flat, label_smoothing=smoothing, reduction="sum", ignore_index=-100
+    )
+    squares = logits.logsumexp(-1)[flat != -100].square().sum()
+    expected = (smoothed + z_loss * squares) / 20
+    options = {"z_loss": z_loss, "smoothing": smoothing}
+    found, token_losses = chunked_cross_entropy(hidden, weight, labels, 20, chunk=4, **options)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    theirs = torch.autograd.grad(expected, (hidden, weight), retain_graph=True)
+    ours = torch.autograd.grad(found, (hidden, weight))
+    for mine, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+    # the meters stay comparable
+    plain = cross_entropy(logits, flat, reduction="none", ignore_index=-100)
+    torch.testing.assert_close(token_losses.flatten(), plain.detach(), atol=1e-5, rtol=1e-5)
+    if z_loss or smoothing:  # the control: without them it is another loss
+        assert abs(chunked_cross_entropy(hidden, weight, labels, 20)[0] - expected) > 1e-3
+
+
+@pytest.mark.parametrize(("z_loss", "smoothing"), [(0.0, 0.0), (1e-3, 0.1)])
+def test_the_gradient_compiled_for_a_gpu_is_that_of_a_cpu(z_loss, smoothing):
+    torch.manual_seed(0)
+    logits, labels = torch.randn(37, 1088), torch.randint(0, 1003, (37,))
+    logits[:, 1003:] = 0.0  # classes that fill up the matrix
+    labels[::5] = -100
+    compiled = torch.compile(_form_gradient, dynamic=True, backend="aot_eager")
+    scale = torch.tensor(1 / 29)
+
+    def formed(function, labels):
+        gradient = logits.clone()
+        return *function(gradient[:, :1003], labels, scale, z_loss, smoothing), gradient
+
+    expected, found = formed(_form_gradient, labels), formed(compiled, labels)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+    assert found[0][::5].eq(0).all()
+    assert found[2][::5].eq(0).all()
+    with pytest.raises(AssertionError):
+        torch.testing.assert_close(formed(compiled, labels.roll(1)), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_no_token_at_all():
+    weight = torch.randn(41, 16, requires_grad=True)
+    for shape in ((0, 5), (3, 0)):
+        hidden = torch.randn(*shape, 16, requires_grad=True)
+        labels = torch.zeros(shape, dtype=torch.long)
+        loss, token_losses = chunked_cross_entropy(hidden, weight, labels)
+        loss.backward()
+        assert loss == 0
+        assert token_losses.shape == shape
+        assert weight.grad.eq(0).all()

@@ -1,0 +1,222 @@
+"""What a dry run says: parameters, operations, memory, bytes sent, hours."""
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate.utils import ParallelismConfig
+from torch.utils.flop_counter import FlopCounterMode
+
+from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
+from qwen3_encdec.data.collate import collate_packed
+from qwen3_encdec.data.ul2 import check_capacity
+from qwen3_encdec.folders import InputError
+from qwen3_encdec.training import plan
+from qwen3_encdec.training.config import TrainingConfig, load_config
+from qwen3_encdec.training.layers import recompute_layers
+from tests.conftest import tiny_config
+from tests.test_training import small_run
+
+ROOT = Path(__file__).parents[1]
+RECIPES = {
+    "nano-cpu": ("1xA100", "0.6B"),
+    "0.6b-1gpu": ("1xH100", "0.6B"),
+    "0.6b-8gpu-fineweb": ("8xH100", "0.6B"),
+    "1.7b-64gpu": ("8x8xH100", "1.7B"),
+}
+
+
+def test_flops_are_summed_over_examples():
+    """Against torch's counter, over a packed batch of unequal documents; a mean would miss it."""
+    config = tiny_config(num_decoder_layers=2, attn_implementation="eager")
+    model, lengths = Qwen3ForSeq2SeqLM(config).train(), np.array([[19, 11], [3, 30], [40, 2]])
+    counted = 0
+    for source, target in lengths:
+        ids = [torch.randint(290, (1, int(n))) for n in (source, target)]
+        with FlopCounterMode(display=False) as counter:
+            model(input_ids=ids[0], labels=ids[1]).loss.backward()
+        counted += counter.get_total_flops()
+    per_sum = plan.flops_per_sum(config, plan.count_parameters(config))
+    work = per_sum @ plan.length_sums(*lengths.T)
+    # eager attention computes the half of T^2 that the causal mask hides
+    hidden_half = 12 * 4 * 14 * config.num_decoder_layers * (lengths[:, 1] ** 2).sum() / 2
+    assert counted == pytest.approx(work + hidden_half, rel=0.01)
+    swapped = per_sum @ plan.length_sums(*lengths.T[::-1])
+    assert counted != pytest.approx(swapped + hidden_half, rel=0.01)
+    of_means = 3 * per_sum @ plan.length_sums(*lengths.mean(0, keepdims=True).T)
+    assert abs(of_means / work - 1) > 0.005
+
+
+@pytest.mark.parametrize("how", [False, "selective", "full"])
+def test_activations_are_those_that_a_forward_pass_keeps(how):
+    config = load_config(
+        None,
+        ["mixed_precision=no", "batch_size=3", "data.source_length=64", "data.target_length=40"],
+    )
+    config = dataclasses.replace(config, gradient_checkpointing=how)
+    model_config = Qwen3EncoderDecoderConfig(
+        vocab_size=331, num_sentinel_tokens=11, hidden_size=128, intermediate_size=384,
+        num_hidden_layers=4, num_decoder_layers=3, num_attention_heads=4, num_key_value_heads=2,
+        head_dim=64, pad_token_id=300, eos_token_id=302,
+    )  # fmt: skip
+    model = Qwen3ForSeq2SeqLM(model_config).train()
+    recompute_layers(model, config)
+    known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in known:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    sides = [[np.ones(length // 2, dtype=np.int64)] * 6 for length in (64, 40)]
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(**collate_packed(*sides))
+    parts = plan.memory(model_config, plan.count_parameters(model_config), config, plan.Machines())
+    assert parts["activations"] == pytest.approx(sum(kept.values()), rel=0.3)
+    del output
+
+
+def test_recomputation_saves_memory_and_shards_divide_states():
+    model_config = Qwen3EncoderDecoderConfig()
+    sizes = plan.count_parameters(model_config)
+    assert sizes.total == 1_036_619_776
+
+    def parts(machines: plan.Machines, **changes) -> dict[str, float]:
+        return plan.memory(model_config, sizes, TrainingConfig(**changes), machines)
+
+    kept = [parts(plan.Machines(), gradient_checkpointing=how)["activations"]
+            for how in (False, "selective", "full")]  # fmt: skip
+    assert kept[0] > kept[1] > 5 * kept[2]
+    alone, eight = parts(plan.Machines()), parts(plan.Machines(8, 8))
+    for name, width in (("weights", 4), ("gradients", 4), ("optimizer states", 8)):
+        assert alone[name] == 8 * eight[name] == width * sizes.total
+    average = parts(plan.Machines(), ema_decay=0.999)["average of the weights"]
+    assert average == 4 * sizes.total
+
+
+def test_bytes_sent():
+    sizes = plan.Sizes(encoder=600, decoder=600, embedding=300)
+    config = TrainingConfig(mixed_precision="bf16")
+    thrice = TrainingConfig(mixed_precision="bf16", gradient_accumulation_steps=3)
+    send, four = plan.communication, plan.Machines(4, 4)
+    assert send(sizes, config, plan.Machines()) == 0
+    # DDP: each half of fp32 gradients, twice
+    assert send(sizes, config, plan.Machines(2, 1)) == 4 * 1500
+    gathered, reduced = 2 * (2 * 1200 + 300), 4 * 1500
+    assert send(sizes, config, four) == 0.75 * (gathered + reduced)
+    assert send(sizes, thrice, four) == 3 * send(sizes, config, four)
+    hybrid = send(sizes, config, plan.Machines(8, 4)) - send(sizes, config, four)
+    assert hybrid == 4 * 1500 / 4  # half of the shard's gradients, twice
+
+
+def accelerator(processes: int = 1, sharded: bool = False, replicas: int = 0) -> SimpleNamespace:
+    parallelism = None
+    if replicas:
+        parallelism = ParallelismConfig(dp_replicate_size=replicas, dp_shard_size=2)
+    return SimpleNamespace(
+        num_processes=processes,
+        device=torch.device("cpu"),
+        is_fsdp2=sharded,
+        parallelism_config=parallelism,
+    )
+
+
+def test_machines():
+    assert plan.machines(accelerator(), "8x8xH100") == plan.Machines(64, 8, 80e9, 989e12, True)
+    here = plan.machines(accelerator(4, sharded=True))
+    assert (here.processes, here.shards, here.peak, here.accelerator) == (4, 4, None, False)
+    hybrid = plan.machines(accelerator(6, sharded=True, replicas=3))
+    assert (hybrid.processes, hybrid.shards) == (6, 2)
+    assert plan.machines(accelerator(4)).shards == 1
+    for wrong in ("8xB3", "H100", "0xH100", "8x", "axH100"):
+        with pytest.raises(
+            InputError, match=r"not COUNTxNAME as in 8xH100; known: H100, H200, A10"
+        ):
+            plan.machines(accelerator(), wrong)
+
+
+def test_sizes_without_a_checkpoint(parent_folder):
+    for name in ("0.6B", "Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"):
+        assert plan.count_parameters(plan.qwen3_sizes(name)).total == 1_036_619_776
+    large = plan.count_parameters(plan.qwen3_sizes("8B"))
+    assert 14e9 < large.total < 15e9
+    assert plan.qwen3_sizes(str(parent_folder)).hidden_size == 40
+    with pytest.raises(InputError, match="checkpoint ./nowhere does not exist"):
+        plan.qwen3_sizes("./nowhere")
+
+
+@pytest.mark.parametrize(
+    "name", sorted(path.stem for path in (ROOT / "configs/recipes").glob("*.yaml"))
+)
+def test_recipes_load_and_fit(name):
+    config = load_config(ROOT / f"configs/recipes/{name}.yaml")
+    devices, size = RECIPES[name]
+    data, lines = config.data, []
+    check_capacity(data.denoisers, data.source_length, data.target_length, 100)
+    machines = plan.machines(accelerator(), devices)
+    assert data.streams % (machines.processes * max(config.num_workers, 1)) == 0
+    plan.dry_run(plan.qwen3_sizes(size), config, machines, lines.append)
+    names = [line.split()[0] for line in lines if not line.startswith(" ")]
+    assert names == ["parameters", "tokens", "steps", "FLOPs", "memory", "communication", "time"]
+
+
+def test_a_plan_that_cannot_fit_is_refused():
+    config, lines = load_config(None, ["batch_size=512"]), []
+    machines = plan.machines(accelerator(), "8xH100")
+    sentence = r"batch_size=512 needs \d+\.\d GiB a device and there are 74\.5; lower batch_size"
+    with pytest.raises(InputError, match=sentence):
+        plan.dry_run(Qwen3EncoderDecoderConfig(), config, machines, lines.append)
+    assert len(lines) > 8  # what it would cost is said first
+    with pytest.raises(InputError, match="mfu 40"):
+        plan.dry_run(Qwen3EncoderDecoderConfig(), config, machines, lines.append, mfu=40)
+
+
+def train(*arguments: str) -> subprocess.CompletedProcess:
+    script = [sys.executable, str(ROOT / "scripts/train.py")]
+    return subprocess.run([*script, *arguments], capture_output=True, text=True, check=False)
+
+
+def test_planned_without_a_checkpoint_on_disk(tmp_path):
+    recipe = ["--config", str(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml")]
+    plan_it = ["--dry-run", "--devices", "8xH100", "--qwen3-model", "0.6B"]
+    done = train(*recipe, f"output_dir={tmp_path / 'run'}", *plan_it)
+    assert done.returncode == 0, done.stderr
+    assert "parameters        1,036,619,776" in done.stdout
+    assert re.search(r"^time +[\d.]+ hours, .* at 29% MFU$", done.stdout, re.MULTILINE)
+    assert list(tmp_path.iterdir()) == []
+    refused = train(*recipe, *plan_it, "batch_size=4096")
+    assert refused.returncode == 2
+    assert re.fullmatch(r"error: batch_size=4096 needs .*\n", refused.stderr)
+
+
+def test_the_batch_size_finder_goes_down_until_a_step_fits(
+    init_folder, tmp_path, monkeypatch, capsys
+):
+    from qwen3_encdec.training.loop import run_training
+
+    forward, tried = Qwen3ForSeq2SeqLM.forward, []
+
+    def hungry(self, *arguments, **options):
+        tried.append((len(options["cu_seqlens"]) - 1) // 2)
+        if tried[-1] > 17:
+            raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(Qwen3ForSeq2SeqLM, "forward", hungry)
+    config = small_run(init_folder, tmp_path / "c.jsonl", output_dir=tmp_path / "run")
+    assert run_training(config, find_batch_size=True) == tmp_path / "run"
+    found = int(re.search(r"batch_size=(\d+) fits", capsys.readouterr().out)[1])
+    assert 8 <= found <= 17
+    assert (tried[0], tried[-1]) == (256, found)
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(Qwen3ForSeq2SeqLM, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run_training(config, find_batch_size=True)

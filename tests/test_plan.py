@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -179,22 +177,18 @@ def test_a_plan_that_cannot_fit_is_refused():
         plan.dry_run(Qwen3EncoderDecoderConfig(), config, machines, lines.append, mfu=40)
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(ROOT / "scripts/train.py")]
-    return subprocess.run([*script, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_planned_without_a_checkpoint_on_disk(tmp_path):
+def test_planned_without_a_checkpoint_on_disk(tmp_path, run_script):
+    script = ROOT / "scripts/train.py"
     recipe = ["--config", str(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml")]
     plan_it = ["--dry-run", "--devices", "8xH100", "--qwen3-model", "0.6B"]
-    done = train(*recipe, f"output_dir={tmp_path / 'run'}", *plan_it)
-    assert done.returncode == 0, done.stderr
-    assert "parameters        1,036,619,776" in done.stdout
-    assert re.search(r"^time +[\d.]+ hours, .* at 29% MFU$", done.stdout, re.MULTILINE)
+    code, out, err = run_script(script, *recipe, f"output_dir={tmp_path / 'run'}", *plan_it)
+    assert code == 0, err
+    assert "parameters        1,036,619,776" in out
+    assert re.search(r"^time +[\d.]+ hours, .* at 29% MFU$", out, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
-    refused = train(*recipe, *plan_it, "batch_size=4096")
-    assert refused.returncode == 2
-    assert re.fullmatch(r"error: batch_size=4096 needs .*\n", refused.stderr)
+    code, _, err = run_script(script, *recipe, *plan_it, "batch_size=4096")
+    assert code == 2
+    assert re.fullmatch(r"error: batch_size=4096 needs .*\n", err)
 
 
 def test_the_batch_size_finder_goes_down_until_a_step_fits(

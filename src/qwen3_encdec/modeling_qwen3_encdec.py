@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .loss_qwen3_encdec import IGNORED
+from .loss_qwen3_encdec import IGNORED, dense_cross_entropy
 from .modeling_qwen3_decoder import (
     PackedKeys,
     Qwen3MergedDecoder,
@@ -258,31 +258,29 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         states = outputs.last_hidden_state
 
         loss = token_losses = logits = None
-        if labels is not None:
-            if num_items_in_batch is None:
-                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            options = {"num_items": num_items_in_batch, "z_loss": z_loss, "smoothing": smoothing}
-            loss, token_losses = self._loss(states, labels, options)
-            if encoder_targets is not None:
-                encoded = outputs.encoder_last_hidden_state
-                wanted = _next_tokens(encoder_targets, encoded, position_ids)
-                loss = loss + encoder_loss_weight * self._loss(encoded, wanted, options)[0]
         if return_logits is None:
             return_logits = labels is None or not self.training
         if return_logits:
             keep: Any = logits_to_keep
             keep = slice(-keep, None) if isinstance(keep, int) else keep
             logits = self.model.shared(states[:, keep])
+        if labels is not None:
+            check_shape("labels", labels, states.shape[:2])
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+            options = {"num_items": num_items_in_batch, "z_loss": z_loss, "smoothing": smoothing}
+            if logits is not None and logits.shape[1] == labels.shape[1]:
+                loss, token_losses = dense_cross_entropy(logits, labels, **options)
+            else:
+                losses = self.model.shared(states, labels=labels, **options)
+                loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
+            if encoder_targets is not None:
+                encoded = outputs.encoder_last_hidden_state
+                wanted = _next_tokens(encoder_targets, encoded, position_ids)
+                encoder_loss = self.model.shared(encoded, labels=wanted, **options)[0]
+                loss = loss + encoder_loss_weight * encoder_loss
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
-
-    def _loss(
-        self, states: torch.Tensor, labels: torch.Tensor, options: dict[str, Any]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, T, E] states, [B, T] labels -> loss and detached [B, T] token losses."""
-        check_shape("labels", labels, states.shape[:2])
-        losses = self.model.shared(states, labels=labels, **options)
-        return losses[0], losses[1:].detach().view(labels.shape)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""

@@ -15,7 +15,9 @@ PRESET = [
     {"name": "X-halves", "mean_span": 6, "corruption": 0.5, "weight": 1},
     {"name": "S-late", "mean_span": None, "corruption": 0.3, "weight": 1},
 ]
-TEXT = "The encoder reads the whole sentence at once, and the decoder writes down what was taken out of it."
+TEXT = (
+    "The encoder reads the whole sentence at once, and the decoder writes down what was taken out."
+)
 
 
 def main() -> None:

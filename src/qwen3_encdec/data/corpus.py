@@ -99,7 +99,7 @@ class LinesFile:
         with _reading(self.path), open(self.path, "rb") as file:
             if start:  # a line that runs over the start belongs to the range before
                 file.seek(start - 1)
-                start += len(file.readline()) - 1
+                start += len(file.readline(end - start + 1)) - 1
             while start < end:
                 line = file.readline()
                 if not line:

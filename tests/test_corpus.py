@@ -206,7 +206,9 @@ def test_blocks_are_many_and_small(tmp_path):
     """A corpus of one file has blocks for all streams; one of repeated text none of 57 MB."""
     (tmp_path / "a.jsonl").write_text(lines(*(f"text {i}" * 9 for i in range(3000))))
     assert open_corpus([str(tmp_path / "a.jsonl")]).num_blocks > 64 * 4
-    pq.write_table(pa.table({"text": ["the same long text " * 60] * 50_000}), tmp_path / "b.parquet")
+    pq.write_table(
+        pa.table({"text": ["the same long text " * 60] * 50_000}), tmp_path / "b.parquet"
+    )
     corpus = open_corpus([str(tmp_path / "b.parquet")])
     file, block = corpus.block(0)
     assert sum(len(place.raw.as_py()) for place in file.places(block)) < 3e6

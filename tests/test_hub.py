@@ -139,7 +139,9 @@ def read(hub: Hub, cache: Path, cache_gib: int, *runs: str) -> list[str]:
 @pytest.mark.parametrize("cache_gib", [1, 0], ids=["downloaded", "streamed"])
 def test_a_hub_dataset_gives_the_same_steps_to_any_workers_and_ranks(hub, tmp_path, cache_gib):
     """Was: with two workers or more, all but the first read nothing, for ever."""
-    runs = read(hub, tmp_path, cache_gib, *(f"{pair}:5" for pair in ("0:1", "1:1", "2:1", "4:1", "2:2")))
+    runs = read(
+        hub, tmp_path, cache_gib, *(f"{pair}:5" for pair in ("0:1", "1:1", "2:1", "4:1", "2:2"))
+    )
     assert len(runs) == 5
     assert len(set(runs)) == 1
     assert len(set(runs[0].split())) == 5

@@ -1,9 +1,11 @@
 """What to train on: the `data:` section of a training YAML."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-from qwen3_encdec.data.ul2 import Preset, raw_length, resolve_preset
+from qwen3_encdec.data.ul2 import PRESETS, Denoiser, Preset, raw_length
 from qwen3_encdec.folders import InputError, read_yaml
 
 MODES = ("R", "X", "S")
@@ -152,6 +154,27 @@ class DataConfig:
             taken = {source.name for source in sources}
             sources.append(replace(source, name=f"{name}-{number}" if name in taken else name))
         return sources
+
+
+def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
+    """Return a preset by name, or from the list of denoisers of a YAML file.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    try:
+        denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in preset)
+    except TypeError as error:
+        raise InputError(
+            f"preset: {error} (a denoiser has name, mean_span, corruption, weight)"
+        ) from None
+    names = [denoiser.name for denoiser in denoisers]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"preset: the denoisers {names} are not at least one with distinct names")
+    return denoisers
 
 
 def read_preset(preset: str) -> str | list[dict]:

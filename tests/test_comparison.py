@@ -11,7 +11,7 @@ from html import escape
 import pytest
 import yaml
 
-from qwen3_encdec.evaluation import comparison
+from qwen3_encdec.reports import comparison
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError
 from tests.test_report import CURVES, HOSTILE, METRICS, SIMILARITY, TASKS, Page
 

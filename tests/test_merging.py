@@ -214,4 +214,4 @@ def test_command_evaluates_every_input_and_the_result(
     assert seen["parent"] == parent_folder
     monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, seed: (
         {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}))  # fmt: skip
-    assert "not better than" in merging.compare(encoders[:2], tmp_path / "soup")
+    assert "not better than" in suite.compare_soup(encoders[:2], tmp_path / "soup")

@@ -80,7 +80,9 @@ def test_padding_for_generation():
 
 def test_masking_keeps_what_is_no_text():
     rng = np.random.default_rng(0)
-    sources = [[70, *rng.integers(0, 50, 60), 60, *rng.integers(0, 50, 30), EOS + 90] for _ in range(40)]
+    sources = [
+        [70, *rng.integers(0, 50, 60), 60, *rng.integers(0, 50, 30), EOS + 90] for _ in range(40)
+    ]
     rows = [row(example(source, [1, 99])) for source in sources]
     options = {"mask_id": 80, "kept_ids": np.array([99, 60, 70]), "probability": 0.15}
     batch = collate_masked_rows(rows, **options)
@@ -117,7 +119,9 @@ def test_packing_is_complete_deterministic_and_tight():
     assert sorted(map(id, (e for r in rows for e in r))) == sorted(map(id, examples))
     fills = np.array([[sum(len(e.source) for e in r), sum(len(e.target) for e in r)] for r in rows])
     assert (fills <= (96, 64)).all()
-    least = max(sum(len(e.source) for e in examples) / 96, sum(len(e.target) for e in examples) / 64)
+    least = max(
+        sum(len(e.source) for e in examples) / 96, sum(len(e.target) for e in examples) / 64
+    )
     assert len(rows) < 1.15 * least
     again = pack(examples, 96, 64)
     assert [[id(e) for e in r] for r in again] == [[id(e) for e in r] for r in rows]

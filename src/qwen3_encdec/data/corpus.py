@@ -484,7 +484,7 @@ def _unpack(raw: Any, packed: str | None) -> Any:
 
 
 def _expand(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the files, hub datasets and package-docs that inputs name, each once; what is not read."""
+    """Return files, hub datasets and package-docs, each once; and what is passed over."""
     found: dict[str, None] = {}
     passed_over: list[str] = []
     for item in inputs:
@@ -521,7 +521,7 @@ def _is_hub_id(item: str) -> bool:
 
 
 def _walk(folder: str, passed_over: list[str]) -> list[str]:
-    """Return the files below a folder, links followed; hidden ones and unknown kinds are passed over."""
+    """Return the files below a folder, links followed, but hidden ones and unknown kinds."""
     files: list[str] = []
     seen = {os.path.realpath(folder)}
     for top, folders, names in os.walk(folder, followlinks=True):

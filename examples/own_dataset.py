@@ -41,13 +41,14 @@ def main() -> None:
             heldout_every=20,
         )
         tokenizer = build_tokenizer(num_ranks=4096)
-        first = list(islice(rows(UL2Data(config, tokenizer)), 200))
-        examples = sum(len(row.examples) for row in first)
-        print(f"{examples:,} examples in {len(first)} rows; the first row holds")
-        for example in first[0].examples:
+        drawn = list(islice(rows(UL2Data(config, tokenizer)), 200))
+        examples = sum(len(row.examples) for row in drawn)
+        print(f"{examples:,} examples in {len(drawn)} rows; the first row holds")
+        for example in drawn[0].examples:
             print(render(example, tokenizer, config.denoisers))
-        heldout = len(heldout_examples(config, tokenizer, 8))
-        print(f"and {heldout} examples of texts that training never sees")
+        print(
+            f"and {len(heldout_examples(config, tokenizer, 8))} examples of texts that training never sees"
+        )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,8 @@ The same list under `data.preset` in a training YAML trains on it.
 
 import numpy as np
 
-from qwen3_encdec.data.ul2 import Example, corrupt, render, resolve_preset, uncorrupt
+from qwen3_encdec.data.config import resolve_preset
+from qwen3_encdec.data.ul2 import Example, corrupt, render, uncorrupt
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
 PRESET = [

@@ -81,7 +81,9 @@ def test_control_tokens_in_a_text_are_text(tokenizer, library, monkeypatch):
 
 def test_a_library_that_gives_other_ids_is_not_used(tokenizer, monkeypatch, caplog):
     build = tokenization._tiktoken
-    monkeypatch.setattr(tokenization, "_tiktoken", lambda spec: lambda text: build(spec)(text)[::-1])
+    monkeypatch.setattr(
+        tokenization, "_tiktoken", lambda spec: lambda text: build(spec)(text)[::-1]
+    )
     other = Encoder(tokenizer)
     assert other.name == "tokenizers"
     text = "whatever does it, the ids are right"

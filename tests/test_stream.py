@@ -31,7 +31,9 @@ from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-WORDS = "the encoder reads a source and its decoder writes one target Ünïcödé 天地玄黃 0 1 23".split()
+WORDS = (
+    "the encoder reads a source and its decoder writes one target Ünïcödé 天地玄黃 0 1 23".split()
+)
 RANKS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 4)
 
 
@@ -48,7 +50,9 @@ def own_cache(tmp_path, monkeypatch):
 def texts(count: int, seed: int) -> list[str]:
     """Distinct texts, so short that none is cut."""
     rng = random.Random(seed)
-    return [f"{seed} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for i in range(count)]
+    return [
+        f"{seed} {i} " + " ".join(rng.choices(WORDS, k=rng.randint(3, 12))) for i in range(count)
+    ]
 
 
 def write_lines(file, lines) -> None:
@@ -195,14 +199,14 @@ def fits(found: list[int], true: list[int]) -> bool:
 
 @pytest.mark.parametrize("kind", ["gz", "zst"])
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["cached", "streamed"])
-def test_small_compressed_files_count_no_more_than_they_hold(
-    tmp_path, tokenizer, kind, cache_gib
-):
+def test_small_compressed_files_count_no_more_than_they_hold(tmp_path, tokenizer, kind, cache_gib):
     sizes = [600] + [1] * 15
     for number, size in enumerate(sizes):
         lines = [json.dumps({"text": text}) for text in texts(size, number)]
         kinds = {"gz": "gzip", "zst": "zstd"}
-        with pa.CompressedOutputStream(str(tmp_path / f"{number:02}.jsonl.{kind}"), kinds[kind]) as out:
+        with pa.CompressedOutputStream(
+            str(tmp_path / f"{number:02}.jsonl.{kind}"), kinds[kind]
+        ) as out:
             out.write("\n".join(lines).encode())
     config = config_of(tmp_path, cache_gib=cache_gib, packing=False)
     data = UL2Data(config, tokenizer)
@@ -362,7 +366,9 @@ def test_settings_are_part_of_the_fingerprint(folder, tokenizer, change):
 
 def test_readers_must_divide_the_streams():
     check_readers(DataConfig(), 8, 8)
-    with pytest.raises(InputError, match=r"3 workers.*4 ranks, num_workers of 1, 2, 4, 8, 16 would"):
+    with pytest.raises(
+        InputError, match=r"3 workers.*4 ranks, num_workers of 1, 2, 4, 8, 16 would"
+    ):
         check_readers(DataConfig(), 4, 3)
     with pytest.raises(InputError, match="with 3 ranks, no num_workers would"):
         check_readers(DataConfig(), 3, 0)

@@ -83,7 +83,9 @@ def sentinels_needed(preset, source_length: int, target_length: int) -> int:
     return max(most_sentinels(d, raw_length(d, source_length, target_length)) for d in preset)
 
 
-@pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.placement}")
+@pytest.mark.parametrize(
+    "denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.placement}"
+)
 @pytest.mark.parametrize("mode", [(), (60,)], ids=["", "mode token"])
 def test_corruption_is_inverted_exactly_within_its_bounds(denoiser, mode):
     rng = np.random.default_rng(0)
@@ -112,7 +114,8 @@ def test_corruption_is_inverted_exactly_within_its_bounds(denoiser, mode):
 
 def test_the_generator_alone_decides():
     one, other, third = (
-        corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(seed), **IDS) for seed in (5, 5, 6)
+        corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(seed), **IDS)
+        for seed in (5, 5, 6)
     )
     np.testing.assert_array_equal(one[0], other[0])
     assert one[0].tolist() != third[0].tolist()
@@ -212,9 +215,7 @@ def test_t5_examples(monkeypatch):
     """
     tokens = np.arange(10, 16)
     mask = np.array([1, 1, 0, 0, 1, 0], dtype=bool)
-    source, target = mask_spans(
-        tokens, mask, monkeypatch, sentinel_ids=range(100, 110), eos_id=1
-    )
+    source, target = mask_spans(tokens, mask, monkeypatch, sentinel_ids=range(100, 110), eos_id=1)
     assert source.tolist() == [100, 12, 13, 101, 15, 1]  # T5 counts 999, 998, ... downwards
     assert target.tolist() == [100, 10, 11, 101, 14, 1]
 

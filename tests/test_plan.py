@@ -174,6 +174,30 @@ def test_a_plan_that_cannot_fit_is_refused():
         plan.dry_run(Qwen3EncoderDecoderConfig(), config, machines, lines.append, mfu=40)
 
 
+@pytest.mark.parametrize("model", ["0.6B", "1.7B"])
+def test_the_table_of_the_documentation_is_what_the_plan_says(model):
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(rf"\| {model} \| \d+x", line)]
+    assert len(rows) == 7
+    how = "selective" if model == "1.7B" else "false"
+    settings = ["data.source_length=1024", "data.target_length=512", "batch_size=8"]
+    config = load_config(None, [f"gradient_checkpointing={how}", *settings])
+    model_config = plan.qwen3_sizes(model)
+    sizes = plan.count_parameters(model_config)
+    one = plan.flops_per_sum(model_config, sizes) @ plan.length_sums(*np.array([[1024], [512]]))
+    for row in rows:
+        devices = row.split(" | ")[1]
+        machines = plan.machines(accelerator(), devices)
+        needed = sum(plan.memory(model_config, sizes, config, machines).values()) / 2**30
+        sent = plan.communication(sizes, config, machines)
+        seconds = 8 * one / (machines.peak * plan.MFU)
+        tokens = 8 * 1536 * machines.processes
+        hours = 100e9 / tokens * seconds / 3600
+        figures = f"{tokens:,} | {needed:.1f} | {sent / 2**30:.2f} | {seconds:.3f}"
+        figures += f" | {sent / seconds / 1e9:.0f} | {hours:,.1f}"
+        assert row == f"| {model} | {devices} | {figures} |"
+
+
 def train(*arguments: str) -> subprocess.CompletedProcess:
     script = [sys.executable, str(ROOT / "scripts/train.py")]
     return subprocess.run([*script, *arguments], capture_output=True, text=True, check=False)

@@ -163,11 +163,8 @@ def make_accelerator(config: TrainingConfig, logging_dir: str) -> Accelerator:
     launcher's processes have not found each other, or for a way of distributing that this loop does
     not know.
     """
-    for message in (
-        "'set_vital' is deprecated",  # torchdata's, about torch's own call
-        "FSDP2-wrapped module .* returned a view",  # nothing writes into it
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    # Nothing writes into the view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     # Read when CUDA starts: batches of ever new lengths would leave holes.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     allow_distributed_cpu()

@@ -80,7 +80,7 @@ class TrainingState:
         return torch.stack(squares) / self._copies()
 
     def step(self, norm: float, max_norm: float) -> None:
-        """Apply the gradients, whose norm is ``norm``, clipped to ``max_norm`` (0 does not clip)."""
+        """Apply gradients of this norm, clipped to ``max_norm``; 0 does not clip."""
         if max_norm and norm > max_norm:
             own = self._gradients(self.parameters.values())
             torch._foreach_mul_(own, max_norm / (norm + 1e-6))
@@ -91,7 +91,7 @@ class TrainingState:
         self.optimizer.zero_grad()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return parameters and persistent buffers by name, sharded or not, the tied matrix once."""
+        """Return parameters and persistent buffers by name, the tied matrix once."""
         saved = set(self.module.state_dict())
         buffers = {n: b for n, b in self.module.named_buffers() if n in saved}
         return {name: p.detach() for name, p in self.parameters.items()} | buffers

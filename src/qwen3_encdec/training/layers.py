@@ -117,7 +117,7 @@ def disagreement(
                 loss = model(**batch).loss
             loss.backward()
             norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            found.append((float(loss), float(norm)))
+            found.append((loss.item(), norm.item()))
     except Exception as error:  # whatever a missing or unfit package raises
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:120]
     (loss, norm), (other_loss, other_norm) = found

@@ -30,7 +30,7 @@ from qwen3_encdec.folders import (
     write_json,
 )
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
-from qwen3_encdec.training import checkpoint, plan
+from qwen3_encdec.training import checkpoint, flops
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 from qwen3_encdec.training.distributed import (
     TrainingState,
@@ -74,7 +74,7 @@ def start_run(
 
     set_seed(config.seed)
     logging.disable_progress_bar()
-    sizes = plan.count_parameters(model_config)
+    sizes = flops.count_parameters(model_config)
     state = build_state(config, model_config, accelerator)
     resumed = _resume(config, accelerator, state)
     compile_layers(state.module, config)
@@ -125,7 +125,7 @@ def start_run(
         loader,
         saver,
         heldout,
-        plan.flops_per_sum(model_config, sizes),
+        flops.flops_per_sum(model_config, sizes),
         loss_options,
         start,
         SpikeGuard(config.spike_sigma, config.spike_window, before["guard"]),
@@ -239,8 +239,8 @@ def _resume(
     after = learning_rate(step + 1, config)
     if step >= config.warmup_steps and after > before * 1.0001:
         accelerator.print(
-            f"warning: the learning rate rises from {before:.2e} to {after:.2e}, since {folder.name} "
-            "is from the decay of a shorter schedule; resume from a checkpoint before it to avoid that"
+            f"warning: the learning rate rises from {before:.2e} to {after:.2e}: {folder.name} is "
+            "from the decay of a shorter schedule; resume from one before it to avoid that"
         )
     return resumed | {"folder": folder}
 

@@ -317,7 +317,7 @@ def _files_of_weights(parameters: dict[str, Any], own: dict[str, torch.Tensor]) 
     Under ZeRO-3 a parameter is empty, has its true shape beside it, and is not this rank's ``own``.
     """
     files, size, number = {}, 0.0, 1
-    for name, tensor in (own | parameters).items():
+    for name, tensor in (parameters | own).items():
         nbytes = 4 * math.prod(getattr(tensor, "ds_shape", tensor.shape))
         if size and size + nbytes > _FILE_BYTES:
             size, number = 0.0, number + 1

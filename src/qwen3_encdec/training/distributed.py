@@ -99,7 +99,7 @@ class TrainingState:
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Return the optimizer's own tensors as PARAMETER.KEY, made if there are none yet."""
         options = StateDictOptions(flatten_optimizer_state_dict=True)
-        flat = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        flat: Any = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return {k.removeprefix("state."): v for k, v in flat.items() if k.startswith("state.")}
 
     def read(self, folder: Path) -> None:
@@ -214,8 +214,7 @@ def prepare(
         return prepare_deepspeed(model, optimizer, accelerator)
     model, wrapped = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
-        # Without a head module to see, accelerate frees the matrix after each lookup, but the loss
-        # multiplies by it.
+        # Lookups and loss use the matrix three times in a pass: keep it gathered meanwhile.
         model.get_input_embeddings().set_reshard_after_forward(False)  # type: ignore[operator]
     # accelerate's wrapper would only hide the real optimizer's state
     return TrainingState(model, wrapped.optimizer, accelerator)

@@ -1,6 +1,7 @@
 """Count a model's parameters and the operations of its steps."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,7 @@ def count_parameters(model_config: Qwen3EncoderDecoderConfig) -> Sizes:
     """Count on the meta device, without allocating a weight."""
     with torch.device("meta"):
         model = Qwen3ForSeq2SeqLM(model_config)
-    embedding = model.get_input_embeddings().weight
+    embedding: Any = model.get_input_embeddings().weight
     counts = {"encoder": 0, "decoder": 0}
     for name, parameter in model.named_parameters():
         if parameter is not embedding:

@@ -53,7 +53,7 @@ def run_training(
             machines = plan.machines(accelerator, devices)
             plan.dry_run(model_config, config, machines, accelerator.print, mfu)
             return run_dir
-        config = replace(config, mixed_precision=accelerator.mixed_precision)  # type: ignore[arg-type]
+        config = replace(config, mixed_precision=accelerator.mixed_precision)
         if find_batch_size:
             start.find_batch_size(config, accelerator)
             return run_dir

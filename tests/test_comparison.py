@@ -1,6 +1,4 @@
-"""Several runs on one page, looked at by a real browser, and a card that says nothing which is not
-recorded.
-"""
+"""Several runs on one page, looked at by a real browser."""
 
 import json
 import re
@@ -159,52 +157,6 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(runs, tmp_pat
     seen, complaints = look(broken)
     assert complaints
     assert width > 390 or seen["page"] > width
-
-
-def test_the_card_says_what_is_recorded(runs, tmp_path):
-    comparison.compare(runs, tmp_path / "out")
-    card = (tmp_path / "out" / "model_card.md").read_text()
-    assert card.startswith(
-        "---\nbase_model: Qwen/Qwen3-0.6B\nlibrary_name: sentence-transformers\n"
-    )
-    assert str(tmp_path) not in card
-    assert "# encoder" in card
-    for expected in (
-        "Qwen/Qwen3-0.6B",
-        "encoder-decoder",
-        "pooling mean",
-        "base_model: Qwen/Qwen3-0.6B",
-        "hidden\\_size: ` 96 `",
-        "abc1234",
-        "0.050 ±.010",
-    ):
-        assert expected in card, expected
-    assert "lr: ` 0.125 `" in card  # of the run that it came from
-    made = card[card.index("## How it was made") : card.index("## Architecture")]
-    assert (
-        made.index("init") < made.index("training run") < made.index("pooling mean")
-    )  # oldest first
-    assert "head_dim" not in card  # not recorded
-    assert "Intended use, limits\n\nnot recorded" in card
-
-
-def test_the_card_finds_folders_that_were_moved_together(runs, tmp_path):
-    tuned = write_run(
-        tmp_path / "tuned", "encoder", finetuned_from="/long/gone/encoder", config={"temperature": 0.0625},
-        metrics={"provenance": {}},
-    )  # fmt: skip
-    comparison.compare([tuned], tmp_path / "out")
-    card = (tmp_path / "out" / "model_card.md").read_text()
-    assert "Qwen/Qwen3-0.6B" in card
-    assert "temperature: ` 0.0625 `" in card
-
-
-def test_the_card_of_a_folder_that_records_little(tmp_path):
-    run = write_run(tmp_path / "run", "training run", curves=CURVES)
-    comparison.compare([run], tmp_path / "out")
-    card = (tmp_path / "out" / "model_card.md").read_text()
-    assert "## Training\n\nnot recorded" in card
-    assert "## Evaluation\n\nnot run" in card
 
 
 @pytest.mark.parametrize(

@@ -307,14 +307,14 @@ def report(
         list[Path], typer.Argument(help="Folders of training runs, evaluations or demos.")
     ],
     output: Annotated[
-        Path, typer.Option(help="Folder to write: report.html and model_card.md.")
+        Path, typer.Option(help="Folder to write: report.html.")
     ] = Path("runs/report"),
 ) -> None:
-    """Put several runs on one page: curves, scores with intervals, infilled gaps, maps; and a card."""
+    """Put several runs on one page: curves, scores with intervals, infilled gaps and maps."""
     from qwen3_encdec.reports.comparison import compare
 
     compare(runs, output)
-    print(f"wrote {output / 'report.html'} and {output / 'model_card.md'}")
+    print(f"wrote {output / 'report.html'}")
 
 
 @app.command()

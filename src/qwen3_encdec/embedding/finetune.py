@@ -31,10 +31,8 @@ from sentence_transformers import (
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
-    DistillKLDivLoss,
     EmbedDistillLoss,
     GlobalOrthogonalRegularizationLoss,
-    MarginMSELoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
@@ -55,7 +53,6 @@ from qwen3_encdec.folders import (
     write_json,
 )
 
-Direction = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -76,24 +73,14 @@ class FinetuneConfig:
     max_length: int = 128
     """Tokens per text while training; the folder keeps its own limit for use."""
 
-    objective: Literal["contrastive", "embed_distill", "margin_mse", "distill_kl"] = "contrastive"
-    """contrastive learns from the pairs; the others match a teacher's embeddings, score margins or
-    score shares.
-    """
+    objective: Literal["contrastive", "embed_distill"] = "contrastive"
+    """contrastive learns from the pairs, embed_distill from a teacher's embeddings of the texts."""
     teacher: str | None = None
-    """sentence-transformers folder that the three distillations learn from."""
+    """sentence-transformers folder to distill from."""
     temperature: float = 0.05
-    """Of the softmax over cosines, in contrastive and distill_kl."""
-    directions: list[Direction] = field(default_factory=lambda: ["query_to_doc", "doc_to_query"])
-    """The texts that each one is told apart from: a query from documents, a document from queries,
-    each from its own kind.
-    """
-    partition_mode: Literal["joint", "per_direction"] = "per_direction"
-    """One softmax over all directions, or one each (for the first two directions only)."""
-    hardness: Literal["none", "in_batch_negatives", "hard_negatives", "all_negatives"] = "none"
-    """Negatives that weigh more the closer they are to the query."""
-    hardness_strength: float = 5.0
-    """Added to a negative's logit, times its cosine."""
+    """Of the softmax over cosines, in contrastive."""
+    symmetric: bool = True
+    """Tell a document from the other queries too, not only a query from the other documents."""
     matryoshka_dims: list[float] = field(default_factory=list)
     """Leading dimensions that must serve alone, as numbers or as shares of the width (0.5); the
     full width is always trained too.
@@ -161,21 +148,6 @@ class FinetuneConfig:
             raise InputError(
                 f"objective {self.objective} {'has no' if self.teacher else 'needs a'} teacher"
             )
-        if (
-            self.objective in ("margin_mse", "distill_kl")
-            and len(self.columns) < 3
-            and not self.mine_negatives
-        ):
-            raise InputError(
-                f"objective {self.objective} compares documents: name more columns, or "
-                "mine_negatives"
-            )
-        if "query_to_doc" not in self.directions:
-            raise InputError(f"directions must hold query_to_doc, got {self.directions!r}")
-        if self.partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(
-            self.directions
-        ):
-            raise InputError("directions query_to_query and doc_to_doc need partition_mode joint")
         if self.objective != "contrastive" and (self.mini_batch_size or self.spread_weight):
             raise InputError("mini_batch_size and spread_weight go with objective contrastive only")
 
@@ -231,7 +203,7 @@ def finetune(
         dataset = _mine(config, dataset, teachers[config.miner] if config.miner else model)
     _check_batches(config, dataset)
     if config.teacher is not None:
-        dataset = _add_labels(config, dataset, teachers[config.teacher])
+        dataset = _add_labels(dataset, teachers[config.teacher])
     if config.lora_rank:
         _add_lora(model, config.lora_rank)
     work = _work_folder(output_dir, config, resume)
@@ -629,22 +601,18 @@ def _mine(config: FinetuneConfig, dataset: Dataset, model: SentenceTransformer) 
     return _dataset([mined[name] for name in mined.column_names])
 
 
-def _add_labels(config: FinetuneConfig, dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
-    """Add the teacher's labels: [columns, dimensions] embeddings of every text, or [documents]
-    cosines with the query.
-    """
-    encoded = [
-        (teacher.encode_query if name == "anchor" else teacher.encode_document)(
-            list(dataset[name]),
-            normalize_embeddings=True,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-        )
-        for name in dataset.column_names
-    ]
-    texts = torch.stack(encoded, dim=1).float().cpu()  # (N, columns, d)
-    labels = texts if config.objective == "embed_distill" else (texts[:, 1:] * texts[:, :1]).sum(-1)
-    return dataset.add_column("label", labels.tolist())
+def _add_labels(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
+    """Add the teacher's embeddings of every text, [columns, dimensions], as labels."""
+    options: dict[str, Any] = {
+        "normalize_embeddings": True,
+        "convert_to_tensor": True,
+        "show_progress_bar": False,
+    }
+    encoded = []
+    for name in dataset.column_names:
+        encode = teacher.encode_query if name == "anchor" else teacher.encode_document
+        encoded.append(encode(list(dataset[name]), **options))
+    return dataset.add_column("label", torch.stack(encoded, dim=1).float().cpu().tolist())
 
 
 def _add_lora(model: SentenceTransformer, rank: int) -> None:
@@ -693,20 +661,14 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
     width = model.get_embedding_dimension() or 0
     if config.objective == "embed_distill":
         teacher_width = len(dataset[0]["label"][0])
-        loss = EmbedDistillLoss(
-            model, projection_dim=None if teacher_width == width else teacher_width
-        )
-    elif config.objective == "margin_mse":
-        loss = MarginMSELoss(model)
-    elif config.objective == "distill_kl":
-        loss = DistillKLDivLoss(model, temperature=config.temperature)
+        projection = None if teacher_width == width else teacher_width
+        loss = EmbedDistillLoss(model, projection_dim=projection)
     else:
+        directions = ("query_to_doc", "doc_to_query") if config.symmetric else ("query_to_doc",)
         options: dict[str, Any] = {
             "scale": 1 / config.temperature,
-            "directions": tuple(config.directions),
-            "partition_mode": config.partition_mode,
-            "hardness_mode": None if config.hardness == "none" else config.hardness,
-            "hardness_strength": config.hardness_strength,
+            "directions": directions,
+            "partition_mode": "per_direction",
         }
         if config.mini_batch_size or config.spread_weight:
             size = config.mini_batch_size or config.batch_size

@@ -1,7 +1,7 @@
 """Several runs on one page: curves, scores with intervals, infilled gaps, and spaces.
 
 A run is a folder of this project of training (metrics.jsonl), of an evaluation or of the demo
-(metrics.json). The model card beside the page holds nothing but what the folders record.
+(metrics.json).
 """
 
 import json
@@ -14,7 +14,6 @@ from matplotlib.axes import Axes
 
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError, check_output, new_folder, read_json
 from qwen3_encdec.reports import page
-from qwen3_encdec.reports.model_card import model_card
 from qwen3_encdec.reports.page import Section, denoiser_color, figure, legend, read_metrics
 from qwen3_encdec.reports.scores import (
     TASKS_NOTE,
@@ -58,7 +57,7 @@ class Run:
 
 
 def compare(folders: Sequence[str | Path], output_dir: str | Path) -> list[Run]:
-    """Write report.html and model_card.md about the runs into `output_dir`.
+    """Write report.html about the runs into `output_dir`.
 
     Raises:
         InputError: none is given, a folder is not one of ours or has nothing to show, or
@@ -71,9 +70,6 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path) -> list[Run]:
     runs = [_read(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
     with new_folder(output_dir, "report", runs=[str(folder) for folder in folders]) as folder:
         write_page(folder, runs, names[0] if len(names) == 1 else f"{len(names)} runs")
-        (folder / "model_card.md").write_text(
-            model_card([run.folder for run in runs]), encoding="utf-8"
-        )
     return runs
 
 

@@ -184,23 +184,3 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
             raise InputError(f"{file}:{number} is not a JSON object")
         found.append(dict(value))
     return found
-
-
-def markdown_table(table: Table) -> str:
-    """A table in Markdown."""
-    header, rows = table
-    rules = [":---", *["---:"] * (len(header) - 1)]
-    lines = [header, rules, *(row + [""] * (len(header) - len(row)) for row in rows)]
-    return "\n".join("| " + " | ".join(map(escape_markdown, line)) + " |" for line in lines)
-
-
-def escape_markdown(text: str) -> str:
-    """One line of text without the characters that Markdown reads."""
-    return re.sub(r"([\\|<>*_`\[\]#])", r"\\\1", " ".join(text.split()))
-
-
-def code(text: str) -> str:
-    """A Markdown code span that no backtick in the text can end."""
-    text = " ".join(text.split())
-    fence = "`" * (max(map(len, re.findall(r"`+", text)), default=0) + 1)
-    return f"{fence} {text} {fence}"

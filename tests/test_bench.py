@@ -190,7 +190,15 @@ def test_a_part_that_fails_is_one_line(gpu_report, capsys, monkeypatch):
     assert "minutes were up" in gpu_report.part("late", lambda: {"seconds": 1.0})["failed"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].split()[1:] == ["failed", "RuntimeError:", "CUDA", "error:", "out", "of", "luck"]
+    assert lines[0].split()[1:] == [
+        "failed",
+        "RuntimeError:",
+        "CUDA",
+        "error:",
+        "out",
+        "of",
+        "luck",
+    ]
 
 
 def test_gpu_report_without_a_gpu_says_so(run_script):

@@ -25,7 +25,19 @@ RECIPES = [
     *sorted((ROOT / "configs/recipes").glob("*.yaml")),
     ROOT / "configs/training_config.yaml",
 ]
-WORDS = ["the", "encoder", "reads", "a", "source", "and", "its", "decoder", "writes", "one", "target"]
+WORDS = [
+    "the",
+    "encoder",
+    "reads",
+    "a",
+    "source",
+    "and",
+    "its",
+    "decoder",
+    "writes",
+    "one",
+    "target",
+]
 STEPS = 8
 SIZE = [
     f"max_steps={STEPS}", "warmup_steps=1", "batch_size=2", "gradient_accumulation_steps=1",

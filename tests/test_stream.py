@@ -31,9 +31,24 @@ from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-WORDS = (
-    ["the", "encoder", "reads", "a", "source", "and", "its", "decoder", "writes", "one", "target", "Ünïcödé", "天地玄黃", "0", "1", "23"]
-)
+WORDS = [
+    "the",
+    "encoder",
+    "reads",
+    "a",
+    "source",
+    "and",
+    "its",
+    "decoder",
+    "writes",
+    "one",
+    "target",
+    "Ünïcödé",
+    "天地玄黃",
+    "0",
+    "1",
+    "23",
+]
 RANKS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 4)
 
 

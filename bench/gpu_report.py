@@ -1,7 +1,7 @@
 """Measure the 0.6B pair on one GPU: random weights, no network, one call, under 9 minutes.
 
     python bench/gpu_report.py                       # one CUDA GPU
-    python bench/gpu_report.py --device cpu --tiny   # the same parts at toy size, to test this script
+    python bench/gpu_report.py --device cpu --tiny   # the same parts at toy size, as a test
 
 In this order, each printed when it is done; none begins when time is up:
 
@@ -38,7 +38,7 @@ from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.ul2 import PRESETS, raw_length
 from qwen3_encdec.folders import package_versions, write_json
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
-from qwen3_encdec.training import plan
+from qwen3_encdec.training import flops
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.layers import FASTEST_FIRST, compile_layers, disagreement, layers_of
 from qwen3_encdec.training.loop import run_training
@@ -106,10 +106,10 @@ class Training:
                 {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             )
             sizes = [[len(side) for side in pair] for pair in pairs[number::4]]
-            sums += plan.length_sums(*np.array(sizes).T)
+            sums += flops.length_sums(*np.array(sizes).T)
         self.tokens, self.targets = int(sums[0] + sums[1]), int(sums[1])
-        counted = plan.count_parameters(self.config)
-        self.work = float(plan.flops_per_sum(self.config, counted) @ sums)
+        counted = flops.count_parameters(self.config)
+        self.work = float(flops.flops_per_sum(self.config, counted) @ sums)
         torch.manual_seed(0)
         with self.device:
             self.model = Qwen3ForSeq2SeqLM(self.config).train()
@@ -177,7 +177,7 @@ class Training:
         seconds = (time.perf_counter() - began) / steps
         figures = {"tokens/s": self.tokens / seconds, "ms a step": 1000 * seconds}
         figures["TFLOP/s"] = self.work / seconds / 1e12
-        if peak := plan.peak_flops(self.device, 1):
+        if peak := flops.peak_flops(self.device, 1):
             figures["MFU"] = self.work / seconds / peak
             figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         if profile:
@@ -333,7 +333,7 @@ def main() -> None:
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu goes with --tiny; the full size is for a GPU")
 
-    part("step, sdpa", lambda: Training(args).measure(profile=True))
+    part("baseline", lambda: Training(args).measure(profile=True))
     times = {}
     for backend in ("sdpa", *FASTEST_FIRST):
         found = part(f"attention, {backend}", attention_alone, args, backend)

@@ -33,7 +33,7 @@ def work(name: str) -> dict[str, Any]:
 
     from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
     from qwen3_encdec.data.collate import collate_packed
-    from qwen3_encdec.training import plan
+    from qwen3_encdec.training import flops, plan
     from qwen3_encdec.training.config import load_config
     from qwen3_encdec.training.layers import recompute_layers
     from qwen3_encdec.training.optimization import build_optimizer
@@ -55,7 +55,7 @@ def work(name: str) -> dict[str, Any]:
         optimizer.step()
         optimizer.zero_grad()
     measured = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
-    counted = plan.count_parameters(model_config)
+    counted = flops.count_parameters(model_config)
     parts = plan.memory(model_config, counted, config, plan.Machines())
     return {"measured": measured, "estimated": sum(parts.values())}
 

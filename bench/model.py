@@ -179,7 +179,7 @@ def make_batches(side: str, pairs: list[Pair], number: int) -> list[dict]:
     from qwen3_encdec.data.collate import collate_packed
 
     def padded(rows: list, value: int) -> torch.Tensor:
-        rows = [torch.as_tensor(row) for row in rows]
+        rows = [torch.as_tensor(row).long() for row in rows]
         return pad_sequence(rows, batch_first=True, padding_value=value)
 
     batches = []

@@ -39,9 +39,9 @@ def rank_process(
 ) -> None:
     """One rank. ``faults`` are the step at which `nan`, `spike` or `hang` happens, and
 
-    slow: seconds that writing tensors takes; block: bytes that share a checksum; full: no file can grow beyond 100 kB; launch:
-    environment that distributes; means: weigh every micro-batch the same, which is the common
-    mistake.
+    slow: seconds that writing tensors takes; block: bytes that share a checksum; full: no file can
+    grow beyond 100 kB; launch: environment that distributes; means: weigh every micro-batch the
+    same, which is the common mistake.
     """
     log = Path(overrides[-1].partition("=")[2]).with_suffix(f".rank{rank}.log")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)

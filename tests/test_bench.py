@@ -1,6 +1,5 @@
 import importlib
 import json
-import math
 import operator
 import subprocess
 import sys
@@ -169,44 +168,26 @@ def test_ratios_are_of_medians(model_bench, capsys):
 def test_gpu_report_runs_whole_at_toy_size(tmp_path):
     done = run("gpu_report.py", "--device", "cpu", "--tiny", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
-    assert targets(done.stdout) == {
-        "correctness-fp32": "met",
-        "correctness-fp32-control": "met",
-        "correctness-bf16-over-eager": "met",
-        "correctness-bf16-over-eager-control": "met",
-        "losses-bf16-over-plain": "met",
-    }
     (written,) = tmp_path.glob("gpu-*-tiny.json")
     parts = json.loads(written.read_text())["parts"]
     assert not {name: part for name, part in parts.items() if "failed" in part}
-    absent = {name.split()[-1] for name, part in parts.items() if "absent" in part}
-    assert absent <= {
-        "flash_attention_2",
-        "flash_attention_3",
-        "flex_attention",
-        "FA3",
-        "FA4",
-        "liger",
-        "cce",
-    }
-    for name in (
-        "train autocast compiled chunked",
-        "train fsdp2 eager chunked",
-        "decode, growing cache",
-    ):
-        assert all(value >= 0 for value in parts[name].values())
+    absent = {name.removeprefix("attention, ") for name, part in parts.items() if "absent" in part}
+    assert absent <= {f"flash_attention_{n}" for n in (2, 3, 4)} | {"flex_attention"}
+    shares = [value for name, value in parts["baseline"].items() if name.startswith("share of")]
+    assert sum(shares) == pytest.approx(1)
+    for name in ("step, bf16 weights", "FSDP2, compiled after", "FSDP2, compiled before"):
+        assert parts[name]["tokens/s"] > 0
+    assert parts["run_training"]["tokens_per_second"] > 0
 
 
-def test_a_part_that_fails_is_one_line_and_meets_no_target(gpu_report, capsys):
+def test_a_part_that_fails_is_one_line(gpu_report, capsys, monkeypatch):
     def broken():
         raise RuntimeError("CUDA error: out of luck\nand a long trace")
 
-    def missing():
-        raise ImportError("no such kernel")
-
-    report = gpu_report.Report()
-    failed, absent = report.part("one", broken), report.part("two", missing)
-    assert report.part("three", lambda: {"seconds": 1.0}) == {"seconds": 1.0}
+    gpu_report.part("one", broken)
+    assert gpu_report.part("two", lambda: {"seconds": 1.0}) == {"seconds": 1.0}
+    monkeypatch.setattr(gpu_report, "TIME_LIMIT", -1)
+    assert "minutes were up" in gpu_report.part("late", lambda: {"seconds": 1.0})["failed"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].split()[1:] == [
@@ -218,16 +199,6 @@ def test_a_part_that_fails_is_one_line_and_meets_no_target(gpu_report, capsys):
         "of",
         "luck",
     ]
-    assert math.isnan(gpu_report.largest(failed))
-    assert gpu_report.largest(absent) == 0
-    assert gpu_report.largest({"loss": 3.0, "gradient": 1.0}, {"loss": 2.0, "gradient": 0.25}) == 4
-    assert math.isnan(gpu_report.largest({"loss": math.nan, "gradient": 1.0}))
-
-
-def test_no_part_begins_when_time_is_up(gpu_report):
-    report = gpu_report.Report()
-    report.began -= 60 * gpu_report.TIME_LIMIT + 1
-    assert "failed" in report.part("late", lambda: {"seconds": 1.0})
 
 
 def test_gpu_report_without_a_gpu_says_so(run_script):

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 from qwen3_encdec.conversion.extract import extract_encoder
-from qwen3_encdec.data import collate, package_docs
+from qwen3_encdec.data import package_docs
 from qwen3_encdec.data.package_docs import Docstring
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "own_denoiser": ["[R-words]", "[X-halves]", "[S-late]", "<extra_id_0>"],
     "own_dataset": ["examples in 200 rows", "texts that training never sees"],
-    "own_backend": ["padded: ", "packed: "],
+    "own_backend": ["losses: ", "e-0", "generated: equal"],
     "whole_road": ["stock transformers differs by", "1.0000, "],
 }
 
@@ -59,8 +59,6 @@ def test_semantic_search(init_folder, capsys, monkeypatch, tmp_path):
 @pytest.mark.parametrize("lora", [False, True])
 def test_finetune_seq2seq(lora, init_folder, run_script, monkeypatch, tmp_path):
     """On pairs whose summary stands in the body, so that a nano model learns in a few steps."""
-    if not hasattr(collate, "DataCollatorForPackedSeq2Seq"):
-        pytest.skip("until the packed collator is here")
     if lora:
         pytest.importorskip("peft", reason="needs the extra lora: make test-tools")
 

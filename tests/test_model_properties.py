@@ -19,9 +19,6 @@ from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config
 
-# Until the model that has these forms is here.
-pytest.importorskip("qwen3_encdec.loss_qwen3_encdec")
-
 IGNORED, PAD = -100, 300
 LENGTHS = [(5, 3), (1, 4), (9, 1), (4, 6)]  # of source and target, document by document
 Batch = dict[str, Any]

@@ -1,6 +1,5 @@
 """What a dry run says: parameters, operations, memory, bytes sent, hours."""
 
-import dataclasses
 import re
 import subprocess
 import sys
@@ -17,9 +16,8 @@ from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.ul2 import check_capacity
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training import plan
+from qwen3_encdec.training import flops, plan
 from qwen3_encdec.training.config import TrainingConfig, load_config
-from qwen3_encdec.training.layers import recompute_layers
 from tests.conftest import tiny_config
 from tests.test_training import small_run
 
@@ -42,31 +40,28 @@ def test_flops_are_summed_over_examples():
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids[0], labels=ids[1]).loss.backward()
         counted += counter.get_total_flops()
-    per_sum = plan.flops_per_sum(config, plan.count_parameters(config))
-    work = per_sum @ plan.length_sums(*lengths.T)
+    per_sum = flops.flops_per_sum(config, flops.count_parameters(config))
+    work = per_sum @ flops.length_sums(*lengths.T)
     # eager attention computes the half of T^2 that the causal mask hides
     hidden_half = 12 * 4 * 14 * config.num_decoder_layers * (lengths[:, 1] ** 2).sum() / 2
     assert counted == pytest.approx(work + hidden_half, rel=0.01)
-    swapped = per_sum @ plan.length_sums(*lengths.T[::-1])
+    swapped = per_sum @ flops.length_sums(*lengths.T[::-1])
     assert counted != pytest.approx(swapped + hidden_half, rel=0.01)
-    of_means = 3 * per_sum @ plan.length_sums(*lengths.mean(0, keepdims=True).T)
+    of_means = 3 * per_sum @ flops.length_sums(*lengths.mean(0, keepdims=True).T)
     assert abs(of_means / work - 1) > 0.005
 
 
-@pytest.mark.parametrize("how", [False, "selective", "full"])
-def test_activations_are_those_that_a_forward_pass_keeps(how):
+def test_activations_are_about_those_that_a_forward_pass_keeps():
     config = load_config(
         None,
         ["mixed_precision=no", "batch_size=3", "data.source_length=64", "data.target_length=40"],
     )
-    config = dataclasses.replace(config, gradient_checkpointing=how)
     model_config = Qwen3EncoderDecoderConfig(
         vocab_size=331, num_sentinel_tokens=11, hidden_size=128, intermediate_size=384,
         num_hidden_layers=4, num_decoder_layers=3, num_attention_heads=4, num_key_value_heads=2,
         head_dim=64, pad_token_id=300, eos_token_id=302,
     )  # fmt: skip
     model = Qwen3ForSeq2SeqLM(model_config).train()
-    recompute_layers(model, config)
     known = {p.untyped_storage().data_ptr() for p in [*model.parameters(), *model.buffers()]}
     kept: dict[int, int] = {}
 
@@ -79,14 +74,14 @@ def test_activations_are_those_that_a_forward_pass_keeps(how):
     sides = [[np.ones(length // 2, dtype=np.int64)] * 6 for length in (64, 40)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(**collate_packed(*sides))
-    parts = plan.memory(model_config, plan.count_parameters(model_config), config, plan.Machines())
+    parts = plan.memory(model_config, flops.count_parameters(model_config), config, plan.Machines())
     assert parts["activations"] == pytest.approx(sum(kept.values()), rel=0.3)
     del output
 
 
 def test_recomputation_saves_memory_and_shards_divide_states():
     model_config = Qwen3EncoderDecoderConfig()
-    sizes = plan.count_parameters(model_config)
+    sizes = flops.count_parameters(model_config)
     assert sizes.total == 1_036_619_776
 
     def parts(machines: plan.Machines, **changes) -> dict[str, float]:
@@ -103,7 +98,7 @@ def test_recomputation_saves_memory_and_shards_divide_states():
 
 
 def test_bytes_sent():
-    sizes = plan.Sizes(encoder=600, decoder=600, embedding=300)
+    sizes = flops.Sizes(encoder=600, decoder=600, embedding=300)
     config = TrainingConfig(mixed_precision="bf16")
     thrice = TrainingConfig(mixed_precision="bf16", gradient_accumulation_steps=3)
     send, four = plan.communication, plan.Machines(4, 4)
@@ -145,8 +140,8 @@ def test_machines():
 
 def test_sizes_without_a_checkpoint(parent_folder):
     for name in ("0.6B", "Qwen3-0.6B", "Qwen/Qwen3-0.6B-Base"):
-        assert plan.count_parameters(plan.qwen3_sizes(name)).total == 1_036_619_776
-    large = plan.count_parameters(plan.qwen3_sizes("8B"))
+        assert flops.count_parameters(plan.qwen3_sizes(name)).total == 1_036_619_776
+    large = flops.count_parameters(plan.qwen3_sizes("8B"))
     assert 14e9 < large.total < 15e9
     assert plan.qwen3_sizes(str(parent_folder)).hidden_size == 40
     with pytest.raises(InputError, match="checkpoint ./nowhere does not exist"):
@@ -177,6 +172,30 @@ def test_a_plan_that_cannot_fit_is_refused():
     assert len(lines) > 8  # what it would cost is said first
     with pytest.raises(InputError, match="mfu 40"):
         plan.dry_run(Qwen3EncoderDecoderConfig(), config, machines, lines.append, mfu=40)
+
+
+@pytest.mark.parametrize("model", ["0.6B", "1.7B"])
+def test_the_table_of_the_documentation_is_what_the_plan_says(model):
+    page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
+    rows = [line for line in page.splitlines() if re.match(rf"\| {model} \| \d+x", line)]
+    assert len(rows) == 7
+    how = "selective" if model == "1.7B" else "false"
+    settings = ["data.source_length=1024", "data.target_length=512", "batch_size=8"]
+    config = load_config(None, [f"gradient_checkpointing={how}", *settings])
+    model_config = plan.qwen3_sizes(model)
+    sizes = flops.count_parameters(model_config)
+    one = flops.flops_per_sum(model_config, sizes) @ flops.length_sums(*np.array([[1024], [512]]))
+    for row in rows:
+        devices = row.split(" | ")[1]
+        machines = plan.machines(accelerator(), devices)
+        needed = sum(plan.memory(model_config, sizes, config, machines).values()) / 2**30
+        sent = plan.communication(sizes, config, machines)
+        seconds = 8 * one / (machines.peak * flops.MFU)
+        tokens = 8 * 1536 * machines.processes
+        hours = 100e9 / tokens * seconds / 3600
+        figures = f"{tokens:,} | {needed:.1f} | {sent / 2**30:.2f} | {seconds:.3f}"
+        figures += f" | {sent / seconds / 1e9:.0f} | {hours:,.1f}"
+        assert row == f"| {model} | {devices} | {figures} |"
 
 
 def train(*arguments: str) -> subprocess.CompletedProcess:

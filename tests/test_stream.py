@@ -71,9 +71,8 @@ def texts(count: int, seed: int) -> list[str]:
 
 
 def write_lines(file, lines) -> None:
-    opened = gzip.open(file, "wt") if file.suffix == ".gz" else open(file, "w")
-    with opened as out:
-        out.writelines(json.dumps({"text": line}) + "\n" for line in lines)
+    body = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
+    file.write_bytes(gzip.compress(body) if file.suffix == ".gz" else body)
 
 
 @pytest.fixture
@@ -181,7 +180,7 @@ def test_every_document_once_an_epoch(folder, tokenizer, cache_gib):
     once = documents(data, tokenizer, rows(data, epochs=1))
     assert Counter(once) == ALL
     twice = documents(data, tokenizer, rows(data, epochs=2))
-    assert Counter(twice) == Counter(dict.fromkeys(ALL, 2))
+    assert Counter(twice) == ALL + ALL
     # Corrupted and packed in another way.
     assert len({key(row) for row in rows(data, epochs=2)}) > 1.8 * len(list(rows(data, epochs=1)))
 

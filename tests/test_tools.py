@@ -60,44 +60,6 @@ def t5() -> T5ForConditionalGeneration:
     return T5ForConditionalGeneration(t5_config())
 
 
-# Faults of today's model, which go with its redesign: each entry is to be taken out when it passes.
-LABELS = "arguments called encoder_labels and label_smoothing are taken for labels: no eval_loss"
-RENAMED = "label_smoothing is not yet called smoothing"
-ITEMS = "the heads refuse num_items_in_batch"
-WEIGHT = "the embedding's weight is read beside its module"
-IGNORED = "logits where labels are -100 depend on the path"
-FAULTS = {
-    "test_no_argument_but_labels_is_taken_for_a_label[Qwen3ForSeq2SeqLM-labels1]": LABELS,
-    "test_trainer_evaluates_and_loads_the_best[ours]": LABELS,
-    "test_label_smoothing_of_the_trainer[ours]": LABELS,
-    "test_smoothing_is_that_of_the_trainer[False]": RENAMED,
-    "test_smoothing_is_that_of_the_trainer[True]": RENAMED,
-    "test_predict_with_generate[labels-1-ours]": LABELS,
-    "test_predict_with_generate[labels-2-ours]": LABELS,
-    "test_predict_with_generate[decoder_input_ids-1-ours]": LABELS,
-    "test_predict_with_generate[decoder_input_ids-2-ours]": LABELS,
-    "test_cpu_offload[ours]": WEIGHT,
-    "test_disk_offload[ours]": WEIGHT,
-    "test_device_map[disk-ours]": WEIGHT,
-    "test_heads_learn_under_the_trainer[our_tokens]": ITEMS,
-    "test_heads_learn_under_the_trainer[our_texts]": ITEMS,
-    "test_heads_accumulate_and_resume[our_tokens]": ITEMS,
-    "test_heads_accumulate_and_resume[our_texts]": ITEMS,
-    "test_lora_on_both_stacks[ours]": IGNORED,
-    "test_lora_with_a_trained_embedding[shared-False]": WEIGHT,
-    "test_lora_with_a_trained_embedding[shared-True]": WEIGHT,
-    "test_lora_with_a_trained_embedding[embed_tokens-False]": WEIGHT,
-    "test_lora_with_a_trained_embedding[embed_tokens-True]": WEIGHT,
-    "test_lora_with_a_trained_embedding[lm_head-True]": WEIGHT,
-}
-
-
-@pytest.fixture(autouse=True)
-def _expected_to_fail(request):
-    if reason := FAULTS.get(request.node.name):
-        request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
-
-
 beside_t5 = pytest.mark.parametrize("build", [t5, ours])
 
 

@@ -310,8 +310,8 @@ class Unit:
         from qwen3_encdec.data.ul2 import PRESETS
         from qwen3_encdec.evaluation.suite import evaluate_denoising
         from qwen3_encdec.folders import load_config, load_tokenizer
-        from qwen3_encdec.training import plan as budget
         from qwen3_encdec.training.config import TrainingConfig
+        from qwen3_encdec.training.flops import count_parameters, flops_per_sum, length_sums
         from qwen3_encdec.training.loop import train_to_the_end
 
         sizes, ul2, init = self.plan["branch"], self.plan["ul2"], folder / "init"
@@ -365,8 +365,9 @@ class Unit:
             last["examples"],
             load_config(init),
         )
-        counts = budget.count_parameters(model_config)
-        flops = budget.flops(model_config, counts, read[0] / examples, read[1] / examples, examples)
+        counts = count_parameters(model_config)
+        means = [np.array([tokens / examples]) for tokens in read]
+        flops = float(examples * flops_per_sum(model_config, counts) @ length_sums(*means))
         masked = MASKED * read[0] if contestant.mntp_weight else 0
         examined, heldout = self.plan["evaluation"]["num_examples"], DataConfig(**lengths)
         found = evaluate_denoising(

@@ -306,9 +306,9 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of training runs, evaluations or demos.")
     ],
-    output: Annotated[
-        Path, typer.Option(help="Folder to write: report.html.")
-    ] = Path("runs/report"),
+    output: Annotated[Path, typer.Option(help="Folder to write: report.html.")] = Path(
+        "runs/report"
+    ),
 ) -> None:
     """Put several runs on one page: curves, scores with intervals, infilled gaps and maps."""
     from qwen3_encdec.reports.comparison import compare

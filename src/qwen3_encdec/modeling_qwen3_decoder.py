@@ -336,6 +336,12 @@ class Qwen3MergedDecoder(Qwen3Stack):
         if isinstance(attention_mask, dict):  # as generate() makes it ahead for a static cache
             attention_mask = attention_mask["full_attention"]
         if attention_mask is not None and len(attention_mask.shape) == 4:
+            keys = attention_mask.shape[-1]
+            if not isinstance(past, torch.Tensor) and keys < source + past + length:
+                raise ValueError(
+                    f"a 4D decoder_attention_mask of {keys} keys: it must cover the {source} source"
+                    f" and the {past + length} target keys"
+                )
             return attention_mask
         check_shape("attention_mask", encoder_mask, (batch, source))
         if not isinstance(past, torch.Tensor):

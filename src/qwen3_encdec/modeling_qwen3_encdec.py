@@ -25,7 +25,7 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .loss_qwen3_encdec import IGNORED
+from .loss_qwen3_encdec import IGNORED, dense_cross_entropy
 from .modeling_qwen3_decoder import (
     PackedKeys,
     Qwen3MergedDecoder,
@@ -143,7 +143,44 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
 
 
 class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
-    """The encoder-decoder with its language-model head, which is the embedding itself."""
+    """The encoder-decoder with its language-model head, which is the embedding itself.
+
+        Arguments of `forward`:
+        input_ids: [B, S] int64 source; packed, [1, M].
+        attention_mask: [B, S], 1 real and 0 padding; none in a packed batch.
+        position_ids: [B, S], from 0 along the row by default; packed, [1, M].
+        encoder_outputs: Encoder output to use in place of encoding.
+        decoder_input_ids: [B, T] int64; by default `labels` shifted right.
+        decoder_attention_mask: [B, P + T], 1 real and 0 padding, which left-padded targets
+            need. Or a 4D mask, see `Qwen3MergedDecoder.forward`.
+        decoder_position_ids: [B, T], by default counted over the real tokens of the row.
+        cu_seqlens, decoder_cu_seqlens: [D + 1] int32, cumulative lengths of the documents'
+            sources and targets: the batch is packed.
+        max_seqlen, decoder_max_seqlen: Longest of them.
+        key_order: [M + N] int64, sorts [all sources ; all targets] document by document.
+        cache: Keys and values to read and extend.
+        labels: [B, T] int64 target, not shifted, -100 is ignored; packed, [1, N].
+        num_items_in_batch: Label tokens of the whole optimizer step, over micro-batches and
+            ranks: the loss is the sum over label tokens divided by it. None divides by this
+            call's own label tokens.
+        encoder_targets: [B, S] int64, for an auxiliary masked next-token loss on the encoder
+            (MNTP, arXiv 2404.05961): the original id where `input_ids` has a mask, else -100.
+            As in a causal model, the state before a token predicts it, and the first token of
+            a document cannot be asked for.
+        encoder_loss_weight: Of the sum over encoder targets, added to the sum over labels.
+        z_loss: Weight of the squared log-sum-exp of a token's logits.
+        smoothing: Share of the target spread over the whole vocabulary.
+        return_logits: By default where there are no labels, and outside training.
+        logits_to_keep: Logits of the last positions only, or of these positions; 0 keeps all.
+
+    Returns:
+        `loss` (fp32 scalar) and `token_losses` with labels; `logits` [B, T, V]; cache, states
+        and attentions as asked.
+
+    Raises:
+        ValueError: inputs missing, given twice or of shapes that do not fit.
+        TypeError: an argument that nothing reads.
+    """
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
@@ -185,44 +222,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Qwen3Seq2SeqLMOutput:
-        """Compute loss and logits of a padded or of a packed batch.
-
-        Args:
-            input_ids: [B, S] int64 source; packed, [1, M].
-            attention_mask: [B, S], 1 real and 0 padding; none in a packed batch.
-            position_ids: [B, S], from 0 along the row by default; packed, [1, M].
-            encoder_outputs: Encoder output to use in place of encoding.
-            decoder_input_ids: [B, T] int64; by default `labels` shifted right.
-            decoder_attention_mask: [B, P + T], 1 real and 0 padding, which left-padded targets
-                need. Or a 4D mask, see `Qwen3MergedDecoder.forward`.
-            decoder_position_ids: [B, T], by default counted over the real tokens of the row.
-            cu_seqlens, decoder_cu_seqlens: [D + 1] int32, cumulative lengths of the documents'
-                sources and targets: the batch is packed.
-            max_seqlen, decoder_max_seqlen: Longest of them.
-            key_order: [M + N] int64, sorts [all sources ; all targets] document by document.
-            cache: Keys and values to read and extend.
-            labels: [B, T] int64 target, not shifted, -100 is ignored; packed, [1, N].
-            num_items_in_batch: Label tokens of the whole optimizer step, over micro-batches and
-                ranks: the loss is the sum over label tokens divided by it. None divides by this
-                call's own label tokens.
-            encoder_targets: [B, S] int64, for an auxiliary masked next-token loss on the encoder
-                (MNTP, arXiv 2404.05961): the original id where `input_ids` has a mask, else -100.
-                As in a causal model, the state before a token predicts it, and the first token of
-                a document cannot be asked for.
-            encoder_loss_weight: Of the sum over encoder targets, added to the sum over labels.
-            z_loss: Weight of the squared log-sum-exp of a token's logits.
-            smoothing: Share of the target spread over the whole vocabulary.
-            return_logits: By default where there are no labels, and outside training.
-            logits_to_keep: Logits of the last positions only, or of these positions; 0 keeps all.
-
-        Returns:
-            `loss` (fp32 scalar) and `token_losses` with labels; `logits` [B, T, V]; cache, states
-            and attentions as asked.
-
-        Raises:
-            ValueError: inputs missing, given twice or of shapes that do not fit.
-            TypeError: an argument that nothing reads.
-        """
+        """Compute loss and logits; the arguments are those of the class's documentation."""
         if unknown := sorted(kwargs.keys() - _PASSED_BY_TRANSFORMERS):
             raise TypeError(f"unexpected argument {unknown[0]!r}")
         if labels is not None:
@@ -258,32 +258,29 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         states = outputs.last_hidden_state
 
         loss = token_losses = logits = None
-        if labels is not None:
-            check_shape("labels", labels, states.shape[:2])
-            if num_items_in_batch is None:
-                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            options = {
-                "num_items": num_items_in_batch,
-                "z_loss": z_loss,
-                "smoothing": smoothing,
-            }
-            losses = self.model.shared(states, labels=labels, **options)
-            loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
-            if encoder_targets is not None:
-                encoded = outputs.encoder_last_hidden_state
-                wanted = _next_tokens(encoder_targets, encoded, position_ids)
-                encoder_loss = self.model.shared(encoded, labels=wanted, **options)[0]
-                loss = loss + encoder_loss_weight * encoder_loss
         if return_logits is None:
             return_logits = labels is None or not self.training
         if return_logits:
             keep: Any = logits_to_keep
             keep = slice(-keep, None) if isinstance(keep, int) else keep
             logits = self.model.shared(states[:, keep])
+        if labels is not None:
+            check_shape("labels", labels, states.shape[:2])
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+            options = {"num_items": num_items_in_batch, "z_loss": z_loss, "smoothing": smoothing}
+            if logits is not None and logits.shape[1] == labels.shape[1]:
+                loss, token_losses = dense_cross_entropy(logits, labels, **options)
+            else:
+                losses = self.model.shared(states, labels=labels, **options)
+                loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
+            if encoder_targets is not None:
+                encoded = outputs.encoder_last_hidden_state
+                wanted = _next_tokens(encoder_targets, encoded, position_ids)
+                encoder_loss = self.model.shared(encoded, labels=wanted, **options)[0]
+                loss = loss + encoder_loss_weight * encoder_loss
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
-
-    # Labels
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""
@@ -307,8 +304,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         else:
             first = (places == 0)[None]
         return shifted.masked_fill(first, self.config.decoder_start_token_id or 0)
-
-    # Generation
 
     def _prepare_cache_for_generation(
         self,

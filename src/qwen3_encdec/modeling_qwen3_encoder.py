@@ -299,22 +299,10 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+        **inputs: Any,
     ) -> BaseModelOutput:
-        """Encode a batch; see `Qwen3Encoder.forward`."""
-        return self.encoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            **kwargs,
-        )
+        """Encode a batch; the arguments are those of `Qwen3Encoder.forward`."""
+        return self.encoder(input_ids, attention_mask, **inputs)
 
 
 class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):

@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import os
-import random
 import shutil
 import threading
 import warnings
@@ -28,7 +27,6 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -91,8 +89,8 @@ class Checkpointer:
     def save(self, step: int, position: dict[str, Any], progress: dict[str, Any]) -> None:
         """Copy the state after ``step`` and begin to write it.
 
-        ``position`` holds this rank's ``data`` and `random_state`. Returns when training may continue: with ``async_checkpoints`` after the copy. Does nothing
-        if ``step`` is already saved.
+        ``position`` holds this rank's ``data`` and `random_state`. Returns when training may
+        continue: with ``async_checkpoints`` after the copy. Does nothing if ``step`` is saved.
         """
         self.finish()
         if self.last is not None and self.last.name == folder_name(step):
@@ -143,10 +141,6 @@ class Checkpointer:
             flags = torch.tensor(self.flags(), device=self.accelerator.device)
             self.settle(*self.accelerator.reduce(flags, "sum").tolist())
 
-    def fail(self, error: BaseException) -> None:
-        """Stop all ranks at the next step for a file that this one could not write."""
-        self._error = error
-
     def close(self) -> None:
         """Leave nothing half-written after an exception anywhere."""
         if self._writer is not None:
@@ -173,7 +167,7 @@ class Checkpointer:
         try:
             state.mkdir(parents=True, exist_ok=True)
             options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._group}
-            files = files_of_tensors(tensors["model"])
+            files = _files_of_weights(self.state.parameters, tensors["model"])
             writer = dcp.HuggingFaceStorageWriter(
                 str(folder), files, save_distributed=True, enable_consolidation=True
             )
@@ -317,13 +311,17 @@ def read_tensors_into(tensors: dict[str, torch.Tensor], folder: Path, below: str
         raise InputError(_reason(error)) from None
 
 
-def files_of_tensors(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Deal whole tensors out to files of about 5 GB, numbered from 1."""
+def _files_of_weights(parameters: dict[str, Any], own: dict[str, torch.Tensor]) -> dict[str, int]:
+    """Deal whole tensors out to files of about 5 GB, numbered from 1; the same on every rank.
+
+    Under ZeRO-3 a parameter is empty, has its true shape beside it, and is not this rank's ``own``.
+    """
     files, size, number = {}, 0.0, 1
-    for name, tensor in tensors.items():
-        if size and size + tensor.nbytes > _FILE_BYTES:
+    for name, tensor in (parameters | own).items():
+        nbytes = 4 * math.prod(getattr(tensor, "ds_shape", tensor.shape))
+        if size and size + nbytes > _FILE_BYTES:
             size, number = 0.0, number + 1
-        size += tensor.nbytes
+        size += nbytes
         files[name] = number
     return files
 
@@ -424,31 +422,21 @@ def changes_since(state: dict[str, Any], config: dict[str, Any], world_size: int
     return notes
 
 
-def random_state(device: torch.device) -> dict[str, Any]:
-    """Return this process's random generators as JSON: Python's, numpy's and torch's."""
-    name, keys, *rest = np.random.get_state()
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "numpy": [name, np.asarray(keys).tolist(), *rest],
-        "cpu": torch.get_rng_state().numpy().tobytes().hex(),
-    }
+def random_state(device: torch.device) -> dict[str, str]:
+    """Return the states of this process's torch generators, as hexadecimal."""
+    states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device).numpy().tobytes().hex()
-    return state
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {kind: state.numpy().tobytes().hex() for kind, state in states.items()}
 
 
 def load_random_state(state: dict[str, Any], rank: int) -> None:
-    """Restore this rank's generators: Python's, numpy's and torch's. A new rank takes an old
-    one's.
-    """
+    """Restore this rank's generators; a new rank takes an old one's."""
     saved = state["ranks"][rank % len(state["ranks"])]["random"]
-    version, internal, gauss = saved["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, *rest = saved["numpy"]
-    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
-    torch.set_rng_state(_from_hex(saved["cpu"]))
+    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved["cpu"]), dtype=torch.uint8))
     if "cuda" in saved and torch.cuda.is_available():
-        torch.cuda.set_rng_state(_from_hex(saved["cuda"]))
+        cuda = bytearray.fromhex(saved["cuda"])
+        torch.cuda.set_rng_state(torch.frombuffer(cuda, dtype=torch.uint8))
 
 
 def folder_name(step: int) -> str:
@@ -461,10 +449,6 @@ def _reason(error: BaseException) -> str:
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _from_hex(text: str) -> torch.Tensor:
-    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
 
 
 def _step(folder: Path) -> int:

@@ -144,8 +144,11 @@ class DeepSpeedState(TrainingState):
             if self._zero3:
                 gradient = self.optimizer.get_local_fp32_grad_for_param(parameter)
             else:
-                piece, index = parameter._hp_mapping, parameter._index_in_param_group  # type: ignore[attr-defined]
-                gradient = piece.get_lp_grad_fragment(index) if piece is not None else None
+                piece: Any = parameter._hp_mapping  # type: ignore[attr-defined]
+                gradient = None
+                if piece is not None:
+                    index = parameter._index_in_param_group  # type: ignore[attr-defined]
+                    gradient = piece.get_lp_grad_fragment(index)
             if gradient is not None:
                 found.append(gradient)
         return found

@@ -80,7 +80,7 @@ class TrainingState:
         return torch.stack(squares) / self._copies()
 
     def step(self, norm: float, max_norm: float) -> None:
-        """Apply the gradients, whose norm is ``norm``, clipped to ``max_norm`` (0 does not clip)."""
+        """Apply gradients of this norm, clipped to ``max_norm``; 0 does not clip."""
         if max_norm and norm > max_norm:
             own = self._gradients(self.parameters.values())
             torch._foreach_mul_(own, max_norm / (norm + 1e-6))
@@ -91,7 +91,7 @@ class TrainingState:
         self.optimizer.zero_grad()
 
     def weights(self) -> dict[str, torch.Tensor]:
-        """Return parameters and persistent buffers by name, sharded or not, the tied matrix once."""
+        """Return parameters and persistent buffers by name, the tied matrix once."""
         saved = set(self.module.state_dict())
         buffers = {n: b for n, b in self.module.named_buffers() if n in saved}
         return {name: p.detach() for name, p in self.parameters.items()} | buffers
@@ -99,7 +99,7 @@ class TrainingState:
     def optimizer_state(self) -> dict[str, torch.Tensor]:
         """Return the optimizer's own tensors as PARAMETER.KEY, made if there are none yet."""
         options = StateDictOptions(flatten_optimizer_state_dict=True)
-        flat = get_optimizer_state_dict(self.model, self.optimizer, options=options)
+        flat: Any = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return {k.removeprefix("state."): v for k, v in flat.items() if k.startswith("state.")}
 
     def read(self, folder: Path) -> None:
@@ -163,11 +163,8 @@ def make_accelerator(config: TrainingConfig, logging_dir: str) -> Accelerator:
     launcher's processes have not found each other, or for a way of distributing that this loop does
     not know.
     """
-    for message in (
-        "'set_vital' is deprecated",  # torchdata's, about torch's own call
-        "FSDP2-wrapped module .* returned a view",  # nothing writes into it
-    ):
-        warnings.filterwarnings("ignore", message=message)
+    # Nothing writes into the view.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     # Read when CUDA starts: batches of ever new lengths would leave holes.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     allow_distributed_cpu()
@@ -217,8 +214,7 @@ def prepare(
         return prepare_deepspeed(model, optimizer, accelerator)
     model, wrapped = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
-        # Without a head module to see, accelerate frees the matrix after each lookup, but the loss
-        # multiplies by it.
+        # Lookups and loss use the matrix three times in a pass: keep it gathered meanwhile.
         model.get_input_embeddings().set_reshard_after_forward(False)  # type: ignore[operator]
     # accelerate's wrapper would only hide the real optimizer's state
     return TrainingState(model, wrapped.optimizer, accelerator)

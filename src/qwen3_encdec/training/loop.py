@@ -18,6 +18,7 @@ from qwen3_encdec.training import plan, start
 from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
 from qwen3_encdec.training.distributed import make_accelerator, release, together
+from qwen3_encdec.training.flops import MFU
 from qwen3_encdec.training.monitor import Watchdog, check_finite, stop_requests
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
@@ -29,7 +30,7 @@ def run_training(
     dry_run: bool = False,
     devices: str | None = None,
     qwen3_model: str | None = None,
-    mfu: float = plan.MFU,
+    mfu: float = MFU,
     find_batch_size: bool = False,
 ) -> Path:
     """Train to ``config.max_steps``, or until asked to stop; return the last checkpoint's folder.
@@ -52,7 +53,7 @@ def run_training(
             machines = plan.machines(accelerator, devices)
             plan.dry_run(model_config, config, machines, accelerator.print, mfu)
             return run_dir
-        config = replace(config, mixed_precision=accelerator.mixed_precision)  # type: ignore[arg-type]
+        config = replace(config, mixed_precision=accelerator.mixed_precision)
         if find_batch_size:
             start.find_batch_size(config, accelerator)
             return run_dir
@@ -114,7 +115,7 @@ def _train(run: Run) -> Path:
                 state.step(report.norm, config.max_grad_norm)
 
             run.position = position
-            work = float(run.flops @ counts[3:])
+            work = float(run.flops_per_sum @ counts[3:])
             run.meter.add([*counts[:3], work], report.losses, time.perf_counter() - began, waited)
             if step % config.log_every == 0 or step == config.max_steps:
                 run.log_step(step, rate, report)

@@ -15,13 +15,17 @@ from transformers import AutoConfig, Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.folders import InputError, resolve_checkpoint
-from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig
+from qwen3_encdec.training.flops import (
+    DEVICES,
+    MFU,
+    Sizes,
+    count_parameters,
+    flops_per_sum,
+    length_sums,
+    peak_flops,
+)
 
-MFU = 0.29
-"""Share of an H100's peak that was measured for the 0.6B pair."""
-# Dense bf16 peak in FLOP/s and memory in bytes, from the makers' data sheets.
-DEVICES = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 # Hidden and intermediate sizes, layers, query heads of the dense Qwen3 with 8 KV heads of 128.
 QWEN3 = {
     "0.6B": (1024, 3072, 28, 16),
@@ -32,20 +36,6 @@ QWEN3 = {
     "32B": (5120, 25600, 64, 64),
 }
 _CHUNK = 2048  # tokens whose logits exist at a time
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Parameter counts: ``encoder`` and ``decoder`` without the shared ``embedding``."""
-
-    encoder: int
-    decoder: int
-    embedding: int
-
-    @property
-    def total(self) -> int:
-        """All parameters, the shared matrix once."""
-        return self.encoder + self.decoder + self.embedding
 
 
 @dataclass(frozen=True)
@@ -66,67 +56,16 @@ class Machines:
 def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
     """Return the pair's configuration of a Qwen3 by size (0.6B to 32B), folder or hub id."""
     size = re.fullmatch(r"(?:Qwen/)?(?:Qwen3-)?([\d.]+B)(?:-Base)?", name)
-    if size and size[1] in QWEN3:
-        hidden, intermediate, layers, heads = QWEN3[size[1]]
-        source = Qwen3Config(
-            vocab_size=151936,
-            hidden_size=hidden,
-            intermediate_size=intermediate,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            num_key_value_heads=8,
-            head_dim=128,
-        )
-    else:
+    if not size or size[1] not in QWEN3:
         source = AutoConfig.from_pretrained(resolve_checkpoint(name))
+    else:
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = dict(zip(names, QWEN3[size[1]], strict=True))
+        source = Qwen3Config(num_key_value_heads=8, head_dim=128, vocab_size=151936, **sizes)
     try:
         return Qwen3EncoderDecoderConfig.from_qwen3_config(source)
     except ValueError as error:
         raise InputError(f"{name}: {error}") from None
-
-
-def count_parameters(model_config: Qwen3EncoderDecoderConfig) -> Sizes:
-    """Count on the meta device, without allocating a weight."""
-    with torch.device("meta"):
-        model = Qwen3ForSeq2SeqLM(model_config)
-    embedding = model.get_input_embeddings().weight
-    counts = {"encoder": 0, "decoder": 0}
-    for name, parameter in model.named_parameters():
-        if parameter is not embedding:
-            counts["decoder" if ".decoder." in name else "encoder"] += parameter.numel()
-    return Sizes(counts["encoder"], counts["decoder"], embedding.numel())
-
-
-def length_sums(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Sum S, T, S^2 and T S + T^2 / 2 over examples of these lengths, (4,) fp64."""
-    s, t = source.astype(np.float64), target.astype(np.float64)
-    return np.array([s.sum(), t.sum(), s @ s, t @ s + t @ t / 2])
-
-
-def flops_per_sum(c: Qwen3EncoderDecoderConfig, sizes: Sizes) -> np.ndarray:
-    """FLOPs of a forward and backward pass for each of `length_sums`, (4,) fp64.
-
-    6 S N_enc + 6 T (N_dec + V h) + 6 S (2 h Hkv D L_dec) + 12 Hq D (L_enc S^2 + L_dec (T S + T^2 /
-    2)): the third term is the decoder's key and value projections of the source, the last one
-    attention.
-    """
-    keys_values = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim * c.num_decoder_layers
-    attention = 12 * c.num_attention_heads * c.head_dim
-    return np.array(
-        [
-            6 * (sizes.encoder + keys_values),
-            6 * (sizes.decoder + sizes.embedding),
-            attention * c.num_hidden_layers,
-            attention * c.num_decoder_layers,
-        ],
-        dtype=np.float64,
-    )
-
-
-def peak_flops(device: torch.device, processes: int) -> float | None:
-    """Return the dense bf16 peak of all processes' devices together, None where it is not known."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((processes * peak for word, (peak, _) in DEVICES.items() if word in name), None)
 
 
 def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
@@ -221,13 +160,10 @@ def dry_run(
     work = rows * flops_per_sum(c, sizes) @ length_sums(np.array([source]), np.array([target]))
     parts = memory(c, sizes, config, machines)
     needed, sent = sum(parts.values()), communication(sizes, config, machines)
-    show(
-        f"parameters        {sizes.total:,} (encoder {sizes.encoder:,}, decoder {sizes.decoder:,}, "
-        f"shared embedding {sizes.embedding:,})"
-    )
-    show(
-        f"tokens per step   {tokens:,} ({rows:,} rows of {source} + {target}, {processes:,} devices)"
-    )
+    stacks = f"encoder {sizes.encoder:,}, decoder {sizes.decoder:,}"
+    shape = f"{rows:,} rows of {source} + {target}, {processes:,} devices"
+    show(f"parameters        {sizes.total:,} ({stacks}, shared embedding {sizes.embedding:,})")
+    show(f"tokens per step   {tokens:,} ({shape})")
     show(f"steps             {steps:,}, {tokens * steps:,} tokens")
     show(f"FLOPs             {work:.3e} a step, {work * steps:.3e} in all")
     show(f"memory            {needed / 2**30:.2f} GiB a device at its peak:")

@@ -30,30 +30,15 @@ from qwen3_encdec.folders import (
     write_json,
 )
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
-from qwen3_encdec.training import checkpoint, plan
+from qwen3_encdec.training import checkpoint, distributed, flops, layers, monitor
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
-from qwen3_encdec.training.distributed import (
-    TrainingState,
-    describe,
-    prepare,
-    together,
-)
-from qwen3_encdec.training.layers import choose_attention, compile_layers, recompute_layers
-from qwen3_encdec.training.monitor import (
-    Meter,
-    SpikeGuard,
-    StopRequest,
-    Totals,
-    ignore_sigterm,
-    keep_lines,
-    locked,
-)
+from qwen3_encdec.training.distributed import TrainingState, together
 from qwen3_encdec.training.optimization import build_optimizer, learning_rate
 from qwen3_encdec.training.steps import Run
 
 
 def start_run(
-    config: TrainingConfig, accelerator: Accelerator, stop: StopRequest, stack: ExitStack
+    config: TrainingConfig, accelerator: Accelerator, stop: monitor.StopRequest, stack: ExitStack
 ) -> Run:
     """Build a run, or resume it from its newest undamaged checkpoint.
 
@@ -68,16 +53,16 @@ def start_run(
     data = stream.UL2Data(config.data, tokenizer)
     with together():  # all ranks have looked before rank 0 writes
         if accelerator.is_main_process:
-            stack.enter_context(locked(run_dir))
+            stack.enter_context(monitor.locked(run_dir))
             made_by = {"kind": "training run", "versions": package_versions()}
             write_json(run_dir / PROVENANCE_FILE, made_by)
 
     set_seed(config.seed)
     logging.disable_progress_bar()
-    sizes = plan.count_parameters(model_config)
+    sizes = flops.count_parameters(model_config)
     state = build_state(config, model_config, accelerator)
     resumed = _resume(config, accelerator, state)
-    compile_layers(state.module, config)
+    layers.compile_layers(state.module, config)
     start = resumed["step"] if resumed else 0
 
     heldout = _heldout(config, data, accelerator)
@@ -96,13 +81,13 @@ def start_run(
         num_workers=config.num_workers,
         collate=make_batch,
         state=position,
-        worker_init_fn=ignore_sigterm,
+        worker_init_fn=monitor.ignore_sigterm,
     )
     _open_folder(config, accelerator, start)
     for line in data.report():
         show(line)
     show(
-        f"{describe(accelerator)}, {sizes.total:,} parameters, "
+        f"{distributed.describe(accelerator)}, {sizes.total:,} parameters, "
         f"steps {start + 1:,} to {config.max_steps:,}, output {run_dir}"
     )
     saver = checkpoint.Checkpointer(
@@ -125,11 +110,11 @@ def start_run(
         loader,
         saver,
         heldout,
-        plan.flops_per_sum(model_config, sizes),
+        flops.flops_per_sum(model_config, sizes),
         loss_options,
         start,
-        SpikeGuard(config.spike_sigma, config.spike_window, before["guard"]),
-        Meter([d.name for d in config.data.denoisers], Totals(**before["totals"])),
+        monitor.SpikeGuard(config.spike_sigma, config.spike_window, before["guard"]),
+        monitor.Meter([d.name for d in config.data.denoisers], monitor.Totals(**before["totals"])),
     )
 
 
@@ -160,10 +145,10 @@ def build_state(
     else:
         model = load_model(newest or config.model)
     device, show = accelerator.device, accelerator.print
-    attention = choose_attention(config.attention, model_config, device, show)
+    attention = layers.choose_attention(config.attention, model_config, device, show)
     model.set_attn_implementation(attention)
-    recompute_layers(model, config)
-    state = prepare(model, build_optimizer(model, config), accelerator)
+    layers.recompute_layers(model, config)
+    state = distributed.prepare(model, build_optimizer(model, config), accelerator)
     state.loaded = newest
     return state
 
@@ -176,7 +161,7 @@ def find_batch_size(config: TrainingConfig, accelerator: Accelerator) -> None:
     """
     model_config, data = load_config(config.model), config.data
     state = build_state(replace(config, output_dir="/nowhere"), model_config, accelerator)
-    compile_layers(state.module, config)
+    layers.compile_layers(state.module, config)
     ids = np.random.default_rng(0)
 
     @find_executable_batch_size(starting_batch_size=max(config.batch_size, 256))
@@ -239,8 +224,8 @@ def _resume(
     after = learning_rate(step + 1, config)
     if step >= config.warmup_steps and after > before * 1.0001:
         accelerator.print(
-            f"warning: the learning rate rises from {before:.2e} to {after:.2e}, since {folder.name} "
-            "is from the decay of a shorter schedule; resume from a checkpoint before it to avoid that"
+            f"warning: the learning rate rises from {before:.2e} to {after:.2e}: {folder.name} is "
+            "from the decay of a shorter schedule; resume from one before it to avoid that"
         )
     return resumed | {"folder": folder}
 
@@ -283,7 +268,7 @@ def _open_folder(config: TrainingConfig, accelerator: Accelerator, start: int) -
             shutil.rmtree(partial_folder)
         text = yaml.safe_dump(settings, sort_keys=False)
         (run_dir / "config.yaml").write_text(text, encoding="utf-8")
-        keep_lines(run_dir / "metrics.jsonl", start)
+        monitor.keep_lines(run_dir / "metrics.jsonl", start)
     if config.trackers:
         flat = {}
         for name, value in flatten(settings).items():

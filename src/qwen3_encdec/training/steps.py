@@ -17,7 +17,7 @@ from accelerate.utils import gather_object
 from qwen3_encdec.data.stream import RowLoader
 from qwen3_encdec.evaluation.denoising import denoising_losses
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training import plan
+from qwen3_encdec.training import flops
 from qwen3_encdec.training.checkpoint import Checkpointer, random_state
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import STACKS, TrainingState
@@ -38,8 +38,8 @@ class Run:
     loader: RowLoader
     saver: Checkpointer
     heldout: list[Any]
-    flops: np.ndarray
-    """FLOPs for each of `plan.length_sums`."""
+    flops_per_sum: np.ndarray
+    """FLOPs for each of `flops.length_sums`."""
     loss_options: dict[str, Any]
     start: int
     guard: SpikeGuard
@@ -58,7 +58,7 @@ class Run:
         self.progress = Progress(self.start, self.config.max_steps)
         self.batches: Iterator[Batch] = iter(self.loader)
         device, processes = self.accelerator.device, self.accelerator.num_processes
-        self.peak = plan.peak_flops(device, processes)
+        self.peak = flops.peak_flops(device, processes)
 
     def fetch(self) -> float:
         """Fetch the micro-batches of the next step to the device. Returns the seconds it took."""
@@ -168,7 +168,7 @@ class Report:
     """Sums over all ranks: the next step's counts, and this step's losses and gradient norms."""
 
     counts: list[float]
-    """Target tokens, source tokens, examples, and the four `plan.length_sums`."""
+    """Target tokens, source tokens, examples, and the four `flops.length_sums`."""
     losses: torch.Tensor
     squares: list[float]
     stops: bool
@@ -188,12 +188,12 @@ class Report:
 def _move(batch: Batch, device: torch.device) -> Batch:
     """Send a packed batch to the device, after counting on the host what it holds.
 
-    Adds ``counts``: target tokens, source tokens, examples, and the four `plan.length_sums`.
+    Adds ``counts``: target tokens, source tokens, examples, and the four `flops.length_sums`.
     """
     source = np.diff(batch["cu_seqlens"].numpy())
     target = np.diff(batch["decoder_cu_seqlens"].numpy())
     targets = int((batch["labels"] != -100).sum())
-    counts = [targets, source.sum(), len(source), *plan.length_sums(source, target)]
+    counts = [targets, source.sum(), len(source), *flops.length_sums(source, target)]
     moved = {"counts": np.array(counts, dtype=np.float64)}
     for name, value in batch.items():
         if isinstance(value, torch.Tensor):

@@ -392,13 +392,16 @@ def test_bad_pairs_are_named(tmp_path, line, sentence):
 
 
 def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
-    (tmp_path / "held.txt").write_text(
-        "\n".join(f"Line {i} has some words about {i * i}." for i in range(20))
-    )
+    for name in ("train", "held"):
+        lines = [f"Line {i} has some words about {i * i}, to {name}." for i in range(20)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     data = suite.DataConfig(
-        inputs=[str(tmp_path / "held.txt")], heldout_inputs=[str(tmp_path / "held.txt")], source_length=40,
-        target_length=20, min_tokens=4,
-    )  # fmt: skip
+        inputs=[str(tmp_path / "train.txt")],
+        heldout_inputs=[str(tmp_path / "held.txt")],
+        source_length=40,
+        target_length=20,
+        min_tokens=4,
+    )
     metrics = evaluate(
         init_folder, tmp_path / "out", initialization=init_folder, data=data, num_examples=3
     )

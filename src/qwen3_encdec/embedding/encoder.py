@@ -26,7 +26,7 @@ from transformers import Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
-from qwen3_encdec.data.corpus import Tokenized, open_corpus
+from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
@@ -479,12 +479,12 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     if source == "-":
         texts = [line.rstrip("\r\n") for line in sys.stdin]
     else:
+        corpus = open_corpus([source], text_column=text_column)
         texts = []
-        for shard in open_corpus([source], text_column=text_column):
-            for block in shard.blocks():
-                if isinstance(block, Tokenized):
-                    raise InputError(f"input {source} holds token ids of prepare-data, not texts")
-                texts += [document.text for document in block]
+        for document in corpus.documents():
+            if not isinstance(document.content, str):
+                raise InputError(f"input {source} holds token ids of prepare-data, not texts")
+            texts.append(document.content)
     if not texts:
         raise InputError(f"input {source} holds no texts")
     return texts

@@ -51,7 +51,6 @@ check: env ## lint, format, types, tests: what CI runs first
 EXTRAS := PYTHONPATH=$(abspath $(VENV))/extras
 $(VENV)/extras: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps peft==0.21.2 torchao==0.18.0 \
-		gigatoken==0.10.0 awkward==2.14.0 awkward-cpp==57 importlib-metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2 \
 		rensa==0.5.0 faiss-cpu==1.15.1
 	touch $@
 
@@ -59,7 +58,7 @@ test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantiz
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py tests/test_model_properties.py -q $(PARALLEL)
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
 
-test-extras: $(VENV)/extras ## what else needs peft, gigatoken, rensa or faiss
+test-extras: $(VENV)/extras ## what else needs peft, rensa or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
 

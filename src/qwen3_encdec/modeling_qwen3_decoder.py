@@ -274,7 +274,9 @@ class Qwen3MergedDecoder(Qwen3Stack):
         own = getattr(cache, "self_attention_cache", cache)
         source_length = encoder_hidden_states.shape[1]
         holds_source = own is not None and _holds_source(own)
-        past = own.get_query_offset() - source_length if holds_source else 0
+        past: Any = 0
+        if own is not None and holds_source:
+            past = own.get_query_offset() - source_length
 
         batch, length = states.shape[:2]
         mask = None

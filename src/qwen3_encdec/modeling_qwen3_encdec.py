@@ -96,9 +96,10 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Seq2SeqModelOutput:
-        """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM.forward`."""
+        """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM`."""
+        encoder_output: Any = encoder_outputs
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(
+            encoder_output = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -109,8 +110,8 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
                 **kwargs,
             )
         elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        encoded = encoder_outputs.last_hidden_state
+            encoder_output = BaseModelOutput(*encoder_outputs)
+        encoded = encoder_output.last_hidden_state
         packed = None
         if cu_seqlens is not None:
             packed = _packed_keys(
@@ -137,8 +138,8 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoded,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+            encoder_hidden_states=encoder_output.hidden_states,
+            encoder_attentions=encoder_output.attentions,
         )
 
 
@@ -268,7 +269,11 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             check_shape("labels", labels, states.shape[:2])
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            options = {"num_items": num_items_in_batch, "z_loss": z_loss, "smoothing": smoothing}
+            options: Any = {
+                "num_items": num_items_in_batch,
+                "z_loss": z_loss,
+                "smoothing": smoothing,
+            }
             if logits is not None and logits.shape[1] == labels.shape[1]:
                 loss, token_losses = dense_cross_entropy(logits, labels, **options)
             else:

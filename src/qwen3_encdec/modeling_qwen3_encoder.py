@@ -177,11 +177,12 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         """[B, L] ids or [B, L, E] embeddings, exactly one of them -> [B, L, E]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
-        if input_ids is None:
+        if inputs_embeds is not None:
             return inputs_embeds
         if self._owner[0] is None:
             raise ValueError(f"this stack has no embedding of its own: give {prefix}inputs_embeds")
-        return self._owner[0].shared(input_ids)
+        embedding: Any = self._owner[0].shared
+        return embedding(input_ids)
 
 
 class Qwen3Encoder(Qwen3Stack):
@@ -235,8 +236,8 @@ class Qwen3Encoder(Qwen3Stack):
             check_shape("position_ids", position_ids, (batch, length), (1, length))
             mask = create_bidirectional_mask(self.config, states, attention_mask)
         else:
-            check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
-            packed = Varlen(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+            longest = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
+            packed = Varlen(cu_seqlens, cu_seqlens, longest, longest)
             packed.prepare(self.config._attn_implementation, states, length)
         if position_ids is None:
             position_ids = torch.arange(length, device=states.device)[None]
@@ -265,8 +266,8 @@ def check_packed(
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
     prefix: str = "",
-) -> None:
-    """Raise ValueError unless one side of a packed batch is complete and has no padding mask."""
+) -> int:
+    """Return `max_seqlen`; raise ValueError unless one side of a packed batch is complete."""
     if mask is not None:
         raise ValueError(f"a packed batch has no padding: leave out {prefix}attention_mask")
     if position_ids is None or cu_seqlens is None or max_seqlen is None:
@@ -274,11 +275,12 @@ def check_packed(
         raise ValueError(f"a packed batch needs {needed}")
     check_shape(f"{prefix}position_ids", position_ids, (1, tokens))
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # looking at values would make the host wait
+        return max_seqlen  # looking at values would make the host wait
     if (end := int(cu_seqlens[-1])) != tokens:
         raise ValueError(
             f"{prefix}cu_seqlens ends at {end}, but the packed batch has {tokens} tokens"
         )
+    return max_seqlen
 
 
 class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):

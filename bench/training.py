@@ -8,6 +8,7 @@ The last lines say for each target whether it is met.
 import argparse
 import contextlib
 import io
+import itertools
 import statistics
 import tempfile
 import time
@@ -61,7 +62,7 @@ def step_seconds(model: Path, run: Path, steps: int, **changes: Any) -> list[flo
             loop.run_training(load_config(None, settings))
     finally:
         loop.learning_rate = rate
-    return [later - earlier for earlier, later in zip(times, times[1:], strict=False)]
+    return [later - earlier for earlier, later in itertools.pairwise(times)]
 
 
 def no_op(self: Any, labels: torch.Tensor, **options: Any) -> Any:

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.stream import build_stream, heldout_examples
+from qwen3_encdec.data.stream import UL2Data, heldout_examples, rows
 from qwen3_encdec.data.ul2 import render
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
@@ -41,9 +41,10 @@ def main() -> None:
             heldout_every=20,
         )
         tokenizer = build_tokenizer(num_ranks=4096)
-        rows = list(islice(build_stream(config, tokenizer), 200))
-        print(f"{sum(map(len, rows)):,} examples in {len(rows)} rows; the first row holds")
-        for example in rows[0]:
+        drawn = list(islice(rows(UL2Data(config, tokenizer)), 200))
+        examples = sum(len(row.examples) for row in drawn)
+        print(f"{examples:,} examples in {len(drawn)} rows; the first row holds")
+        for example in drawn[0].examples:
             print(render(example, tokenizer, config.denoisers))
         print(
             f"and {len(heldout_examples(config, tokenizer, 8))} examples of texts that training never sees"

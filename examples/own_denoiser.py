@@ -7,7 +7,8 @@ The same list under `data.preset` in a training YAML trains on it.
 
 import numpy as np
 
-from qwen3_encdec.data.ul2 import Example, corrupt, render, resolve_preset, uncorrupt
+from qwen3_encdec.data.config import resolve_preset
+from qwen3_encdec.data.ul2 import Example, corrupt, render, uncorrupt
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
 PRESET = [
@@ -15,7 +16,9 @@ PRESET = [
     {"name": "X-halves", "mean_span": 6, "corruption": 0.5, "weight": 1},
     {"name": "S-late", "mean_span": None, "corruption": 0.3, "weight": 1},
 ]
-TEXT = "The encoder reads the whole sentence at once, and the decoder writes down what was taken out of it."
+TEXT = (
+    "The encoder reads the whole sentence at once, and the decoder writes down what was taken out."
+)
 
 
 def main() -> None:

@@ -30,26 +30,31 @@ def main(folder: Path) -> None:
     """Walk the road in `folder`."""
     (folder / "corpus.txt").write_text("\n".join(TEXTS))
     train_causal_parent(
-        folder / "qwen3", tokenizer=parent_tokenizer(512), texts=TEXTS, hidden_size=64, num_hidden_layers=2, steps=5,
-        batch_size=2, block_size=64,
-    )  # fmt: skip
+        folder / "qwen3",
+        tokenizer=parent_tokenizer(512),
+        texts=TEXTS,
+        hidden_size=64,
+        num_hidden_layers=2,
+        steps=5,
+        batch_size=2,
+        block_size=64,
+    )
     print(initialize(folder / "qwen3", folder / "init"))
     data = DataConfig(
         inputs=[str(folder / "corpus.txt")], source_length=64, target_length=32, heldout_every=10
     )
-    settings = {
-        "max_steps": 5,
-        "batch_size": 2,
-        "save_every": 0,
-        "eval_every": 0,
-        "warmup_steps": 1,
-        "trackers": [],
-    }
-    checkpoint = run_training(
-        TrainingConfig(
-            model=str(folder / "init"), output_dir=str(folder / "run"), data=data, **settings
-        )
+    config = TrainingConfig(
+        model=str(folder / "init"),
+        output_dir=str(folder / "run"),
+        data=data,
+        max_steps=5,
+        batch_size=2,
+        warmup_steps=1,
+        save_every=0,
+        eval_every=0,
+        trackers=[],
     )
+    checkpoint = run_training(config)
     print(extract_encoder(checkpoint, folder / "encoder"))
     model = SentenceTransformer(str(folder / "encoder"))
     embeddings = model.encode(

@@ -3,7 +3,10 @@ own.
 """
 
 import itertools
+import json
 import os
+import runpy
+import sys
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -13,7 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import logging
 
@@ -101,6 +104,38 @@ def pack(inputs: dict[str, torch.Tensor]) -> dict:
     return collate_packed(sources, targets)
 
 
+# Several processes each, or minutes of computing: `make test-all` runs these, `make test` does not.
+SLOW_FILES = {"test_distributed.py", "test_chaos.py"}
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow file by file; single tests carry the mark themselves."""
+    for item in items:
+        if item.path.name in SLOW_FILES:
+            item.add_marker(pytest.mark.slow)
+
+
+@pytest.fixture
+def run_script(monkeypatch, capsys):
+    """Run a Python file as a program in this process: no second import of torch.
+
+    Returns (exit code, standard output, standard error).
+    """
+
+    def call(path, *arguments) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", [str(path), *map(str, arguments)])
+        monkeypatch.syspath_prepend(str(Path(path).parent))
+        code = 0
+        try:
+            runpy.run_path(str(path), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code or 0
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
 @pytest.fixture
 def config() -> Qwen3EncoderDecoderConfig:
     return tiny_config()
@@ -110,6 +145,42 @@ def config() -> Qwen3EncoderDecoderConfig:
 def model(config) -> Qwen3ForSeq2SeqLM:
     torch.manual_seed(0)
     return Qwen3ForSeq2SeqLM(config).eval()
+
+
+ORDINARY_ADDED_TOKENS = (
+    *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+    *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
+    *("<|repo_name|>", "<|file_sep|>"),
+)
+"""Added tokens that Qwen's own folders do not mark as special."""
+
+
+def save_qwen_tokenizer(folder: Path, num_ranks: int = 512) -> None:
+    """Write the tokenizer files of a Qwen3 checkpoint, with Qwen's own flags on added tokens."""
+    spec = json.loads(qwen3_backend(num_ranks).to_str())
+    for token in spec["added_tokens"]:
+        token["special"] = token["content"] not in ORDINARY_ADDED_TOKENS
+    merges = [" ".join(pair) for pair in spec["model"]["merges"]]
+    added = {str(token.pop("id")): token for token in map(dict, spec["added_tokens"])}
+    config = {
+        "add_prefix_space": False,
+        "added_tokens_decoder": added,
+        "additional_special_tokens": [
+            token["content"] for token in added.values() if token["special"]
+        ],
+        "bos_token": None,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": "<|im_end|>",
+        "model_max_length": 131072,
+        "pad_token": "<|endoftext|>",
+        "tokenizer_class": "Qwen2Tokenizer",
+        "unk_token": None,
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "vocab.json").write_text(json.dumps(spec["model"]["vocab"]))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
 
 
 @pytest.fixture(scope="session")
@@ -125,9 +196,7 @@ def parent_folder(tmp_path_factory) -> Path:
         )
     )
     parent.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=qwen3_backend(512), pad_token="<|endoftext|>", eos_token="<|im_end|>"
-    ).save_pretrained(folder)
+    save_qwen_tokenizer(folder)
     return folder
 
 

@@ -36,12 +36,13 @@ def targets(output: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in BENCH.glob("*.py")))
-def test_every_bench_answers_help(script):
-    done = run(script, "--help")
-    assert done.returncode == 0, done.stderr
-    assert "usage" in done.stdout
+def test_every_bench_answers_help(script, run_script):
+    code, out, _ = run_script(BENCH / script, "--help")
+    assert code == 0
+    assert "usage" in out
 
 
+@pytest.mark.slow
 def test_model_bench_runs_whole_at_toy_size(tmp_path):
     done = run("model.py", "--quick", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -163,6 +164,7 @@ def test_ratios_are_of_medians(model_bench, capsys):
     assert "0.25 | 0.50 | 4.50" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_gpu_report_runs_whole_at_toy_size(tmp_path):
     done = run("gpu_report.py", "--device", "cpu", "--tiny", "--output", tmp_path)
     assert done.returncode == 0, done.stderr
@@ -188,12 +190,20 @@ def test_a_part_that_fails_is_one_line(gpu_report, capsys, monkeypatch):
     assert "minutes were up" in gpu_report.part("late", lambda: {"seconds": 1.0})["failed"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].split()[1:] == ["failed", "RuntimeError:", "CUDA", "error:", "out", "of", "luck"]
+    assert lines[0].split()[1:] == [
+        "failed",
+        "RuntimeError:",
+        "CUDA",
+        "error:",
+        "out",
+        "of",
+        "luck",
+    ]
 
 
-def test_gpu_report_without_a_gpu_says_so():
+def test_gpu_report_without_a_gpu_says_so(run_script):
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")
-    done = run("gpu_report.py")
-    assert done.returncode == 2
-    assert "no CUDA GPU is visible" in done.stderr
+    code, _, err = run_script(BENCH / "gpu_report.py")
+    assert code == 2
+    assert "no CUDA GPU is visible" in err

@@ -5,7 +5,6 @@ results, and one sentence with exit code 2 for what they can mend.
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -74,14 +73,12 @@ def test_help_is_readable(command, name):
 
 
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
-def test_scripts_are_thin_and_answer_help(script):
+def test_scripts_are_thin_and_answer_help(script, run_script):
     path = ROOT / "scripts" / script
     assert len(path.read_text().splitlines()) < 20
-    done = subprocess.run(
-        [sys.executable, path, "--help"], capture_output=True, text=True, cwd=ROOT
-    )
-    assert done.returncode == 0, done.stderr
-    assert "Usage" in done.stdout
+    code, out, _ = run_script(path, "--help")
+    assert code == 0
+    assert "Usage" in out
 
 
 def test_tokenizer_then_prepare_data(command, tmp_path):

@@ -1,17 +1,13 @@
-"""Our fast path embeds as sentence-transformers does, in any order, width, precision and number of
-processes.
+"""Our encoder embeds as sentence-transformers does, whichever version wrote the folder, in any
+order, width, precision and number of processes.
 """
 
-import base64
 import gzip
 import io
 import json
 import shutil
 import subprocess
 import sys
-import threading
-import urllib.error
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -28,11 +24,11 @@ from qwen3_encdec.embedding.encoder import (
     TextEncoder,
     embed_file,
     encoder_folder,
+    quantize,
     read_texts,
     token_batches,
     write_embeddings,
 )
-from qwen3_encdec.embedding.serve import answer_request, make_server
 from qwen3_encdec.folders import InputError, read_json, write_json
 
 TEXTS = [
@@ -132,20 +128,91 @@ def test_default_dtype_follows_the_processor(mean_encoder, monkeypatch):
         assert TextEncoder(mean_encoder, device="cpu").dtype == expected
 
 
+SETTINGS = {
+    "prompts": {"query": "query: ", "passage": "text: "},
+    "default_prompt_name": "query",
+    "truncate_dim": 16,
+}
+
+
+def written_by_sentence_transformers(mean_encoder, folder):
+    """Its present layout: the length limit stands in the tokenizer alone."""
+    model = SentenceTransformer(str(mean_encoder), device="cpu", **SETTINGS)
+    model.max_seq_length = 30
+    model.save_pretrained(str(folder))
+    assert "max_seq_length" not in read_json(folder / "sentence_bert_config.json")
+
+
+def of_older_versions(mean_encoder, folder):
+    """Flags for the pooling, and the limit in the transformer's own file."""
+    shutil.copytree(mean_encoder, folder)
+    pooling = read_json(folder / "1_Pooling/config.json")
+    del pooling["pooling_mode"]
+    write_json(folder / "1_Pooling/config.json", pooling)
+    transformer = read_json(folder / "sentence_bert_config.json")
+    write_json(folder / "sentence_bert_config.json", transformer | {"max_seq_length": 30})
+    settings = read_json(folder / "config_sentence_transformers.json")
+    write_json(folder / "config_sentence_transformers.json", settings | SETTINGS)
+
+
+@pytest.mark.parametrize("write", [written_by_sentence_transformers, of_older_versions])
+def test_folders_are_read_as_sentence_transformers_reads_them(mean_encoder, tmp_path, write):
+    write(mean_encoder, tmp_path / "folder")
+    ours = TextEncoder(tmp_path / "folder", dtype=torch.float32)
+    theirs = SentenceTransformer(str(tmp_path / "folder"), device="cpu")
+    assert (ours.max_tokens, ours.dimensions) == (30, 16)
+    assert np.allclose(ours.encode(TEXTS), theirs.encode(TEXTS), atol=2e-6)
+    for role, encode in (("query", theirs.encode_query), ("document", theirs.encode_document)):
+        assert np.allclose(ours.encode(TEXTS, prompt_name=role), encode(TEXTS), atol=2e-6)
+    query, document = (ours.encode(TEXTS, prompt_name=role) for role in ("query", "document"))
+    assert np.abs(query - document).max() > 0.01
+    wide = ours.encode(TEXTS, dimensions=40)
+    assert np.allclose(wide, theirs.encode(TEXTS, truncate_dim=40), atol=2e-6)
+
+
+def test_one_text_and_no_texts(fp32):
+    assert np.array_equal(fp32.encode("A text."), fp32.encode(["A text."])[0])
+    assert fp32.encode([]).shape == (0, 40)
+    assert fp32.encode(text for text in TEXTS[1:3]).shape == (2, 40)
+
+
+@pytest.mark.parametrize(
+    ("texts", "sentence"),
+    [
+        (None, "texts must be a str or a list of them, got NoneType"),
+        (7, "texts must be a str or a list of them, got int"),
+        (["a", None], "text 2 is NoneType, not str"),
+        (["a", b"b"], "text 2 is bytes, not str"),
+        (["a", "b", "c\ud800"], "text 3 holds the lone surrogate"),
+    ],
+)
+def test_what_is_no_text_is_named(fp32, texts, sentence):
+    with pytest.raises(InputError, match=sentence):
+        fp32.encode(texts)
+
+
+def test_chunks_keep_the_order(fp32, monkeypatch):
+    expected = fp32.encode(TEXTS)
+    monkeypatch.setattr("qwen3_encdec.embedding.encoder._CHUNK", 3)
+    assert np.allclose(fp32.encode(TEXTS), expected, atol=2e-6)
+
+
 def test_prompts(fp32, mean_encoder):
     expected = stock(mean_encoder, TEXTS[1:3], prompt_name="query")
     assert np.allclose(fp32.encode(TEXTS[1:3], prompt_name="query"), expected, atol=2e-6)
-    with pytest.raises(InputError, match="prompt 'questions' is none of mean's: query, document"):
+    with pytest.raises(
+        InputError, match="prompt 'questions' is not one of the model's: query, document"
+    ):
         fp32.encode(TEXTS, prompt_name="questions")
 
 
 def test_very_long_text_and_max_tokens(mean_encoder):
     text = "many words " * 50_000
     encoder = TextEncoder(mean_encoder, dtype=torch.float32, max_tokens=300)
-    (ids,) = encoder.tokenize([text])
-    assert len(ids) == 300
-    assert ids[-1] == read_json(mean_encoder / "config.json")["eos_token_id"]
-    assert encoder.num_cut == 1
+    tokens = encoder.tokenize([text, "short"])
+    assert len(tokens.ids[0]) == 300
+    assert tokens.ids[0][-1] == read_json(mean_encoder / "config.json")["eos_token_id"]
+    assert tokens.cut == [True, False]
     with pytest.raises(InputError, match="max tokens 90000 must lie in 2 ... 32768"):
         TextEncoder(mean_encoder, max_tokens=90_000)
 
@@ -164,9 +231,7 @@ def test_weights_of_mixed_dtypes_are_one(mean_encoder, tmp_path):
 
 def test_an_encoder_decoder_is_taken_apart_and_that_is_said(init_folder, mean_encoder, capsys):
     encoder = TextEncoder(init_folder, dtype=torch.float32, max_tokens=200)
-    assert (
-        "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
-    )
+    assert "is an encoder-decoder: using its encoder, mean-pooled" in capsys.readouterr().err
     assert np.allclose(
         encoder.encode(TEXTS),
         TextEncoder(mean_encoder, dtype=torch.float32).encode(TEXTS),
@@ -186,11 +251,11 @@ def damaged(mean_encoder, tmp_path, file, **changes):
 def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
     for folder in (tmp_path / "nowhere", parent_folder):
         with pytest.raises(
-            InputError, match="is no encoder folder; make one with: qwen3-encdec extract"
+            InputError, match="is not an encoder folder; make one with: qwen3-encdec extract"
         ):
             TextEncoder(folder)
     folder = damaged(mean_encoder, tmp_path, "config.json", is_causal=True)
-    with pytest.raises(InputError, match="is no encoder folder"):
+    with pytest.raises(InputError, match="is not an encoder folder"):
         TextEncoder(folder)
     folder = damaged(mean_encoder, tmp_path / "a", "1_Pooling/config.json", pooling_mode_max_tokens=True,
                      pooling_mode_mean_tokens=False, pooling_mode="max")  # fmt: skip
@@ -277,20 +342,37 @@ def test_precisions(mean_encoder, tmp_path, fp32):
     assert np.abs(restored - embeddings).max() <= ((ranges[1] - ranges[0]) / 255).max() + 1e-6
 
 
+def test_int8_ranges_of_no_width_are_refused(mean_encoder, tmp_path, fp32):
+    (tmp_path / "one.txt").write_text("a single text\n")
+    with pytest.raises(InputError, match="ranges of 1 texts have no width in 40 of 40 dimensions"):
+        embed_file(mean_encoder, str(tmp_path / "one.txt"), tmp_path / "x.npy", precision="int8")
+    np.save(tmp_path / "flat.npy", np.zeros((2, 40), dtype=np.float32))
+    options = {"precision": "int8", "ranges": tmp_path / "flat.npy"}
+    with pytest.raises(InputError, match="flat.npy have no width in 40"):
+        embed_file(mean_encoder, str(tmp_path / "one.txt"), tmp_path / "x.npy", **options)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["flat.npy", "one.txt"]
+
+
+def test_int8_values_outside_their_ranges_do_not_wrap():
+    ranges = np.array([[-0.1], [0.1]], dtype=np.float32)
+    found = quantize(np.array([[-0.5], [0.0], [0.5]], dtype=np.float32), "int8", ranges)
+    assert found[0] < -120 < found[1] < 120 < found[2]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("--output", "x.csv"), "must be a file ending in .npy or .parquet"),
         (
             ("--output", "x.npy", "--precision", "int4"),
-            "precision 'int4' is none of float32, int8, binary",
+            "precision 'int4' is not one of float32, int8, binary",
         ),
         (("--output", "x.npy", "--input", "nowhere.txt"), "no such file"),
         (
             ("--output", "x.npy", "--ranges", "texts.txt", "--precision", "int8"),
             "texts.txt cannot be read",
         ),
-        (("--output", "x.npy", "--model", "nowhere"), "is no encoder folder"),
+        (("--output", "x.npy", "--model", "nowhere"), "is not an encoder folder"),
     ],
 )
 def test_embed_refuses_and_writes_nothing(
@@ -331,68 +413,6 @@ def test_similarity_prints_the_matrix(command, mean_encoder):
     assert out.rstrip().endswith("Another thing altogether")
 
 
-@pytest.fixture
-def server(fp32):
-    with make_server(fp32, port=0) as running:
-        threading.Thread(target=running.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{running.server_port}"
-        running.shutdown()
-
-
-def post(url, body):
-    data = body if isinstance(body, bytes) else json.dumps(body).encode()
-    with urllib.request.urlopen(
-        urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    ) as answer:
-        return json.load(answer)
-
-
-def test_server_answers_as_openai_does(server, fp32):
-    expected = fp32.encode(TEXTS)
-    answer = post(f"{server}/v1/embeddings", {"model": "any", "input": TEXTS})
-    assert np.allclose([row["embedding"] for row in answer["data"]], expected, atol=1e-6)
-    assert [row["index"] for row in answer["data"]] == list(range(8))
-    assert answer["usage"]["prompt_tokens"] == sum(map(len, fp32.tokenize(TEXTS)))
-    packed = post(
-        f"{server}/v1/embeddings", {"input": "One.", "encoding_format": "base64", "dimensions": 8}
-    )
-    vector = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), dtype="<f4")
-    assert np.allclose(vector, fp32.encode(["One."], dimensions=8)[0], atol=1e-6)
-    with urllib.request.urlopen(f"{server}/v1/models") as models:
-        assert json.load(models)["data"][0]["id"] == "mean"
-
-
-@pytest.mark.parametrize(
-    ("body", "sentence"),
-    [
-        (b"{", "not valid JSON"),
-        ({"texts": []}, "has no input"),
-        ([], "has no input"),
-        ({"input": []}, "a text or a list of texts"),
-        ({"input": [[1, 2]]}, "a text or a list of texts"),
-        ({"input": "a", "dimensions": "8"}, "dimensions must be an integer"),
-        ({"input": "a", "dimensions": 999}, "must lie in 1 ... 40"),
-        ({"input": "a", "encoding_format": "hex"}, "encoding_format must be float or base64"),
-        ({"input": "a", "prompt_name": "no"}, "is none of mean's"),
-    ],
-)
-def test_server_says_what_is_wrong_and_goes_on(server, body, sentence):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        post(f"{server}/v1/embeddings", body)
-    assert refused.value.code == 400
-    assert sentence in json.load(refused.value)["error"]["message"]
-    assert post(f"{server}/v1/embeddings", {"input": "still there"})["data"]
-
-
-def test_server_paths_and_ports(server, fp32):
-    with pytest.raises(urllib.error.HTTPError, match="404"):
-        urllib.request.urlopen(f"{server}/nowhere")
-    with pytest.raises(InputError, match="cannot listen on 127.0.0.1"):
-        make_server(fp32, port=int(server.rpartition(":")[2]))
-    with pytest.raises(InputError, match="has no input"):
-        answer_request(fp32, b"{}")
-
-
 def test_bench_runs_whole_at_toy_size(tmp_path):
     script = Path(__file__).parent.parent / "bench/embed.py"
     command = [
@@ -407,7 +427,7 @@ def test_bench_runs_whole_at_toy_size(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     targets = [line for line in done.stdout.splitlines() if line.startswith("target ")]
-    assert len(targets) == 4
+    assert len(targets) == 3
     assert targets[-1].endswith("(wanted >= 0.99999) met")
     figures = read_json(tmp_path / "figures.json")
     assert figures["recall@10"]["int8"] > 0.9 > figures["recall@10"]["binary"] > 0.3

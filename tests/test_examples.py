@@ -1,5 +1,6 @@
 """Every example but those with a test of their own runs, and says what it is there to say."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -13,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "own_denoiser": ["[R-words]", "[X-halves]", "[S-late]", "<extra_id_0>"],
     "own_dataset": ["examples in 200 rows", "texts that training never sees"],
-    "own_backend": ["padded: ", "packed: "],
+    "own_backend": ["losses: ", "e-0", "generated: equal"],
     "whole_road": ["stock transformers differs by", "1.0000, "],
 }
 
@@ -53,6 +54,38 @@ def test_semantic_search(init_folder, capsys, monkeypatch, tmp_path):
     documents.pop()
     with pytest.raises(SystemExit, match="index of other packages"):
         answers("anything")
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_finetune_seq2seq(lora, init_folder, run_script, monkeypatch, tmp_path):
+    """On pairs whose summary stands in the body, so that a nano model learns in a few steps."""
+    if lora:
+        pytest.importorskip("peft", reason="needs the extra lora: make test-tools")
+
+    def pairs(split):
+        numbers = range(60) if split == "train" else range(60, 66)
+        words = ("sum", "mean", "product")
+        return [
+            (
+                f"Return the {word} of {n} numbers.",
+                f"The {word} of {n} numbers, a list that is not empty.",
+            )
+            for n in numbers
+            for word in words
+        ]
+
+    monkeypatch.setattr(package_docs, "summary_pairs", pairs)
+    options = ["--steps", 12, "--batch-size", 6, "--lr", 5e-3, "--length", 24]
+    options += ["--output", tmp_path / "tuned", *(["--lora"] if lora else [])]
+    example = EXAMPLES / "finetune_seq2seq.py"
+    code, out, err = run_script(example, "--model", init_folder, *options)
+    assert code == 0, err
+    assert "first line of the body: overlap 0.4" in out
+    losses = [float(loss) for loss in re.findall(r"^(?:before|after): loss ([\d.]+)", out, re.M)]
+    assert len(losses) == 2
+    assert losses[1] < losses[0] - 0.5
+    saved = "adapter_model.safetensors" if lora else "model.safetensors"
+    assert (tmp_path / "tuned" / saved).is_file()
 
 
 def test_every_example_is_run_somewhere():

@@ -1,10 +1,6 @@
-"""An exported file is what its own runtime makes of it;
-
-without it a form is skipped: `make interop` has them all.
-"""
+"""Exported files embed as our encoder does, in their own runtimes (`make interop` installs them)."""
 
 import importlib.util
-import json
 import re
 import shutil
 import tomllib
@@ -20,21 +16,22 @@ from transformers import AutoTokenizer
 from qwen3_encdec import cli
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import export
+from qwen3_encdec.embedding import export_pair as export_pair_module
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.export import (
     FORMS,
+    Form,
     causal_embeddings,
     export_encoder,
     pool,
     sample_texts,
 )
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.embedding.export_pair import decode, export_pair
+from qwen3_encdec.folders import InputError, load_config, load_tokenizer, read_json, write_json
 
 FILES = {
-    "safetensors": "model.safetensors",
     "onnx": "onnx/model.onnx",
     "onnx-int8": "onnx/model_quantized.onnx",
-    "openvino": "openvino/openvino_model.xml",
     "gguf": "model-f32.gguf",
     "gguf-f16": "model-f16.gguf",
     "gguf-q8_0": "model-q8_0.gguf",
@@ -68,7 +65,10 @@ def test_a_form_embeds_as_our_encoder_does(encoder, texts, tmp_path, form):
     report = export_encoder_with(limit, encoder, form, tmp_path / "out")
     assert report.cosine >= limit > report.causal
     assert (tmp_path / "out" / FILES[form]).is_file()
-    assert (tmp_path / "out" / "tokenizer.json").is_file() is FORMS[form].small_files
+    # ONNX folders carry the tokenizer, which normalizes; GGUF readers do not.
+    assert (tmp_path / "out" / "tokenizer.json").is_file() is form.startswith("onnx")
+    assert (report.decomposed >= limit) is form.startswith("onnx")
+    assert ("convert texts to NFC" in str(report)) is not form.startswith("onnx")
     expected = TextEncoder(encoder, dtype=torch.float32, device="cpu").encode(texts)
     found = FORMS[form].read(tmp_path / "out")(texts)
     assert (found * expected).sum(-1).min() >= limit
@@ -95,41 +95,94 @@ def test_the_folders_own_pooling_goes_with_it(init_folder, tmp_path, form, pooli
     assert export_encoder(tmp_path / "encoder", form, tmp_path / "out").cosine >= FORMS[form].cosine
 
 
-def test_what_a_runtime_reads_wrongly_is_not_written(encoder, tmp_path, monkeypatch):
-    """The controls: a reader that is causal, one that is a little off, and texts that could not
-    tell.
-    """
-    right = FORMS["safetensors"]
+def stock_form(reader=None) -> Form:
+    """The folder itself, read by sentence-transformers."""
+
+    def read(folder):
+        return SentenceTransformer(str(folder), device="cpu").encode
+
+    def write(encoder, output):
+        shutil.copytree(encoder, output, dirs_exist_ok=True)
+
+    return Form(write, reader or read, 0.99999, (), "export")
+
+
+def test_wrong_readers_are_caught_and_nothing_is_written(encoder, tmp_path, monkeypatch):
+    """The controls: a causal reader, one that is a little off, and texts that could not tell."""
+    right = stock_form()
 
     def causal(folder):
         return lambda texts: causal_embeddings(folder, texts)
 
     def noisy(folder):
+        rng = np.random.default_rng(0)
         embed = right.read(folder)
-        return lambda texts: (
-            embed(texts) + 0.01 * np.random.default_rng(0).standard_normal((len(texts), 40))
-        )
+        return lambda texts: embed(texts) + 0.01 * rng.standard_normal((len(texts), 40))
 
+    monkeypatch.setitem(FORMS, "stock", right)
+    export_encoder(encoder, "stock", tmp_path / "right")
     for reader in (causal, noisy):
-        monkeypatch.setitem(FORMS, "safetensors", replace(right, read=reader))
-        with pytest.raises(InputError, match="as safetensors does not embed as our encoder does"):
-            export_encoder(encoder, "safetensors", tmp_path / "out")
-    monkeypatch.setitem(FORMS, "safetensors", right)
-    monkeypatch.setattr(export, "sample_texts", lambda *_: ["One."] * 3)
+        monkeypatch.setitem(FORMS, "stock", stock_form(reader))
+        with pytest.raises(InputError, match="as stock does not embed as our encoder does"):
+            export_encoder(encoder, "stock", tmp_path / "out")
+    monkeypatch.setitem(FORMS, "stock", right)
     monkeypatch.setattr(
         export, "causal_embeddings", lambda folder, texts: right.read(folder)(texts)
     )
     with pytest.raises(InputError, match="does not embed"):
-        export_encoder(encoder, "safetensors", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+        export_encoder(encoder, "stock", tmp_path / "out")
+    assert [folder.name for folder in tmp_path.iterdir()] == ["right"]
 
 
-def test_safetensors_is_a_folder_that_stock_tools_load(encoder, texts, tmp_path):
-    export_encoder(encoder, "safetensors", tmp_path / "out")
-    model = SentenceTransformer(str(tmp_path / "out"), device="cpu")
-    expected = SentenceTransformer(str(encoder), device="cpu").encode(texts)
-    np.testing.assert_allclose(model.encode(texts), expected, atol=1e-6)
-    assert json.loads((tmp_path / "out" / "qwen3_encdec.json").read_text())["form"] == "safetensors"
+@pytest.mark.parametrize("form", ["onnx", "gguf"])
+def test_prompts_width_and_limit_travel(encoder, tmp_path, form):
+    runtime(form)
+    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    file = folder / "config_sentence_transformers.json"
+    changes = {"prompts": {"query": "q: "}, "default_prompt_name": "query", "truncate_dim": 24}
+    write_json(file, read_json(file) | changes)
+    report = export_encoder(folder, form, tmp_path / "out")
+    assert report.cosine >= FORMS[form].cosine
+    if form == "onnx":
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 512
+        return
+    from gguf import GGUFReader
+
+    reader = GGUFReader(tmp_path / "out" / "model-f32.gguf")
+    assert reader.get_field("qwen3.context_length").contents() == 512
+    readme = (tmp_path / "out" / "README.md").read_text()
+    assert "at most 512 tokens" in readme
+    assert '"query": "q: "' in readme
+
+
+def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder, tmp_path):
+    runtime("onnx")
+    report = export_pair(init_folder, tmp_path / "pair")
+    assert (report.inputs, report.equal) == (32, report.tokens)
+    assert report.blind < 0.5 * report.tokens
+    # Rows of one batch do not depend on each other, nor on padding on the left.
+    tokenizer = load_tokenizer(tmp_path / "pair")
+    config = load_config(tmp_path / "pair")
+    texts = sample_texts(tokenizer, 5, 30, seed=3)
+    alone = []
+    for text in texts:
+        ids = np.array([tokenizer(text)["input_ids"]])
+        alone.append(decode(tmp_path / "pair", ids, np.ones_like(ids), config=config, steps=9)[0])
+    tokenizer.padding_side = "left"
+    batch = tokenizer(texts, padding=True, return_tensors="np")
+    arguments = batch["input_ids"], batch["attention_mask"]
+    together = decode(tmp_path / "pair", *arguments, config=config, steps=9)
+    assert np.array_equal(together, np.array(alone))
+    with pytest.raises(InputError, match="not an encoder-decoder"):
+        export_pair(encoder, tmp_path / "out")
+
+
+def test_a_pair_that_decodes_otherwise_is_not_written(init_folder, tmp_path, monkeypatch):
+    runtime("onnx")
+    monkeypatch.setattr(export_pair_module, "decode", lambda *a, steps, **_: np.ones((32, steps)))
+    with pytest.raises(InputError, match="as ONNX does not decode as ours"):
+        export_pair(init_folder, tmp_path / "pair")
+    assert not list(tmp_path.iterdir())
 
 
 def test_sample_texts_reach_from_one_token_to_the_longest(encoder):
@@ -153,14 +206,6 @@ def test_pooling_by_hand():
         torch.testing.assert_close(pool(states, mask, pooling), expected)
 
 
-def test_an_encoder_decoder_gives_its_encoder(init_folder, tmp_path, capsys):
-    export_encoder(init_folder, "safetensors", tmp_path / "out")
-    assert (
-        "is an encoder-decoder: its encoder, mean-pooled, was taken out" in capsys.readouterr().err
-    )
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["is_causal"] is False
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_the_extra_that_is_named_installs_what_is_missing(form):
     project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
@@ -175,49 +220,30 @@ def test_the_extra_that_is_named_installs_what_is_missing(form):
 
 def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
-    with pytest.raises(
-        InputError, match="form 'tflite' is not one of safetensors, onnx, onnx-int8, openvino, gguf"
-    ):
+    with pytest.raises(InputError, match="form 'tflite' is not one of onnx, onnx-int8, gguf"):
         export_encoder(encoder, "tflite", out)
-    with pytest.raises(
-        InputError, match="is no encoder folder; make one with: qwen3-encdec extract"
-    ):
-        export_encoder(parent_folder, "safetensors", out)
-    with pytest.raises(InputError, match="is no encoder folder"):
-        export_encoder(tmp_path / "nowhere", "safetensors", out)
+    monkeypatch.setitem(FORMS, "stock", stock_form())
+    for folder in (parent_folder, tmp_path / "nowhere"):
+        with pytest.raises(InputError, match="is not an encoder folder; make one with"):
+            export_encoder(folder, "stock", out)
     damaged = shutil.copytree(encoder, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-50])
     with pytest.raises(InputError, match=r"damaged/model.safetensors is truncated"):
-        export_encoder(damaged, "safetensors", out)
+        export_encoder(damaged, "stock", out)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "file").touch()
     with pytest.raises(InputError, match="theirs"):
-        export_encoder(encoder, "safetensors", tmp_path / "theirs")
+        export_encoder(encoder, "stock", tmp_path / "theirs")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    for form, package, extra in (
-        ("onnx", "onnx", "onnx"),
-        ("openvino", "onnx", "openvino"),
-        ("gguf", "gguf", "gguf"),
-    ):
-        message = rf"{form} needs the package {package}: pip install 'qwen3-encdec\[{extra}\]'"
+    for form in ("onnx", "gguf"):
+        message = rf"{form} needs the package {form}: pip install 'qwen3-encdec\[{form}\]'"
         with pytest.raises(InputError, match=message):
             export_encoder(encoder, form, out)
-    command = [
-        "qwen3-encdec",
-        "export",
-        "--model",
-        str(encoder),
-        "--to",
-        "gguf",
-        "--output",
-        str(out),
-    ]
-    monkeypatch.setattr("sys.argv", command)
+    command = ["qwen3-encdec", "export", "--model", encoder, "--to", "gguf", "--output", out]
+    monkeypatch.setattr("sys.argv", [str(word) for word in command])
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    assert (
-        capsys.readouterr().err
-        == "error: gguf needs the package gguf: pip install 'qwen3-encdec[gguf]'\n"
-    )
+    expected = "error: gguf needs the package gguf: pip install 'qwen3-encdec[gguf]'\n"
+    assert capsys.readouterr().err == expected
     assert not out.exists()

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 
 import pytest
@@ -9,8 +10,9 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec.conversion.card import read_card
 from qwen3_encdec.conversion.extract import checkpoints_to_average, extract_encoder
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, read_json, write_json
 
 TEXTS = ["One.", "A sentence of a few more words, to be padded against.", "def f(x): return x"]
 
@@ -137,6 +139,51 @@ def test_averaging_the_last_checkpoints(init_folder, tmp_path):
         torch.testing.assert_close(extracted, original * scale)
     with pytest.raises(InputError, match="average-last 4: there are only 3 checkpoints"):
         checkpoints_to_average(run, 4)
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_files_have_the_umasks_mode(init_folder, tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        extract_encoder(init_folder, tmp_path / "out")
+    finally:
+        os.umask(before)
+    files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+    folders = [tmp_path / "out", tmp_path / "out" / "1_Pooling"]
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o777 & ~mask}
+
+
+def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, tmp_path):
+    extract_encoder(init_folder, tmp_path / "out", license="mit", language="en, de")
+    card = read_card(tmp_path / "out")
+    assert (card["license"], card["language"]) == ("mit", ["en", "de"])
+    assert (card["library_name"], card["pipeline_tag"]) == (
+        "sentence-transformers",
+        "sentence-similarity",
+    )
+    assert (
+        card["base_model"] == read_json(init_folder / "qwen3_encdec.json")["source"].split("/")[-1]
+    )
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert str(init_folder.parent) not in text
+    assert "/tmp" not in text
+    # A checkpoint of a run leads to the hub id that the run's model came from.
+    run = run_of(init_folder, tmp_path)
+    init = shutil.copytree(init_folder, tmp_path / "init")
+    record = read_json(init / "qwen3_encdec.json")
+    write_json(init / "qwen3_encdec.json", record | {"source": "Qwen/Qwen3-0.6B"})
+    (run / "config.yaml").write_text(f"model: {init}\n")
+    for step in (run / "checkpoints").glob("step-00000[123]"):
+        (step / "qwen3_encdec.json").unlink()
+    extract_encoder(run, tmp_path / "out")
+    assert read_card(tmp_path / "out")["base_model"] == "Qwen/Qwen3-0.6B"
+
+
+@pytest.mark.parametrize("length", [-1, 0, 1, 10**6])
+def test_a_length_out_of_range_is_named(init_folder, tmp_path, length):
+    with pytest.raises(InputError, match=rf"max-seq-length {length} must lie in 2 \.\.\. 32768"):
+        extract_encoder(init_folder, tmp_path / "out", max_seq_length=length)
 
 
 def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):

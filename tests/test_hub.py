@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -88,3 +89,87 @@ print(len(tokenizer), tokenizer({text!r}, split_special_tokens=True)["input_ids"
     ours = build_tokenizer(hub.root / "models/org/base", num_sentinel_tokens=11)
     ids = ours(text, split_special_tokens=True)["input_ids"]
     assert client(hub, tmp_path, code).splitlines()[-1] == f"{len(ours)} {ids}"
+
+
+READ = """
+import sys
+from pathlib import Path
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.stream import RowLoader, UL2Data
+from qwen3_encdec.folders import InputError
+from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+cache_gib, flag, *runs = sys.argv[1:]
+config = DataConfig(
+    inputs=["org/texts"], source_length=256, target_length=192, cache_gib=float(cache_gib)
+)
+try:
+    data = UL2Data(config, build_tokenizer(num_ranks=512))
+    for run in runs:
+        workers, ranks, steps = map(int, run.split(":"))
+        loaders = [
+            iter(RowLoader(data, batch_size=8 // ranks, rank=rank, ranks=ranks,
+                           num_workers=workers, collate=list))
+            for rank in range(ranks)
+        ]
+        made = []
+        for _ in range(steps):
+            rows = [row for loader in loaders for row in next(loader)]
+            made.append(hash(frozenset(e.source.tobytes() for row in rows for e in row.examples)))
+            Path(flag).touch()
+        print(*made, flush=True)
+except InputError as error:
+    print("InputError:", error)
+"""
+
+
+def start(hub: Hub, cache: Path, cache_gib: int, *runs: str) -> subprocess.Popen:
+    """Read in a process of its own; a run is workers:ranks:steps, a line of its hashes by step."""
+    command = [sys.executable, "-c", READ, str(cache_gib), str(cache / "flag"), *runs]
+    environment = hub.environment(cache, PYTHONHASHSEED="0", XDG_CACHE_HOME=str(cache))
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+def read(hub: Hub, cache: Path, cache_gib: int, *runs: str) -> list[str]:
+    process = start(hub, cache, cache_gib, *runs)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0
+    return printed.splitlines()
+
+
+@pytest.mark.parametrize("cache_gib", [1, 0], ids=["downloaded", "streamed"])
+def test_a_hub_dataset_gives_the_same_steps_to_any_workers_and_ranks(hub, tmp_path, cache_gib):
+    """Was: with two workers or more, all but the first read nothing, for ever."""
+    runs = read(
+        hub, tmp_path, cache_gib, *(f"{pair}:5" for pair in ("0:1", "1:1", "2:1", "4:1", "2:2"))
+    )
+    assert len(runs) == 5
+    assert len(set(runs)) == 1
+    assert len(set(runs[0].split())) == 5
+
+
+@pytest.mark.parametrize("cache_gib", [1, 0], ids=["downloaded", "streamed"])
+def test_a_hub_that_fails_at_every_fifth_request(hub, tmp_path, cache_gib):
+    hub.fail_every = 5
+    runs = read(hub, tmp_path, cache_gib, "0:1:3", "2:1:3")
+    assert len(set(runs)) == 1
+    assert "InputError" not in runs[0]
+    assert len(hub.requests) > 20
+
+
+def test_a_dataset_that_vanishes_in_mid_run(hub, tmp_path):
+    """A streamed one ends the run with one sentence, at the row that cannot be made."""
+    process = start(hub, tmp_path, 0, "0:1:100000")
+    for _ in range(1200):
+        if (tmp_path / "flag").exists():
+            break
+        time.sleep(0.1)
+    hub.gone.add("org/texts")
+    (line,) = process.communicate(timeout=200)[0].splitlines()
+    assert line.startswith("InputError: hf://datasets/org/texts@")
+    assert "404" in line
+
+
+def test_a_hub_dataset_that_is_not_there(hub, tmp_path):
+    hub.gone.add("org/texts")
+    (line,) = read(hub, tmp_path, 1, "0:1:1")
+    assert line.startswith("InputError: input 'org/texts': no such file, and no hub dataset could")

@@ -32,7 +32,9 @@ def test_every_tensor_is_copied_and_only_sentinels_are_new(parent_folder, init_f
             continue
         for stack in ("encoder", "decoder"):
             assert torch.equal(target[name.replace("model.", f"model.{stack}.", 1)], tensor)
-    assert len(target) == 2 * (len(source) - 1) + 1
+    gates = {name for name in target if name.endswith((".source_gate", ".source_scale"))}
+    assert len(gates) == 2 * 3  # of three decoder layers
+    assert len(target) == 2 * (len(source) - 1) + 1 + len(gates)
     # control tokens and bytes were trained, rows 538 ... 639 are spare
     trained, sentinels = (
         source["model.embed_tokens.weight"][:538],
@@ -41,6 +43,43 @@ def test_every_tensor_is_copied_and_only_sentinels_are_new(parent_folder, init_f
     assert sentinels.shape == (11, 40)
     assert (sentinels - trained.mean(0)).abs().max() < trained.std(0).max()
     assert len({tuple(row.tolist()) for row in sentinels}) == 11
+
+
+@torch.no_grad()
+def test_the_gate_is_closed_and_the_scale_is_of_the_decoders_own_values(parent_folder, tmp_path):
+    """The scale against hooks on the projections while the parent reads the texts by itself."""
+    report = initialize(parent_folder, tmp_path / "gated", num_sentinel_tokens=7)
+    model = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path / "gated").eval()
+    tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path / "gated")
+    parent = Qwen3ForCausalLM.from_pretrained(parent_folder).eval().model
+    own, source = [[] for _ in range(3)], [[] for _ in range(3)]
+    for text in module.TEXTS:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        half = ids.shape[1] // 2
+        encoded = model.get_encoder()(ids[:, :half]).last_hidden_state
+        for i, layer in enumerate(parent.layers):
+            source[i].append(layer.self_attn.v_proj(encoded)[0])
+        hooks = [
+            layer.self_attn.v_proj.register_forward_hook(
+                lambda _, __, output, values=own[i]: values.append(output[0])
+            )
+            for i, layer in enumerate(parent.layers)
+        ]
+        parent(ids[:, half:])
+        for hook in hooks:
+            hook.remove()
+    for i, layer in enumerate(model.model.decoder.layers):
+        sizes = [torch.cat(side[i]).square().mean().sqrt() for side in (own, source)]
+        expected = float(sizes[0] / sizes[1])
+        assert layer.self_attn.source_scale.item() == pytest.approx(expected, rel=1e-4)
+        assert report.source_scales[i] == pytest.approx(expected, rel=1e-4)
+        assert layer.self_attn.source_gate.eq(0).all()
+    plain = initialize(parent_folder, tmp_path / "plain", num_sentinel_tokens=7, source_gate=False)
+    assert plain.source_scales == []
+    assert not Qwen3ForSeq2SeqLM.from_pretrained(tmp_path / "plain").config.source_gate
+    raw, gated = plain.verification, report.verification
+    assert gated.alone == pytest.approx(raw.alone, abs=1e-4)
+    assert gated.with_source != pytest.approx(raw.with_source, abs=1e-2)
 
 
 def test_report_counts_what_the_folder_holds(parent_folder, tmp_path):

@@ -12,7 +12,6 @@ import pytest
 from experiments.objective import report, run
 
 from qwen3_encdec.data import package_docs
-from qwen3_encdec.evaluation import tasks
 from qwen3_encdec.training.monitor import StopRequest
 from tests.test_demo import TEXTS
 

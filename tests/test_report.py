@@ -1,10 +1,13 @@
 """The report is whole, safe and needs nothing from outside."""
 
+import re
 from html.parser import HTMLParser
 
 import pytest
 
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.reports.comparison import Run, write_page
+from qwen3_encdec.reports.page import denoiser_color, read_metrics
 
 HOSTILE = '<script>alert("1")</script> | `$x$` & more'
 ROW = {
@@ -91,10 +94,10 @@ def report(tmp_path):
 
 def test_page_is_whole(report):
     page = Page(report)
-    # tasks, needles, similarity, map, training loss, held-out loss, learning rate, throughput
-    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 8
+    # tasks, similarity, map, training loss, held-out loss, learning rate, throughput
+    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 7
     labels = [value for name, value in page.attributes if name == "aria-label"]
-    assert len(set(labels)) == 8
+    assert len(set(labels)) == 7
     assert all(len(label) > 10 for label in labels)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -147,3 +150,37 @@ def test_report_is_reproducible(tmp_path):
     assert write(tmp_path, METRICS, CURVES, SIMILARITY) == write(
         tmp_path, METRICS, CURVES, SIMILARITY
     )
+
+
+def test_a_denoiser_has_one_colour_and_throughput_begins_at_0(tmp_path):
+    assert len({denoiser_color(name) for name in ("R1", "R2", "X1", "X2", "S")}) == 5
+    few = [{**line, "loss/S": 4.0} for line in CURVES[:3]]
+    for line in few:
+        del line["loss/R1"]
+
+    def drawn(page, caption):
+        page = page[page.index(f'aria-label="{caption}') :]
+        return page[: page.index("</svg>")]
+
+    page = write(tmp_path, {}, CURVES)
+    both, alone = drawn(page, "Training"), drawn(write(tmp_path, {}, few), "Training")
+    assert denoiser_color("R1") in both
+    assert denoiser_color("S") in both
+    assert denoiser_color("S") in alone  # the only line is not the first colour of the cycle
+    assert denoiser_color("R1") not in alone
+    ticks = re.findall(r"<text[^>]*>\s*([\d.]+)\s*</text>", drawn(page, "Throughput"))
+    assert "0" in ticks
+    for label in ("optimizer step", "nats per target token", "tokens per second"):
+        assert label in page
+
+
+def test_a_half_written_last_line_is_left_out(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text('{"step": 1}\n{"step": 2, "lo')
+    assert read_metrics(file) == [{"step": 1}]
+    file.write_text('{"step": 1, "lo\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl:1 is not valid JSON"):
+        read_metrics(file)
+    file.write_text('[1]\n{"step": 2}\n')
+    with pytest.raises(InputError, match=r"metrics.jsonl:1 is not a JSON object"):
+        read_metrics(file)

@@ -31,9 +31,24 @@ from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-WORDS = (
-    "the encoder reads a source and its decoder writes one target Ünïcödé 天地玄黃 0 1 23".split()
-)
+WORDS = [
+    "the",
+    "encoder",
+    "reads",
+    "a",
+    "source",
+    "and",
+    "its",
+    "decoder",
+    "writes",
+    "one",
+    "target",
+    "Ünïcödé",
+    "天地玄黃",
+    "0",
+    "1",
+    "23",
+]
 RANKS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 4)
 
 
@@ -56,9 +71,8 @@ def texts(count: int, seed: int) -> list[str]:
 
 
 def write_lines(file, lines) -> None:
-    opened = gzip.open(file, "wt") if file.suffix == ".gz" else open(file, "w")
-    with opened as out:
-        out.writelines(json.dumps({"text": line}) + "\n" for line in lines)
+    body = "".join(json.dumps({"text": line}) + "\n" for line in lines).encode()
+    file.write_bytes(gzip.compress(body) if file.suffix == ".gz" else body)
 
 
 @pytest.fixture
@@ -166,7 +180,7 @@ def test_every_document_once_an_epoch(folder, tokenizer, cache_gib):
     once = documents(data, tokenizer, rows(data, epochs=1))
     assert Counter(once) == ALL
     twice = documents(data, tokenizer, rows(data, epochs=2))
-    assert Counter(twice) == Counter({text: 2 for text in ALL})
+    assert Counter(twice) == ALL + ALL
     # Corrupted and packed in another way.
     assert len({key(row) for row in rows(data, epochs=2)}) > 1.8 * len(list(rows(data, epochs=1)))
 

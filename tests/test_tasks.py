@@ -1,17 +1,17 @@
-"""Tasks: what is read from other people's files, scores by hand, intervals that cover, and mteb
-beside our own.
-"""
+"""The experiment's tasks: other people's files, scores by hand, intervals that cover; and mteb."""
 
 import hashlib
 import math
 
 import numpy as np
 import pytest
+from experiments.objective import benchmarks as tasks
+from experiments.objective import wordnet
+from experiments.objective.wordnet import synsets, wordnet_folder
 
 from qwen3_encdec.data.package_docs import Docstring
-from qwen3_encdec.evaluation import baselines, suite, tasks, wordnet
+from qwen3_encdec.evaluation import baselines, suite
 from qwen3_encdec.evaluation.baselines import NotRun
-from qwen3_encdec.evaluation.wordnet import synsets, wordnet_folder
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.reports.evaluation import summary
 
@@ -42,7 +42,7 @@ def dictionary(tmp_path, monkeypatch):
     return tmp_path
 
 
-def bags(texts):
+def bags(texts, role=None):
     """Words hashed into 4096 places."""
     found = np.zeros((len(texts), 4096), dtype=np.float32)
     for row, text in zip(found, texts, strict=True):
@@ -51,7 +51,7 @@ def bags(texts):
     return found
 
 
-def untied(texts):
+def untied(texts, role=None):
     """The same with a little of each text's own."""
     own = [
         np.random.default_rng(int(hashlib.sha256(text.encode()).hexdigest(), 16)).random(4096)
@@ -60,7 +60,7 @@ def untied(texts):
     return bags(texts) + 0.01 * np.array(own, dtype=np.float32)
 
 
-def constant(texts):
+def constant(texts, role=None):
     return np.ones((len(texts), 4), dtype=np.float32)
 
 
@@ -99,7 +99,7 @@ def test_missing_data_say_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(wordnet, "INSTALLED", tmp_path)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    metrics = suite.evaluate_retrieval({}, tasks=["wordnet-lemma", "lee"])
+    metrics = tasks.evaluate({}, tasks=["wordnet-lemma", "lee"], num_queries=9)
     assert metrics["tasks"] == {}
     assert metrics["tasks_not_run"] == {
         "wordnet-lemma": "apt install wordnet-base",
@@ -111,7 +111,7 @@ def test_missing_data_say_what_to_install(tmp_path, monkeypatch):
 
 def test_an_unknown_task_is_named():
     with pytest.raises(InputError, match="task 'wordnt' is not one of package-docs"):
-        suite.evaluate_retrieval({}, tasks=["wordnt"])
+        tasks.evaluate({}, tasks=["wordnt"], num_queries=9)
 
 
 # Scores
@@ -143,7 +143,7 @@ def test_a_probe_reads_what_is_there_and_nothing_else():
     )
     assert shuffled.measure(bags)["score"] < 0.6
     # A narrow cone far from the origin, as causal models have, is read as well as a centred space.
-    assert task.measure(lambda texts: 0.01 * bags(texts) + 1)["score"] == 1.0
+    assert task.measure(lambda texts, role=None: 0.01 * bags(texts) + 1)["score"] == 1.0
 
 
 def test_similarity_is_pearson():
@@ -156,9 +156,9 @@ def test_similarity_is_pearson():
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     first, second = np.triu_indices(12, k=1)
     expected = np.corrcoef((unit @ unit.T)[first, second], wanted[first, second])[0, 1]
-    assert task.measure(lambda _: vectors)["score"] == pytest.approx(expected, abs=1e-6)
+    assert task.measure(lambda *_: vectors)["score"] == pytest.approx(expected, abs=1e-6)
     assert task.measure(constant)["score"] == 0
-    assert tasks.Similarity("own", texts, unit @ unit.T).measure(lambda _: vectors)[
+    assert tasks.Similarity("own", texts, unit @ unit.T).measure(lambda *_: vectors)[
         "score"
     ] == pytest.approx(1)
 
@@ -178,7 +178,7 @@ def test_intervals_cover_as_often_as_they_say():
     vectors = rng.normal(size=(12, 3))
     wanted = vectors @ vectors.T + rng.normal(size=(12, 12))
     task = tasks.Similarity("pairs", ["x"] * 12, wanted + wanted.T)
-    by_documents = task.measure(lambda _: vectors)
+    by_documents = task.measure(lambda *_: vectors)
     first, second = np.triu_indices(12, k=1)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     x, y = (unit @ unit.T)[first, second], task.judgements[first, second]
@@ -200,7 +200,7 @@ def corpus(monkeypatch):
     documents = [
         Docstring(f"p{i % 4}", f"p{i % 4}.f", f"text {i} of package{i % 4}") for i in range(200)
     ]
-    monkeypatch.setattr(tasks, "package_docs", lambda split: documents)
+    monkeypatch.setattr(suite, "package_docs", lambda split: documents)
 
 
 def test_needles_lie_where_they_should(corpus):
@@ -224,7 +224,7 @@ def test_needles_lie_where_they_should(corpus):
             else:
                 assert abs(at - len(words) / 2) < 40
     # An embedder that reads the first 100 words finds what is at the start and nothing behind.
-    reads = lambda texts: bags([" ".join(text.split()[:100]) for text in texts])  # noqa: E731
+    reads = lambda texts, role=None: bags([" ".join(text.split()[:100]) for text in texts])  # noqa: E731
     by_name = {task.name: task.measure(reads)["score"] for task in made}
     assert by_name["needle 1024 start"] > 0.5
     assert (
@@ -249,37 +249,21 @@ def test_without_mteb_its_tasks_are_not_run(monkeypatch):
     assert metrics["tasks_not_run"] == {"STSBenchmark": "pip install mteb"}
 
 
-def test_mteb_scores_our_tasks_alike(corpus):
-    pytest.importorskip("mteb", reason="needs the extra benchmarks: make test-benchmarks")
-    from qwen3_encdec.evaluation.mteb_tasks import MtebTask, as_mteb
-
-    rng = np.random.default_rng(0)
-    texts = [f"w{i} and w{i // 2} of {'y' * i}" for i in range(30)]
-    wanted = rng.random((30, 30))
-    queries = [text.split()[0] for text in texts]
-    for task in (
-        tasks.Retrieval("words", queries, texts, np.arange(30)),
-        tasks.Similarity("pairs", texts, wanted + wanted.T),
-    ):
-        theirs = MtebTask(as_mteb(task)).measure(untied)["score"]
-        assert theirs == pytest.approx(task.measure(untied)["score"], abs=1e-5)
-    tied = tasks.Retrieval("ties", ["w"] * 30, ["w"] * 30, np.arange(30))
-    assert (
-        MtebTask(as_mteb(tied)).measure(bags)["score"] > 0 == tied.measure(bags)["score"]
-    )  # why ours has its own
-    probe = MtebTask(as_mteb(tasks.package_classes(1000, 0)[0]))
-    assert probe.measure(bags)["score"] > 0.9 > 0.5 > probe.measure(constant)["score"]
-
-
 def test_mteb_accepts_our_wrapper():
     mteb = pytest.importorskip("mteb", reason="needs the extra benchmarks: make test-benchmarks")
-    from qwen3_encdec.evaluation.mteb_tasks import mteb_model
+    roles = set()
 
-    results = mteb.mock_run(mteb_model(bags))
+    def embed(texts, role=None):
+        roles.add(role)
+        return bags(texts)
+
+    results = mteb.mock_run(suite.mteb_model(embed))
     assert results.all_passed
     ran = [name for name, result in results.items() if isinstance(result, mteb.TaskResult)]
     assert len(ran) > 20
-    broken = mteb.mock_run(mteb_model(lambda texts: bags(texts)[:-1]))  # control: a text is lost
+    assert {"query", "document"} <= roles
+    # Control: a text is lost.
+    broken = mteb.mock_run(suite.mteb_model(lambda texts, role=None: bags(texts)[:-1]))
     assert not broken.all_passed
 
 
@@ -293,7 +277,9 @@ def test_a_hub_task_without_its_data_is_tried_once_and_not_run(monkeypatch):
 
     monkeypatch.setattr(type(mteb.get_task("STSBenchmark")), "load_data", fail)
     for baseline in ("wordllama", "minilm"):
-        monkeypatch.setattr(baselines, baseline, lambda: lambda texts, max_tokens=0: bags(texts))
+        monkeypatch.setattr(
+            baselines, baseline, lambda: lambda texts, max_tokens=0, role=None: bags(texts)
+        )
     metrics = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
     assert metrics["tasks_not_run"] == {"STSBenchmark": "its data cannot be loaded: no network"}
     assert len(tried) == 1
@@ -313,7 +299,7 @@ def test_known_values_of_an_outside_model():
     except NotRun as reason:
         pytest.skip(f"{reason}; make test-benchmarks")
     names = ["wordnet-example", "wordnet-lemma", "wordnet-class", "lee"]
-    metrics = suite.evaluate_retrieval({}, tasks=names, num_queries=3000)
+    metrics = tasks.evaluate({}, tasks=names, num_queries=3000)
     found = {
         name: task["scores"][baselines.MINILM]["score"] for name, task in metrics["tasks"].items()
     }

@@ -12,6 +12,7 @@ import pytest
 from scipy.stats import chisquare
 
 from qwen3_encdec.data import ul2
+from qwen3_encdec.data.config import resolve_preset
 from qwen3_encdec.data.ul2 import (
     PRESETS,
     Denoiser,
@@ -20,7 +21,6 @@ from qwen3_encdec.data.ul2 import (
     corrupt,
     raw_length,
     render,
-    resolve_preset,
     sizes,
     uncorrupt,
 )

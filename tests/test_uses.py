@@ -1,4 +1,4 @@
-"""Heads on the encoder, adapters, quantization, export, and a folder that carries its own code."""
+"""Heads on the encoder, export, and a folder that carries its own code."""
 
 import os
 import subprocess
@@ -9,7 +9,6 @@ import torch
 from transformers import (
     AutoModelForSequenceClassification,
     DynamicCache,
-    TorchAoConfig,
 )
 
 from qwen3_encdec import (
@@ -20,8 +19,6 @@ from qwen3_encdec import (
 )
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config
-
-PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 @pytest.fixture
@@ -82,54 +79,6 @@ def test_classification_learns_and_ignores_padding(model, source, head, tmp_path
         assert isinstance(
             AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier"), head
         )
-
-
-def test_lora_on_both_stacks(model, source, tmp_path):
-    peft = pytest.importorskip("peft")
-    before = model(**source, decoder_input_ids=source["input_ids"][:, :5]).logits
-    config = peft.LoraConfig(r=3, target_modules=PROJECTIONS, task_type="SEQ_2_SEQ_LM")
-    adapted = peft.get_peft_model(model, config).train()
-    trainable = [name for name, p in adapted.named_parameters() if p.requires_grad]
-    assert len(trainable) == 2 * 2 * 3 * len(PROJECTIONS)  # A and B, two stacks of three layers
-    optimizer = torch.optim.SGD((p for p in adapted.parameters() if p.requires_grad), lr=1.0)
-    for _ in range(2):  # B is zero at first, so A moves in the second step
-        adapted(**source, labels=source["input_ids"][:, :5]).loss.backward()
-        assert all(p.grad is not None for p in adapted.parameters() if p.requires_grad)
-        optimizer.step()
-        optimizer.zero_grad()
-    adapted.eval()
-    generated = adapted.generate(**source, max_new_tokens=4)
-    adapted.save_pretrained(tmp_path)
-    merged = adapted.merge_and_unload()
-    assert torch.equal(merged.generate(**source, max_new_tokens=4), generated)
-    after = merged(**source, decoder_input_ids=source["input_ids"][:, :5]).logits
-    assert (after - before).abs().max() > 1e-3
-
-
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize(("bits", "similar"), [(8, 0.998), (4, 0.9)])
-def test_weight_only_quantization(source, bits, similar, tmp_path):
-    quantization = pytest.importorskip("torchao.quantization")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 32, "initializer_range": 0.05}
-    model = Qwen3ForSeq2SeqLM(tiny_config(**sizes)).eval()
-    model.save_pretrained(tmp_path / "full")
-    if bits == 8:
-        how = quantization.Int8WeightOnlyConfig()
-    else:
-        how = quantization.IntxWeightOnlyConfig(torch.int4, granularity=quantization.PerGroup(32))
-    quantized = Qwen3ForSeq2SeqLM.from_pretrained(
-        tmp_path / "full", quantization_config=TorchAoConfig(how)
-    ).eval()
-    assert type(quantized.model.encoder.layers[0].mlp.up_proj.weight) is not torch.nn.Parameter
-    assert (
-        type(quantized.model.shared.weight) is torch.nn.Parameter
-    )  # shared with the head: left whole
-    inputs = dict(source, decoder_input_ids=source["input_ids"][:, :5])
-    logits = quantized(**inputs).logits
-    assert torch.cosine_similarity(logits.flatten(), model(**inputs).logits.flatten(), 0) > similar
-    assert not torch.equal(logits, model(**inputs).logits)
-    assert quantized.generate(**source, max_new_tokens=4).shape[0] == 3
 
 
 AUTO = torch.export.Dim.AUTO

@@ -31,6 +31,7 @@ ROOT = HERE.parent.parent
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 import yaml  # noqa: E402
@@ -186,10 +187,10 @@ class Unit:
         return {key: self.plan[key] for key in keys} | {"contestant": asdict(self.all[name])}
 
     def _evaluate(self, encoders: dict[str, Path], **options: Any) -> dict[str, Any]:
-        from qwen3_encdec.evaluation.suite import evaluate_retrieval
+        from experiments.objective.benchmarks import evaluate
 
         asked = self.plan["evaluation"]
-        return evaluate_retrieval(
+        return evaluate(
             encoders,
             tasks=asked["tasks"],
             num_queries=asked["num_queries"],
@@ -309,8 +310,8 @@ class Unit:
         from qwen3_encdec.data.ul2 import PRESETS
         from qwen3_encdec.evaluation.suite import evaluate_denoising
         from qwen3_encdec.folders import load_config, load_tokenizer
-        from qwen3_encdec.training.flops import count_parameters, flops_per_sum, length_sums
         from qwen3_encdec.training.config import TrainingConfig
+        from qwen3_encdec.training.flops import count_parameters, flops_per_sum, length_sums
         from qwen3_encdec.training.loop import train_to_the_end
 
         sizes, ul2, init = self.plan["branch"], self.plan["ul2"], folder / "init"
@@ -544,12 +545,12 @@ def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
 
     logging.disable_progress_bar()
     if job == "baselines":
-        from qwen3_encdec.evaluation.suite import evaluate_retrieval
+        from experiments.objective.benchmarks import evaluate
 
         asked = plan["evaluation"]
         with piece(results / "baselines.json", None, runs, asked) as record:
             if record is not None:
-                record["before"] = evaluate_retrieval(
+                record["before"] = evaluate(
                     {}, tasks=asked["tasks"], num_queries=asked["num_queries"]
                 )
         return

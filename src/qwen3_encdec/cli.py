@@ -62,11 +62,11 @@ def tokenizer(
     ] = None,
 ) -> None:
     """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
-    from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
-
     if base is not None and not Path(base).is_dir() and base.startswith(("/", ".", "~")):
         raise InputError(f"base {base} does not exist")
     check_output(output, "tokenizer")
+    from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+
     try:
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
     except (ValueError, OSError, ImportError) as error:
@@ -86,6 +86,9 @@ def initialize(
     num_decoder_layers: Annotated[
         int | None, typer.Option(help="Fewer decoder than encoder layers, picked evenly.")
     ] = None,
+    source_gate: Annotated[
+        bool, typer.Option(help="Let the decoder begin as the language model it was.")
+    ] = True,
     dtype: Annotated[Dtype, typer.Option(help="Of the saved weights.")] = Dtype.float32,
     verify: Annotated[bool, typer.Option(help="Compare the written folder with Qwen3.")] = True,
     seed: Annotated[int, typer.Option(help="Of the noise on the sentinel rows.")] = 0,
@@ -98,6 +101,7 @@ def initialize(
         output_dir,
         num_sentinel_tokens=num_sentinel_tokens,
         num_decoder_layers=num_decoder_layers,
+        source_gate=source_gate,
         dtype=dtype.value,
         verify=verify,
         seed=seed,
@@ -121,8 +125,10 @@ def extract(
         bool, typer.Option("--ema", help="Take the running average that ema_decay kept.")
     ] = False,
     max_seq_length: Annotated[
-        int, typer.Option(help="Tokens after which a text is truncated.")
-    ] = 512,
+        int | None, typer.Option(help="Tokens after which a text is cut [512].")
+    ] = None,
+    license: Annotated[str, typer.Option(help="For the model card.")] = "apache-2.0",
+    language: Annotated[str, typer.Option(help="For the model card, codes by commas.")] = "en",
 ) -> None:
     """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
     from qwen3_encdec.conversion.extract import extract_encoder
@@ -134,6 +140,8 @@ def extract(
         average_last=average_last,
         ema=ema,
         max_seq_length=max_seq_length,
+        license=license,
+        language=language,
     )
     print(f"{report}\nwrote {output_dir}")
 
@@ -256,11 +264,11 @@ def evaluate(
     initialization: Annotated[
         Path | None, typer.Option(help="What an encoder-decoder was trained from.")
     ] = None,
-    tasks: Annotated[
-        str | None,
+    pairs: Annotated[
+        list[Path] | None,
         typer.Option(
-            help="What to ask an encoder, by commas: package-docs, package, wordnet-example, wordnet-lemma, "
-            "wordnet-class, lee, needle; default: all of them."
+            help="Your own .jsonl of query and document (or anchor and positive), instead of "
+            "package-docs; may be repeated."
         ),
     ] = None,
     mteb: Annotated[
@@ -275,10 +283,7 @@ def evaluate(
     ] = 64,
     seed: Annotated[int, typer.Option(help="Chooses the queries.")] = 0,
 ) -> None:
-    """Evaluate beside the baselines:
-
-    denoising loss and infilling, or retrieval, classes, similarity and geometry.
-    """
+    """Evaluate beside the baselines: denoising loss and infilling, or retrieval and geometry."""
     from qwen3_encdec.reports import evaluation as suite
 
     metrics = suite.evaluate(
@@ -286,9 +291,7 @@ def evaluate(
         output,
         parent=parent,
         initialization=initialization,
-        tasks=[name.strip() for name in tasks.split(",") if name.strip()]
-        if tasks is not None
-        else list(suite.TASKS),
+        pairs=pairs or (),
         mteb=mteb or (),
         num_queries=num_queries,
         num_examples=num_examples,
@@ -303,18 +306,15 @@ def report(
     runs: Annotated[
         list[Path], typer.Argument(help="Folders of training runs, evaluations or demos.")
     ],
-    output: Annotated[
-        Path, typer.Option(help="Folder to write: report.html and model_card.md.")
-    ] = Path("runs/report"),
+    output: Annotated[Path, typer.Option(help="Folder to write: report.html.")] = Path(
+        "runs/report"
+    ),
 ) -> None:
-    """Put several runs on one page:
-
-    curves, scores with intervals, infilled gaps, maps; and a model card.
-    """
+    """Put several runs on one page: curves, scores with intervals, infilled gaps and maps."""
     from qwen3_encdec.reports.comparison import compare
 
     compare(runs, output)
-    print(f"wrote {output / 'report.html'} and {output / 'model_card.md'}")
+    print(f"wrote {output / 'report.html'}")
 
 
 @app.command()
@@ -327,18 +327,26 @@ def finetune(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
     ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted call (needs save_every).")
+    ] = False,
 ) -> None:
-    """Make an embedding model of an encoder, by sentence-transformers' losses on pairs or triplets
-    of texts.
-    """
+    """Make an embedding model of an encoder, by sentence-transformers' losses on pairs of texts."""
     from qwen3_encdec.embedding.finetune import FinetuneConfig
     from qwen3_encdec.embedding.finetune import finetune as run_finetuning
     from qwen3_encdec.training.config import load_dataclass
 
     result = run_finetuning(
-        model, output, config=load_dataclass(FinetuneConfig, config, settings or ())
+        model,
+        output,
+        config=load_dataclass(FinetuneConfig, config, settings or ()),
+        resume=resume,
     )
-    print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples\nwrote {output}")
+    print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples")
+    if scores := result.get("heldout"):
+        listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+        print(f"nDCG@10 of held-out pairs: {listed} (kept)")
+    print(f"wrote {output}")
 
 
 @app.command()
@@ -444,21 +452,37 @@ def similarity(
 def serve(
     model: AnyModel,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
+    ] = 8000,
     dtype: ComputeDtype = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(help="Tokens after which a text is cut.")
+    ] = None,
+    queue_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens that may wait; beyond them the answer is 429.")
+    ] = 262_144,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer is due.")] = 60.0,
 ) -> None:
-    """Answer OpenAI's /v1/embeddings, for one machine and a few clients."""
+    """Serve OpenAI's /v1/embeddings; QWEN3_ENCDEC_API_KEY asks every client for that key."""
+    import logging
+
     import torch
 
     from qwen3_encdec.embedding.encoder import TextEncoder
-    from qwen3_encdec.embedding.serve import make_server
 
-    server = make_server(
-        TextEncoder(model, dtype=getattr(torch, dtype.value) if dtype else None), host, port
-    )
-    print(f"http://{host}:{server.server_port}/v1/embeddings", flush=True)
-    with server:
-        server.serve_forever()
+    try:
+        from qwen3_encdec.embedding.serve import Limits, make_server
+    except ModuleNotFoundError as error:
+        install = "pip install 'qwen3-encdec[serve]'"
+        raise InputError(f"serve needs the package {error.name}: {install}") from None
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    torch_dtype = getattr(torch, dtype.value) if dtype else None
+    encoder = TextEncoder(model, dtype=torch_dtype, max_tokens=max_tokens)
+    limits = Limits(queue_tokens=queue_tokens, answer_seconds=timeout)
+    server = make_server(encoder, host, port, limits)
+    print(f"{server.url}/v1/embeddings", flush=True)
+    server.run()
 
 
 @app.command()
@@ -467,18 +491,18 @@ def export(
     to: Annotated[
         str,
         typer.Option(
-            help="safetensors, onnx, onnx-int8, openvino, gguf, gguf-f16 or gguf-q8_0.",
+            help="onnx, onnx-int8, gguf, gguf-f16 or gguf-q8_0; pair-onnx of an encoder-decoder.",
             metavar="FORM",
         ),
     ],
     output: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
-    """Write an encoder for other runtimes, if what they compute of it is what our own encoder
-    computes.
-    """
+    """Export an encoder to other runtimes and verify parity in them."""
     from qwen3_encdec.embedding.export import export_encoder
+    from qwen3_encdec.embedding.export_pair import PAIR, export_pair
 
-    print(f"{export_encoder(model, to, output)}\nwrote {output}")
+    report = export_pair(model, output) if to == PAIR else export_encoder(model, to, output)
+    print(f"{report}\nwrote {output}")
 
 
 @app.command()
@@ -492,9 +516,8 @@ def check_endpoint(
         str | None, typer.Option(help="Of the model in requests; default: the first it lists.")
     ] = None,
 ) -> None:
-    """Tell from its answers whether a server embeds bidirectionally;
-
-    exit code 0 if so, 1 if not, 3 if unclear.
+    """Tell from its answers whether a server embeds bidirectionally: exit code 0 if so, 1 if not, 3
+    if unclear.
     """
     from qwen3_encdec.embedding.probe import check_endpoint
 

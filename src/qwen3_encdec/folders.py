@@ -1,8 +1,11 @@
-"""What every command shares about files and about the people who call it.
+"""Model, tokenizer and output folders: errors a user can mend, atomic writes, checked reads.
 
 Outputs are built beside their destination and renamed into place, so a failure leaves nothing
-behind. Each folder that this project writes holds a ``qwen3_encdec.json`` that says how it came to
-be; a folder without it is somebody else's and is never replaced.
+behind. Each folder that this project writes holds a `qwen3_encdec.json` that says how it came to
+be; a folder without it is somebody else's and is never replaced. What is read is checked as a
+whole: a missing tensor is an error, never random.
+
+torch and transformers are imported where they are used: `--help` and a wrong setting need neither.
 """
 
 import json
@@ -15,19 +18,35 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 import yaml
 from safetensors import SafetensorError, safe_open
-from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-from transformers import PreTrainedModel
 
-from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
-from qwen3_encdec.tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from qwen3_encdec import (
+        Qwen3EncoderDecoderConfig,
+        Qwen3EncoderDecoderTokenizer,
+        Qwen3ForSeq2SeqLM,
+    )
 
 PROVENANCE_FILE = "qwen3_encdec.json"
+TRAIN_COMMAND = (
+    "accelerate launch --config_file configs/accelerate_fsdp2.yaml "
+    "scripts/train.py --config configs/training_config.yaml"
+)
+INITIALIZE_COMMAND = (
+    "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID "
+    "--output-dir ./qwen3-encdec-init"
+)
+_PACKAGES = (
+    *("qwen3-encdec", "torch", "transformers", "accelerate", "datasets"),
+    "sentence-transformers",
+)
+M = TypeVar("M", bound="PreTrainedModel")
 
 
 class InputError(ValueError):
@@ -37,20 +56,20 @@ class InputError(ValueError):
     """
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that decide results, as installed;
+def default_device() -> "torch.device":
+    """The accelerator that is there, else the CPU; every command computes on it.
 
-    packages that are absent are left out.
+    A build of torch for CUDA names `cuda` on a machine without a GPU too, unless asked to check.
     """
+    import torch
+
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def package_versions() -> dict[str, str]:
+    """Installed versions of the packages that decide results; absent ones are left out."""
     versions = {}
-    for name in (
-        "qwen3-encdec",
-        "torch",
-        "transformers",
-        "accelerate",
-        "datasets",
-        "sentence-transformers",
-    ):
+    for name in _PACKAGES:
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
@@ -59,11 +78,7 @@ def package_versions() -> dict[str, str]:
 
 
 def describe_source(*options: str) -> str | None:
-    """The commit of this package's checkout as `git describe` words it, with -dirty where files
-    differ.
-
-    None where it is installed without a checkout.
-    """
+    """`git describe` of this package's checkout, with -dirty if files differ; None without one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", *options]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -82,10 +97,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """What a YAML file holds.
-
-    Raises InputError, naming it as the `what` that it is, if it cannot be read.
-    """
+    """Parse a YAML file. Raises InputError, calling it a `what`, if it is absent or broken."""
     try:
         return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
@@ -95,7 +107,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON through a temporary file and a rename, so that a reader never sees half of it."""
+    """Write JSON through a temporary file and a rename: nobody ever reads half of it."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -105,46 +117,44 @@ def write_json(path: str | Path, value: Any) -> None:
 def check_output(output: str | Path, kind: str | None = None) -> Path:
     """Refuse a destination that we may not write: call it before any work begins.
 
-    An absent folder, an empty folder and a folder of ours (it holds ``qwen3_encdec.json``) are
-    fine; with ``kind``, only one of that kind, so that an encoder never replaces a run. Raises
-    InputError otherwise.
+    An absent folder, an empty folder and a folder of ours are fine; with `kind`, only one of that
+    kind, so that an encoder never replaces a run. Raises InputError otherwise.
     """
     output = Path(output)
     if output.exists() and not output.is_dir():
         raise InputError(f"output {output} is a file; name a folder")
-    if output.is_dir() and any(output.iterdir()) and not (output / PROVENANCE_FILE).exists():
+    ours = (output / PROVENANCE_FILE).exists()
+    if output.is_dir() and any(output.iterdir()) and not ours:
         raise InputError(
-            f"output folder {output} exists and was not written by qwen3-encdec; name another folder or empty it first"
+            f"output folder {output} exists and was not written by qwen3-encdec; "
+            "name another folder or empty it first"
         )
-    if kind is not None and (output / PROVENANCE_FILE).exists():
-        found = read_json(output / PROVENANCE_FILE).get("kind")
-        if found != kind:
-            raise InputError(
-                f"output folder {output} holds a {found}, not a {kind}; name another folder"
-            )
+    found = read_json(output / PROVENANCE_FILE).get("kind") if ours else kind
+    if kind is not None and found != kind:
+        raise InputError(
+            f"output folder {output} holds a {found}, not a {kind}; name another folder"
+        )
     return output
 
 
 @contextmanager
 def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Path]:
-    """Build a folder beside ``output`` and rename it into place when the block ends without an
-    exception.
+    """Build a folder beside `output` and rename it into place when the block ends.
 
-    ``kind`` (``"tokenizer"``, ``"encoder-decoder"``, ``"encoder"``, ...) and ``provenance`` are
-    recorded in its ``qwen3_encdec.json``. After an exception the unfinished folder is removed and
-    ``output`` is as it was.
+    `kind` (`"tokenizer"`, `"encoder-decoder"`, `"encoder"`, ...) and `provenance` are recorded in
+    its `qwen3_encdec.json`. After an exception the unfinished folder is removed and `output` is as
+    it was.
     """
     output = check_output(output, kind)
     output.parent.mkdir(parents=True, exist_ok=True)
     building = Path(
         tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
     )
-    building.chmod(0o755)
     try:
         yield building
-        write_json(
-            building / PROVENANCE_FILE, {"kind": kind, **provenance, "versions": package_versions()}
-        )
+        facts = {"kind": kind, **provenance, "versions": package_versions()}
+        write_json(building / PROVENANCE_FILE, facts)
+        _give_modes(building)
         if output.exists():
             replaced = building.with_suffix(".replaced")
             os.rename(output, replaced)
@@ -157,22 +167,25 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
         raise
 
 
+def _give_modes(folder: Path) -> None:
+    """Give every file the mode that the umask gives to new ones.
+
+    safetensors makes its own 0600, and a server under another user could not read them.
+    """
+    mode = (folder / PROVENANCE_FILE).stat().st_mode & 0o666
+    for path in (folder, *folder.rglob("*")):
+        if not path.is_symlink():
+            path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
 def copy_without_weights(source: Path, folder: Path) -> None:
-    """Every file of a model folder but its weights and its provenance, into a folder that exists."""
+    """Copy a model folder's files but its weights and its provenance into an existing folder."""
     weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", PROVENANCE_FILE)
     shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 
 
-M = TypeVar("M", bound=PreTrainedModel)
-TRAIN_COMMAND = (
-    "accelerate launch --config_file configs/accelerate_fsdp2.yaml "
-    "scripts/train.py --config configs/training_config.yaml"
-)
-INITIALIZE_COMMAND = "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID --output-dir ./qwen3-encdec-init"
-
-
 def resolve_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint that is given as a folder or as a hub id.
+    """Return the folder of a checkpoint, fetching it from the hub if `name` is no folder.
 
     Raises:
         InputError: it is neither, or the folder holds no `config.json`.
@@ -184,8 +197,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
         return folder
     if (
         folder.is_file()
-        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))
         or str(name).startswith(".")
+        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))
     ):
         raise InputError(f"checkpoint {name} does not exist")
     from huggingface_hub import snapshot_download
@@ -195,30 +208,31 @@ def resolve_checkpoint(name: str | Path) -> Path:
             snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt"])
         )
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0]
         raise InputError(
-            f"checkpoint {name} is no local folder and could not be fetched from the hub: {reason}"
+            f"checkpoint {name} is no local folder and could not be fetched from the hub: "
+            f"{str(error).strip().splitlines()[0]}"
         ) from None
 
 
-def read_tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
+def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
     """Yield (name, tensor) of a checkpoint's safetensors files, one at a time.
 
     Raises:
         InputError: there are none, or one is missing or damaged.
     """
     for path in _safetensors_files(folder):
-        with _opened(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name)
+        yield from _tensors_of(path)
 
 
-def read_averages(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield the same of the running average that training with `ema_decay` keeps.
+def read_averages(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
+    """Yield (name, tensor) of the running average that training with `ema_decay` keeps.
 
     Raises:
         InputError: there is none, or a file is damaged.
     """
+    import torch
+    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
+
     reader = HuggingFaceStorageReader(str(folder / "state"))
     try:
         metadata = reader.read_metadata() if (folder / "state").is_dir() else None
@@ -243,7 +257,8 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {}
     for path in _safetensors_files(folder):
         with _opened(path) as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+            for name in tensors.keys():  # noqa: SIM118
+                shapes[name] = tuple(tensors.get_slice(name).get_shape())
     return shapes
 
 
@@ -258,6 +273,13 @@ def _safetensors_files(folder: Path) -> list[Path]:
     return [folder / file for file in files]
 
 
+def _tensors_of(path: Path, suffix: str = "") -> "Iterator[tuple[str, torch.Tensor]]":
+    with _opened(path) as tensors:
+        for name in tensors.keys():  # noqa: SIM118
+            if name.endswith(suffix):
+                yield name, tensors.get_tensor(name)
+
+
 def _opened(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
@@ -265,8 +287,8 @@ def _opened(path: Path) -> safe_open:
         raise InputError(f"{path} is truncated, damaged or missing: {error}") from None
 
 
-def load_config(folder: str | Path) -> Qwen3EncoderDecoderConfig:
-    """The configuration of an encoder-decoder folder.
+def load_config(folder: str | Path) -> "Qwen3EncoderDecoderConfig":
+    """Read the configuration of an encoder-decoder folder.
 
     Raises:
         InputError: the folder is missing (names the command that makes one), or holds another kind
@@ -276,6 +298,8 @@ def load_config(folder: str | Path) -> Qwen3EncoderDecoderConfig:
     if not (folder / "config.json").is_file():
         missing = "holds no config.json" if folder.is_dir() else "does not exist"
         raise InputError(f"model folder {folder} {missing}; make it with: {INITIALIZE_COMMAND}")
+    from qwen3_encdec import Qwen3EncoderDecoderConfig
+
     kind = read_json(folder / "config.json").get("model_type")
     if kind != Qwen3EncoderDecoderConfig.model_type:
         raise InputError(
@@ -289,13 +313,12 @@ def load_config(folder: str | Path) -> Qwen3EncoderDecoderConfig:
 
 
 def load_tokenizer(
-    folder: str | Path, config: Qwen3EncoderDecoderConfig | None = None
-) -> Qwen3EncoderDecoderTokenizer:
-    """The tokenizer of a folder; with `config`, checked to have as many entries as the model has
-    rows.
+    folder: str | Path, config: "Qwen3EncoderDecoderConfig | None" = None
+) -> "Qwen3EncoderDecoderTokenizer":
+    """Read the tokenizer of a folder; with `config`, check that the model has as many rows.
 
     Raises:
-        InputError: there is none (names the command that makes one), it has no sentinels, or the
+        InputError: there is none (names the command that makes one), it cannot be read, or the
             sizes differ.
     """
     folder = Path(folder)
@@ -305,47 +328,66 @@ def load_tokenizer(
             f"qwen3-encdec tokenizer --output {folder}" if config is None else INITIALIZE_COMMAND
         )
         raise InputError(f"tokenizer {folder} {missing}; make it with: {command}")
+    from qwen3_encdec import Qwen3EncoderDecoderTokenizer
+
     try:
         tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises bare exceptions
         raise InputError(f"{folder} holds a tokenizer that cannot be read: {error}") from None
     if config is not None and len(tokenizer) != config.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} entries and the model {config.vocab_size:,} rows; "
-            "save the model with its own tokenizer"
+            f"{folder}: the tokenizer has {len(tokenizer):,} entries and the model "
+            f"{config.vocab_size:,} rows; save the model with its own tokenizer"
         )
     return tokenizer
 
 
-def load_model(folder: str | Path, dtype: torch.dtype = torch.float32) -> Qwen3ForSeq2SeqLM:
-    """The encoder-decoder of a folder, whole: a missing tensor is an error and never random.
+def load_model(folder: str | Path, dtype: "torch.dtype | None" = None) -> "Qwen3ForSeq2SeqLM":
+    """Read the encoder-decoder of a folder whole, in fp32 or `dtype`.
 
     Raises:
-        InputError: as `load_config`, or the tensors are damaged, missing, too many or of other
-            shapes.
+        InputError: as `load_config` and `load_whole`.
     """
-    return load_whole(Qwen3ForSeq2SeqLM, Path(folder), load_config(folder), dtype)
+    import torch
+
+    from qwen3_encdec import Qwen3ForSeq2SeqLM
+
+    config = load_config(folder)
+    return load_whole(Qwen3ForSeq2SeqLM, Path(folder), config, dtype or torch.float32)
 
 
 def load_whole(
-    kind: type[M], folder: Path, config: Qwen3EncoderDecoderConfig, dtype: torch.dtype
+    kind: type[M],
+    folder: Path,
+    config: "Qwen3EncoderDecoderConfig",
+    dtype: "torch.dtype",
+    key_mapping: dict[str, str] | None = None,
 ) -> M:
-    """A model of a folder, all of `dtype`: transformers itself would fill what is missing at
-    random.
+    """Read a model whose tensors are all in the folder; transformers would fill gaps at random.
+
+    Args:
+        key_mapping: Patterns of the folder's tensor names and what the model calls them.
 
     Raises:
         InputError: a tensor is missing, too many or of another shape, or a file is damaged.
     """
+    import torch
+
+    def rename(name: str) -> str:
+        for pattern, replacement in (key_mapping or {}).items():
+            name = re.sub(pattern, replacement, name)
+        return name
+
     with torch.device("meta"):
-        expected = {name: tuple(p.shape) for name, p in kind(config).named_parameters()}
-    found = tensor_shapes(folder)
-    for name in sorted(
-        name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)
-    ):
-        state = (
-            "is missing"
-            if name not in found
-            else f"is {found[name]}, expected {expected.get(name, 'none')}"
-        )
-        raise InputError(f"{folder}: tensor {name} {state}")
-    return kind.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True)
+        expected = {name: tuple(t.shape) for name, t in kind(config).state_dict().items()}
+    shapes = tensor_shapes(folder)
+    names = {rename(name): name for name in shapes}
+    for name in sorted(expected.keys() | names.keys()):
+        if name not in names:
+            raise InputError(f"{folder}: tensor {name} is missing")
+        found, shape = shapes[names[name]], expected.get(name)
+        if found != shape:
+            raise InputError(f"{folder}: tensor {names[name]} is {found}, expected {shape}")
+    return kind.from_pretrained(
+        folder, config=config, dtype=dtype, key_mapping=key_mapping, local_files_only=True
+    )

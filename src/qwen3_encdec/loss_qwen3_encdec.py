@@ -63,6 +63,24 @@ def chunked_cross_entropy(
     return loss, token_losses.view(labels.shape)
 
 
+def dense_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int,
+    z_loss: float = 0.0,
+    smoothing: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the same from [..., V] logits that exist anyway."""
+    kept = labels != IGNORED
+    log_probs = logits.float().log_softmax(-1)
+    target = log_probs.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
+    objective = -(1 - smoothing) * target - smoothing * log_probs.mean(-1)
+    if z_loss:
+        objective = objective + z_loss * logits.float().logsumexp(-1).square()
+    loss = objective.masked_fill(~kept, 0.0).sum() / num_items
+    return loss, -target.detach().masked_fill(~kept, 0.0)
+
+
 def loss_chunk(device_type: str) -> int:
     """Return how many tokens have logits at a time.
 
@@ -191,4 +209,4 @@ def _add_product(total: torch.Tensor, logits: torch.Tensor, states: torch.Tensor
         part += columns.T @ states
 
 
-__all__ = ["IGNORED", "chunked_cross_entropy", "loss_chunk"]
+__all__ = ["IGNORED", "chunked_cross_entropy", "dense_cross_entropy", "loss_chunk"]

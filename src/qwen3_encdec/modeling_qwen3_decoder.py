@@ -55,7 +55,7 @@ from .attention_qwen3_encdec import (
     reorder_keys,
 )
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .modeling_qwen3_encoder import Qwen3Stack, check_shape
+from .modeling_qwen3_encoder import Qwen3Stack, check_packed, check_shape
 
 
 class SourcePrefix:
@@ -245,8 +245,8 @@ class Qwen3MergedDecoder(Qwen3Stack):
 
         Args:
             input_ids: [B, T] int64, already shifted right; packed, [1, N].
-            attention_mask: [B, P + T], 1 real and 0 padding; or a mask [B, 1, T, P + T] of the
-                target's keys or [B, 1, T, S + P + T] of all keys, used as it is.
+            attention_mask: [B, P + T], 1 real and 0 padding; or a mask [B, 1, T, S + P + T] of
+                all keys, used as it is.
             position_ids: [B, T]; by default counted from the first real token of the row and
                 continued from the cache.
             inputs_embeds: [B, T, E] in place of `input_ids`.
@@ -274,21 +274,25 @@ class Qwen3MergedDecoder(Qwen3Stack):
         own = getattr(cache, "self_attention_cache", cache)
         source_length = encoder_hidden_states.shape[1]
         holds_source = own is not None and _holds_source(own)
-        past = own.get_query_offset() - source_length if holds_source else 0
+        past: Any = 0
+        if own is not None and holds_source:
+            past = own.get_query_offset() - source_length
 
         batch, length = states.shape[:2]
-        check_shape("decoder_position_ids", position_ids, (batch, length), (1, length))
-        if position_ids is None:
-            position_ids = self._positions(length, attention_mask, past)
         mask = None
         if packed is None:
+            check_shape("decoder_position_ids", position_ids, (batch, length), (1, length))
             view = own if holds_source else _Prefilled(own, source_length)
             mask = self._merged_mask(
                 states, attention_mask, encoder_hidden_states, encoder_attention_mask, view, past
             )
         else:
+            bounds = packed.layout.queries, packed.layout.longest_query
+            check_packed(length, attention_mask, position_ids, *bounds, "decoder_")
             check_shape("key_order", packed.order, (source_length + length,))
             packed.layout.prepare(self.config._attn_implementation, states, source_length + length)
+        if position_ids is None:
+            position_ids = _positions(states, attention_mask, past)
         position_embeddings = self.rotary_emb(states, position_ids)
         encoder_position_embeddings = None
         if self.config.rope_on_encoder_keys:
@@ -323,12 +327,6 @@ class Qwen3MergedDecoder(Qwen3Stack):
             return SourceDynamicCache()
         return cache
 
-    def _positions(self, length: int, attention_mask: Any, past: Any) -> torch.Tensor:
-        """[B, T] positions: counted over real tokens where a padding mask tells them apart."""
-        if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
-            return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
-        return torch.arange(length, device=self.norm.weight.device)[None] + past
-
     def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, view, past) -> Any:
         """Make the mask of `[encoder ; decoder]` keys; None where it is bottom-right causal.
 
@@ -340,8 +338,12 @@ class Qwen3MergedDecoder(Qwen3Stack):
         if isinstance(attention_mask, dict):  # as generate() makes it ahead for a static cache
             attention_mask = attention_mask["full_attention"]
         if attention_mask is not None and len(attention_mask.shape) == 4:
-            if isinstance(view, _Prefilled) and attention_mask.shape[-1] == length:
-                return _with_source(attention_mask, encoder_mask, source)
+            keys = attention_mask.shape[-1]
+            if not isinstance(past, torch.Tensor) and keys < source + past + length:
+                raise ValueError(
+                    f"a 4D decoder_attention_mask of {keys} keys: it must cover the {source} source"
+                    f" and the {past + length} target keys"
+                )
             return attention_mask
         check_shape("attention_mask", encoder_mask, (batch, source))
         if not isinstance(past, torch.Tensor):
@@ -358,6 +360,14 @@ class Qwen3MergedDecoder(Qwen3Stack):
                 attention_mask = states.new_ones(batch, keys, dtype=torch.long)
             attention_mask = torch.cat([encoder_mask.to(attention_mask), attention_mask], dim=1)
         return create_causal_mask(self.config, states, attention_mask, cache=view)
+
+
+def _positions(states: torch.Tensor, attention_mask: Any, past: Any) -> torch.Tensor:
+    """[B, T] positions: counted over real tokens where a padding mask tells them apart."""
+    length = states.shape[1]
+    if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
+        return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
+    return torch.arange(length, device=states.device)[None] + past
 
 
 def _holds_source(cache: Cache) -> bool:
@@ -381,19 +391,6 @@ class _Prefilled:
         if self.cache is None:
             return self.source_length + queries, 0
         return self.cache.get_mask_sizes(self.source_length + queries, layer_idx)
-
-
-def _with_source(
-    mask: torch.Tensor, encoder_mask: torch.Tensor | None, source: int
-) -> torch.Tensor:
-    """Put the source before a caller's own [B, 1, T, T] mask, bool or additive."""
-    seen = torch.ones(*mask.shape[:3], source, dtype=torch.bool, device=mask.device)
-    if encoder_mask is not None:
-        seen = seen & encoder_mask[:, None, None].bool()
-    if mask.dtype != torch.bool:
-        zeros = torch.zeros(seen.shape, dtype=mask.dtype, device=mask.device)
-        seen = zeros.masked_fill(~seen, torch.finfo(mask.dtype).min)
-    return torch.cat([seen, mask], dim=-1)
 
 
 __all__ = ["Qwen3MergedDecoder"]

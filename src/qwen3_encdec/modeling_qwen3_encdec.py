@@ -17,17 +17,15 @@ from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
-from torch import nn
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationConfig, GenerationMode
-from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .loss_qwen3_encdec import IGNORED
+from .loss_qwen3_encdec import IGNORED, dense_cross_entropy
 from .modeling_qwen3_decoder import (
     PackedKeys,
     Qwen3MergedDecoder,
@@ -38,7 +36,6 @@ from .modeling_qwen3_encoder import (
     Qwen3Encoder,
     Qwen3EncoderDecoderPreTrainedModel,
     Qwen3SharedEmbedding,
-    check_packed,
     check_shape,
 )
 
@@ -74,14 +71,6 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         self.decoder = Qwen3MergedDecoder(config, self)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the one embedding module."""
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding everywhere it is used."""
-        self.shared = value
-
     @can_return_tuple
     def forward(
         self,
@@ -107,9 +96,10 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Seq2SeqModelOutput:
-        """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM.forward`."""
+        """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM`."""
+        encoder_output: Any = encoder_outputs
         if encoder_outputs is None:
-            encoder_outputs = self.encoder(
+            encoder_output = self.encoder(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 position_ids=position_ids,
@@ -120,21 +110,12 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
                 **kwargs,
             )
         elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        encoded = encoder_outputs.last_hidden_state
+            encoder_output = BaseModelOutput(*encoder_outputs)
+        encoded = encoder_output.last_hidden_state
         packed = None
         if cu_seqlens is not None:
             packed = _packed_keys(
                 cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
-            )
-            ids = decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds
-            check_packed(
-                ids.shape[1],
-                decoder_attention_mask,
-                decoder_position_ids,
-                decoder_cu_seqlens,
-                decoder_max_seqlen,
-                "decoder_",
             )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
@@ -157,26 +138,55 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,
             encoder_last_hidden_state=encoded,
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
+            encoder_hidden_states=encoder_output.hidden_states,
+            encoder_attentions=encoder_output.attentions,
         )
 
 
 class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
-    """The encoder-decoder with its language-model head, which is the embedding itself."""
+    """The encoder-decoder with its language-model head, which is the embedding itself.
+
+        Arguments of `forward`:
+        input_ids: [B, S] int64 source; packed, [1, M].
+        attention_mask: [B, S], 1 real and 0 padding; none in a packed batch.
+        position_ids: [B, S], from 0 along the row by default; packed, [1, M].
+        encoder_outputs: Encoder output to use in place of encoding.
+        decoder_input_ids: [B, T] int64; by default `labels` shifted right.
+        decoder_attention_mask: [B, P + T], 1 real and 0 padding, which left-padded targets
+            need. Or a 4D mask, see `Qwen3MergedDecoder.forward`.
+        decoder_position_ids: [B, T], by default counted over the real tokens of the row.
+        cu_seqlens, decoder_cu_seqlens: [D + 1] int32, cumulative lengths of the documents'
+            sources and targets: the batch is packed.
+        max_seqlen, decoder_max_seqlen: Longest of them.
+        key_order: [M + N] int64, sorts [all sources ; all targets] document by document.
+        cache: Keys and values to read and extend.
+        labels: [B, T] int64 target, not shifted, -100 is ignored; packed, [1, N].
+        num_items_in_batch: Label tokens of the whole optimizer step, over micro-batches and
+            ranks: the loss is the sum over label tokens divided by it. None divides by this
+            call's own label tokens.
+        encoder_targets: [B, S] int64, for an auxiliary masked next-token loss on the encoder
+            (MNTP, arXiv 2404.05961): the original id where `input_ids` has a mask, else -100.
+            As in a causal model, the state before a token predicts it, and the first token of
+            a document cannot be asked for.
+        encoder_loss_weight: Of the sum over encoder targets, added to the sum over labels.
+        z_loss: Weight of the squared log-sum-exp of a token's logits.
+        smoothing: Share of the target spread over the whole vocabulary.
+        return_logits: By default where there are no labels, and outside training.
+        logits_to_keep: Logits of the last positions only, or of these positions; 0 keeps all.
+
+    Returns:
+        `loss` (fp32 scalar) and `token_losses` with labels; `logits` [B, T, V]; cache, states
+        and attentions as asked.
+
+    Raises:
+        ValueError: inputs missing, given twice or of shapes that do not fit.
+        TypeError: an argument that nothing reads.
+    """
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
         self.model = Qwen3EncoderDecoderModel(config)
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the one embedding module."""
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding everywhere it is used."""
-        self.model.set_input_embeddings(value)
 
     @can_return_tuple
     def forward(
@@ -213,44 +223,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Qwen3Seq2SeqLMOutput:
-        """Compute loss and logits of a padded or of a packed batch.
-
-        Args:
-            input_ids: [B, S] int64 source; packed, [1, M].
-            attention_mask: [B, S], 1 real and 0 padding; none in a packed batch.
-            position_ids: [B, S], from 0 along the row by default; packed, [1, M].
-            encoder_outputs: Encoder output to use in place of encoding.
-            decoder_input_ids: [B, T] int64; by default `labels` shifted right.
-            decoder_attention_mask: [B, P + T], 1 real and 0 padding, which left-padded targets
-                need. Or a 4D mask, see `Qwen3MergedDecoder.forward`.
-            decoder_position_ids: [B, T], by default counted over the real tokens of the row.
-            cu_seqlens, decoder_cu_seqlens: [D + 1] int32, cumulative lengths of the documents'
-                sources and targets: the batch is packed.
-            max_seqlen, decoder_max_seqlen: Longest of them.
-            key_order: [M + N] int64, sorts [all sources ; all targets] document by document.
-            cache: Keys and values to read and extend.
-            labels: [B, T] int64 target, not shifted, -100 is ignored; packed, [1, N].
-            num_items_in_batch: Label tokens of the whole optimizer step, over micro-batches and
-                ranks: the loss is the sum over label tokens divided by it. None divides by this
-                call's own label tokens.
-            encoder_targets: [B, S] int64, for an auxiliary masked next-token loss on the encoder
-                (MNTP, arXiv 2404.05961): the original id where `input_ids` has a mask, else -100.
-                As in a causal model, the state before a token predicts it, and the first token of
-                a document cannot be asked for.
-            encoder_loss_weight: Of the sum over encoder targets, added to the sum over labels.
-            z_loss: Weight of the squared log-sum-exp of a token's logits.
-            smoothing: Share of the target spread over the whole vocabulary.
-            return_logits: By default where there are no labels, and outside training.
-            logits_to_keep: Logits of the last positions only, or of these positions; 0 keeps all.
-
-        Returns:
-            `loss` (fp32 scalar) and `token_losses` with labels; `logits` [B, T, V]; cache, states
-            and attentions as asked.
-
-        Raises:
-            ValueError: inputs missing, given twice or of shapes that do not fit.
-            TypeError: an argument that nothing reads.
-        """
+        """Compute loss and logits; the arguments are those of the class's documentation."""
         if unknown := sorted(kwargs.keys() - _PASSED_BY_TRANSFORMERS):
             raise TypeError(f"unexpected argument {unknown[0]!r}")
         if labels is not None:
@@ -286,42 +259,33 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         states = outputs.last_hidden_state
 
         loss = token_losses = logits = None
-        if labels is not None:
-            check_shape("labels", labels, states.shape[:2])
-            if num_items_in_batch is None:
-                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            options = {
-                "num_items": num_items_in_batch,
-                "z_loss": z_loss,
-                "smoothing": smoothing,
-            }
-            losses = self.model.shared(states, labels=labels, **options)
-            loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
-            if encoder_targets is not None:
-                encoded = outputs.encoder_last_hidden_state
-                wanted = _next_tokens(encoder_targets, encoded, position_ids)
-                encoder_loss = self.model.shared(encoded, labels=wanted, **options)[0]
-                loss = loss + encoder_loss_weight * encoder_loss
         if return_logits is None:
             return_logits = labels is None or not self.training
         if return_logits:
             keep: Any = logits_to_keep
             keep = slice(-keep, None) if isinstance(keep, int) else keep
             logits = self.model.shared(states[:, keep])
-        return Qwen3Seq2SeqLMOutput(
-            loss=loss,
-            token_losses=token_losses,
-            logits=logits,
-            cache=outputs.cache,
-            decoder_hidden_states=outputs.decoder_hidden_states,
-            decoder_attentions=outputs.decoder_attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=outputs.encoder_last_hidden_state,
-            encoder_hidden_states=outputs.encoder_hidden_states,
-            encoder_attentions=outputs.encoder_attentions,
-        )
-
-    # Labels
+        if labels is not None:
+            check_shape("labels", labels, states.shape[:2])
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+            options: Any = {
+                "num_items": num_items_in_batch,
+                "z_loss": z_loss,
+                "smoothing": smoothing,
+            }
+            if logits is not None and logits.shape[1] == labels.shape[1]:
+                loss, token_losses = dense_cross_entropy(logits, labels, **options)
+            else:
+                losses = self.model.shared(states, labels=labels, **options)
+                loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
+            if encoder_targets is not None:
+                encoded = outputs.encoder_last_hidden_state
+                wanted = _next_tokens(encoder_targets, encoded, position_ids)
+                encoder_loss = self.model.shared(encoded, labels=wanted, **options)[0]
+                loss = loss + encoder_loss_weight * encoder_loss
+        rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
         """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""
@@ -345,8 +309,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         else:
             first = (places == 0)[None]
         return shifted.masked_fill(first, self.config.decoder_start_token_id or 0)
-
-    # Generation
 
     def _prepare_cache_for_generation(
         self,
@@ -379,51 +341,10 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 own = kind.around(own, source_length)
             model_kwargs["cache"] = own
 
-    def prepare_inputs_for_generation(
-        self,
-        input_ids: torch.Tensor,
-        *args: Any,
-        cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> dict[str, Any]:
-        """Prepare a step; for a compiled one, with the whole mask and the positions made ahead."""
-        if cache is not None and cache.is_compileable and cache.source_length:
-            rows, source_length = len(input_ids), cache.source_length
-            if decoder_attention_mask is not None:
-                positions = (decoder_attention_mask.cumsum(-1) - 1).clamp(min=0)
-                kwargs["decoder_position_ids"] = positions
-            else:
-                room = cache.layers[0].get_max_length() - source_length
-                decoder_attention_mask = input_ids.new_ones(rows, room)
-            source_mask = attention_mask
-            if source_mask is None:
-                source_mask = input_ids.new_ones(rows, source_length)
-            decoder_attention_mask = torch.cat(
-                [source_mask.to(decoder_attention_mask), decoder_attention_mask], dim=1
-            )
-        return super().prepare_inputs_for_generation(
-            input_ids,
-            *args,
-            cache=cache,
-            attention_mask=attention_mask,
-            decoder_attention_mask=decoder_attention_mask,
-            **kwargs,
-        )
-
     @staticmethod
-    def create_masks_for_generate(
-        config: Qwen3EncoderDecoderConfig,
-        inputs_embeds: torch.Tensor,
-        attention_mask: torch.Tensor | None,
-        cache: Cache,
-        **kwargs: Any,
-    ) -> Any:
-        """Make the mask of a compiled step; the first step, which is not compiled, makes its own."""
-        if not cache.source_length:
-            return attention_mask
-        return create_causal_mask(config, inputs_embeds, attention_mask, cache=cache)
+    def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
+        """Leave the decoder's mask as it is: `forward` puts the source's before it."""
+        return attention_mask
 
     @torch.no_grad()
     def fill(self, text: str | list[str], tokenizer: Any, **generate_options: Any) -> Any:

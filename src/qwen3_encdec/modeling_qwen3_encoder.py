@@ -35,7 +35,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3RotaryEmbedding,
     apply_rotary_pos_emb,
 )
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from .attention_qwen3_encdec import Varlen, attend, project_key_value, project_query
@@ -131,6 +131,14 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
             if name.partition(".layers.")[0] in stacks
         }
 
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the one embedding module."""
+        return self.base_model.shared
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the embedding everywhere it is used."""
+        self.base_model.shared = value
+
     def get_output_embeddings(self) -> None:
         """Return None: the head is a call of the input embedding."""
 
@@ -169,11 +177,12 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         """[B, L] ids or [B, L, E] embeddings, exactly one of them -> [B, L, E]."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
-        if input_ids is None:
+        if inputs_embeds is not None:
             return inputs_embeds
         if self._owner[0] is None:
             raise ValueError(f"this stack has no embedding of its own: give {prefix}inputs_embeds")
-        return self._owner[0].shared(input_ids)
+        embedding: Any = self._owner[0].shared
+        return embedding(input_ids)
 
 
 class Qwen3Encoder(Qwen3Stack):
@@ -227,8 +236,8 @@ class Qwen3Encoder(Qwen3Stack):
             check_shape("position_ids", position_ids, (batch, length), (1, length))
             mask = create_bidirectional_mask(self.config, states, attention_mask)
         else:
-            check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
-            packed = Varlen(cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+            longest = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
+            packed = Varlen(cu_seqlens, cu_seqlens, longest, longest)
             packed.prepare(self.config._attn_implementation, states, length)
         if position_ids is None:
             position_ids = torch.arange(length, device=states.device)[None]
@@ -257,8 +266,8 @@ def check_packed(
     cu_seqlens: torch.Tensor | None,
     max_seqlen: int | None,
     prefix: str = "",
-) -> None:
-    """Raise ValueError unless one side of a packed batch is complete and has no padding mask."""
+) -> int:
+    """Return `max_seqlen`; raise ValueError unless one side of a packed batch is complete."""
     if mask is not None:
         raise ValueError(f"a packed batch has no padding: leave out {prefix}attention_mask")
     if position_ids is None or cu_seqlens is None or max_seqlen is None:
@@ -266,11 +275,12 @@ def check_packed(
         raise ValueError(f"a packed batch needs {needed}")
     check_shape(f"{prefix}position_ids", position_ids, (1, tokens))
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return  # looking at values would make the host wait
+        return max_seqlen  # looking at values would make the host wait
     if (end := int(cu_seqlens[-1])) != tokens:
         raise ValueError(
             f"{prefix}cu_seqlens ends at {end}, but the packed batch has {tokens} tokens"
         )
+    return max_seqlen
 
 
 class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
@@ -286,41 +296,22 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         self.encoder = Qwen3Encoder(config, self)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        return self.shared
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.shared = value
-
     @can_return_tuple
     def forward(
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        cu_seqlens: torch.Tensor | None = None,
-        max_seqlen: int | None = None,
-        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+        **inputs: Any,
     ) -> BaseModelOutput:
-        """Encode a batch; see `Qwen3Encoder.forward`."""
-        return self.encoder(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            inputs_embeds=inputs_embeds,
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            **kwargs,
-        )
+        """Encode a batch; the arguments are those of `Qwen3Encoder.forward`."""
+        return self.encoder(input_ids, attention_mask, **inputs)
 
 
 class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
-    """The encoder and one linear layer."""
+    """The encoder and one linear layer on its states, or on what a subclass makes of them."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # noqa: RUF012
+    output_class: type[ModelOutput] = TokenClassifierOutput
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
@@ -328,85 +319,62 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the embedding."""
-        return self.model.shared
+    def pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, S, E] states -> what is classified."""
+        return states
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding."""
-        self.model.set_input_embeddings(value)
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        num_items_in_batch: torch.Tensor | int | None = None,
+        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
+    ) -> ModelOutput:
+        """Classify texts or tokens.
+
+        Args:
+            labels: int64, [B] for texts and [B, S] for tokens (-100 is ignored); float for
+                regression and for several labels a text.
+            num_items_in_batch: Labels of the whole optimizer step, to divide their sum by.
+
+        Returns:
+            `logits` [B, num_labels] or [B, S, num_labels] and, with labels, `loss`.
+        """
+        output = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(self.pool(output.last_hidden_state, attention_mask))
+        loss = None
+        if labels is not None:
+            of_texts = logits.dim() == 2
+            arguments = (labels, logits) if of_texts else (logits, labels)
+            loss = self.loss_function(
+                *arguments, self.config, num_items_in_batch=num_items_in_batch
+            )
+        return self.output_class(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            attentions=output.attentions,
+        )
 
 
 class Qwen3EncoderForSequenceClassification(Qwen3EncoderClassifier):
     """One linear layer on the mean of a text's states."""
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
-    ) -> SequenceClassifierOutput:
-        """Classify texts.
+    output_class = SequenceClassifierOutput
 
-        Args:
-            input_ids: [B, S] int64, with `attention_mask` [B, S]; or `inputs_embeds` [B, S, E].
-            labels: [B] int64; float for regression and for several labels a text.
-            num_items_in_batch: Texts of the whole optimizer step; see `Trainer`.
-
-        Returns:
-            `logits` [B, num_labels] and, with labels, `loss`.
-        """
-        output = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        states = output.last_hidden_state
+    def pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+        """[B, S, E] -> mean over the real tokens, [B, E]."""
         if attention_mask is None:
-            mean = states.mean(1)
-        else:
-            kept = attention_mask.to(states.dtype)[..., None]
-            mean = (states * kept).sum(1) / kept.sum(1).clamp(min=1)
-        logits = self.score(mean)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                labels, logits, self.config, num_items_in_batch=num_items_in_batch
-            )
-        return SequenceClassifierOutput(loss, logits, output.hidden_states, output.attentions)
+            return states.mean(1)
+        kept = attention_mask.to(states.dtype)[..., None]
+        return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 
 class Qwen3EncoderForTokenClassification(Qwen3EncoderClassifier):
     """One linear layer on every state."""
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        num_items_in_batch: torch.Tensor | int | None = None,
-        **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
-    ) -> TokenClassifierOutput:
-        """Classify tokens.
-
-        Args:
-            input_ids: [B, S] int64, with `attention_mask` [B, S]; or `inputs_embeds` [B, S, E].
-            labels: [B, S] int64, -100 is ignored.
-            num_items_in_batch: Label tokens of the whole optimizer step; see `Trainer`.
-
-        Returns:
-            `logits` [B, S, num_labels] and, with labels, `loss`.
-        """
-        output = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(output.last_hidden_state)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits, labels, self.config, num_items_in_batch=num_items_in_batch
-            )
-        return TokenClassifierOutput(loss, logits, output.hidden_states, output.attentions)
 
 
 __all__ = [

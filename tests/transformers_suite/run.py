@@ -6,8 +6,13 @@ are to pass too.
 
     python tests/transformers_suite/run.py CHECKOUT [pytest options]
 
-CHECKOUT is a clone of transformers at the tag of the installed version; it needs `pip install
-parameterized`. Exit status 1 if one of our tests fails, if T5Gemma 2 passes one that we skip, or if
+CHECKOUT is a clone of transformers at the tag of the installed version, and two packages more:
+
+    git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers CHECKOUT
+    pip install parameterized httpx
+
+The source distribution on PyPI has the common suites, but neither `tests/generation` nor the tests
+of a model. Exit status 1 if one of our tests fails, if T5Gemma 2 passes one that we skip, or if
 we pass fewer; pytest's own if it broke off. RUN_SLOW=1 in the environment adds the slow tests,
 torch.export among them.
 """
@@ -23,7 +28,7 @@ import pytest
 OURS, ALONE, THEIRS = "Qwen3EncoderDecoderModelTest", "Qwen3EncoderModelTest", "T5Gemma2ModelTest"
 FOLDERS = ("t5gemma2", "qwen3_encdec")
 NOT_FOR_US = {
-    "test_internal_model_config_and_subconfig_are_same": "needs a configuration with sub-configurations"
+    "test_internal_model_config_and_subconfig_are_same": "needs sub-configurations",
 }
 
 

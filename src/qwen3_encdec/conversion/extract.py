@@ -24,6 +24,7 @@ from tokenizers import processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from qwen3_encdec.conversion.card import LANGUAGE, LICENSE, base_of, write_card
 from qwen3_encdec.folders import (
     TRAIN_COMMAND,
     InputError,
@@ -41,12 +42,18 @@ from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 # As sentence-transformers calls them, and the flags by which its older versions and other readers
 # know them.
 POOLING = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
-_FLAGS = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
-          "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken"}  # fmt: skip
+POOLING_FLAGS = {
+    "cls": "cls_token",
+    "mean": "mean_tokens",
+    "max": "max_tokens",
+    "sqrt": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens",
+    "lasttoken": "lasttoken",
+}
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range", "rms_norm_eps",
-    "rope_parameters", "attention_bias", "attention_dropout", "pad_token_id",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
+    "initializer_range", "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout", "pad_token_id",
 )  # fmt: skip
 # Largest difference allowed to our own encoder, relative to the largest state, in fp32.
 TOLERANCE = 1e-4
@@ -72,8 +79,8 @@ class ExtractionReport:
         )
         return (
             f"encoder of {', '.join(self.averaged)}: {self.parameters:,} parameters\n"
-            f"stock transformers differs by {self.transformers:.1e}, sentence-transformers by {pooled}; "
-            f"read causally it would differ by {self.causal_control:.1e} (limit {TOLERANCE:.0e})"
+            f"stock transformers differs by {self.transformers:.1e}, sentence-transformers by "
+            f"{pooled}; read causally it would differ by {self.causal_control:.1e} (limit {TOLERANCE:.0e})"
         )
 
 
@@ -84,7 +91,9 @@ def extract_encoder(
     pooling: str = "mean",
     average_last: int = 1,
     ema: bool = False,
-    max_seq_length: int = 512,
+    max_seq_length: int | None = None,
+    license: str = LICENSE,
+    language: str = LANGUAGE,
 ) -> ExtractionReport:
     """Write the encoder of a checkpoint as a standalone text-embedding model.
 
@@ -94,21 +103,27 @@ def extract_encoder(
         output_dir: Written beside and renamed into place.
         pooling: `"mean"`, `"last"` or `"cls"`, what sentence-transformers makes a sentence of.
         average_last: Average the weights of the newest N checkpoints of the run, up to
-        `checkpoint`.
+            `checkpoint`.
         ema: Take the running average that training kept, not the weights.
-        max_seq_length: Tokens after which sentence-transformers truncates a text.
+        max_seq_length: Tokens after which a text is cut; by default 512, or the model's positions
+            if there are fewer.
+        license: For the model card, an identifier of the hub.
+        language: For the model card, codes by commas.
 
     Raises:
         InputError: no encoder-decoder checkpoint there, too few to average, damaged files, an
-            unknown pooling, or a folder that stock transformers or sentence-transformers does not
-            read as our encoder.
+            unknown pooling, a length out of range, or a folder that stock transformers or
+            sentence-transformers does not read as our encoder.
     """
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")
     output_dir = check_output(output_dir, "encoder")
     folders = checkpoints_to_average(Path(checkpoint), average_last)
     config = load_config(folders[-1])
-    max_seq_length = min(max_seq_length, config.max_position_embeddings)
+    longest = config.max_position_embeddings
+    max_seq_length = min(512, longest) if max_seq_length is None else max_seq_length
+    if not 2 <= max_seq_length <= longest:
+        raise InputError(f"max-seq-length {max_seq_length} must lie in 2 ... {longest}")
     names = [f"{folder.name} (ema)" if ema else folder.name for folder in folders]
     with new_folder(
         output_dir, "encoder", source=str(checkpoint), averaged=names, pooling=pooling
@@ -120,12 +135,22 @@ def extract_encoder(
         _write_config(folder, config)
         _write_tokenizer(folder, folders[-1], max_seq_length)
         _write_sentence_transformers_layout(folder, config, pooling, max_seq_length)
+        base = base_of(folders[-1])
+        made = {"base": base, "checkpoints": ", ".join(names), "pooling": pooling}
+        write_card(
+            folder,
+            name=output_dir.resolve().name,
+            base_model=base,
+            license=license,
+            language=language,
+            sections=[("How it was made", made)],
+        )
         parameters = sum(p.numel() for p in encoder.parameters())
         report = ExtractionReport(names, parameters, *_verify(folder, config, encoder.state_dict()))
         worst = max(report.transformers, report.sentence_transformers or 0.0)
         if not (worst < TOLERANCE < report.causal_control):
             raise InputError(
-                f"{checkpoint}: the extracted encoder is not read right: {asdict(report)}"
+                f"{checkpoint}: stock tools do not read the extracted encoder: {asdict(report)}"
             )
     return report
 
@@ -271,7 +296,10 @@ def _write_sentence_transformers_layout(
         {
             "word_embedding_dimension": config.hidden_size,
             "pooling_mode": POOLING[pooling],
-            **{f"pooling_mode_{flag}": mode == POOLING[pooling] for mode, flag in _FLAGS.items()},
+            **{
+                f"pooling_mode_{flag}": mode == POOLING[pooling]
+                for mode, flag in POOLING_FLAGS.items()
+            },
             "include_prompt": True,
         },
     )

@@ -100,11 +100,13 @@ class Analysis:
             ("rows", f"{self.rows:,} with {self.examples:,} examples"),
             (
                 "filled",
-                f"{source:.1%} of the source and {target:.1%} of the target budget; the fuller one {fuller:.1%}",
+                f"{source:.1%} of the source and {target:.1%} of the target budget; "
+                f"the fuller one {fuller:.1%}",
             ),
             (
                 "speed",
-                f"{self.tokens_per_second:,.0f} tokens/s in one process, encoding with {self.encoder}",
+                f"{self.tokens_per_second:,.0f} tokens/s in one process, encoding with "
+                f"{self.encoder}",
             ),
         ]
 

@@ -1,9 +1,11 @@
 """What to train on: the `data:` section of a training YAML."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from typing import Any
 
-from qwen3_encdec.data.ul2 import Preset, raw_length, resolve_preset
+from qwen3_encdec.data.ul2 import PRESETS, Denoiser, Preset, raw_length
 from qwen3_encdec.folders import InputError, read_yaml
 
 MODES = ("R", "X", "S")
@@ -71,7 +73,7 @@ class DataConfig:
     packing: bool = True
     """Put several examples in a row; false is one example a row."""
     streams: int = 64
-    """Canonical streams of rows. Ranks times workers must divide it; changing it changes the order."""
+    """Canonical streams of rows: ranks times workers must divide it. It is part of the order."""
     cache_gib: float = 32.0
     """Compressed inputs, .csv, JSON arrays and hub datasets of up to so many GiB are unpacked or
     downloaded into the cache before training; larger ones are streamed.
@@ -88,11 +90,11 @@ class DataConfig:
         for source in self.sources:
             if not source.inputs:
                 raise InputError(
-                    "data.inputs is empty; name at least one file, folder, hub dataset or package-docs"
+                    "data.inputs is empty; name a file, folder, hub dataset or package-docs"
                 )
             if not 0 < source.weight < float("inf"):
                 raise InputError(
-                    f"data.mixture: weight={source.weight} of {', '.join(source.inputs)} is not positive"
+                    f"data.mixture: weight={source.weight} of {source.name} is not positive"
                 )
         if self.streams < 1:
             raise InputError(f"data.streams={self.streams} is below 1")
@@ -110,8 +112,9 @@ class DataConfig:
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
                 raise InputError(
-                    f"data.min_tokens={self.min_tokens} is more than half of the {longest} tokens that denoiser "
-                    f"{denoiser.name} takes at source_length={self.source_length}, target_length={self.target_length}"
+                    f"data.min_tokens={self.min_tokens} is more than half of the {longest} tokens "
+                    f"that denoiser {denoiser.name} takes at source_length={self.source_length}, "
+                    f"target_length={self.target_length}"
                 )
             if self.mode_tokens and denoiser.name[:1] not in MODES:
                 raise InputError(
@@ -152,6 +155,27 @@ class DataConfig:
             taken = {source.name for source in sources}
             sources.append(replace(source, name=f"{name}-{number}" if name in taken else name))
         return sources
+
+
+def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
+    """Return a preset by name, or from the list of denoisers of a YAML file.
+
+    Raises InputError for anything else.
+    """
+    if isinstance(preset, str):
+        if preset not in PRESETS:
+            raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+        return PRESETS[preset]
+    try:
+        denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in preset)
+    except TypeError as error:
+        raise InputError(
+            f"preset: {error} (a denoiser has name, mean_span, corruption, weight)"
+        ) from None
+    names = [denoiser.name for denoiser in denoisers]
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"preset: the denoisers {names} are not at least one with distinct names")
+    return denoisers
 
 
 def read_preset(preset: str) -> str | list[dict]:

@@ -12,9 +12,11 @@ import hashlib
 import io
 import json
 import os
+import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -37,6 +39,7 @@ _PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
 _KNOWN = ".jsonl, .json, .txt, .csv, .tsv (also .gz, .zst, .bz2, .xz) or .parquet"
 _BLOCKS_PER_STREAM = 8
 _ATTEMPTS = 6
+_OVERLOADED = (408, 429, 500, 502, 503, 504)
 T = TypeVar("T")
 
 
@@ -99,7 +102,7 @@ class LinesFile:
         with _reading(self.path), open(self.path, "rb") as file:
             if start:  # a line that runs over the start belongs to the range before
                 file.seek(start - 1)
-                start += len(file.readline()) - 1
+                start += len(file.readline(end - start + 1)) - 1
             while start < end:
                 line = file.readline()
                 if not line:
@@ -331,7 +334,7 @@ def open_corpus(
     """
     found, passed_over = _expand(inputs)
     files: list[File] = []
-    sizes = {path: _size_of(path) for path in found if _is_local(path)}
+    sizes = {path: os.path.getsize(path) for path in found if os.path.exists(path)}
     block_bytes = min(BLOCK_BYTES, sum(sizes.values()) // (_BLOCKS_PER_STREAM * streams) + 1)
     block_bytes = max(block_bytes, 512)
     for path in found:
@@ -366,6 +369,7 @@ def retrying(call: Callable[[], T], what: str) -> T:
     Raises InputError naming `what` and the reason.
     """
     for attempt in range(1, _ATTEMPTS + 1):
+        _be_patient()
         try:
             return call()
         except Exception as error:  # every way in which a hub can fail
@@ -373,6 +377,29 @@ def retrying(call: Callable[[], T], what: str) -> T:
                 raise InputError(f"{what}: {first_line(error)}") from None
         time.sleep(0.25 * 2**attempt)
     raise AssertionError
+
+
+def _be_patient() -> None:
+    """Let `huggingface_hub`'s session ask again where a hub is overloaded.
+
+    It does so itself for downloads, not for what is asked before them.
+    """
+    hub = sys.modules.get("huggingface_hub")
+    session = hub.get_session() if hub else None
+    if session is None or hasattr(session, "asks_once"):
+        return
+    session.asks_once = session.send
+
+    def send(*arguments: Any, **options: Any) -> Any:
+        for attempt in range(1, _ATTEMPTS):
+            response = session.asks_once(*arguments, **options)
+            if response.status_code not in _OVERLOADED:
+                return response
+            response.close()
+            time.sleep(0.25 * 2**attempt)
+        return session.asks_once(*arguments, **options)
+
+    session.send = send
 
 
 def first_line(error: Exception) -> str:
@@ -384,7 +411,7 @@ def _is_transient(error: BaseException | None) -> bool:
     while error is not None:
         response = getattr(error, "response", None)
         if response is not None:
-            return response.status_code >= 500 or response.status_code in (408, 429)
+            return response.status_code in _OVERLOADED
         if isinstance(error, ConnectionError | TimeoutError):
             return True
         if type(error).__module__.startswith(("httpx", "httpcore")):
@@ -393,18 +420,13 @@ def _is_transient(error: BaseException | None) -> bool:
     return False
 
 
-class _reading:  # noqa: N801
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
     """Turn what the system says about a file into an InputError."""
-
-    def __init__(self, path: str) -> None:
-        self.path = path
-
-    def __enter__(self) -> None:
-        """Nothing to do."""
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, OSError | pa.ArrowException) and not isinstance(error, InputError):
-            raise InputError(f"{self.path}: {first_line(error)}") from None
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise InputError(f"{path}: {first_line(error)}") from None
 
 
 def _document(text: str) -> Document:
@@ -461,16 +483,8 @@ def _unpack(raw: Any, packed: str | None) -> Any:
     return io.BufferedReader(stream, 2**17)
 
 
-def _is_local(path: str) -> bool:
-    return os.path.exists(path)
-
-
-def _size_of(path: str) -> int:
-    return os.stat(path).st_size
-
-
 def _expand(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the files, hub datasets and package-docs that inputs name, each once; what is not read."""
+    """Return files, hub datasets and package-docs, each once; and what is passed over."""
     found: dict[str, None] = {}
     passed_over: list[str] = []
     for item in inputs:
@@ -507,7 +521,7 @@ def _is_hub_id(item: str) -> bool:
 
 
 def _walk(folder: str, passed_over: list[str]) -> list[str]:
-    """Return the files below a folder, links followed; hidden ones and unknown kinds are passed over."""
+    """Return the files below a folder, links followed, but hidden ones and unknown kinds."""
     files: list[str] = []
     seen = {os.path.realpath(folder)}
     for top, folders, names in os.walk(folder, followlinks=True):
@@ -649,7 +663,7 @@ def cache_folder() -> Path:
 def _unpacked(file: StreamFile, block_bytes: int) -> File:
     """Write a file's texts as parquet into the cache, unless it is there, and open that."""
     path = os.path.realpath(file.path)
-    changed = os.stat(path).st_mtime_ns if _is_local(path) else 0
+    changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
     identity = f"{path} {file.size} {changed} {file.column}"
     folder = cache_folder()
     target = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"

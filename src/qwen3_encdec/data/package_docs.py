@@ -170,7 +170,8 @@ def _docstrings(path: tuple[str, str]) -> list[Docstring]:
         return []
     if '"""' not in source and "'''" not in source:
         return []
-    gc.disable()  # a syntax tree has no cycles, and collecting while it grows takes two thirds of the time
+    # A syntax tree has no cycles, and collecting while it grows takes two thirds of the time.
+    gc.disable()
     try:
         with warnings.catch_warnings(action="ignore"):
             tree = ast.parse(source)

@@ -45,6 +45,7 @@ from qwen3_encdec.folders import (
     write_json,
 )
 
+PARTS_FOLDER = "data"
 _COUNTS_KEY = b"qwen3_encdec.counts"
 _GROUP_TOKENS = 2**16
 _PERMUTATIONS, _SIMILARITY = 128, 0.8
@@ -109,16 +110,18 @@ def prepare(
         _begin(building, plan)
         _find_duplicates(preparation, corpus, building / "duplicates.npy")
         names = [f"part-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
+        folder = building / PARTS_FOLDER
+        folder.mkdir(exist_ok=True)
         todo = [
-            (part, building / name)
+            (part, folder / name)
             for part, name in zip(parts, names, strict=True)
-            if not (building / name).exists()
+            if not (folder / name).exists()
         ]
         done = len(parts) - len(todo)
         with tqdm(total=len(parts), initial=done, unit="part", disable=None) as progress:
             for _ in _in_processes(todo, (preparation, tokenizer, corpus, building), processes):
                 progress.update()
-        counts = _write_index(building, names, fingerprint)
+        counts = _write_index(folder, names, fingerprint)
         (building / "plan.json").unlink()
         (building / "duplicates.npy").unlink()
         provenance = {"kind": "prepared corpus", **plan, "counts": counts}
@@ -159,7 +162,7 @@ def _begin(building: Path, plan: dict[str, Any]) -> None:
                 f"{building} holds an unfinished preparation of another corpus, with another "
                 "tokenizer or other settings; delete it or name another output"
             )
-    for leftover in building.glob("*.tmp*"):
+    for leftover in building.rglob("*.tmp*"):
         leftover.unlink()
     write_json(plan_file, plan)
 
@@ -271,17 +274,17 @@ def _write_part(blocks: range, file: Path) -> None:
     _writer.write(blocks, file)
 
 
-def _write_index(building: Path, names: Iterable[str], tokenizer: str) -> Counter[str]:
+def _write_index(folder: Path, names: Iterable[str], tokenizer: str) -> Counter[str]:
     """Write row counts and tokens of all files into one, and add up what became of documents."""
     counts = Counter(dict.fromkeys(_COUNTED, 0))
     files = {}
     for name in names:
-        metadata = pq.read_metadata(building / name)
+        metadata = pq.read_metadata(folder / name)
         of_file = json.loads(metadata.metadata[_COUNTS_KEY])
         counts.update(of_file)
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         files[name] = rows, of_file["tokens"]
-    write_json(building / INDEX_FILE, {"tokenizer": tokenizer, "files": files})
+    write_json(folder / INDEX_FILE, {"tokenizer": tokenizer, "files": files})
     return counts
 
 

@@ -530,7 +530,7 @@ class Stream:
 
 
 def reader_number(rank: int, ranks: int, worker: int) -> int:
-    """Number the readers such that ranks in turn, of each its workers in turn, have rows in order."""
+    """Number the readers: ranks in turn, of each its workers in turn, have the rows in order."""
     return worker * ranks + rank
 
 

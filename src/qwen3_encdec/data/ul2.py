@@ -16,7 +16,7 @@ Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (
 2020 (T5); the mixture of `t5gemma2` is Zhang et al. 2025 (T5Gemma 2).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, inf
@@ -45,21 +45,22 @@ class Denoiser:
     """Where spans may lie: `uniform` over all positions, or as T5 does."""
 
     def __post_init__(self) -> None:
-        for name in ("mean_span", "corruption", "weight"):
-            value = getattr(self, name)
-            if not (isinstance(value, int | float) or (name == "mean_span" and value is None)):
-                raise InputError(f"denoiser {self.name}: {name}={value!r} is not a number")
-        limits = {
-            "corruption": (0 < self.corruption < 1, "between 0 and 1"),
-            "mean_span": (self.mean_span is None or 1 <= self.mean_span < inf, "at least 1"),
-            "weight": (0 < self.weight < inf, "positive"),
-            "placement": (self.placement in ("uniform", "t5"), "'uniform' or 't5'"),
+        limits: dict[str, Callable[[Any], bool]] = {
+            "mean_span": lambda value: value is None or 1 <= value < inf,
+            "corruption": lambda value: 0 < value < 1,
+            "weight": lambda value: 0 < value < inf,
+            "placement": lambda value: value in ("uniform", "t5"),
         }
-        for name, (fits, limit) in limits.items():
-            if not fits:
+        for name, fits in limits.items():
+            value = getattr(self, name)
+            try:
+                good = fits(value)
+            except TypeError:
                 raise InputError(
-                    f"denoiser {self.name}: {name}={getattr(self, name)!r} is not {limit}"
-                )
+                    f"denoiser {self.name}: {name}={value!r} is not a number"
+                ) from None
+            if not good:
+                raise InputError(f"denoiser {self.name}: {name}={value!r} is out of range")
 
 
 class Example(NamedTuple):
@@ -96,27 +97,6 @@ PRESETS: dict[str, Preset] = {
 }
 
 
-def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
-    """Return a preset by name, or from the list of denoisers of a YAML file.
-
-    Raises InputError for anything else.
-    """
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
-        return PRESETS[preset]
-    try:
-        denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in preset)
-    except TypeError as error:
-        raise InputError(
-            f"preset: {error} (a denoiser has name, mean_span, corruption, weight)"
-        ) from None
-    names = [denoiser.name for denoiser in denoisers]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"preset: the denoisers {names} are not at least one with distinct names")
-    return denoisers
-
-
 def corrupt(
     tokens: np.ndarray,
     denoiser: Denoiser,
@@ -151,14 +131,13 @@ def corrupt(
         and np.isin(tokens, sentinel_ids).any()
     ):
         raise ValueError("a token is a sentinel: tokenize with split_special_tokens=True")
-    up = 0.5 if denoiser.placement == "t5" else rng.random()
-    fewest, most, _ = sizes(denoiser, length)
-    noise_tokens = min(max(_round(length * denoiser.corruption, up), fewest), most)
+    noise_tokens = _round(length * denoiser.corruption, denoiser, rng)
+    noise_tokens = min(max(noise_tokens, 1), length - 1)
     if denoiser.mean_span is None:
         kept = length - noise_tokens
         return _spell([*prefix], tokens[:kept], eos_id), _spell([], tokens[kept:], eos_id)
 
-    spans = _round(noise_tokens / denoiser.mean_span, up if up == 0.5 else rng.random())
+    spans = _round(noise_tokens / denoiser.mean_span, denoiser, rng)
     spans = min(max(spans, 1), noise_tokens, length - noise_tokens)
     noise = place_spans(length, noise_tokens, spans, rng)
     if denoiser.placement == "uniform":
@@ -210,12 +189,11 @@ def _cut(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     return ends[1:] - ends[:-1]
 
 
-def _round(value: float, up: float) -> int:
-    """Round up if the fraction exceeds 1 - `up`: at random this keeps the mean.
-
-    A product such as 20 * 0.15 may lie a hair off the whole number that it stands for.
-    """
-    return floor(round(value, 6) + up)
+def _round(value: float, denoiser: Denoiser, rng: np.random.Generator) -> int:
+    """Round at random, so that the mean is kept, or to the nearest as T5 does."""
+    # A product such as 20 * 0.15 may lie a hair off the whole number that it stands for.
+    value = round(value, 6)
+    return round(value) if denoiser.placement == "t5" else floor(value + rng.random())
 
 
 def _spell(prefix: list[int], ids: np.ndarray, eos_id: int) -> np.ndarray:
@@ -283,23 +261,21 @@ def raw_length(denoiser: Denoiser, source_length: int, target_length: int) -> in
             break
     if length == 2:
         raise InputError(
-            f"denoiser {denoiser.name}: not even two tokens fit source_length={source_length} and "
-            f"target_length={target_length}"
+            f"denoiser {denoiser.name}: not even two tokens fit {source_length=}, {target_length=}"
         )
     return length - 1
 
 
 def check_capacity(preset: Preset, source_length: int, target_length: int, sentinels: int) -> None:
-    """Raise InputError, before anything runs, if a denoiser can need more sentinels than there are."""
+    """Raise InputError if a denoiser can need more sentinels than there are."""
     lengths = [raw_length(denoiser, source_length, target_length) for denoiser in preset]
     needs = [sizes(*pair)[2] for pair in zip(preset, lengths, strict=True)]
     for denoiser, length, need in zip(preset, lengths, needs, strict=True):
         if need > sentinels:
             raise InputError(
                 f"denoiser {denoiser.name} needs up to {need} sentinels for texts of {length} "
-                f"tokens (source_length={source_length}, target_length={target_length}) and the "
-                f"tokenizer has {sentinels}; build it with --num-sentinel-tokens {max(needs)} or "
-                "shorten the lengths"
+                f"tokens ({source_length=}, {target_length=}) and the tokenizer has {sentinels}; "
+                f"build it with --num-sentinel-tokens {max(needs)} or shorten the lengths"
             )
 
 

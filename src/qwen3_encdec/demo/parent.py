@@ -20,8 +20,8 @@ from transformers import (
 )
 from transformers import set_seed as seed_everything
 
-from qwen3_encdec.folders import InputError, new_folder
-from qwen3_encdec.modeling_qwen3_encdec import chunked_cross_entropy
+from qwen3_encdec.folders import InputError, default_device, new_folder
+from qwen3_encdec.loss_qwen3_encdec import chunked_cross_entropy
 from qwen3_encdec.tokenization_qwen3_encdec import CONTROL_TOKENS, EOS_TOKEN, qwen3_backend
 from qwen3_encdec.training import optimization
 from qwen3_encdec.training.config import TrainingConfig
@@ -125,7 +125,7 @@ def fit(
     predicted token; the body is on the CPU again.
     """
     schedule = TrainingConfig(lr=lr, max_steps=steps, warmup_steps=steps // 20, schedule="cosine")
-    body.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    body.to(default_device()).train()
     optimizer = optimization.build_optimizer(body, schedule)
     losses = []
     for step in tqdm(range(steps), desc="causal" if mask_id is None else "masked", disable=None):

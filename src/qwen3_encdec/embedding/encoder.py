@@ -1,8 +1,8 @@
-"""Texts -> embeddings, through our own encoder on ragged batches: sorted by length, cut by tokens,
-no padding.
+"""Embed texts with our own encoder, in packed batches that hold no padding.
 
-Weights, tokenizer, pooling and prompts are those that sentence-transformers reads from the folder:
-embeddings of both can stand in one index.
+Weights, tokenizer, pooling, prompts, length limit and width are those that sentence-transformers
+reads from the folder, so embeddings of both can stand in one index. Tokenization runs one chunk
+ahead of the model; batches are packed on the CPU and results stay on the device until a chunk ends.
 """
 
 import multiprocessing
@@ -10,10 +10,12 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,27 +25,108 @@ from tqdm import tqdm
 from transformers import Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from qwen3_encdec.conversion.extract import POOLING, extract_encoder
-from qwen3_encdec.folders import InputError, load_whole, read_json
+from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
+from qwen3_encdec.data.corpus import open_corpus
+from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
+from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
 SUFFIXES = (".npy", ".parquet")
 PRECISIONS = ("float32", "int8", "binary")
-_TOKENIZED_AT_ONCE = 4096
+_CHUNK = 4096
+
+
+class Tokens(NamedTuple):
+    """Token ids of texts, int32, and which texts were cut."""
+
+    ids: list[np.ndarray]
+    cut: list[bool]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Everything a sentence-transformers folder says about its embeddings."""
+
+    pooling: str
+    normalize: bool
+    max_tokens: int
+    width: int
+    truncate_dim: int | None
+    prompts: dict[str, str]
+    default_prompt: str | None
+
+    def prompt(self, name: str | None = None) -> str:
+        """Return the prompt of a name, else the folder's default one; a role is a name as well.
+
+        Raises:
+            InputError: no prompt has that name.
+        """
+        name = self.default_prompt if name is None else name
+        if name is None:
+            return ""
+        if name not in self.prompts:
+            known_names = ", ".join(self.prompts) or "none"
+            raise InputError(f"prompt {name!r} is not one of the model's: {known_names}")
+        return self.prompts[name]
+
+
+def read_layout(folder: Path) -> Layout:
+    """Read an encoder folder as sentence-transformers does, whichever version wrote it.
+
+    Before 6.0 the length limit is `max_seq_length` of `sentence_bert_config.json`; since then it is
+    the tokenizer's `model_max_length` alone.
+
+    Raises:
+        InputError: a file is broken, or a module or pooling is not one of ours.
+    """
+    modules = read_json(folder / "modules.json")
+    kinds = [module["type"].rpartition(".")[2] for module in modules]
+    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+        listed = ", ".join(kinds)
+        raise InputError(f"{folder} has the modules {listed}; only pooling and normalization work")
+    config = read_json(folder / "config.json")
+    transformer = read_json(folder / "sentence_bert_config.json")
+    settings = read_json(folder / "config_sentence_transformers.json")
+    longest = config["max_position_embeddings"]
+    limit = transformer.get("max_seq_length")
+    if limit is None and (folder / "tokenizer_config.json").is_file():
+        limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    if transformer.get("do_lower_case"):
+        raise InputError(f"{folder} lowers the case of its texts, which is not supported")
+    return Layout(
+        pooling=_read_pooling(folder / modules[1]["path"]),
+        normalize=kinds[-1] == "Normalize",
+        max_tokens=int(min(limit or longest, longest)),
+        width=config["hidden_size"],
+        truncate_dim=settings.get("truncate_dim"),
+        prompts={"query": "", "document": ""} | (settings.get("prompts") or {}),
+        default_prompt=settings.get("default_prompt_name"),
+    )
+
+
+def _read_pooling(folder: Path) -> str:
+    pooling = read_json(folder / "config.json")
+    mode = pooling.get("pooling_mode")
+    if mode is None:  # before 5.3: one flag a mode
+        on = [mode for mode, flag in POOLING_FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
+        mode = on[0] if len(on) == 1 else on
+    if mode not in POOLING.values() or not pooling.get("include_prompt", True):
+        raise InputError(f"{folder} pools in another way than {', '.join(POOLING)}")
+    return mode
 
 
 class TextEncoder:
     """An encoder folder as a function from texts to embeddings.
 
     Args:
-        folder: What `extract_encoder` or `finetune` writes. Of an encoder-decoder (a folder,
-            checkpoint or run), the encoder is taken out first and mean-pooled.
+        folder: Written by `extract_encoder`, `finetune` or sentence-transformers. Of an
+            encoder-decoder (a folder, checkpoint or run) the encoder is extracted, mean-pooled.
         dtype: None is bfloat16 where the device computes it natively, else float32.
         device: By default the accelerator, else the CPU.
         max_tokens: Tokens after which a text is cut; by default the folder's own limit.
 
     Attributes:
-        prompts: What the folder puts before a text, by name.
-        num_cut: Texts that were cut so far.
+        layout: Pooling, prompts, limits of the folder.
+        num_cut: Texts that `encode` has cut so far.
 
     Raises:
         InputError: `folder` is neither, is causal or damaged, or has modules besides pooling and
@@ -58,47 +141,25 @@ class TextEncoder:
         device: str | torch.device | None = None,
         max_tokens: int | None = None,
     ) -> None:
-        self.name = Path(folder).name
-        self._opened = ExitStack()  # what was extracted goes when the encoder goes
+        self.name = Path(folder).resolve().name
+        self._opened = ExitStack()  # an extracted encoder lives as long as this object
         self.folder = self._opened.enter_context(encoder_folder(folder))
-        self.device = torch.device(device or torch.accelerator.current_accelerator() or "cpu")
+        self.device = torch.device(device or default_device())
         self.dtype = dtype or (torch.bfloat16 if _computes_bfloat16(self.device) else torch.float32)
-        self._read_modules()
-        settings = read_json(self.folder / "sentence_bert_config.json")
+        self.layout = read_layout(self.folder)
+        self.max_tokens = self.layout.max_tokens if max_tokens is None else max_tokens
         longest = read_json(self.folder / "config.json")["max_position_embeddings"]
-        self.max_tokens = max_tokens or settings.get("max_seq_length") or longest
         if not 2 <= self.max_tokens <= longest:
             raise InputError(
                 f"max tokens {self.max_tokens} must lie in 2 ... {longest}, the model's positions"
             )
         try:
-            self._tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
+            self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
         except Exception as error:  # `tokenizers` raises bare exceptions
-            raise InputError(
-                f"{self.folder} holds a tokenizer that cannot be read: {error}"
-            ) from None
-        self._tokenizer.no_padding()
-        self._tokenizer.enable_truncation(self.max_tokens)
+            raise InputError(f"{self.folder}: the tokenizer cannot be read: {error}") from None
+        self.tokenizer.no_padding()
+        self.tokenizer.enable_truncation(self.max_tokens)
         self.num_cut = 0
-
-    def _read_modules(self) -> None:
-        kinds = [
-            module["type"].rpartition(".")[2] for module in read_json(self.folder / "modules.json")
-        ]
-        if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise InputError(
-                f"{self.folder} has the modules {', '.join(kinds)}; only pooling and normalization are known"
-            )
-        self.normalize = kinds[-1] == "Normalize"
-        pooling = read_json(self.folder / "1_Pooling" / "config.json")
-        self.pooling = pooling.get("pooling_mode")
-        if self.pooling not in POOLING.values() or not pooling.get("include_prompt", True):
-            raise InputError(
-                f"{self.folder / '1_Pooling'} pools in another way than {', '.join(POOLING)}"
-            )
-        self.prompts: dict[str, str] = (
-            read_json(self.folder / "config_sentence_transformers.json").get("prompts") or {}
-        )
 
     @cached_property
     def model(self) -> Qwen3EncoderModel:
@@ -107,189 +168,216 @@ class TextEncoder:
 
     @property
     def dimensions(self) -> int:
-        """Width of an embedding."""
-        return read_json(self.folder / "config.json")["hidden_size"]
+        """Width of an embedding unless another is asked for."""
+        return self.layout.truncate_dim or self.layout.width
 
-    def tokenize(self, texts: Sequence[str], prompt_name: str | None = None) -> list[np.ndarray]:
-        """Ids of each text with its prompt, int32, cut at `max_tokens`.
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch that suit the device.
+
+        On a CPU larger activations leave the cache and cost page faults.
+        """
+        return 1024 if self.device.type == "cpu" else 32_768
+
+    def tokenize(self, texts: Sequence[str], prompt: str = "") -> Tokens:
+        """Token ids of texts behind a prompt, cut at `max_tokens`; safe to call from any thread.
 
         Raises:
-            InputError: the folder has no such prompt, or a text has no tokens at all.
+            InputError: something is not a text, or a text has no tokens at all.
         """
-        prompt = ""
-        if prompt_name is not None:
-            if prompt_name not in self.prompts:
-                raise InputError(
-                    f"prompt {prompt_name!r} is none of {self.name}'s: {', '.join(self.prompts) or 'none'}"
-                )
-            prompt = self.prompts[prompt_name]
-        ids = []
-        for start in range(0, len(texts), _TOKENIZED_AT_ONCE):
-            chunk = [prompt + text for text in texts[start : start + _TOKENIZED_AT_ONCE]]
-            for encoding in self._tokenizer.encode_batch_fast(chunk):
-                self.num_cut += bool(encoding.overflowing)
-                ids.append(np.array(encoding.ids, dtype=np.int32))
-                if not len(encoding.ids):
-                    raise InputError(
-                        f"text {len(ids)} is empty, and this tokenizer ends texts with no token to embed"
-                    )
-        return ids
+        for number, text in enumerate(texts, 1):
+            if not isinstance(text, str):
+                raise InputError(f"text {number} is {type(text).__name__}, not str")
+        try:
+            encodings = self.tokenizer.encode_batch_fast([prompt + text for text in texts])
+        except (TypeError, ValueError, UnicodeError):
+            self._refuse_surrogates(texts)
+            raise
+        ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
+        for number, tokens in enumerate(ids, 1):
+            if not len(tokens):
+                raise InputError(f"text {number} is empty and the tokenizer appends no EOS")
+        return Tokens(ids, [bool(encoding.overflowing) for encoding in encodings])
 
-    def embed(
+    def _refuse_surrogates(self, texts: Sequence[str]) -> None:
+        for number, text in enumerate(texts, 1):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                found = ascii(text[error.start])
+                raise InputError(
+                    f"text {number} holds the lone surrogate {found}, which is not Unicode text"
+                ) from None
+
+    def encode(
         self,
-        ids: Sequence[np.ndarray],
+        texts: str | Iterable[str],
         *,
+        prompt_name: str | None = None,
         dimensions: int | None = None,
         batch_tokens: int | None = None,
         processes: int = 1,
         progress: bool = False,
     ) -> np.ndarray:
-        """Embeddings of tokenized texts.
+        """Embed texts.
 
         Args:
-            ids: From `tokenize`; any order and lengths.
-            dimensions: Keep this many leading dimensions (of a model trained for that), at length 1
-                again.
-            batch_tokens: Most tokens computed at a time, but for a longer text; by default what
-                suits the device.
-            processes: Each has the model and its share of the cores, or an accelerator of its own.
+            texts: One text, or any number of them.
+            prompt_name: Of the folder's prompts; every folder has `"query"` and `"document"`, the
+                two roles. By default its default prompt, if it has one.
+            dimensions: Keep this many leading dimensions (Matryoshka), normalized again.
+            batch_tokens: Most tokens of a batch that holds more than one text.
+            processes: Each has the model and its share of the cores, or its own accelerator.
             progress: Draw a bar on standard error.
 
         Returns:
-            [texts, dimensions] float32, in the order of `ids`.
+            [texts, dimensions] float32 in the order of `texts`; [dimensions] of one text.
 
         Raises:
-            InputError: more dimensions than there are.
+            InputError: a text is not a str, no such prompt, or more dimensions than there are.
         """
-        if dimensions is not None and not 1 <= dimensions <= self.dimensions:
-            raise InputError(f"dimensions {dimensions} must lie in 1 ... {self.dimensions}")
-        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-        # On a CPU, tensors that fit near the cores and in memory that is reused: larger ones cost
-        # page faults.
-        budget = batch_tokens or (1024 if self.device.type == "cpu" else 32_768)
-        batches = list(token_batches(lengths, budget))
-        embeddings = np.empty((len(ids), dimensions or self.dimensions), dtype=np.float32)
-        with tqdm(
-            total=int(lengths.sum()), unit="tok", unit_scale=True, disable=not progress
-        ) as bar:
-            computed = self._compute([[ids[i] for i in rows] for rows in batches], processes)
-            for rows, states in zip(batches, computed, strict=True):
-                embeddings[rows] = states[:, : embeddings.shape[1]]
-                bar.update(int(lengths[rows].sum()))
-        if self.normalize and dimensions is not None:
-            embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
-        return embeddings
+        if isinstance(texts, str):
+            return self.encode([texts], prompt_name=prompt_name, dimensions=dimensions)[0]
+        if texts is None or not isinstance(texts, Iterable):
+            raise InputError(f"texts must be a str or a list of them, got {type(texts).__name__}")
+        texts = list(texts)
+        prompt = self.layout.prompt(prompt_name)
+        self.check_dimensions(dimensions)
+        budget = batch_tokens or self.batch_tokens
+        parts = [np.empty((0, dimensions or self.dimensions), dtype=np.float32)]
+        with _forwards(self, processes) as forward:
+            for tokens in _with_bar(self._chunks(texts, prompt), len(texts), progress):
+                self.num_cut += sum(tokens.cut)
+                parts.append(self.cut_to(_embed_chunk(tokens.ids, budget, forward), dimensions))
+        return np.concatenate(parts)
 
-    def encode(
-        self, texts: Sequence[str], *, prompt_name: str | None = None, **options
-    ) -> np.ndarray:
-        """`tokenize` and `embed` in one."""
-        return self.embed(self.tokenize(texts, prompt_name), **options)
-
-    def _compute(
-        self, batches: Sequence[Sequence[np.ndarray]], processes: int
-    ) -> Iterator[np.ndarray]:
-        if processes == 1:
-            yield from map(self.forward, batches)
+    def _chunks(self, texts: Sequence[str], prompt: str) -> Iterator[Tokens]:
+        """Tokenize chunk by chunk, the next one while the last one is computed."""
+        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
+        if len(chunks) < 2:
+            yield from (self.tokenize(chunk, prompt) for chunk in chunks)
             return
-        context = multiprocessing.get_context("spawn")
-        ranks = context.SimpleQueue()
-        for rank in range(processes):
-            ranks.put(rank)
-        arguments = (self.folder, self.dtype, self.device.type, processes, ranks)
-        with ProcessPoolExecutor(
-            processes, context, initializer=_start_worker, initargs=arguments
-        ) as pool:
-            yield from pool.map(_forward_in_worker, batches)
+        with ThreadPoolExecutor(1) as ahead:
+            pending = ahead.submit(self.tokenize, chunks[0], prompt)
+            for following in chunks[1:]:
+                tokens = pending.result()
+                pending = ahead.submit(self.tokenize, following, prompt)
+                yield tokens
+            yield pending.result()
+
+    def check_dimensions(self, dimensions: int | None) -> None:
+        """Raise InputError unless an embedding has that many dimensions."""
+        if dimensions is not None and not 1 <= dimensions <= self.layout.width:
+            raise InputError(f"dimensions {dimensions} must lie in 1 ... {self.layout.width}")
+
+    def cut_to(self, embeddings: np.ndarray, dimensions: int | None) -> np.ndarray:
+        """Cut [N, E] embeddings.
+
+        To the folder's own `truncate_dim` without a new norm, as sentence-transformers does; to
+        `dimensions` that a caller asks for, normalized again.
+        """
+        if dimensions is None:
+            return embeddings[:, : self.dimensions]
+        embeddings = embeddings[:, :dimensions]
+        if not self.layout.normalize:
+            return embeddings
+        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
 
     @torch.inference_mode()
-    def forward(self, ids: Sequence[np.ndarray]) -> np.ndarray:
-        """Embeddings, [texts, dimensions] float32, of texts that are computed together."""
+    def forward(self, ids: Sequence[np.ndarray]) -> torch.Tensor:
+        """Embed the tokens of texts that are computed together.
+
+        Args:
+            ids: Token ids of each text, int32.
+
+        Returns:
+            [texts, E] float32 on the device: nothing here waits for it.
+        """
         lengths = torch.tensor([len(text) for text in ids])
-        row = torch.from_numpy(np.concatenate(ids)).long()[None]
-        if bool((lengths == lengths[0]).all()):  # attention then runs over all texts at once
-            batch = {"input_ids": row.view(len(ids), -1)}
+        ends = lengths.cumsum(0)
+        batch = pack(ids)
+        batch |= {"lengths": lengths, "last": ends - 1, "first": ends - lengths}
+        batch = _move(batch, self.device)
+        lengths, last, first = (batch.pop(name) for name in ("lengths", "last", "first"))
+        states = self.model(**batch).last_hidden_state.flatten(0, 1)  # (M, E)
+        if self.layout.pooling == "mean":
+            pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths, unsafe=True)
         else:
-            ends = lengths.cumsum(0)
-            starts = (ends - lengths).repeat_interleave(lengths)
-            batch = {
-                "input_ids": row,
-                "position_ids": (torch.arange(row.shape[1]) - starts)[None],
-                "cu_seqlens": F.pad(ends, (1, 0)).int(),
-            }
-            batch = {name: tensor.to(self.device) for name, tensor in batch.items()}
-            batch["max_seqlen"] = int(lengths.max())
-        states = self.model(**batch).last_hidden_state.flatten(0, 1)
-        lengths = lengths.to(self.device)
-        if self.pooling == "mean":
-            pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths)
-        else:
-            ends = lengths.cumsum(0)
-            pooled = states[ends - 1 if self.pooling == "lasttoken" else ends - lengths].float()
-        return (F.normalize(pooled, dim=-1) if self.normalize else pooled).cpu().numpy()
+            pooled = states[last if self.layout.pooling == "lasttoken" else first].float()
+        return F.normalize(pooled, dim=-1) if self.layout.normalize else pooled
+
+
+def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Make a batch of texts on the CPU: packed, or a plain [B, S] one where lengths are equal.
+
+    Args:
+        ids: Token ids of each text, int32.
+
+    Returns:
+        Arguments of `Qwen3EncoderModel`.
+    """
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    row = torch.from_numpy(np.concatenate(ids)).long()
+    if (lengths == lengths[0]).all():
+        return {"input_ids": row.view(len(ids), -1)}
+    bounds = np.concatenate([[0], lengths.cumsum()])
+    positions = np.arange(len(row)) - bounds[:-1].repeat(lengths)
+    return {
+        "input_ids": row[None],
+        "position_ids": torch.from_numpy(positions)[None],
+        "cu_seqlens": torch.from_numpy(bounds).int(),
+        "max_seqlen": int(lengths.max()),
+    }
+
+
+def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Copy a batch to a device without waiting for it."""
+    if device.type == "cpu":
+        return batch
+    return {
+        name: value.pin_memory().to(device, non_blocking=True)
+        if isinstance(value, torch.Tensor)
+        else value
+        for name, value in batch.items()
+    }
+
+
+def _with_bar(chunks: Iterator[Tokens], total: int, progress: bool) -> Iterator[Tokens]:
+    """The chunks, under a bar on standard error that counts texts."""
+    if not progress:
+        yield from chunks
+        return
+    with tqdm(total=total, unit="text", unit_scale=True) as bar:
+        for tokens in chunks:
+            yield tokens
+            bar.update(len(tokens.ids))
+
+
+def _embed_chunk(ids: Sequence[np.ndarray], budget: int, forward: Any) -> np.ndarray:
+    """[N, E] float32 of one chunk of texts; the device is waited for once, at the end."""
+    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+    batches = list(token_batches(lengths, budget))
+    rows = torch.cat(list(forward([[ids[i] for i in batch] for batch in batches])))
+    embeddings = np.empty(rows.shape, dtype=np.float32)
+    embeddings[np.concatenate(batches)] = rows.cpu().numpy()
+    return embeddings
 
 
 @contextmanager
-def encoder_folder(model: str | Path) -> Iterator[Path]:
-    """The encoder folder `model`; of an encoder-decoder a temporary one with its encoder, and that
-    is said.
-
-    Raises:
-        InputError: it is neither.
-    """
-    folder = Path(model)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
-    if (
-        config.get("model_type") == Qwen3EncoderDecoderConfig.model_type
-        or (folder / "checkpoints").is_dir()
-    ):
-        with tempfile.TemporaryDirectory() as scratch:
-            extract_encoder(folder, encoder := Path(scratch) / "encoder")
-            print(
-                f"{folder} is an encoder-decoder: its encoder, mean-pooled, was taken out",
-                file=sys.stderr,
-            )
-            yield encoder
+def _forwards(encoder: TextEncoder, processes: int) -> Iterator[Any]:
+    """A function from batches to their embeddings, in this process or in several others."""
+    if processes == 1:
+        yield lambda batches: map(encoder.forward, batches)
         return
-    if (
-        config.get("model_type") != "qwen3"
-        or config.get("is_causal", True)
-        or not (folder / "modules.json").is_file()
-    ):
-        raise InputError(f"{folder} is no encoder folder; make one with: qwen3-encdec extract")
-    yield folder
-
-
-# What `Qwen3EncoderModel` calls the tensors of an encoder folder.
-ENCODER_NAMES = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
-
-
-def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3EncoderModel:
-    """Our own encoder with the weights of an encoder folder. Raises InputError as `load_whole`."""
-    source = Qwen3Config.from_pretrained(folder)
-    ids = {
-        "vocab_size": source.vocab_size,
-        "num_sentinel_tokens": 0,
-        "pad_token_id": source.pad_token_id,
-    }
-    config = Qwen3EncoderDecoderConfig.from_qwen3_config(source, **ids)
-    return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=ENCODER_NAMES).eval()
-
-
-def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Indices of texts that are computed together, longest first:
-
-    at most `budget` tokens, but at least one text.
-    """
-    order = np.argsort(-lengths, kind="stable")
-    start = tokens = 0
-    for place, length in enumerate(lengths[order]):
-        if tokens and tokens + length > budget:
-            yield order[start:place]
-            start, tokens = place, 0
-        tokens += length
-    if len(order):
-        yield order[start:]
+    context = multiprocessing.get_context("spawn")
+    ranks = context.SimpleQueue()
+    for rank in range(processes):
+        ranks.put(rank)
+    arguments = (encoder.folder, encoder.dtype, encoder.device.type, processes, ranks)
+    with ProcessPoolExecutor(
+        processes, context, initializer=_start_worker, initargs=arguments
+    ) as pool:
+        yield lambda batches: map(torch.from_numpy, pool.map(_forward_in_worker, batches))
 
 
 _WORKER: list[TextEncoder] = []
@@ -304,7 +392,74 @@ def _start_worker(folder: Path, dtype: torch.dtype, device: str, processes: int,
 
 
 def _forward_in_worker(ids: Sequence[np.ndarray]) -> np.ndarray:
-    return _WORKER[0].forward(ids)
+    return _WORKER[0].forward(ids).cpu().numpy()
+
+
+def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
+    """Indices of texts that are computed together, longest first: at most `budget` tokens, at
+    least one text.
+    """
+    order = np.argsort(-lengths, kind="stable")
+    start = tokens = 0
+    for position, length in enumerate(lengths[order]):
+        if tokens and tokens + length > budget:
+            yield order[start:position]
+            start, tokens = position, 0
+        tokens += length
+    if len(order):
+        yield order[start:]
+
+
+@contextmanager
+def encoder_folder(model: str | Path) -> Iterator[Path]:
+    """Yield an encoder folder; of an encoder-decoder a temporary one, and say so on stderr.
+
+    Raises:
+        InputError: `model` is neither.
+    """
+    folder = Path(model)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    kind = config.get("model_type")
+    if kind == Qwen3EncoderDecoderConfig.model_type or (folder / "checkpoints").is_dir():
+        with tempfile.TemporaryDirectory() as scratch:
+            extract_encoder(folder, encoder := Path(scratch) / "encoder")
+            said = f"{folder} is an encoder-decoder: using its encoder, mean-pooled"
+            print(said, file=sys.stderr)
+            yield encoder
+        return
+    bidirectional = kind == "qwen3" and config.get("is_causal", True) is False
+    if not bidirectional or not (folder / "modules.json").is_file():
+        raise InputError(f"{folder} is not an encoder folder; make one with: qwen3-encdec extract")
+    yield folder
+
+
+ENCODER_NAMES = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
+"""Names of an encoder folder's tensors, as patterns, to those of `Qwen3EncoderModel`."""
+
+
+def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3EncoderModel:
+    """Load our own encoder with the weights of an encoder folder.
+
+    Raises InputError as `load_whole`.
+    """
+    stock = Qwen3Config.from_pretrained(folder)
+    config = Qwen3EncoderDecoderConfig.from_qwen3_config(
+        stock,
+        vocab_size=stock.vocab_size,
+        num_sentinel_tokens=0,
+        pad_token_id=stock.pad_token_id,
+    )
+    return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=ENCODER_NAMES).eval()
+
+
+def states_under(encoder: Qwen3EncoderModel, ids: torch.Tensor, causal: bool) -> torch.Tensor:
+    """Last hidden states, [B, S, E], of [B, S] ids without padding; causal is the control, another
+    reader's mistake.
+    """
+    size = ids.shape[1]
+    seen = torch.ones(len(ids), 1, size, size, dtype=torch.bool, device=ids.device)
+    mask = seen.tril() if causal else seen
+    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
@@ -324,14 +479,12 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     if source == "-":
         texts = [line.rstrip("\r\n") for line in sys.stdin]
     else:
-        from qwen3_encdec.data.corpus import Tokenized, open_corpus
-
+        corpus = open_corpus([source], text_column=text_column)
         texts = []
-        for shard in open_corpus([source], text_column=text_column):
-            for block in shard.blocks():
-                if isinstance(block, Tokenized):
-                    raise InputError(f"input {source} holds token ids of prepare-data, not texts")
-                texts += [document.text for document in block]
+        for document in corpus.documents():
+            if not isinstance(document.content, str):
+                raise InputError(f"input {source} holds token ids of prepare-data, not texts")
+            texts.append(document.content)
     if not texts:
         raise InputError(f"input {source} holds no texts")
     return texts
@@ -340,19 +493,37 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
 def quantize(
     embeddings: np.ndarray, precision: str, ranges: np.ndarray | None = None
 ) -> np.ndarray:
-    """[N, d] float32 -> the same; int8 [N, d] over each dimension's `ranges` [2, d]; or binary, [N,
-    d / 8] int8.
+    """Quantize [N, d] float32 into sentence-transformers' own formats.
 
-    sentence-transformers' own formats, which vector stores and its search functions read.
+    int8 is [N, d] over each dimension's `ranges` [2, d], values outside them clipped (they would
+    wrap around); binary is [N, d / 8].
     """
     from sentence_transformers.util.quantization import quantize_embeddings
 
-    return np.asarray(quantize_embeddings(embeddings, precision, ranges=ranges))  # type: ignore[arg-type]
+    if ranges is not None:
+        embeddings = np.clip(embeddings, *ranges)
+    options: Any = {"precision": precision, "ranges": ranges}
+    return np.asarray(quantize_embeddings(embeddings, **options))
 
 
 def int8_ranges(embeddings: np.ndarray) -> np.ndarray:
-    """Least and largest value of each dimension, [2, d] float32: what int8 spans."""
-    return np.stack([embeddings.min(0), embeddings.max(0)])
+    """Least and largest value of each dimension, [2, d] float32.
+
+    Raises InputError if one of them has no width: what int8 makes of it is noise.
+    """
+    ranges = np.stack([embeddings.min(0), embeddings.max(0)])
+    check_ranges(ranges, f"of {len(embeddings):,} texts")
+    return ranges
+
+
+def check_ranges(ranges: np.ndarray, origin: str) -> None:
+    """Raise InputError unless int8 ranges are finite and every dimension has some width."""
+    flat = int((~(ranges[1] > ranges[0]) | ~np.isfinite(ranges).all(0)).sum())
+    if flat:
+        raise InputError(
+            f"int8 ranges {origin} have no width in {flat} of {ranges.shape[1]} dimensions; "
+            "embed more texts, or name the ranges of a larger file with --ranges"
+        )
 
 
 def write_embeddings(path: str | Path, embeddings: np.ndarray, texts: Iterable[str]) -> None:
@@ -368,12 +539,10 @@ def write_embeddings(path: str | Path, embeddings: np.ndarray, texts: Iterable[s
                 import pyarrow as pa
                 import pyarrow.parquet as pq
 
-                vectors = pa.FixedSizeListArray.from_arrays(
-                    pa.array(embeddings.ravel()), embeddings.shape[1]
-                )
-                pq.write_table(
-                    pa.table({"text": pa.array(texts, pa.string()), "embedding": vectors}), file
-                )
+                flat = pa.array(embeddings.ravel())
+                vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
+                columns = {"text": pa.array(texts, pa.string()), "embedding": vectors}
+                pq.write_table(pa.table(columns), file)
         os.replace(building, path)
     finally:
         building.unlink(missing_ok=True)
@@ -395,30 +564,22 @@ def embed_file(
 ) -> str:
     """Embed a file of texts into another file; int8 writes its ranges beside it, as `.ranges.npy`.
 
-    `ranges` are those of an earlier file, so that both can be searched together. Returns what was
-    done, in a sentence.
+    `ranges` are those of an earlier file, so that both can be searched together. Returns a
+    one-line summary.
 
     Raises:
-        InputError: a folder, file or setting that is not right (see `TextEncoder`, `read_texts`);
-            nothing is written.
+        InputError: a folder, file or setting is wrong (see `TextEncoder`, `read_texts`); nothing
+            is written.
     """
     output = Path(output)
     if output.suffix not in SUFFIXES or output.is_dir():
         raise InputError(f"output {output} must be a file ending in {' or '.join(SUFFIXES)}")
     if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is none of {', '.join(PRECISIONS)}")
+        raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
     encoder = TextEncoder(model, dtype=dtype, max_tokens=max_tokens)
+    encoder.check_dimensions(dimensions)
     width = dimensions or encoder.dimensions
-    spans = None
-    if ranges is not None:
-        try:
-            spans = np.load(ranges)
-        except (OSError, ValueError) as error:
-            raise InputError(f"ranges {ranges} cannot be read: {error}") from None
-        if spans.shape != (2, width) or precision != "int8":
-            raise InputError(
-                f"ranges {ranges} of shape {spans.shape} do not fit {width} dimensions in {precision}"
-            )
+    spans = _read_ranges(ranges, width, precision) if ranges is not None else None
     texts = read_texts(source, text_column)
     embeddings = encoder.encode(
         texts,
@@ -434,20 +595,32 @@ def embed_file(
         embeddings = quantize(embeddings, precision, spans)
     write_embeddings(output, embeddings, texts)
     cut = f", {encoder.num_cut:,} cut at {encoder.max_tokens:,} tokens" if encoder.num_cut else ""
-    return f"{len(texts):,} texts in {str(encoder.dtype).removeprefix('torch.')}{cut}: {embeddings.shape} {precision}"
+    kind = str(encoder.dtype).removeprefix("torch.")
+    return f"{len(texts):,} texts in {kind}{cut}: {embeddings.shape} {precision}"
+
+
+def _read_ranges(file: str | Path, width: int, precision: str) -> np.ndarray:
+    try:
+        ranges = np.load(file)
+    except (OSError, ValueError) as error:
+        raise InputError(f"ranges {file} cannot be read: {error}") from None
+    if ranges.shape != (2, width) or precision != "int8":
+        raise InputError(
+            f"ranges {file} of shape {ranges.shape} do not fit {width} dimensions in {precision}"
+        )
+    check_ranges(ranges, f"in {file}")
+    return ranges
 
 
 def similarity_table(
     encoder: TextEncoder, texts: Sequence[str], prompt_name: str | None = None
 ) -> str:
     """Cosines of all pairs of texts, as lines for a terminal."""
-    embeddings = encoder.encode(texts, prompt_name=prompt_name)
+    embeddings = encoder.encode(list(texts), prompt_name=prompt_name)
     embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
-    lines = ["    " + "".join(f"{i:>7}" for i in range(1, len(texts) + 1))]
-    for number, (row, text) in enumerate(zip(embeddings @ embeddings.T, texts, strict=True), 1):
-        lines.append(
-            f"{number:>4}"
-            + "".join(f"{cosine:7.3f}" for cosine in row)
-            + f"   {' '.join(text.split())[:60]}"
-        )
+    lines = ["    " + "".join(f"{number:>7}" for number in range(1, len(texts) + 1))]
+    for number, row in enumerate(embeddings @ embeddings.T):
+        cosines = "".join(f"{cosine:7.3f}" for cosine in row)
+        label = " ".join(texts[number].split())[:60]
+        lines.append(f"{number + 1:>4}{cosines}   {label}")
     return "\n".join(lines)

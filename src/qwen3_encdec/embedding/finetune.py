@@ -1,51 +1,58 @@
-"""Encoder -> embedding model, by sentence-transformers' own trainer and losses: glue, checks and
-good defaults.
+"""Finetune an encoder into an embedding model, by sentence-transformers' own trainer and losses.
 
-Needs sentence-transformers 6.2 or newer.
+A held-out part of the pairs is scored before, during and after; the best weights are kept. A batch
+that cannot be filled with distinct texts, a loss or weight that is not finite, and steps that were
+not made end it with a sentence and without a folder. Needs sentence-transformers 6.2 or newer.
 """
 
+import itertools
+import json
+import math
 import random
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
+import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
+from safetensors.torch import load_file, save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
-    DistillKLDivLoss,
     EmbedDistillLoss,
     GlobalOrthogonalRegularizationLoss,
-    MarginMSELoss,
     MatryoshkaLoss,
     MultipleNegativesRankingLoss,
 )
 from sentence_transformers.sentence_transformer.training_args import BatchSamplers
 from sentence_transformers.util import mine_hard_negatives
 from torch import Tensor, nn
-from transformers import PrinterCallback, set_seed
+from transformers import PrinterCallback, TrainerCallback, set_seed
 
+from qwen3_encdec.conversion.card import read_card, without_path, write_card
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.folders import (
     InputError,
     check_output,
     copy_without_weights,
+    default_device,
     new_folder,
     read_json,
     write_json,
 )
 
-Direction = Literal["query_to_doc", "doc_to_query", "query_to_query", "doc_to_doc"]
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -58,10 +65,7 @@ class FinetuneConfig:
     (ORG/NAME:CONFIG).
     """
     columns: list[str] = field(default_factory=lambda: ["anchor", "positive"])
-    """Text columns of files and hub datasets:
-
-    a query, its document, then any number of hard negatives.
-    """
+    """Text columns of files and hub datasets: a query, its document, then hard negatives."""
     query_prompt: str = ""
     """Put before every query, here and, through the written folder, wherever the model is used."""
     document_prompt: str = ""
@@ -69,33 +73,20 @@ class FinetuneConfig:
     max_length: int = 128
     """Tokens per text while training; the folder keeps its own limit for use."""
 
-    objective: Literal["contrastive", "embed_distill", "margin_mse", "distill_kl"] = "contrastive"
-    """contrastive learns from the pairs;
-
-    the others match a teacher's embeddings, score margins or score shares.
-    """
+    objective: Literal["contrastive", "embed_distill"] = "contrastive"
+    """contrastive learns from the pairs, embed_distill from a teacher's embeddings of the texts."""
     teacher: str | None = None
-    """sentence-transformers folder that the three distillations learn from."""
+    """sentence-transformers folder to distill from."""
     temperature: float = 0.05
-    """Of the softmax over cosines, in contrastive and distill_kl."""
-    directions: list[Direction] = field(default_factory=lambda: ["query_to_doc", "doc_to_query"])
-    """What each text is told apart from:
-
-    a query from documents, a document from queries, each from its own kind.
+    """Of the softmax over cosines, in contrastive."""
+    symmetric: bool = True
+    """Tell a document from the other queries too, not only a query from the other documents."""
+    matryoshka_dims: list[float] = field(default_factory=list)
+    """Leading dimensions that must serve alone, as numbers or as shares of the width (0.5); the
+    full width is always trained too.
     """
-    partition_mode: Literal["joint", "per_direction"] = "per_direction"
-    """One softmax over all directions, or one each (for the first two directions only)."""
-    hardness: Literal["none", "in_batch_negatives", "hard_negatives", "all_negatives"] = "none"
-    """Which negatives weigh more the closer they are to the query."""
-    hardness_strength: float = 5.0
-    """How much more: what is added to a negative's logit, times its cosine."""
-    matryoshka_dims: list[int] = field(default_factory=list)
-    """Leading dimensions that must serve alone; the full width is always trained too."""
     spread_weight: float = 0.0
-    """Weight of the spread-out regulariser on each side's embeddings, beside contrastive;
-
-    0 is none.
-    """
+    """Weight of the spread-out regulariser on each side's embeddings, beside contrastive."""
 
     mine_negatives: int = 0
     """Hard negatives to find for each pair among all documents drawn, before training."""
@@ -109,16 +100,14 @@ class FinetuneConfig:
     steps: int = 200
     """Optimizer steps."""
     batch_size: int = 64
-    """Pairs per step; each is a negative for the others."""
+    """Pairs per step; each is a negative for the others, so all their texts are distinct."""
     mini_batch_size: int = 0
-    """Pairs in memory at once (GradCache:
-
-    the loss of the whole batch for one more forward pass); 0 is all.
+    """Pairs in memory at once (GradCache: the loss of the whole batch for one more forward pass); 0
+    is all.
     """
-    lr: float = 5e-4
-    """Peak learning rate after a tenth of linear warm-up;
-
-    then linear decay. 2e-5 suits a real checkpoint.
+    lr: float | None = None
+    """Peak learning rate after a tenth of linear warm-up, then linear decay; by default 2e-5 from
+    width 1024 on, and more for narrower encoders: 2e-5 x (1024 / width)^2, at most 1e-3.
     """
     weight_decay: float = 0.0
     """Of AdamW."""
@@ -127,10 +116,15 @@ class FinetuneConfig:
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     lora_rank: int = 0
-    """Train low-rank adapters of all projections and merge them at the end;
-
-    0 trains every weight.
-    """
+    """Train low-rank adapters and merge them at the end; 0 trains every weight."""
+    heldout_pairs: int = 256
+    """Pairs kept out of training for the score, at most a tenth of all; 0 scores nothing."""
+    eval_every: int = 0
+    """Steps between scores; 0 is a quarter of the steps. The best weights are kept."""
+    save_every: int = 0
+    """Steps between checkpoints, in OUTPUT.training until the end, for `resume`; 0 is none."""
+    log_every: int = 0
+    """Steps between lines of progress and of metrics.jsonl; 0 is a tenth of the steps."""
     seed: int = 0
     """Of the choice and order of the pairs and of the adapters."""
 
@@ -139,35 +133,21 @@ class FinetuneConfig:
 
         Raises InputError naming them.
         """
-        at_least = {"max_length": 1, "steps": 1, "batch_size": 2, "mini_batch_size": 0, "lora_rank": 0, "seed": 0,
-                    "mine_negatives": 0, "mining_skip": 0, "spread_weight": 0, "hardness_strength": 0,
-                    "weight_decay": 0}  # fmt: skip
-        for name, least in at_least.items():
+        numbers = (name for name, value in vars(self).items() if type(value) in (int, float))
+        for name in numbers:
+            least = {"max_length": 1, "steps": 1, "batch_size": 2}.get(name, 0)
             if not getattr(self, name) >= least:
                 raise InputError(f"{name} must be at least {least}, got {getattr(self, name)!r}")
         for name in ("lr", "temperature"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise InputError(f"{name} must be above 0 and finite, got {getattr(self, name)!r}")
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise InputError(f"{name} must be above 0 and finite, got {value!r}")
         if len(self.columns) < 2:
             raise InputError(f"columns must name a query and its document, got {self.columns!r}")
         if (self.teacher is None) != (self.objective == "contrastive"):
             raise InputError(
                 f"objective {self.objective} {'has no' if self.teacher else 'needs a'} teacher"
             )
-        if (
-            self.objective in ("margin_mse", "distill_kl")
-            and len(self.columns) < 3
-            and not self.mine_negatives
-        ):
-            raise InputError(
-                f"objective {self.objective} compares documents: name more columns, or mine_negatives"
-            )
-        if "query_to_doc" not in self.directions:
-            raise InputError(f"directions must hold query_to_doc, got {self.directions!r}")
-        if self.partition_mode == "per_direction" and {"query_to_query", "doc_to_doc"} & set(
-            self.directions
-        ):
-            raise InputError("directions query_to_query and doc_to_doc need partition_mode joint")
         if self.objective != "contrastive" and (self.mini_batch_size or self.spread_weight):
             raise InputError("mini_batch_size and spread_weight go with objective contrastive only")
 
@@ -177,13 +157,14 @@ def finetune(
     output_dir: str | Path,
     examples: Sequence[tuple[str, ...]] | None = None,
     config: FinetuneConfig | None = None,
+    *,
+    resume: bool = False,
     **changes: Any,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train an encoder so that the texts that belong together lie closer than those that do not.
 
-    The output is `encoder_dir` with other weights: every small file, and with them the
-    bidirectional configuration and the layout that serving tools read, is the input's; prompts are
-    added where the config has them.
+    The output is `encoder_dir` with other weights, prompts where the config has them, a model card
+    and metrics.jsonl; the bidirectional configuration and the layout that serving tools read stay.
 
     Args:
         encoder_dir: A sentence-transformers folder, such as `extract_encoder` writes.
@@ -191,72 +172,339 @@ def finetune(
         examples: (query, document) or (query, document, negative, ...) texts, instead of the
             config's `inputs`. They are shuffled and repeated as often as the steps need.
         config: By default `FinetuneConfig()`.
+        resume: Continue from the newest checkpoint of an interrupted call with the same settings.
         changes: Fields of the config to replace.
 
     Returns:
-        `loss` (mean of the last tenth of the steps) and the number of `pairs` trained on.
+        `loss` (mean of the last tenth of the steps), `pairs` trained on, and where some are held
+        out `heldout`: their nDCG@10 `before`, `after` and at the `best` step, which is kept.
 
     Raises:
-        InputError: fewer examples than one batch, an input that cannot be read, settings that do
-            not go together, or `encoder_dir` or a teacher is no sentence-transformers folder.
+        InputError: batches cannot be filled with distinct texts, the loss or a weight is not
+            finite, an input cannot be read, settings do not go together, or `encoder_dir` or a
+            teacher is not a sentence-transformers folder.
     """
     config = replace(config or FinetuneConfig(), **changes)
     encoder_dir = Path(encoder_dir)
-    check_output(output_dir, "encoder")
+    output_dir = check_output(output_dir, "encoder")
     model = _load(encoder_dir)
+    config = _fitted(config, model.get_embedding_dimension() or 0)
     teachers = {name: _load(name) for name in (config.teacher, config.miner) if name is not None}
     full = (
         read_examples(config) if examples is None else _dataset(list(zip(*examples, strict=True)))
     )
-    if len(full) < config.batch_size:
-        raise InputError(f"{len(full)} pairs are less than one batch of {config.batch_size}")
     set_seed(config.seed)
     saved_dtype = model.dtype
     model.float()
     model.max_seq_length = min(config.max_length, model.max_seq_length or config.max_length)
-    width = model.get_embedding_dimension() or 0
-    if (
-        config.matryoshka_dims
-        and not 0 < min(config.matryoshka_dims) <= max(config.matryoshka_dims) <= width
-    ):
-        raise InputError(
-            f"matryoshka_dims {config.matryoshka_dims} must lie in 1 ... {width}, the encoder's width"
-        )
-    drawn = random.Random(config.seed).sample(
-        range(len(full)), min(len(full), config.steps * config.batch_size)
-    )
-    dataset = full.select(drawn)
+    _check_distinct(config, full)
+    dataset, heldout = _split(config, full)
     if config.mine_negatives:
         dataset = _mine(config, dataset, teachers[config.miner] if config.miner else model)
+    _check_batches(config, dataset)
     if config.teacher is not None:
-        dataset = _add_labels(config, dataset, teachers[config.teacher])
+        dataset = _add_labels(dataset, teachers[config.teacher])
     if config.lora_rank:
         _add_lora(model, config.lora_rank)
-    with tempfile.TemporaryDirectory() as scratch:
-        trainer = SentenceTransformerTrainer(
-            model=model,
-            args=_arguments(config, scratch),
-            train_dataset=dataset,
-            loss=_loss(config, model, dataset),
-        )
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
-        losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    work = _work_folder(output_dir, config, resume)
+    try:
+        watch = _train(config, model, dataset, heldout, work, resume)
         if config.lora_rank:
             model[0].model = cast(Any, model[0].model).merge_and_unload()
-        model.to(saved_dtype).save_pretrained(scratch, create_model_card=False)
-        facts = {"finetuned_from": str(encoder_dir), "steps": config.steps, "seed": config.seed}
-        with new_folder(output_dir, "encoder", **facts, config=asdict(config)) as folder:
-            copy_without_weights(encoder_dir, folder)
-            for file in Path(scratch).rglob("*.safetensors*"):
-                shutil.copy(file, folder / file.relative_to(scratch))
-            if config.query_prompt or config.document_prompt:
-                settings = read_json(folder / "config_sentence_transformers.json")
-                prompts = {"query": config.query_prompt, "document": config.document_prompt}
-                write_json(
-                    folder / "config_sentence_transformers.json", {**settings, "prompts": prompts}
+        _check_weights(model)
+        model.to(saved_dtype).save_pretrained(str(work / "trained"), create_model_card=False)
+        _write(encoder_dir, output_dir, config, work, watch)
+    except (KeyboardInterrupt, SystemExit):
+        if not config.save_every:
+            shutil.rmtree(work)
+        raise
+    except BaseException:
+        shutil.rmtree(work)
+        raise
+    shutil.rmtree(work)
+    result: dict[str, Any] = {"loss": watch.losses[-1], "pairs": len(dataset)}
+    if watch.scores:
+        last, best = max(watch.scores), watch.best_step
+        steps = {"before": 0, "after": last, "best": best}
+        result["heldout"] = {name: watch.scores[step] for name, step in steps.items()}
+    return result
+
+
+def _fitted(config: FinetuneConfig, width: int) -> FinetuneConfig:
+    """The config with what depends on the encoder filled in."""
+    lr = config.lr or min(1e-3, 2e-5 * max(1.0, 1024 / width) ** 2)
+    dims = [round(size * width) if 0 < size < 1 else size for size in config.matryoshka_dims]
+    if dims and not all(1 <= size <= width and size == int(size) for size in dims):
+        raise InputError(f"matryoshka_dims {dims} must lie in 1 ... {width}, the encoder's width")
+    return replace(config, lr=lr, matryoshka_dims=[int(size) for size in dims])
+
+
+def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | None]:
+    """Draw the pairs to train on and those to score, no text of which is trained on."""
+    order = random.Random(config.seed).sample(range(len(full)), len(full))
+    queries, documents = full["anchor"], full["positive"]
+    wanted = min(config.heldout_pairs, len(full) // 10)
+    heldout: list[int] = []
+    texts: set[str] = set()
+    for i in order:
+        if len(heldout) == wanted:
+            break
+        if not {queries[i], documents[i]} & texts:
+            texts |= {queries[i], documents[i]}
+            heldout.append(i)
+    kept_out = set(heldout)
+    # Mining and teachers embed all that is drawn; else more pairs make it easier to fill batches.
+    costly = config.mine_negatives or config.teacher
+    needed = config.steps * config.batch_size if costly else len(full)
+    train = [
+        i
+        for i in order
+        if i not in kept_out and queries[i] not in texts and documents[i] not in texts
+    ]
+    if len(train) < 0.8 * len(full):
+        print("warning: nothing is held out, texts repeat in too many pairs", file=sys.stderr)
+        heldout = []
+    if len(heldout) < 2:
+        return full.select(order[:needed]), None
+    return full.select(train[:needed]), full.select(heldout)
+
+
+def _check_distinct(config: FinetuneConfig, dataset: Dataset) -> None:
+    size = config.batch_size
+    if len(dataset) < size:
+        raise InputError(f"{len(dataset)} pairs are less than one batch of {size}")
+    for name in dataset.column_names:
+        distinct = len(set(dataset[name]))
+        if distinct < size:
+            raise InputError(
+                f"column {name} has {distinct} distinct texts, and a batch of {size} needs as "
+                f"many: use batch_size={distinct} or more texts"
+            )
+
+
+def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
+    """Refuse pairs of which no full batch of distinct texts can be drawn; say how many go unused.
+
+    The sampler would make smaller batches instead, down to one pair, whose loss is 0.
+    """
+    _check_distinct(config, dataset)
+    size = config.batch_size
+    generator = torch.Generator().manual_seed(config.seed)
+    sampler = NoDuplicatesBatchSampler(
+        dataset, batch_size=size, drop_last=True, generator=generator, seed=config.seed
+    )
+    used = size * sum(1 for _ in itertools.islice(sampler, config.steps))
+    if not used:
+        raise InputError(
+            f"no batch of {size} distinct texts can be drawn from {len(dataset)} pairs: texts "
+            "repeat too often; lower batch_size"
+        )
+    for name in dataset.column_names:
+        distinct = len(set(dataset[name]))
+        if distinct < len(dataset) / 2:
+            print(
+                f"warning: column {name} has {distinct:,} distinct texts in {len(dataset):,} "
+                "pairs; batches of distinct texts repeat the pairs of rare ones",
+                file=sys.stderr,
+            )
+
+
+def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:
+    """The folder of checkpoints and metrics while training runs: beside the output if a later call
+    may need it.
+    """
+    if not config.save_every:
+        if resume:
+            raise InputError("resume needs checkpoints: set save_every")
+        return Path(tempfile.mkdtemp())
+    work = output.with_name(f"{output.name}.training")
+    settings = json.loads(json.dumps(asdict(config)))
+    if resume:
+        if not list(work.glob("checkpoint-*")):
+            raise InputError(f"{work} holds no checkpoint to resume from")
+        if read_json(work / "settings.json") != settings:
+            raise InputError(f"{work} was made with other settings; resume with the same ones")
+        return work
+    if work.exists():
+        raise InputError(
+            f"{work} holds an interrupted finetuning: continue it with resume, or delete it"
+        )
+    work.mkdir(parents=True)
+    write_json(work / "settings.json", settings)
+    return work
+
+
+class _Watch(TrainerCallback):
+    """Score held-out pairs, keep the best weights, write metrics.jsonl and lines of progress."""
+
+    def __init__(
+        self,
+        config: FinetuneConfig,
+        model: SentenceTransformer,
+        heldout: Dataset | None,
+        work: Path,
+    ) -> None:
+        self.config, self.model, self.heldout, self.work = config, model, heldout, work
+        self.every = config.eval_every or max(1, config.steps // 4)
+        self.losses: list[float] = []
+        self.scores: dict[int, float] = {}
+        self.best_step = 0
+        self.began = time.monotonic()
+
+    def begin(self, resume: bool) -> None:
+        """Read the scores of an interrupted call, or score the encoder as it is."""
+        file = self.work / "metrics.jsonl"
+        if not resume:
+            self.score(0)
+            return
+        done = max(int(each.name.split("-")[1]) for each in self.work.glob("checkpoint-*"))
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = [line for line in lines if line["step"] <= done]
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+        self.losses = [line["loss"] for line in lines if "loss" in line]
+        self.scores = {line["step"]: line["ndcg@10"] for line in lines if "ndcg@10" in line}
+        self.best_step = max(self.scores, key=lambda step: self.scores[step], default=0)
+
+    def score(self, step: int) -> None:
+        """Score the weights as they are; keep them if they are the best so far."""
+        if self.heldout is None:
+            return
+        was_training = self.model.training
+        self.model.eval()
+        self.scores[step] = heldout_score(self.model, self.config, self.heldout)
+        self.model.train(was_training)
+        self._record(step, {"ndcg@10": self.scores[step]})
+        if self.scores[step] >= max(self.scores.values()):
+            self.best_step = step
+            weights = {
+                name: tensor.detach().cpu().contiguous()
+                for name, tensor in self.model.named_parameters()
+            }
+            save_file(weights, self.work / "best.safetensors")
+
+    def restore_best(self) -> None:
+        """Put the best weights back, unless they are the last."""
+        if self.scores and self.best_step != max(self.scores):
+            weights = load_file(self.work / "best.safetensors")
+            self.model.load_state_dict(weights, strict=False)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Record and print what the trainer logs."""
+        if not logs or "loss" not in logs:
+            return
+        keys = ("loss", "grad_norm", "learning_rate")
+        values = {key: float(logs[key]) for key in keys if key in logs}
+        for name in ("loss", "grad_norm"):
+            if not math.isfinite(values.get(name, 0.0)):
+                raise InputError(
+                    f"{name} is {values[name]} at step {state.global_step}: lower lr "
+                    f"(now {self.config.lr:g}) or look for texts that break the objective"
                 )
-    return {"loss": losses[-1], "pairs": len(dataset)}
+        self.losses.append(values["loss"])
+        self._record(state.global_step, values)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score where it is due."""
+        last = state.global_step == self.config.steps
+        if last or state.global_step % self.every == 0:
+            self.score(state.global_step)
+
+    def _record(self, step: int, values: dict[str, float]) -> None:
+        seconds = round(time.monotonic() - self.began, 1)
+        with (self.work / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
+        facts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        line = f"step {step:,} of {self.config.steps:,}: {facts}, {seconds:.0f} s"
+        print(line, file=sys.stderr, flush=True)
+
+
+class _Trainer(SentenceTransformerTrainer):
+    """The library's trainer, which averages a loss that is not finite away."""
+
+    def compute_loss(self, *arguments: Any, **options: Any) -> Any:
+        found = super().compute_loss(*arguments, **options)
+        loss = found[0] if isinstance(found, tuple) else found
+        if not torch.isfinite(loss.detach()).all():
+            step = self.state.global_step + 1
+            raise InputError(f"the loss is {float(loss.detach())} at step {step}: lower lr")
+        return found
+
+
+def heldout_score(model: SentenceTransformer, config: FinetuneConfig, pairs: Dataset) -> float:
+    """nDCG@10 of finding each query's document among all held-out ones; ties count against it."""
+    options: dict[str, Any] = {"show_progress_bar": False, "normalize_embeddings": True}
+    queries = model.encode(list(pairs["anchor"]), prompt=config.query_prompt, **options)
+    documents = model.encode(list(pairs["positive"]), prompt=config.document_prompt, **options)
+    scores = queries @ documents.T
+    if not np.isfinite(scores).all():
+        raise InputError("an embedding is not finite: lower lr")
+    ranks = (scores >= np.diag(scores)[:, None]).sum(1)
+    return float(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0).mean())
+
+
+def _train(
+    config: FinetuneConfig,
+    model: SentenceTransformer,
+    dataset: Dataset,
+    heldout: Dataset | None,
+    work: Path,
+    resume: bool,
+) -> _Watch:
+    watch = _Watch(config, model, heldout, work)
+    trainer = _Trainer(
+        model=model,
+        args=_arguments(config, str(work)),
+        train_dataset=dataset,
+        loss=_loss(config, model, dataset),
+        callbacks=[watch],
+    )
+    trainer.remove_callback(PrinterCallback)
+    watch.begin(resume)
+    trainer.train(resume_from_checkpoint=resume or None)
+    if trainer.state.global_step != config.steps:
+        raise InputError(
+            f"only {trainer.state.global_step} of {config.steps} steps could be made: too few "
+            "pairs with distinct texts"
+        )
+    watch.restore_best()
+    return watch
+
+
+def _check_weights(model: SentenceTransformer) -> None:
+    for name, weight in model.named_parameters():
+        if not torch.isfinite(weight).all():
+            raise InputError(f"weight {name} is not finite after training: lower lr")
+
+
+def _write(
+    encoder_dir: Path, output: Path, config: FinetuneConfig, work: Path, watch: _Watch
+) -> None:
+    facts = {"finetuned_from": str(encoder_dir), "steps": config.steps, "seed": config.seed}
+    with new_folder(output, "encoder", **facts, config=asdict(config)) as folder:
+        copy_without_weights(encoder_dir, folder)
+        for file in (work / "trained").rglob("*.safetensors*"):
+            shutil.copy(file, folder / file.relative_to(work / "trained"))
+        shutil.copy(work / "metrics.jsonl", folder)
+        file = folder / "config_sentence_transformers.json"
+        if config.query_prompt or config.document_prompt:
+            prompts = {"query": config.query_prompt, "document": config.document_prompt}
+            write_json(file, {**read_json(file), "prompts": prompts})
+        card = read_card(encoder_dir)
+        scores = {f"nDCG@10 at step {step}": f"{value:.4f}" for step, value in watch.scores.items()}
+        kept = {"kept": f"the weights of step {watch.best_step}"} if watch.scores else {}
+        options = {key: card[key] for key in ("license",) if key in card}
+        if "language" in card:
+            options["language"] = ", ".join(card["language"])
+        write_card(
+            folder,
+            name=output.resolve().name,
+            base_model=card.get("base_model") or without_path(encoder_dir),
+            sections=[
+                ("Held-out pairs", scores | kept or {"scored": "no"}),
+                ("Finetuning", {"encoder": without_path(encoder_dir)} | asdict(config)),
+            ],
+            **options,
+        )
 
 
 def read_examples(config: FinetuneConfig) -> Dataset:
@@ -270,7 +518,8 @@ def read_examples(config: FinetuneConfig) -> Dataset:
         if name == "package-docs":
             if len(config.columns) != 2:
                 raise InputError(
-                    "package-docs has pairs: columns must be two; hard negatives come by mine_negatives"
+                    "package-docs has pairs: columns must be two; hard negatives come by "
+                    "mine_negatives"
                 )
             parts.append(_dataset(list(zip(*summary_pairs("train"), strict=True))))
             continue
@@ -320,17 +569,15 @@ def _dataset(columns: Sequence[Sequence[str]]) -> Dataset:
 def _load(folder: str | Path) -> SentenceTransformer:
     if not (Path(folder) / "modules.json").is_file():
         raise InputError(
-            f"{folder} is no sentence-transformers folder; make one with scripts/extract_encoder.py"
+            f"{folder} is not a sentence-transformers folder; make one with: qwen3-encdec extract"
         )
     try:
         model = SentenceTransformer(str(folder), local_files_only=True)
     except Exception as error:  # damaged weights, configs and tokenizers each raise their own
-        raise InputError(
-            f"{folder} cannot be loaded: {str(error).strip().partition(chr(10))[0]}"
-        ) from None
-    model.model_card_data.widget = [
-        {}
-    ]  # else the trainer embeds examples for a card that is never written
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"{folder} cannot be loaded: {reason}") from None
+    # Else the trainer embeds examples for a card that is never written.
+    model.model_card_data.widget = [{}]
     return model
 
 
@@ -348,29 +595,24 @@ def _mine(config: FinetuneConfig, dataset: Dataset, model: SentenceTransformer) 
     )
     if len(mined) < config.batch_size:
         raise InputError(
-            f"only {len(mined)} of {len(dataset)} pairs have {config.mine_negatives} negatives under mining_margin "
-            f"{config.mining_margin}: less than one batch of {config.batch_size}"
+            f"only {len(mined)} of {len(dataset)} pairs have {config.mine_negatives} negatives "
+            f"under mining_margin {config.mining_margin}: less than one batch of {config.batch_size}"
         )
     return _dataset([mined[name] for name in mined.column_names])
 
 
-def _add_labels(config: FinetuneConfig, dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
-    """What the teacher says:
-
-    [columns, dimensions] embeddings of every text, or [documents] cosines with the query.
-    """
-    encoded = [
-        (teacher.encode_query if name == "anchor" else teacher.encode_document)(
-            list(dataset[name]),
-            normalize_embeddings=True,
-            convert_to_tensor=True,
-            show_progress_bar=False,
-        )
-        for name in dataset.column_names
-    ]
-    texts = torch.stack(encoded, dim=1).float().cpu()  # (N, columns, d)
-    labels = texts if config.objective == "embed_distill" else (texts[:, 1:] * texts[:, :1]).sum(-1)
-    return dataset.add_column("label", labels.tolist())
+def _add_labels(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
+    """Add the teacher's embeddings of every text, [columns, dimensions], as labels."""
+    options: dict[str, Any] = {
+        "normalize_embeddings": True,
+        "convert_to_tensor": True,
+        "show_progress_bar": False,
+    }
+    encoded = []
+    for name in dataset.column_names:
+        encode = teacher.encode_query if name == "anchor" else teacher.encode_document
+        encoded.append(encode(list(dataset[name]), **options))
+    return dataset.add_column("label", torch.stack(encoded, dim=1).float().cpu().tolist())
 
 
 def _add_lora(model: SentenceTransformer, rank: int) -> None:
@@ -419,20 +661,14 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
     width = model.get_embedding_dimension() or 0
     if config.objective == "embed_distill":
         teacher_width = len(dataset[0]["label"][0])
-        loss = EmbedDistillLoss(
-            model, projection_dim=None if teacher_width == width else teacher_width
-        )
-    elif config.objective == "margin_mse":
-        loss = MarginMSELoss(model)
-    elif config.objective == "distill_kl":
-        loss = DistillKLDivLoss(model, temperature=config.temperature)
+        projection = None if teacher_width == width else teacher_width
+        loss = EmbedDistillLoss(model, projection_dim=projection)
     else:
+        directions = ("query_to_doc", "doc_to_query") if config.symmetric else ("query_to_doc",)
         options: dict[str, Any] = {
             "scale": 1 / config.temperature,
-            "directions": tuple(config.directions),
-            "partition_mode": config.partition_mode,
-            "hardness_mode": None if config.hardness == "none" else config.hardness,
-            "hardness_strength": config.hardness_strength,
+            "directions": directions,
+            "partition_mode": "per_direction",
         }
         if config.mini_batch_size or config.spread_weight:
             size = config.mini_batch_size or config.batch_size
@@ -440,12 +676,14 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
         else:
             loss = MultipleNegativesRankingLoss(model, **options)
     if config.matryoshka_dims:
-        loss = MatryoshkaLoss(model, loss, sorted({*config.matryoshka_dims, width}, reverse=True))
+        loss = MatryoshkaLoss(
+            model, loss, sorted({*map(int, config.matryoshka_dims), width}, reverse=True)
+        )
     return loss
 
 
 def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrainingArguments:
-    accelerated = torch.accelerator.is_available()
+    accelerated = default_device().type != "cpu"
     prompts = {"anchor": config.query_prompt, "positive": config.document_prompt}
     negatives = max(config.mine_negatives, len(config.columns) - 2)
     prompts |= {f"negative_{i}": config.document_prompt for i in range(1, negatives + 1)}
@@ -455,22 +693,27 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
         name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields
     )
     checkpointing: dict[str, Any] = {name: config.gradient_checkpointing}
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if config.save_every:
+        saving = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
     return SentenceTransformerTrainingArguments(
         output_dir=scratch,
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
+        dataloader_drop_last=True,
         batch_sampler=BatchSamplers.NO_DUPLICATES,
         prompts=prompts if any(prompts.values()) else None,
-        learning_rate=config.lr,
+        learning_rate=config.lr or 0.0,
         weight_decay=config.weight_decay,
         warmup_steps=config.steps // 10,
         lr_scheduler_type="linear",
         bf16=config.mixed_precision == "bf16" or (config.mixed_precision == "auto" and accelerated),
         use_cpu=not accelerated,
         seed=config.seed,
-        save_strategy="no",
-        logging_steps=max(1, config.steps // 10),
+        logging_steps=config.log_every or max(1, config.steps // 10),
+        logging_nan_inf_filter=False,
         report_to="none",
-        disable_tqdm=not sys.stderr.isatty(),
+        disable_tqdm=True,
         **checkpointing,
+        **saving,
     )

@@ -1,11 +1,10 @@
-"""Embedders: functions from texts to [N, d] fp32 embeddings, all called in the same way, none with
-a prompt.
+"""Embedders: functions from texts to [N, d] fp32 embeddings, all called in the same way.
 
 The neural ones run in fp32 through sentence-transformers and cut every text at `max_tokens` of
-their own tokens, by default `MAX_TOKENS`, the length that both MiniLM and our contrastive stage are
-trained on, and where they cut it themselves; TF-IDF and WordLlama read all of it. The three parent
-baselines read an ordinary causal Qwen3 folder; no EOS is appended, so that the last-token baseline
-pools the last token of the text. An extracted encoder appends EOS because its tokenizer does.
+their own tokens; TF-IDF and WordLlama read all of it. A folder with prompts puts that of the role
+before each text, as `encode_query` and `encode_document` do. The three parent baselines read an
+ordinary causal Qwen3 folder, without prompts and without an EOS, so that the last-token baseline
+pools the last token of the text; an extracted encoder's tokenizer appends EOS itself.
 """
 
 import importlib.util
@@ -18,12 +17,11 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 
+from qwen3_encdec.evaluation.retrieval import MAX_TOKENS
 from qwen3_encdec.folders import InputError, read_json
 
 if TYPE_CHECKING:
     from sentence_transformers import SentenceTransformer
-
-MAX_TOKENS = 128
 
 TFIDF = "TF-IDF"
 WORDLLAMA = "WordLlama"
@@ -36,34 +34,33 @@ CONTRASTIVE = "UL2 encoder + contrastive"
 
 
 class NotRun(Exception):  # noqa: N818
-    """Something that a task or a baseline needs is not there;
-
-    the message is what to do about it.
-    """
+    """Something that a task or a baseline needs is not there; the message is the remedy."""
 
 
 class Embedder(Protocol):
     """Texts to [N, d] fp32 embeddings."""
 
-    def __call__(self, texts: list[str], max_tokens: int = MAX_TOKENS) -> np.ndarray: ...  # noqa: D102
+    def __call__(  # noqa: D102
+        self, texts: list[str], max_tokens: int = MAX_TOKENS, role: str | None = None
+    ) -> np.ndarray: ...
 
 
 def tfidf(corpus: Sequence[str]) -> Embedder:
     """Bags of words, fitted on the documents to be searched and never on the queries.
 
-    scikit-learn's tokens, sublinear term frequency, the 2^14 most frequent words.
+    scikit-learn's tokens, sublinear term frequency, the 2^14 most frequent words; fewer of a large
+    corpus, so that its matrix stays below 2 GB.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
-    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_features=2**14).fit(
-        corpus
-    )
-    return lambda texts, max_tokens=MAX_TOKENS: vectorizer.transform(texts).toarray()
+    words = min(2**14, 2**29 // len(corpus))
+    vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_features=words)
+    vectorizer.fit(corpus)
+    return lambda texts, max_tokens=0, role=None: vectorizer.transform(texts).toarray()
 
 
 def wordllama() -> Embedder:
-    """Means of static token vectors, 256 wide, taken from the embeddings of large models: order
-    plays no part.
+    """Means of static token vectors, 256 wide, taken from the embeddings of large models.
 
     Raises NotRun if the PyPI package wordllama is not installed.
     """
@@ -72,7 +69,7 @@ def wordllama() -> Embedder:
 
     logging.root.setLevel(level)  # the import makes every package's INFO visible
     model = WordLlama.load(cache_dir=folder, disable_download=True)
-    return lambda texts, max_tokens=MAX_TOKENS: model.embed(texts)
+    return lambda texts, max_tokens=0, role=None: model.embed(texts)
 
 
 def minilm() -> Embedder:
@@ -85,7 +82,7 @@ def minilm() -> Embedder:
 
 
 def package_folder(module: str, package: str) -> Path:
-    """Where an installed package lies, without importing it.
+    """The folder of an installed package, without importing it.
 
     Raises NotRun if it is not installed.
     """
@@ -151,8 +148,16 @@ def _embedder(folder: str | Path, build: "Callable[[], SentenceTransformer]") ->
         raise InputError(f"{folder} cannot be loaded as an embedding model: {reason}") from None
     own = model.max_seq_length
 
-    def embed(texts: list[str], max_tokens: int = MAX_TOKENS) -> np.ndarray:
+    encoders: dict[str | None, Callable] = {
+        None: model.encode,
+        "query": model.encode_query,
+        "document": model.encode_document,
+    }
+
+    def embed(
+        texts: list[str], max_tokens: int = MAX_TOKENS, role: str | None = None
+    ) -> np.ndarray:
         model.max_seq_length = min(max_tokens, own or max_tokens)
-        return model.encode(texts, show_progress_bar=False)
+        return encoders[role](texts, show_progress_bar=False)
 
     return embed

@@ -1,4 +1,4 @@
-"""Held-out denoising: loss by denoiser, and what the model writes into the gaps."""
+"""Score held-out denoising: loss by denoiser, and the spans that a model writes into the gaps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
+from torch.nn.utils.rnn import pad_sequence
 
-from qwen3_encdec.data.collate import collate
+from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.ul2 import Example
 from qwen3_encdec.folders import InputError
 
@@ -18,7 +19,6 @@ def denoising_losses(
     examples: Sequence[Example],
     *,
     denoiser_names: Sequence[str],
-    pad_token_id: int,
     batch_size: int = 16,
 ) -> dict[str, float]:
     """Mean loss by denoiser over a fixed list of examples, each target token (EOS included)
@@ -31,7 +31,6 @@ def denoising_losses(
         model: An encoder-decoder, wrapped or not.
         examples: Sources and targets; `denoiser` indexes `denoiser_names`.
         denoiser_names: The preset's names.
-        pad_token_id: Fills up the sources.
         batch_size: Examples per call.
 
     Returns:
@@ -44,12 +43,15 @@ def denoising_losses(
     model.eval()
     try:
         for start in range(0, len(by_length), batch_size):
-            batch = collate([[example] for example in by_length[start : start + batch_size]])
-            denoiser = batch.pop("denoiser")
+            part = by_length[start : start + batch_size]
+            batch = collate_packed([e.source for e in part], [e.target for e in part])
             inputs = send_to_device(batch, device)
-            losses = model(**inputs, return_logits=False).token_losses.double().cpu()
-            sums[0].index_add_(0, denoiser[0], losses[0])
-            sums[1].index_add_(0, denoiser[0], torch.ones_like(losses[0]))
+            losses = model(**inputs, return_logits=False).token_losses[0].double().cpu()
+            lengths = torch.tensor([len(example.target) for example in part])
+            denoiser = torch.tensor([example.denoiser for example in part])
+            denoiser = denoiser.repeat_interleave(lengths)
+            sums[0].index_add_(0, denoiser, losses)
+            sums[1].index_add_(0, denoiser, torch.ones_like(losses))
     finally:
         model.train(training)
     return {
@@ -69,8 +71,8 @@ def infill_examples(
 
     Returns:
         `exact_rate`, the share of the gaps whose tokens all are as in the text, and `examples`,
-            dicts of `source`, `expected`, `generated` (text with its sentinels) and `exact` of `spans`
-            (counts).
+        dicts of `source`, `expected`, `generated` (text with its sentinels) and `exact` of `spans`
+        (counts).
 
     Raises:
         InputError: no example has a gap.
@@ -79,21 +81,22 @@ def infill_examples(
     chosen = [example for example in examples if first <= example.target[0] <= last][:n]
     if not chosen:
         raise InputError("there is no span-corrupted example to fill in")
-    batch = collate([[example] for example in chosen], pad_id=tokenizer.pad_token_id)
+    sources = [torch.from_numpy(example.source.astype(np.int64)) for example in chosen]
+    input_ids = pad_sequence(sources, batch_first=True, padding_value=tokenizer.pad_token_id)
+    mask = pad_sequence([torch.ones_like(source) for source in sources], batch_first=True)
     training = model.training
     model.eval()
     generated = model.generate(
-        input_ids=batch["input_ids"].to(model.device),
-        attention_mask=batch["attention_mask"].to(model.device),
-        max_new_tokens=batch["labels"].shape[1],
+        input_ids=input_ids.to(model.device),
+        attention_mask=mask.to(model.device),
+        max_new_tokens=max(len(example.target) for example in chosen),
         do_sample=False,
         num_beams=1,
     )
     model.train(training)
     rows = []
-    for example, output in zip(
-        chosen, generated[:, 1:].cpu().numpy(), strict=True
-    ):  # without the start token
+    outputs = generated[:, 1:].cpu().numpy()  # without the start token
+    for example, output in zip(chosen, outputs, strict=True):
         ends = np.flatnonzero(output == tokenizer.eos_token_id)
         answer = output[: ends[0]] if len(ends) else output
         expected, found = _spans(example.target[:-1], first, last), _spans(answer, first, last)

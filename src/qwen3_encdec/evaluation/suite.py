@@ -1,8 +1,9 @@
-"""One evaluation for each kind of folder: denoising for an encoder-decoder, tasks and geometry for
-an encoder.
+"""One evaluation for each kind of folder: denoising for an encoder-decoder, retrieval, mteb and
+geometry for an encoder.
 
-Every embedder, baselines first, goes through the same function in the same run. What is not
-installed is reported as not run, with what to install.
+Every embedder, baselines first, goes through the same function in the same run, each text with the
+prompt of its role. A baseline or task whose package is missing is reported as not run, with what to
+install.
 """
 
 import functools
@@ -11,7 +12,9 @@ import platform
 import shlex
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,15 +24,21 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.package_docs import Docstring, package_docs
 from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.baselines import Embedder, NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
-from qwen3_encdec.evaluation.mteb_tasks import mteb_tasks
-from qwen3_encdec.evaluation.retrieval import normalize
-from qwen3_encdec.evaluation.tasks import PACKAGE_DOCS, TASKS, Task, documents_by_package
+from qwen3_encdec.evaluation.retrieval import (
+    PACKAGE_DOCS,
+    Embed,
+    Task,
+    normalize,
+    package_retrieval,
+)
 from qwen3_encdec.folders import (
     InputError,
+    default_device,
     describe_source,
     load_model,
     load_tokenizer,
@@ -53,6 +62,7 @@ SIMILARITY_TEXTS = (
 )
 """Four subjects of three texts each, in that order."""
 MAP_PACKAGES, MAP_TEXTS = 6, 50
+MTEB_MAX_TOKENS = 512
 
 
 def evaluate_denoising(
@@ -69,16 +79,14 @@ def evaluate_denoising(
     """
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = default_device()
     metrics: dict[str, Any] = {"denoising": {}}
     with _progress() as progress:
         task = progress.add_task("held-out denoising", total=len(folders) + 1)
         for label, folder in folders.items():
             model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
             examples = heldout_examples(data, tokenizer, num_examples)
-            metrics["denoising"][label] = denoising_losses(
-                model, examples, denoiser_names=names, pad_token_id=tokenizer.pad_token_id
-            )
+            metrics["denoising"][label] = denoising_losses(model, examples, denoiser_names=names)
             progress.advance(task)
         by_denoiser = {}
         for index, denoiser in enumerate(data.denoisers):
@@ -97,65 +105,52 @@ def evaluate_retrieval(
     encoders: Mapping[str, str | Path],
     *,
     parent: str | Path | None = None,
+    tasks: Sequence[Task] | None = None,
+    mteb: Sequence[str] = (),
     num_queries: int = 1000,
     seed: int = 0,
-    tasks: Sequence[str] = (PACKAGE_DOCS,),
-    mteb: Sequence[str] = (),
     outside: bool = True,
 ) -> dict[str, Any]:
-    """Scores of sentence-transformers folders, by name, after the baselines, on held-out packages
-    and other tasks.
+    """Score sentence-transformers folders, by name, after the baselines.
 
     Args:
         encoders: Folders by name.
         parent: The causal Qwen3, folder or hub id, for three of the baselines.
-        num_queries: Most queries or test texts of each task.
-        seed: Chooses them.
-        tasks: Names among `TASKS`.
+        tasks: By default retrieval in the docstrings of held-out packages.
         mteb: Names of mteb's tasks and benchmarks, such as "MTEB(eng, v2)".
+        num_queries: Most queries of the default task.
+        seed: Chooses them.
         outside: Score TF-IDF, WordLlama and MiniLM as well.
 
     Returns:
         `tasks` (by name `metric`, `size` and `scores`: by embedder `score`, `low`, `high`),
         `tasks_not_run` and `not_run` (what each task, each baseline that could not run would need);
-            if package-docs is among the tasks, `retrieval` (scores and geometry by embedder),
+        if package-docs is among the tasks, `retrieval` (scores and geometry by embedder),
         `num_queries` and `num_documents`.
 
     Raises:
         InputError: a folder cannot be loaded, a task's name is unknown, or no installed package is
             held out.
     """
-    chosen, tasks_not_run = _tasks(tasks, mteb, num_queries, seed)
-    loaders: dict[str, Callable[[], Embedder]] = {}
-    if outside:
-        loaders |= {baselines.WORDLLAMA: baselines.wordllama, baselines.MINILM: baselines.minilm}
-    not_run = {}
-    if parent is not None:
-        parent = resolve_checkpoint(parent)
-        loaders[baselines.CAUSAL_MEAN] = lambda: baselines.parent(parent, pooling="mean")
-        loaders[baselines.CAUSAL_LAST] = lambda: baselines.parent(parent, pooling="lasttoken")
-        loaders[baselines.UNMASKED_MEAN] = lambda: baselines.parent(
-            parent, pooling="mean", causal=False
-        )
-    else:
-        names = (baselines.CAUSAL_MEAN, baselines.CAUSAL_LAST, baselines.UNMASKED_MEAN)
-        not_run = dict.fromkeys(names, "name the parent's folder")
-    for name, folder in encoders.items():
-        loaders[name] = functools.partial(baselines.encoder, folder)
-
+    chosen = [package_retrieval(num_queries, seed)] if tasks is None else list(tasks)
+    tasks_not_run: dict[str, str] = {}
+    for name in mteb:
+        try:
+            chosen += mteb_tasks(name)
+        except NotRun as reason:
+            tasks_not_run[name] = str(reason)
+    loaders, not_run = _loaders(encoders, parent, outside)
     found: dict[str, dict[str, dict[str, float]]] = {task.name: {} for task in chosen}
     with _progress() as progress:
 
-        def measure(name: str, task: Task, embed: Embedder) -> None:
+        def measure(name: str, task: Task, embedder: Embedder) -> None:
             if task.name in tasks_not_run:
                 return
             bar = progress.add_task(f"{name}: {task.name}", total=None)
+            advance = functools.partial(progress.advance, bar)
+            embed = functools.partial(_embed, embedder, task.max_tokens, advance)
             try:
-                found[task.name][name] = task.measure(
-                    lambda texts: _embed(
-                        embed, texts, task.max_tokens, functools.partial(progress.advance, bar)
-                    )
-                )
+                found[task.name][name] = task.measure(embed)
             except NotRun as reason:
                 tasks_not_run[task.name] = str(reason)
             progress.remove_task(bar)
@@ -165,62 +160,143 @@ def evaluate_retrieval(
                 measure(baselines.TFIDF, task, baselines.tfidf(task.corpus))
         for name, load in loaders.items():
             try:
-                embed = load()
+                embedder = load()
             except NotRun as reason:
                 not_run[name] = str(reason)
                 continue
             for task in chosen:
-                measure(name, task, embed)
+                measure(name, task, embedder)
+    return _as_metrics(chosen, found) | {"tasks_not_run": tasks_not_run, "not_run": not_run}
+
+
+def _loaders(
+    encoders: Mapping[str, str | Path], parent: str | Path | None, outside: bool
+) -> tuple[dict[str, Callable[[], Embedder]], dict[str, str]]:
+    """Embedders by name, not loaded yet, and why some cannot be."""
+    loaders: dict[str, Callable[[], Embedder]] = {}
+    if outside:
+        loaders |= {baselines.WORDLLAMA: baselines.wordllama, baselines.MINILM: baselines.minilm}
+    not_run = {}
+    if parent is not None:
+        read = functools.partial(baselines.parent, resolve_checkpoint(parent))
+        loaders[baselines.CAUSAL_MEAN] = functools.partial(read, pooling="mean")
+        loaders[baselines.CAUSAL_LAST] = functools.partial(read, pooling="lasttoken")
+        loaders[baselines.UNMASKED_MEAN] = functools.partial(read, pooling="mean", causal=False)
+    else:
+        names = (baselines.CAUSAL_MEAN, baselines.CAUSAL_LAST, baselines.UNMASKED_MEAN)
+        not_run = dict.fromkeys(names, "name the parent's folder")
+    for name, folder in encoders.items():
+        loaders[name] = functools.partial(baselines.encoder, folder)
+    return loaders, not_run
+
+
+def _as_metrics(
+    tasks: Sequence[Task], found: Mapping[str, Mapping[str, Mapping[str, float]]]
+) -> dict[str, Any]:
+    """The scores in the form of metrics.json."""
     keys = ("score", "low", "high")
-    metrics: dict[str, Any] = {
-        "tasks": {
-            task.name: {
-                "metric": task.metric,
-                "size": task.size,
-                "scores": {
-                    name: {key: row[key] for key in keys if key in row}
-                    for name, row in found[task.name].items()
-                },
+    metrics: dict[str, Any] = {"tasks": {}}
+    for task in tasks:
+        rows = found[task.name]
+        if not rows:
+            continue
+        scores = {name: {key: row[key] for key in keys if key in row} for name, row in rows.items()}
+        facts = {"metric": task.metric, "size": task.size}
+        metrics["tasks"][task.name] = facts | {"scores": scores}
+        if task.name == PACKAGE_DOCS:
+            metrics["retrieval"] = {
+                name: {key: value for key, value in row.items() if key not in keys}
+                for name, row in rows.items()
             }
-            for task in chosen
-            if found[task.name]
-        },
-        "tasks_not_run": tasks_not_run,
-        "not_run": not_run,
-    }
-    if PACKAGE_DOCS in found:
-        metrics["retrieval"] = {
-            name: {key: value for key, value in row.items() if key not in keys}
-            for name, row in found[PACKAGE_DOCS].items()
-        }
-        packages = next(task for task in chosen if task.name == PACKAGE_DOCS)
-        metrics |= {"num_queries": packages.size, "num_documents": len(packages.corpus)}
+            metrics |= {"num_queries": task.size, "num_documents": len(task.corpus)}
     return metrics
 
 
-def _tasks(
-    names: Sequence[str], mteb: Sequence[str], most: int, seed: int
-) -> tuple[list[Task], dict[str, str]]:
-    """The tasks by name, ours before mteb's, and what those that cannot run would need."""
-    found: list[Task] = []
-    not_run: dict[str, str] = {}
-    for name in names:
-        if name not in TASKS:
-            raise InputError(f"task {name!r} is not one of {', '.join(TASKS)}")
-        try:
-            found += TASKS[name](most, seed)
-        except NotRun as reason:
-            not_run[name] = str(reason)
-    for name in mteb:
-        try:
-            found += mteb_tasks(name)
-        except NotRun as reason:
-            not_run[name] = str(reason)
-    return found, not_run
+@dataclass(frozen=True)
+class MtebTask:
+    """One task of mteb, scored by mteb.
+
+    In mteb's retrieval the order of the results decides a tie, so that a model which cannot tell
+    texts apart scores above zero.
+    """
+
+    task: Any
+    max_tokens: int = MTEB_MAX_TOKENS
+
+    @property
+    def name(self) -> str:
+        """mteb's name of it."""
+        return self.task.metadata.name
+
+    @property
+    def metric(self) -> str:
+        """mteb's main score of it."""
+        return self.task.metadata.main_score
+
+    @property
+    def corpus(self) -> list[str]:
+        """Nothing: mteb's texts are not known beforehand, so TF-IDF is not run."""
+        return []
+
+    @property
+    def size(self) -> int:
+        """Splits and subsets that the score is a mean of."""
+        return len(self.task.eval_splits) * len(self.task.hf_subsets)
+
+    def measure(self, embed: Embed) -> dict[str, float]:
+        """`score`; mteb gives no interval. Raises NotRun if the data cannot be had."""
+        import mteb
+
+        if not self.task.data_loaded:
+            try:
+                self.task.load_data()
+            except Exception as error:  # the hub client raises a dozen unrelated types
+                reason = str(error).strip().partition("\n")[0]
+                raise NotRun(f"its data cannot be loaded: {reason}") from None
+        results = mteb.evaluate(mteb_model(embed), self.task, cache=None, show_progress_bar=False)
+        return {"score": float(results.task_results[0].get_score())}
+
+
+def mteb_tasks(name: str) -> list[Task]:
+    """The tasks of a benchmark, such as "MTEB(eng, v2)", or one task, such as "STSBenchmark".
+
+    Raises:
+        NotRun: mteb is not installed.
+        InputError: mteb knows neither.
+    """
+    try:
+        import mteb
+    except ModuleNotFoundError:
+        raise NotRun("pip install mteb") from None
+    try:
+        return [MtebTask(task) for task in mteb.get_benchmark(name).tasks]
+    except KeyError:
+        pass
+    try:
+        return [MtebTask(mteb.get_task(name))]
+    except KeyError:
+        raise InputError(f"mteb knows neither a benchmark nor a task {name!r}") from None
+
+
+def mteb_model(embed: Embed, name: str = "qwen3-encdec/embedder") -> Any:
+    """An embedder as mteb's encoder; mteb's prompt type of a text is its role."""
+    from mteb.models import ModelMeta
+    from mteb.models.abs_encoder import AbsEncoder
+
+    class Encoder(AbsEncoder):
+        mteb_model_meta = ModelMeta.create_empty(
+            {"name": name, "revision": "local", "modalities": ["text"]}
+        )
+
+        def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
+            role = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
+            return embed([text for batch in inputs for text in batch["text"]], role)
+
+    return Encoder()
 
 
 def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, Any]:
-    """What the report shows of an encoder under its `name`.
+    """The space of an encoder for the report, under its `name`.
 
     `labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest
     held-out packages, in two dimensions that keep neighbours together; `neighbours` of one of each
@@ -236,7 +312,7 @@ def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, A
         "matrix": (texts @ texts.T).tolist(),
     }
     documents = documents_by_package(MAP_PACKAGES, MAP_TEXTS, seed)
-    if len(documents) <= MAP_PACKAGES:
+    if len(documents) <= MAP_PACKAGES:  # t-SNE of a few points says nothing
         return space
     embeddings = normalize(embed([document.text for document in documents]))
     tsne = TSNE(init="pca", perplexity=min(30, len(documents) / 4), random_state=seed)
@@ -261,12 +337,27 @@ def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, A
     return space
 
 
+def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring]:
+    """At most `texts` documents of each of the held-out packages that have most, shuffled."""
+    documents = package_docs("heldout")
+    counts = Counter(document.package for document in documents)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    largest = {package for package, _ in ranked[:packages]}
+    taken: Counter[str] = Counter()
+    chosen = []
+    for i in np.random.default_rng(seed).permutation(len(documents)):
+        package = documents[i].package
+        if package in largest and taken[package] < texts:
+            taken[package] += 1
+            chosen.append(documents[i])
+    return chosen
+
+
 def provenance(
     *, started: float | None = None, commit: str | None = None, **facts: Any
 ) -> dict[str, Any]:
-    """What a number must carry:
-
-    command, commit, versions, hardware, and `seconds` since `started` (monotonic).
+    """Facts that a number must carry: command, commit, versions, hardware, and `seconds` since
+    `started` (monotonic).
     """
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
@@ -286,18 +377,19 @@ def provenance(
 
 
 def _embed(
-    embed: Embedder,
-    texts: Sequence[str],
+    embedder: Embedder,
     max_tokens: int,
     advance: Callable[[int], None],
+    texts: Sequence[str],
+    role: str | None = None,
     block: int = 256,
 ) -> np.ndarray:
-    """Embeddings in the order of `texts`, computed in order of length, so that little is padding."""
+    """Embeddings in the order of `texts`, computed by length, so that little is padding."""
     order = np.argsort([len(text) for text in texts], kind="stable")
     parts = []
     for start in range(0, len(texts), block):
         rows = order[start : start + block]
-        parts.append(embed([texts[i] for i in rows], max_tokens))
+        parts.append(embedder([texts[i] for i in rows], max_tokens, role))
         advance(len(rows))
     embeddings = np.concatenate(parts).astype(np.float32, copy=False)
     return embeddings[np.argsort(order)]

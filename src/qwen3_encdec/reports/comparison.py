@@ -1,53 +1,48 @@
-"""Several runs on one page: curves, scores with intervals, what is written into the same gaps, and
-the spaces.
+"""Several runs on one page: curves, scores with intervals, infilled gaps, and spaces.
 
-A run is any folder of this project with something to show: of training (metrics.jsonl), of an
-evaluation or of the demo (metrics.json). The model card beside the page holds what the folders
-record and nothing else.
+A run is a folder of this project of training (metrics.jsonl), of an evaluation or of the demo
+(metrics.json).
 """
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from matplotlib.axes import Axes
 
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError, check_output, new_folder, read_json
-from qwen3_encdec.reports.model_card import model_card
-from qwen3_encdec.reports.training import (
-    SHOWN_EXAMPLES,
+from qwen3_encdec.reports import page
+from qwen3_encdec.reports.page import Section, denoiser_color, figure, legend, read_metrics
+from qwen3_encdec.reports.scores import (
     TASKS_NOTE,
     denoising_table,
-    figure,
-    html_list,
-    html_page,
-    html_table,
     retrieval_table,
     space_figures,
     task_figures,
     tasks_table,
 )
 
+SHOWN_EXAMPLES = 5
 RETRIEVAL_NOTE = (
-    "{num_queries:,} summary lines of docstrings, each looking for its body among {num_documents:,} of held-out "
-    "packages. Ties count against the model. Lower is better for alignment, uniformity and mean cosine; higher for the "
-    "rest."
+    "{num_queries:,} summary lines of docstrings, each looking for its body among "
+    "{num_documents:,} of held-out packages. Ties count against the model. Lower is better for "
+    "alignment, uniformity and mean cosine; higher for the rest."
 )
 CURVES = {
-    "loss": "Training loss, nats per target token.",
-    "eval_loss": "Held-out loss, nats per target token.",
-    "grad_norm": "Norm of the gradient.",
-    "lr": "Learning rate.",
-    "tokens_per_second": "Throughput, source and target tokens per second.",
+    "loss": ("Training loss.", "nats per target token"),
+    "eval_loss": ("Held-out loss.", "nats per target token"),
+    "grad_norm": ("Norm of the gradient.", "norm"),
+    "lr": ("Learning rate.", "learning rate"),
+    "tokens_per_second": ("Throughput, source and target tokens.", "tokens per second"),
 }
+"""Caption and axis label of each quantity."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a folder records."""
+    """The records of a folder."""
 
     name: str
     """Unique on the page."""
@@ -62,7 +57,7 @@ class Run:
 
 
 def compare(folders: Sequence[str | Path], output_dir: str | Path) -> list[Run]:
-    """Write report.html and model_card.md about the runs into `output_dir`.
+    """Write report.html about the runs into `output_dir`.
 
     Raises:
         InputError: none is given, a folder is not one of ours or has nothing to show, or
@@ -75,29 +70,24 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path) -> list[Run]:
     runs = [_read(Path(folder), name) for folder, name in zip(folders, names, strict=True)]
     with new_folder(output_dir, "report", runs=[str(folder) for folder in folders]) as folder:
         write_page(folder, runs, names[0] if len(names) == 1 else f"{len(names)} runs")
-        (folder / "model_card.md").write_text(
-            model_card([run.folder for run in runs]), encoding="utf-8"
-        )
     return runs
 
 
 def write_page(folder: Path, runs: Sequence[Run], title: str) -> None:
     """Write report.html about the runs into an existing folder; a part without data is left out."""
-    (folder / "report.html").write_text(html_page(title, _body(title, runs)), encoding="utf-8")
+    footer = []
+    for run in runs:
+        facts = {"folder": str(run.folder), "kind": run.kind, **run.metrics.get("provenance", {})}
+        footer.append([(key, _one_line(value)) for key, value in facts.items()])
+    page.write_page(folder / "report.html", title, _sections(runs), footer)
 
 
 def _read(folder: Path, name: str) -> Run:
     if not (folder / PROVENANCE_FILE).exists():
         reason = "was not written by qwen3-encdec" if folder.is_dir() else "does not exist"
         raise InputError(f"run {folder} {reason}")
-    lines = next(
-        (
-            file
-            for file in (folder / "metrics.jsonl", folder / "ul2" / "metrics.jsonl")
-            if file.exists()
-        ),
-        None,
-    )
+    places = (folder / "metrics.jsonl", folder / "ul2" / "metrics.jsonl")
+    lines = next((file for file in places if file.exists()), None)
     found: dict[str, Any] = {
         part: read_json(folder / f"{part}.json")
         for part in ("metrics", "space")
@@ -105,21 +95,14 @@ def _read(folder: Path, name: str) -> Run:
     }
     if lines is None and "metrics" not in found:
         raise InputError(
-            f"run {folder} holds neither metrics.json nor metrics.jsonl, so there is nothing to show"
+            f"run {folder} holds neither metrics.json nor metrics.jsonl: there is nothing to show"
         )
-    try:
-        curves = (
-            [json.loads(line) for line in lines.read_text(encoding="utf-8").splitlines()]
-            if lines
-            else []
-        )
-    except json.JSONDecodeError as error:
-        raise InputError(f"{lines} is not valid JSON: {error}") from None
+    curves = read_metrics(lines) if lines else []
     return Run(name, folder, read_json(folder / PROVENANCE_FILE)["kind"], curves=curves, **found)
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """For each path the shortest end that no other has."""
+    """The shortest end of each path that no other has."""
     parts = [folder.resolve().parts for folder in folders]
     names = []
     for own in parts:
@@ -135,56 +118,37 @@ def _short_names(folders: Sequence[Path]) -> list[str]:
     return ["/".join(name) for name in names if name]
 
 
-def _body(title: str, runs: Sequence[Run]) -> list[str]:
-    html = [f"<h1>{escape(title)}</h1>", html_table(_overview(runs))]
+def _sections(runs: Sequence[Run]) -> list[Section]:
+    several = len(runs) > 1
+    sections = [Section("", table=_overview(runs))]
     if charts := _curves(runs):
-        html += ["<section><h2>Training</h2>", '<div class="figures">', *charts, "</div></section>"]
+        sections.append(Section("Training", figures=charts))
     denoising = {
-        f"{run.name}: {label}" if len(runs) > 1 else label: losses
+        f"{run.name}: {label}" if several else label: losses
         for run in runs
         for label, losses in run.metrics.get("denoising", {}).items()
     }
     if denoising:
-        note = "<p>Mean loss on held-out text, in nats per target token; lower is better.</p>"
-        html += [
-            "<section><h2>Denoising</h2>",
-            note,
-            html_table(denoising_table(denoising)),
-            "</section>",
-        ]
+        note = "Mean loss on held-out text, in nats per target token; lower is better."
+        sections.append(Section("Denoising", note, denoising_table(denoising)))
     for run in runs:
         if retrieval := run.metrics.get("retrieval"):
-            name = f": {escape(run.name)}" if len(runs) > 1 else ""
-            note = RETRIEVAL_NOTE.format(**run.metrics)
-            table = html_table(retrieval_table(retrieval, run.metrics.get("not_run", {})))
-            html += [
-                f"<section><h2>Retrieval and geometry{name}</h2>",
-                f"<p>{note}</p>",
-                table,
-                "</section>",
-            ]
+            title = f"Retrieval and geometry: {run.name}" if several else "Retrieval and geometry"
+            table = retrieval_table(retrieval, run.metrics.get("not_run", {}))
+            sections.append(Section(title, RETRIEVAL_NOTE.format(**run.metrics), table))
     tasks, not_run = _merged_tasks(runs)
     if tasks or not_run:
-        html += [
-            "<section><h2>Tasks</h2>",
-            f"<p>{TASKS_NOTE}</p>",
-            html_table(tasks_table(tasks, not_run)),
-        ]
-        html += ['<div class="figures">', *task_figures(tasks), "</div></section>"]
-    if infilled := _infilled(runs):
-        html += ["<section><h2>Infilling</h2>", *infilled, "</section>"]
+        table = tasks_table(tasks, not_run)
+        sections.append(Section("Tasks", TASKS_NOTE, table, task_figures(tasks)))
+    shares, examples = _infilled(runs)
+    if shares:
+        sections.append(Section("Infilling", paragraphs=shares, examples=examples))
     for run in runs:
         if run.space:
-            space = run.space | {
-                "name": f"{run.space['name']} ({run.name})" if len(runs) > 1 else run.space["name"]
-            }
-            html.append(f"<section><h2>Space: {escape(space['name'])}</h2>")
-            html += ['<div class="figures">', *space_figures(space), "</div></section>"]
-    html.append("<footer>")
-    for run in runs:
-        facts = {"folder": str(run.folder), "kind": run.kind, **run.metrics.get("provenance", {})}
-        html.append(html_list([(key, _one_line(value)) for key, value in facts.items()]))
-    return [*html, "</footer>"]
+            name = f"{run.space['name']} ({run.name})" if several else run.space["name"]
+            figures = space_figures(run.space | {"name": name})
+            sections.append(Section(f"Space: {name}", figures=figures))
+    return sections
 
 
 def _overview(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
@@ -208,20 +172,24 @@ def _overview(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
 
 
 def _curves(runs: Sequence[Run]) -> list[str]:
-    """A figure for each quantity, a line for each run that has it, or of a single run for each
+    """A figure for each quantity: a line for each run that has it, or of a single run for each
     denoiser.
     """
-    figures = []
-    for key, caption in CURVES.items():
+    figures: list[str] = []
+    for key, (caption, label) in CURVES.items():
         sources = {run.name: (run.curves, key) for run in runs}
+        colors: dict[str, str] = {}
         if len(runs) == 1:  # room for a line by denoiser
             names = dict.fromkeys(
                 name for line in runs[0].curves for name in line if name.startswith(f"{key}/")
             )
-            sources = {name.partition("/")[2]: (runs[0].curves, name) for name in names} or sources
+            by_denoiser = {name.partition("/")[2]: (runs[0].curves, name) for name in names}
+            colors = {name: denoiser_color(name) for name in by_denoiser}
+            sources = by_denoiser or sources
         lines = {name: points for name, source in sources.items() if (points := _points(*source))}
         if lines:
-            figures.append(figure(_draw_curves, lines, caption, 2.7))
+            data = {"lines": lines, "colors": colors, "label": label, "from_0": "second" in label}
+            figures.append(figure(_draw_curves, data, caption, 2.7))
     return figures
 
 
@@ -236,23 +204,21 @@ def _points(curves: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
     return points
 
 
-def _draw_curves(axes: Axes, lines: Mapping[str, Sequence[tuple[int, float]]]) -> None:
-    for name, points in lines.items():
-        axes.plot(
-            *zip(*points, strict=True),
-            label=name,
-            marker="o" if len(points) < 12 else "",
-            markersize=3,
-        )
-    axes.set_xlabel("optimizer step")
-    if len(lines) > 1:
-        axes.figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+def _draw_curves(axes: Axes, data: Mapping[str, Any]) -> None:
+    for name, points in data["lines"].items():
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) < 12 else ""
+        color = data["colors"].get(name)
+        axes.plot(steps, values, label=name, marker=marker, markersize=3, color=color)
+    axes.set(xlabel="optimizer step", ylabel=data["label"])
+    if data["from_0"]:
+        axes.set_ylim(bottom=0)
+    legend(axes)
 
 
 def _merged_tasks(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, str]]:
-    """The tasks of all runs, one of two sizes in two rows;
-
-    an embedder whose scores differ is named with its run.
+    """The tasks of all runs, one of two sizes in two rows; an embedder whose scores differ is named
+    with its run.
     """
     found = [
         (name, embedder, run, task, score)
@@ -277,25 +243,25 @@ def _merged_tasks(runs: Sequence[Run]) -> tuple[dict[str, Any], dict[str, str]]:
     return tasks, {name: reason for name, reason in not_run.items() if name not in sizes}
 
 
-def _infilled(runs: Sequence[Run]) -> list[str]:
-    """What each run writes into the same gaps."""
-    html: list[str] = []
+def _infilled(runs: Sequence[Run]) -> tuple[list[str], list[list[tuple[str, str]]]]:
+    """Shares of exactly filled gaps by run, and every run's answers to the same gaps."""
+    shares: list[str] = []
     by_source: dict[tuple[str, str], list[tuple[str, str]]] = {}
     for run in runs:
         infill = run.metrics.get("infill")
-        if infill:
-            rates = infill.get("by_denoiser") or {"all": infill["exact_rate"]}
-            shares = ", ".join(f"{name} {share:.1%}" for name, share in rates.items())
-            html.append(
-                f"<p>{escape(run.name)}: gaps filled exactly, greedily: {escape(shares)}.</p>"
-            )
-            for example in infill["examples"]:
-                answers = by_source.setdefault((example["source"], example["expected"]), [])
-                answers.append((run.name, example["generated"]))
-    for (source, expected), answers in list(by_source.items())[:SHOWN_EXAMPLES]:
-        fields = [("source", source), ("expected", expected), *answers]
-        html.append(f'<div class="example">{html_list(fields)}</div>')
-    return html
+        if not infill:
+            continue
+        rates = infill.get("by_denoiser") or {"all": infill["exact_rate"]}
+        listed = ", ".join(f"{name} {share:.1%}" for name, share in rates.items())
+        shares.append(f"{run.name}: gaps filled exactly, greedily: {listed}.")
+        for example in infill["examples"]:
+            answers = by_source.setdefault((example["source"], example["expected"]), [])
+            answers.append((run.name, example["generated"]))
+    examples = [
+        [("source", source), ("expected", expected), *answers]
+        for (source, expected), answers in list(by_source.items())[:SHOWN_EXAMPLES]
+    ]
+    return shares, examples
 
 
 def _one_line(value: Any) -> str:

@@ -1,6 +1,5 @@
-"""The analysis of a data config as a page: one HTML file with its figures inside and no script."""
+"""The page of a data config's analysis."""
 
-from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -8,62 +7,56 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from qwen3_encdec.data.analysis import Analysis
-from qwen3_encdec.reports.training import CSS, figure, html_list, html_table
+from qwen3_encdec.reports import page
+from qwen3_encdec.reports.page import Section, denoiser_color, figure
+
+_EXAMPLES, _TARGETS = page.COLORS[5], page.COLORS[6]
 
 
 def write_page(analysis: Analysis, file: Path, settings: dict[str, Any]) -> None:
-    """Write the page. `settings` are listed at its foot."""
-    figures = [
-        (
-            _draw_shares,
-            "Share of the examples and of the target tokens by denoiser; ticks are nominal shares.",
-            2.6,
-        ),
-        (
-            _draw_lengths,
-            "Source lengths (filled) and target lengths (outlined) of the examples, in tokens.",
-            2.6,
-        ),
-        (_draw_spans, "Sentinels per example by denoiser.", 2.6),
-        (
-            _draw_positions,
-            "Share of noise by position in the text. Flat lines are unbiased; S takes the end.",
-            2.6,
-        ),
-        (_draw_fills, "Filled share of the rows' source and target budgets.", 2.6),
-        (
-            _draw_speed,
-            "Source and target tokens made in one process; a block is made at once.",
-            2.6,
-        ),
+    """Write the page; `settings` are listed at its foot."""
+    drawn = [
+        figure(draw, analysis, caption, 2.6)
+        for draw, caption in (
+            (_draw_shares, "Share of examples and of target tokens by denoiser; ticks: nominal."),
+            (_draw_lengths, "Source lengths (filled) and target lengths (outlined) in tokens."),
+            (_draw_spans, "Sentinels per example by denoiser."),
+            (_draw_positions, "Share of noise by position in the text; flat lines are unbiased."),
+            (_draw_fills, "Filled share of the rows' source and target budgets."),
+            (_draw_speed, "Source and target tokens made in one process."),
+        )
     ]
-    examples = "".join(
-        f'<div class="example"><dl><dt></dt><dd>{escape(text)}</dd></dl></div>'
-        for text in analysis.shown
-    )
-    drawn = "".join(figure(draw, analysis, caption, height) for draw, caption, height in figures)
-    body = (
-        f"<h1>What UL2 makes of the corpus</h1>{html_list(analysis.totals)}"
-        f"<h2>Denoisers</h2><p>Nominal values in brackets; lengths are mean and most.</p>{html_table(analysis.table)}"
-        f'<div class="figures">{drawn}</div><h2>Examples</h2>{examples}'
-        f"<footer>{html_list([(name, str(value)) for name, value in settings.items()])}</footer>"
-    )
-    file.write_text(
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>UL2 data</title>'
-        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{CSS}</style></head>\n'
-        f"<body>{body}</body></html>\n",
-        encoding="utf-8",
-    )
+    note = "Nominal values in brackets; lengths are mean and most."
+    sections = [
+        Section("", examples=[analysis.totals]),
+        Section("Denoisers", note, analysis.table, drawn),
+        Section("Examples", examples=[[("", text)] for text in analysis.shown]),
+    ]
+    footer = [[(name, str(value)) for name, value in settings.items()]]
+    page.write_page(file, "What UL2 makes of the corpus", sections, footer)
 
 
 def _draw_shares(axes: Axes, analysis: Analysis) -> None:
     at = np.arange(len(analysis.denoisers))
-    axes.bar(at - 0.2, [d.example_share for d in analysis.denoisers], 0.38, label="examples")
-    axes.bar(at + 0.2, [d.target_share for d in analysis.denoisers], 0.38, label="target tokens")
+    axes.bar(
+        at - 0.2,
+        [d.example_share for d in analysis.denoisers],
+        0.38,
+        label="examples",
+        color=_EXAMPLES,
+    )
+    axes.bar(
+        at + 0.2,
+        [d.target_share for d in analysis.denoisers],
+        0.38,
+        label="target tokens",
+        color=_TARGETS,
+    )
     axes.hlines(
         [d.nominal_share for d in analysis.denoisers], at - 0.4, at, color="C6", linewidth=2
     )
     axes.set_xticks(at, [d.name for d in analysis.denoisers])
+    axes.set(xlabel="denoiser", ylabel="share")
     axes.legend()
 
 
@@ -78,19 +71,19 @@ def _draw_lengths(axes: Axes, analysis: Analysis) -> None:
 
 def _draw_spans(axes: Axes, analysis: Analysis) -> None:
     of_each = [analysis.sizes[analysis.sizes[:, 3] == i, 2] for i in range(len(analysis.denoisers))]
-    axes.boxplot(
-        [counts if len(counts) else [0] for counts in of_each], whis=(0, 100), showfliers=False
-    )
+    counts = [each if len(each) else [0] for each in of_each]
+    drawn = axes.boxplot(counts, whis=(0, 100), showfliers=False, patch_artist=True)
+    for box, denoiser in zip(drawn["boxes"], analysis.denoisers, strict=True):
+        box.set_facecolor(denoiser_color(denoiser.name))
     axes.set_xticks(np.arange(len(of_each)) + 1, [d.name for d in analysis.denoisers])
-    axes.set_ylabel("sentinels")
+    axes.set(xlabel="denoiser", ylabel="sentinels")
 
 
 def _draw_positions(axes: Axes, analysis: Analysis) -> None:
-    at = (np.arange(analysis.noise_by_position.shape[1]) + 0.5) / analysis.noise_by_position.shape[
-        1
-    ]
+    bins = analysis.noise_by_position.shape[1]
+    at = (np.arange(bins) + 0.5) / bins
     for denoiser, noise in zip(analysis.denoisers, analysis.noise_by_position, strict=True):
-        axes.plot(at, noise, label=denoiser.name)
+        axes.plot(at, noise, label=denoiser.name, color=denoiser_color(denoiser.name))
     axes.set(xlabel="position in the text", ylabel="share of noise", ylim=(0, 1.2))
     axes.legend(ncols=len(analysis.denoisers))
 

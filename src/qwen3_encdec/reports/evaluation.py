@@ -11,16 +11,16 @@ from transformers.utils import logging
 from qwen3_encdec.conversion.extract import checkpoints_to_average
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.evaluation import baselines
+from qwen3_encdec.evaluation.retrieval import Task, pairs_retrieval
 from qwen3_encdec.evaluation.suite import (
     embedding_space,
     evaluate_denoising,
     evaluate_retrieval,
     provenance,
 )
-from qwen3_encdec.evaluation.tasks import TASKS
 from qwen3_encdec.folders import PROVENANCE_FILE, check_output, new_folder, read_json, write_json
 from qwen3_encdec.reports.comparison import Run, write_page
-from qwen3_encdec.reports.training import denoising_table, retrieval_table, tasks_table
+from qwen3_encdec.reports.scores import denoising_table, retrieval_table, tasks_table
 
 
 def evaluate(
@@ -29,7 +29,7 @@ def evaluate(
     *,
     parent: str | Path | None = None,
     initialization: str | Path | None = None,
-    tasks: Sequence[str] = tuple(TASKS),
+    pairs: Sequence[str | Path] = (),
     mteb: Sequence[str] = (),
     num_queries: int = 3000,
     num_examples: int = 64,
@@ -45,7 +45,7 @@ def evaluate(
         parent: The causal Qwen3, folder or hub id, that an encoder comes from, for three of the
             baselines.
         initialization: What an encoder-decoder was trained from; its losses then stand beside.
-        tasks: What an encoder is asked, names among `TASKS`.
+        pairs: .jsonl files of queries and their documents to retrieve, instead of package-docs.
         mteb: mteb's tasks and benchmarks for an encoder, by name.
         num_queries: Most queries or test texts of each task.
         num_examples: Held-out texts under each denoiser.
@@ -60,6 +60,7 @@ def evaluate(
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
     space: dict[str, Any] = {}
+    tasks: list[Task] = [pairs_retrieval(file, num_queries, seed) for file in pairs]
     if (model_dir / "modules.json").exists():
         tuned = (model_dir / PROVENANCE_FILE).exists() and "finetuned_from" in read_json(
             model_dir / PROVENANCE_FILE
@@ -70,7 +71,7 @@ def evaluate(
             parent=parent,
             num_queries=num_queries,
             seed=seed,
-            tasks=tasks,
+            tasks=tasks if pairs or mteb else None,
             mteb=mteb,
         )
         space = embedding_space(model_dir, name, seed)
@@ -122,8 +123,8 @@ def summary(metrics: Mapping[str, Any]) -> str:
 
 
 def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> str:
-    """Retrieval in held-out packages of all inputs and of their soup, and whether it is better than
-    each of them.
+    """Compare a soup with each of its inputs in retrieval of held-out packages, and say if it is
+    better than all of them.
     """
     causal = [model for model in models if not (Path(model) / "modules.json").is_file()]
     encoders = {str(model): model for model in models if model not in causal} | {
@@ -134,4 +135,5 @@ def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0
     soup_score = scores.pop(str(merged))
     best = max(scores, key=lambda name: scores[name])
     verdict = "better than" if soup_score > scores[best] else "not better than"
-    return f"{summary(metrics)}\n{merged} is {verdict} its best input {best}: {soup_score:.3f}, {scores[best]:.3f}"
+    figures = f"{soup_score:.3f}, {scores[best]:.3f}"
+    return f"{summary(metrics)}\n{merged} is {verdict} its best input {best}: {figures}"

@@ -1,102 +1,37 @@
-"""Tasks without a hub: texts, what is right about them, and how an embedder is scored, with its 95
-% interval.
+"""The experiment's own tasks, without a hub: classes of packages, WordNet's definitions, the Lee
+corpus, and needles in long texts, each scored with its 95 % interval.
 
-Every task scores embedders in the same way, so that a trained encoder and TF-IDF stand in one
-table. The interval is
-a percentile bootstrap over what was sampled: queries, test texts, or the documents of a set of
-pairs.
+The interval is a percentile bootstrap over what was sampled: queries, test texts, or the documents
+of a set of pairs.
 """
 
-from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import numpy as np
+from experiments.objective.wordnet import Synset, synsets, wordnet_folder
 
-from qwen3_encdec.data.package_docs import Docstring, package_docs, summary_pairs
-from qwen3_encdec.evaluation.baselines import MAX_TOKENS, NotRun, package_folder
-from qwen3_encdec.evaluation.geometry import geometry
-from qwen3_encdec.evaluation.retrieval import normalize, rank_scores, relevant_ranks
-from qwen3_encdec.evaluation.wordnet import Synset, synsets, wordnet_folder
+from qwen3_encdec.data.package_docs import summary_pairs
+from qwen3_encdec.evaluation.baselines import NotRun, package_folder
+from qwen3_encdec.evaluation.retrieval import (
+    MAX_TOKENS,
+    PACKAGE_DOCS,
+    Embed,
+    Retrieval,
+    Task,
+    interval,
+    mean_interval,
+    normalize,
+    package_retrieval,
+)
+from qwen3_encdec.evaluation.suite import documents_by_package, evaluate_retrieval
 from qwen3_encdec.folders import InputError
-
-Embed = Callable[[list[str]], np.ndarray]
-"""Texts to [N, d] fp32."""
-PACKAGE_DOCS = "package-docs"
-DRAWS = 1000
-
-
-class Task(Protocol):
-    """What the suite needs of a task."""
-
-    @property
-    def name(self) -> str:
-        """Its row in the table."""
-
-    @property
-    def metric(self) -> str:
-        """What its score is."""
-
-    @property
-    def max_tokens(self) -> int:
-        """Where texts are cut."""
-
-    @property
-    def corpus(self) -> list[str]:
-        """What TF-IDF may be fitted on, never what is asked;
-
-        empty if there is nothing to fit it on.
-        """
-
-    @property
-    def size(self) -> int:
-        """How many answers the score is made of."""
-
-    def measure(self, embed: Embed) -> dict[str, float]:
-        """`score` in the task's metric, the ends `low` and `high` of its interval, and what else it
-        can say.
-        """
-
-
-@dataclass(frozen=True)
-class Retrieval:
-    """Find the one right document of each query; ties count against the model."""
-
-    name: str
-    queries: list[str]
-    documents: list[str]
-    relevant: np.ndarray
-    """[Q], index of the document."""
-    max_tokens: int = MAX_TOKENS
-    with_geometry: bool = False
-    """Measure the space as well."""
-    metric: ClassVar[str] = "R@1"
-
-    @property
-    def corpus(self) -> list[str]:
-        """The documents."""
-        return self.documents
-
-    @property
-    def size(self) -> int:
-        """Queries."""
-        return len(self.queries)
-
-    def measure(self, embed: Embed) -> dict[str, float]:
-        """R@1 as `score`, its interval, `mrr`, `ndcg@10`, `r@1`, and the geometry where asked for."""
-        queries, documents = embed(self.queries), embed(self.documents)
-        ranks = relevant_ranks(queries, documents, self.relevant)
-        scores = mean_interval(ranks == 1) | rank_scores(ranks)
-        return scores | (geometry(queries, documents[self.relevant]) if self.with_geometry else {})
 
 
 @dataclass(frozen=True)
 class Classification:
-    """A logistic regression on frozen embeddings:
-
-    what can be read off them along straight lines.
-    """
+    """A logistic regression on frozen embeddings."""
 
     name: str
     train_texts: list[str]
@@ -172,26 +107,6 @@ class Similarity:
         return interval(pearson, len(self.texts))
 
 
-def interval(
-    statistic: Callable[[np.ndarray], float], units: int, *, seed: int = 0
-) -> dict[str, float]:
-    """A statistic and its 95 % percentile bootstrap: `score`, `low`, `high`.
-
-    Args:
-        statistic: Of how often each unit was drawn, [units].
-        units: What is drawn, with replacement.
-        seed: Of the draws.
-    """
-    draws = np.random.default_rng(seed).multinomial(units, np.full(units, 1 / units), size=DRAWS)
-    low, high = np.percentile([statistic(counts) for counts in draws], (2.5, 97.5))
-    return {"score": statistic(np.ones(units)), "low": float(low), "high": float(high)}
-
-
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """`interval` of a mean over independent values, [N]."""
-    return interval(lambda counts: float(counts @ values / counts.sum()), len(values))
-
-
 # The tasks. Each maker takes (most queries or test texts, seed) and raises NotRun where its data
 # are not installed.
 
@@ -202,16 +117,8 @@ NEEDLE_PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 WORDNET_TRAIN = 4000
 
 
-def package_retrieval(most: int, seed: int) -> list[Task]:
-    """Find a docstring's body by its summary line, among those of all held-out packages."""
-    pairs = _heldout_pairs()
-    relevant = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    queries, documents = [pairs[i][0] for i in relevant], [body for _, body in pairs]
-    return [Retrieval(PACKAGE_DOCS, queries, documents, relevant, with_geometry=True)]
-
-
 def package_classes(most: int, seed: int) -> list[Task]:
-    """Which package is a docstring from?"""
+    """Tell the package of a docstring."""
     documents = documents_by_package(CLASSES, TEXTS_PER_CLASS, seed)
     texts = [document.text for document in documents]
     labels = np.unique([document.package for document in documents], return_inverse=True)[1]
@@ -274,7 +181,7 @@ def wordnet_lemmas(most: int, seed: int) -> list[Task]:
 
 
 def wordnet_classes(most: int, seed: int) -> list[Task]:
-    """Which of the 45 lexicographers' files is a definition from?"""
+    """Tell which of the 45 lexicographers' files a definition is from."""
     found = synsets(wordnet_folder())
     order = np.random.default_rng(seed).permutation(len(found))[: WORDNET_TRAIN + most]
     texts, labels = (
@@ -296,7 +203,7 @@ def lee(most: int, seed: int) -> list[Task]:
 
 
 TASKS: dict[str, Callable[[int, int], list[Task]]] = {
-    PACKAGE_DOCS: package_retrieval,
+    PACKAGE_DOCS: lambda most, seed: [package_retrieval(most, seed)],
     "package": package_classes,
     "wordnet-example": wordnet_examples,
     "wordnet-lemma": wordnet_lemmas,
@@ -304,25 +211,24 @@ TASKS: dict[str, Callable[[int, int], list[Task]]] = {
     "lee": lee,
     "needle": needles,
 }
-"""What `evaluate --tasks` chooses from."""
 
 
-def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring]:
-    """At most `texts` documents of each of the held-out packages that have most, shuffled."""
-    documents = package_docs("heldout")
-    counts = Counter(document.package for document in documents)
-    largest = {
-        package
-        for package, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:packages]
-    }
-    taken: Counter[str] = Counter()
-    chosen = []
-    for i in np.random.default_rng(seed).permutation(len(documents)):
-        package = documents[i].package
-        if package in largest and taken[package] < texts:
-            taken[package] += 1
-            chosen.append(documents[i])
-    return chosen
+def evaluate(
+    encoders: dict, *, tasks: Sequence[str], num_queries: int, seed: int = 0, **options
+) -> dict:
+    """`evaluate_retrieval` over tasks of this file by name; those that cannot run say why."""
+    chosen: list[Task] = []
+    not_run = {}
+    for name in tasks:
+        if name not in TASKS:
+            raise InputError(f"task {name!r} is not one of {', '.join(TASKS)}")
+        try:
+            chosen += TASKS[name](num_queries, seed)
+        except NotRun as reason:
+            not_run[name] = str(reason)
+    metrics = evaluate_retrieval(encoders, tasks=chosen, seed=seed, **options)
+    metrics["tasks_not_run"] |= not_run
+    return metrics
 
 
 def _meanings(most: int, seed: int) -> list[Synset]:

@@ -1,0 +1,575 @@
+"""One model, one set of numbers: whatever the form of a batch, the mode, and what wraps the model.
+
+The reference is always each document alone, without a mask, its loss taken from its logits by hand.
+"""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import cpu_offload
+from torch import nn
+from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+
+from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
+from qwen3_encdec.data.collate import collate_packed
+from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+from tests.conftest import tiny_config
+
+IGNORED, PAD = -100, 300
+LENGTHS = [(5, 3), (1, 4), (9, 1), (4, 6)]  # of source and target, document by document
+Batch = dict[str, Any]
+
+
+def documents() -> list[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(0)
+    sizes = {"low": 0, "high": 290}
+    return [
+        (random.integers(size=s, **sizes), random.integers(size=t, **sizes)) for s, t in LENGTHS
+    ]
+
+
+def build(**changes) -> Qwen3ForSeq2SeqLM:
+    torch.manual_seed(0)
+    return Qwen3ForSeq2SeqLM(tiny_config(num_hidden_layers=2, **changes))
+
+
+def shift(labels: np.ndarray, start: int) -> np.ndarray:
+    return np.concatenate([[start], labels[:-1]])
+
+
+def pad(rows: list[np.ndarray], fill: int, side: str) -> torch.Tensor:
+    width = max(map(len, rows))
+    ends = [(0, width - len(row)) if side == "right" else (width - len(row), 0) for row in rows]
+    padded = [np.pad(row, end, constant_values=fill) for row, end in zip(rows, ends, strict=True)]
+    return torch.tensor(np.stack(padded))
+
+
+def make_batch(form: str, start: int, labels: bool = True) -> Batch:
+    """The four documents as "right" or "left" padded rows or "packed"."""
+    sources, targets = map(list, zip(*documents(), strict=True))
+    inputs = [shift(target, start) for target in targets]
+    if form == "packed":
+        batch = collate_packed(sources, targets)
+        if not labels:
+            del batch["labels"]
+            batch["decoder_input_ids"] = torch.tensor(np.concatenate(inputs))[None]
+        return batch
+    masks = [[np.ones_like(row) for row in side] for side in (sources, targets)]
+    batch = {"input_ids": pad(sources, PAD, form), "attention_mask": pad(masks[0], 0, form)}
+    if form == "left" or not labels:
+        batch["decoder_attention_mask"] = pad(masks[1], 0, form)
+    if labels:
+        return batch | {"labels": pad(targets, IGNORED, form)}
+    return batch | {"decoder_input_ids": pad(inputs, PAD, form)}
+
+
+def by_document(form: str, of_targets: torch.Tensor) -> list[torch.Tensor]:
+    """[B, T, ...] or [1, N, ...] -> the part of each document."""
+    lengths = [target for _, target in LENGTHS]
+    if form == "packed":
+        return list(of_targets[0].split(lengths))
+    rows = zip(of_targets, lengths, strict=True)
+    return [row[:length] if form == "right" else row[-length:] for row, length in rows]
+
+
+def alone(model: Qwen3ForSeq2SeqLM) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Logits of each document by itself, and the mean loss of all tokens."""
+    logits, total = [], torch.zeros(())
+    for source, target in documents():
+        ids = torch.tensor(shift(target, model.config.decoder_start_token_id))[None]
+        output = model(input_ids=torch.tensor(source)[None], decoder_input_ids=ids)
+        logits.append(output.logits[0])
+        loss = nn.functional.cross_entropy(logits[-1], torch.tensor(target), reduction="sum")
+        total = total + loss / sum(target for _, target in LENGTHS)
+    return logits, total
+
+
+def peft_wrapped(model):
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "down_proj"], task_type="SEQ_2_SEQ_LM")
+    return peft.get_peft_model(model, config)
+
+
+WRAPPERS: dict[str, Callable] = {
+    "bare": lambda model: model,
+    "peft": peft_wrapped,
+    "cpu_offload": lambda model: cpu_offload(model, torch.device("cpu")),
+}
+forms = pytest.mark.parametrize("form", ["right", "left", "packed"])
+modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+
+
+@forms
+@modes
+@pytest.mark.parametrize("labels", [True, False], ids=["labels", "decoder_input_ids"])
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_every_form_gives_the_numbers_of_documents_alone(form, training, labels, wrapper):
+    expected, loss = alone(build().eval())
+    model = build()
+    batch = make_batch(form, model.config.decoder_start_token_id, labels)
+    model = WRAPPERS[wrapper](model).train(training)
+    output = model(**batch, return_logits=True)
+    for mine, its in zip(by_document(form, output.logits), expected, strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-4)
+    if not labels:
+        assert output.loss is None
+        return
+    torch.testing.assert_close(output.loss, loss)
+    of_tokens = by_document(form, output.token_losses)
+    for mine, its, (_, target) in zip(of_tokens, expected, documents(), strict=True):
+        by_hand = nn.functional.cross_entropy(its, torch.tensor(target), reduction="none")
+        torch.testing.assert_close(mine, by_hand, atol=1e-5, rtol=1e-4)
+    # the control: another document's tokens are seen
+    batch["input_ids"] = batch["input_ids"].roll(1, 1)
+    other = by_document(form, model(**batch, return_logits=True).logits)
+    assert (other[0] - expected[0]).abs().max() > 1e-3
+
+
+@forms
+@pytest.mark.parametrize("recompute", [None, True, False], ids=["", "reentrant", "checkpointed"])
+def test_every_form_has_the_gradients_of_documents_alone(form, recompute):
+    reference, model = build(), build().train()
+    alone(reference)[1].backward()
+    if recompute is not None:
+        model.gradient_checkpointing_enable({"use_reentrant": recompute})
+        model.enable_input_require_grads()
+    model(**make_batch(form, model.config.decoder_start_token_id)).loss.backward()
+    for (name, mine), its in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+# --- every argument of forward
+
+
+def embedded(model, ids: torch.Tensor) -> torch.Tensor:
+    return model.get_input_embeddings()(ids)
+
+
+def encoded(model, batch: Batch):
+    names = ("input_ids", "attention_mask", "position_ids", "cu_seqlens", "max_seqlen")
+    with torch.no_grad():
+        return model.get_encoder()(**{name: batch[name] for name in names if name in batch})
+
+
+def decoder_ids(model, batch: Batch) -> torch.Tensor:
+    start = model.config.decoder_start_token_id
+    form = "packed" if "cu_seqlens" in batch else "right"
+    return make_batch(form, start, labels=False)["decoder_input_ids"]
+
+
+def changed(ids: torch.Tensor) -> torch.Tensor:
+    """Other ids at a first, real place."""
+    ids = ids.clone()
+    ids[0, 0] = (ids[0, 0] + 1) % 290
+    return ids
+
+
+def positions(ids: torch.Tensor) -> torch.Tensor:
+    return torch.arange(ids.shape[1]).expand_as(ids)
+
+
+def some_targets(batch: Batch) -> torch.Tensor:
+    targets = torch.full_like(batch["input_ids"], IGNORED)
+    targets[0, 1:3] = 17
+    return targets
+
+
+def count(batch: Batch) -> int:
+    return int((batch["labels"] != IGNORED).sum())
+
+
+# Name -> what leaves the numbers of a padded batch as they are, and what must not.
+Change = Callable[[Qwen3ForSeq2SeqLM, Batch], Batch]
+SAME: dict[str, Change] = {
+    "input_ids": lambda m, b: {
+        "input_ids": b["input_ids"].masked_fill(b["attention_mask"] == 0, 7)
+    },
+    "attention_mask": lambda m, b: {"attention_mask": b["attention_mask"].bool()},
+    "position_ids": lambda m, b: {"position_ids": positions(b["input_ids"])},
+    "inputs_embeds": lambda m, b: {
+        "input_ids": None,
+        "inputs_embeds": embedded(m, b["input_ids"]),
+    },
+    "encoder_outputs": lambda m, b: {"input_ids": None, "encoder_outputs": encoded(m, b)},
+    "decoder_input_ids": lambda m, b: {"decoder_input_ids": decoder_ids(m, b)},
+    "decoder_attention_mask": lambda m, b: {
+        "decoder_attention_mask": (b["labels"] != IGNORED).long()
+    },
+    "decoder_position_ids": lambda m, b: {"decoder_position_ids": positions(b["labels"])},
+    "decoder_inputs_embeds": lambda m, b: {"decoder_inputs_embeds": embedded(m, decoder_ids(m, b))},
+    "cache": lambda m, b: {"cache": DynamicCache(config=m.config)},
+    "use_cache": lambda m, b: {"use_cache": True},
+    "labels": lambda m, b: {"labels": b["labels"].clone()},
+    "num_items_in_batch": lambda m, b: {"num_items_in_batch": torch.tensor(count(b))},
+    "encoder_targets": lambda m, b: {"encoder_targets": torch.full_like(b["input_ids"], IGNORED)},
+    "encoder_loss_weight": lambda m, b: {"encoder_loss_weight": 3.0},
+    "z_loss": lambda m, b: {"z_loss": 0.0},
+    "smoothing": lambda m, b: {"smoothing": 0.0},
+    "return_logits": lambda m, b: {"return_logits": True},
+    "logits_to_keep": lambda m, b: {"logits_to_keep": torch.arange(b["labels"].shape[1])},
+}
+OTHER: dict[str, Change] = {
+    "input_ids": lambda m, b: {"input_ids": changed(b["input_ids"])},
+    "attention_mask": lambda m, b: {"attention_mask": b["attention_mask"].roll(1, 1)},
+    "position_ids": lambda m, b: {"position_ids": 2 * positions(b["input_ids"])},
+    "inputs_embeds": lambda m, b: {
+        "input_ids": None,
+        "inputs_embeds": embedded(m, changed(b["input_ids"])),
+    },
+    "encoder_outputs": lambda m, b: {
+        "input_ids": None,
+        "encoder_outputs": encoded(m, b | {"input_ids": changed(b["input_ids"])}),
+    },
+    "decoder_input_ids": lambda m, b: {"decoder_input_ids": changed(decoder_ids(m, b))},
+    "decoder_attention_mask": lambda m, b: {
+        "decoder_attention_mask": (b["labels"] != IGNORED).long().roll(1, 1)
+    },
+    "decoder_position_ids": lambda m, b: {"decoder_position_ids": 2 * positions(b["labels"])},
+    "decoder_inputs_embeds": lambda m, b: {
+        "decoder_inputs_embeds": embedded(m, changed(decoder_ids(m, b)))
+    },
+    "labels": lambda m, b: {"labels": changed(b["labels"])},
+    "num_items_in_batch": lambda m, b: {"num_items_in_batch": 2 * count(b)},
+    "encoder_targets": lambda m, b: {"encoder_targets": some_targets(b)},
+    "encoder_loss_weight": lambda m, b: {
+        "encoder_targets": some_targets(b),
+        "encoder_loss_weight": 3.0,
+    },
+    "z_loss": lambda m, b: {"z_loss": 0.1},
+    "smoothing": lambda m, b: {"smoothing": 0.2},
+}
+# In a packed batch some mean nothing, and are refused; some are of this form alone.
+REFUSED_PACKED: dict[str, Change] = {
+    "attention_mask": lambda m, b: {"attention_mask": torch.ones_like(b["input_ids"])},
+    "decoder_attention_mask": lambda m, b: {"decoder_attention_mask": torch.ones_like(b["labels"])},
+    "cache": lambda m, b: {"cache": DynamicCache(config=m.config)},
+}
+ONLY_PACKED_SAME: dict[str, Change] = {
+    "input_ids": lambda m, b: {"input_ids": b["input_ids"].clone()},
+    "position_ids": lambda m, b: {"position_ids": b["position_ids"] + 5},  # they are relative
+    "decoder_position_ids": lambda m, b: {
+        "decoder_position_ids": b["decoder_position_ids"].clone()
+    },
+    "max_seqlen": lambda m, b: {"max_seqlen": b["max_seqlen"]},
+    "decoder_max_seqlen": lambda m, b: {"decoder_max_seqlen": b["decoder_max_seqlen"]},
+}
+ONLY_PACKED_OTHER: dict[str, Change] = {
+    "position_ids": lambda m, b: {"position_ids": 2 * b["position_ids"]},
+    "decoder_position_ids": lambda m, b: {"decoder_position_ids": 2 * b["decoder_position_ids"]},
+    "cu_seqlens": lambda m, b: {"cu_seqlens": moved(b["cu_seqlens"])},
+    "decoder_cu_seqlens": lambda m, b: {"decoder_cu_seqlens": moved(b["decoder_cu_seqlens"])},
+    "key_order": lambda m, b: {"key_order": b["key_order"].roll(1)},
+}
+
+
+def moved(cumulative: torch.Tensor) -> torch.Tensor:
+    """The first document ends one token sooner."""
+    cumulative = cumulative.clone()
+    cumulative[1] -= 1
+    return cumulative
+
+
+def changes(form: str) -> tuple[dict[str, Change], dict[str, Change]]:
+    if form == "right":
+        return SAME, OTHER
+    same = {name: change for name, change in SAME.items() if name not in REFUSED_PACKED}
+    other = {name: change for name, change in OTHER.items() if name not in REFUSED_PACKED}
+    return same | ONLY_PACKED_SAME, other | ONLY_PACKED_OTHER
+
+
+def test_every_argument_is_walked():
+    arguments = list(inspect.signature(Qwen3ForSeq2SeqLM.forward).parameters)[1:-1]
+    packed_same, packed_other = changes("packed")
+    assert set(arguments) == {*SAME, *OTHER, *packed_same, *packed_other, *REFUSED_PACKED}
+
+
+def results(model, batch: Batch, form: str) -> dict[str, torch.Tensor]:
+    """Loss and logits of real tokens, and that the two agree."""
+    with torch.no_grad():
+        output = model(**{"return_logits": True} | batch)
+    logits = torch.cat(by_document(form, output.logits))
+    return {"loss": output.loss, "logits": logits}
+
+
+WALK = [
+    (form, name, wrapper)
+    for form in ("right", "packed")
+    for name in sorted({name for part in changes(form) for name in part})
+    for wrapper in ("bare", "peft", "cpu_offload")
+]
+
+
+@modes
+@pytest.mark.parametrize(("form", "name", "wrapper"), WALK)
+def test_an_argument_changes_what_it_says_and_nothing_else(form, name, wrapper, training):
+    bare = build().train(training)
+    batch = make_batch(form, bare.config.decoder_start_token_id)
+    expected = results(bare, batch, form)
+    model = WRAPPERS[wrapper](build()).train(training)
+    same, other = changes(form)
+    if name in same:
+        found = results(model, batch | same[name](bare, batch), form)
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    if name in other:
+        found = results(model, batch | other[name](bare, batch), form)
+        with pytest.raises(AssertionError):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@modes
+@pytest.mark.parametrize("name", REFUSED_PACKED)
+def test_a_packed_batch_refuses_what_it_would_ignore(name, training):
+    model = build().train(training)
+    batch = make_batch("packed", model.config.decoder_start_token_id)
+    with pytest.raises(ValueError, match=name.removeprefix("decoder_")):
+        model(**batch | REFUSED_PACKED[name](model, batch))
+
+
+# --- inputs that do not fit together
+
+
+def ids(*shape: int) -> torch.Tensor:
+    return torch.randint(0, 290, shape, generator=torch.Generator().manual_seed(1))
+
+
+PACKED = make_batch("packed", PAD)
+UNFIT: dict[str, Batch] = {
+    "a short source mask": {
+        "input_ids": ids(2, 9), "attention_mask": torch.ones(2, 7), "labels": ids(2, 4),
+    },
+    "more sources than targets": {"input_ids": ids(3, 9), "labels": ids(2, 4)},
+    "more targets than sources": {"input_ids": ids(2, 9), "labels": ids(3, 4)},
+    "labels and decoder ids": {
+        "input_ids": ids(2, 9), "labels": ids(2, 5), "decoder_input_ids": ids(2, 6),
+    },
+    "a short target mask": {
+        "input_ids": ids(2, 9), "labels": ids(2, 5), "decoder_attention_mask": torch.ones(2, 3),
+    },
+    "rows of encoder outputs": {
+        "encoder_outputs": (torch.randn(3, 9, 40),), "labels": ids(2, 5),
+    },
+    "a mask of other encoder outputs": {
+        "encoder_outputs": (torch.randn(2, 9, 40),), "attention_mask": torch.ones(2, 7),
+        "labels": ids(2, 5),
+    },
+    "source ids and embeddings": {
+        "input_ids": ids(2, 9), "inputs_embeds": torch.randn(2, 9, 40), "labels": ids(2, 5),
+    },
+    "target ids and embeddings": {
+        "input_ids": ids(2, 9), "decoder_input_ids": ids(2, 5),
+        "decoder_inputs_embeds": torch.randn(2, 5, 40), "labels": ids(2, 5),
+    },
+    "no source": {"labels": ids(2, 5)},
+    "no target": {"input_ids": ids(2, 9)},
+    "source positions": {
+        "input_ids": ids(2, 9), "position_ids": torch.arange(7)[None], "labels": ids(2, 5),
+    },
+    "target positions": {
+        "input_ids": ids(2, 9), "decoder_position_ids": torch.arange(4)[None],
+        "labels": ids(2, 5),
+    },
+    "encoder targets": {
+        "input_ids": ids(2, 9), "encoder_targets": ids(2, 8), "labels": ids(2, 5),
+    },
+    "encoder targets without labels": {
+        "input_ids": ids(2, 9), "encoder_targets": ids(2, 9), "decoder_input_ids": ids(2, 5),
+    },
+    "packed, a source too few": PACKED | {"cu_seqlens": PACKED["cu_seqlens"][:-1]},
+    "packed, a target too few": PACKED | {"decoder_cu_seqlens": PACKED["decoder_cu_seqlens"][:-1]},
+    "packed, tokens too few": PACKED | {"input_ids": PACKED["input_ids"][:, :-1]},
+    "packed, labels too few": PACKED | {"labels": PACKED["labels"][:, :-1]},
+    "packed, keys too few": PACKED | {"key_order": PACKED["key_order"][:-1]},
+    "packed, no order": {name: part for name, part in PACKED.items() if name != "key_order"},
+    "packed, no positions": {n: part for n, part in PACKED.items() if n != "position_ids"},
+    "packed in several rows": PACKED | {
+        "input_ids": ids(2, PACKED["input_ids"].shape[1]),
+        "position_ids": PACKED["position_ids"].expand(2, -1),
+    },
+}  # fmt: skip
+
+
+@modes
+@pytest.mark.parametrize("kind", UNFIT)
+def test_inputs_that_do_not_fit_are_refused(kind, training):
+    with pytest.raises(ValueError):  # noqa: PT011
+        build().train(training)(**UNFIT[kind])
+
+
+def test_an_argument_that_nothing_reads_is_refused():
+    with pytest.raises(TypeError, match="atention_mask"):
+        build()(input_ids=ids(2, 9), labels=ids(2, 5), atention_mask=torch.ones(2, 9))
+
+
+# --- masks over the target
+
+
+@modes
+def test_left_padded_targets_count_positions_from_the_mask(training):
+    """T5Gemma 2 counts from the first column: other logits by .91."""
+    model = build().train(training)
+    source, target = ids(1, 5), ids(1, 4)
+    alone = model(input_ids=source, decoder_input_ids=target).logits
+    padded = torch.cat([torch.full((1, 3), PAD), target], 1)
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1]])
+    found = model(input_ids=source, decoder_input_ids=padded, decoder_attention_mask=mask)
+    torch.testing.assert_close(found.logits[:, 3:], alone, atol=1e-5, rtol=1e-4)
+    unmasked = model(input_ids=source, decoder_input_ids=padded).logits
+    assert (unmasked[:, 3:] - alone).abs().max() > 1e-3
+
+
+@modes
+def test_a_mask_over_real_labels_is_read_with_the_loss_as_without(training):
+    model = build().train(training)
+    source, labels = ids(2, 6), ids(2, 5)
+    mask = torch.tensor([[1, 1, 0, 1, 1], [1, 0, 1, 1, 1]])
+    batch = {"input_ids": source, "decoder_attention_mask": mask}
+    prepared = model.prepare_decoder_input_ids_from_labels(labels)
+    logits = model(**batch, decoder_input_ids=prepared).logits
+    by_hand = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(model(**batch, labels=labels).loss, by_hand)
+    batch["decoder_attention_mask"] = torch.ones_like(mask)
+    assert (model(**batch, labels=labels).loss - by_hand).abs() > 1e-3
+
+
+# --- caches
+
+
+@modes
+@pytest.mark.parametrize("use_cache", [None, True, False])
+def test_a_cache_is_honoured_with_labels_too(training, use_cache):
+    """The second half of a target behind its first half, as T5 does it."""
+    model = build().train(training)
+    source, target = ids(2, 6), ids(2, 7)
+    whole = model(input_ids=source, decoder_input_ids=target).logits
+    cache = model(input_ids=source, decoder_input_ids=target[:, :4], use_cache=True).cache
+    rest = {"decoder_input_ids": target[:, 4:], "labels": target[:, 4:]}
+    found = model(input_ids=source, **rest, cache=cache, use_cache=use_cache, return_logits=True)
+    torch.testing.assert_close(found.logits, whole[:, 4:], atol=1e-5, rtol=1e-4)
+    by_hand = nn.functional.cross_entropy(whole[:, 4:].flatten(0, 1), target[:, 4:].flatten())
+    torch.testing.assert_close(found.loss, by_hand)
+
+
+def t5() -> T5ForConditionalGeneration:
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    ids = {"pad_token_id": PAD, "eos_token_id": 302, "decoder_start_token_id": PAD}
+    return T5ForConditionalGeneration(T5Config(vocab_size=331, dropout_rate=0, **sizes, **ids))
+
+
+@pytest.mark.parametrize("make", [t5, build])
+@pytest.mark.parametrize("grad", [True, False])
+def test_generation_in_training_with_checkpointing_is_that_of_evaluation(make, grad):
+    model, source = make(), ids(3, 6)
+    expected = model.eval().generate(source, max_new_tokens=6)
+    model.train().gradient_checkpointing_enable()
+    with torch.set_grad_enabled(grad):
+        assert torch.equal(model.generate(source, max_new_tokens=6), expected)
+    assert len(expected[:, 1:].unique()) > 2
+
+
+# --- sizes of zero and one
+
+
+@modes
+def test_batches_of_nothing(training):
+    model = build().train(training)
+    empty = torch.zeros(2, 0, dtype=torch.long)
+    assert model(input_ids=ids(0, 6), decoder_input_ids=ids(0, 4)).logits.shape == (0, 4, 331)
+    assert model(input_ids=ids(2, 6), decoder_input_ids=empty).logits.shape == (2, 0, 331)
+    for batch in (
+        {"input_ids": ids(2, 6), "labels": empty},
+        {"input_ids": ids(0, 6), "labels": ids(0, 4)},
+    ):
+        output = model(**batch)
+        assert output.loss == 0
+        output.loss.backward()
+    nothing = model(input_ids=empty, decoder_input_ids=ids(2, 4)).logits
+    masked = model(
+        input_ids=ids(2, 6), attention_mask=torch.zeros(2, 6), decoder_input_ids=ids(2, 4)
+    ).logits
+    torch.testing.assert_close(nothing, masked, atol=1e-5, rtol=1e-4)
+    assert nothing.isfinite().all()
+
+
+@modes
+def test_a_row_without_source_or_target_leaves_the_others_alone(training):
+    model = build().train(training)
+    source, labels = ids(3, 6), ids(3, 5)
+    mask = torch.ones(3, 6)
+    mask[1] = 0
+    labels[2] = IGNORED
+    output = model(input_ids=source, attention_mask=mask, labels=labels, return_logits=True)
+    assert output.loss.isfinite()
+    output.loss.backward()
+    assert all(part.grad.isfinite().all() for part in model.parameters())
+    for row in (0, 1):
+        inputs = {"input_ids": source[row : row + 1], "attention_mask": mask[row : row + 1]}
+        one = model(**inputs, labels=labels[row : row + 1], return_logits=True)
+        torch.testing.assert_close(output.logits[row], one.logits[0], atol=1e-5, rtol=1e-4)
+
+
+@modes
+def test_packed_documents_without_source_or_of_one_token(training):
+    model = build().train(training)
+    empty, one, some = (np.arange(1, 1 + length) for length in (0, 1, 4))
+    sources, targets = [some, empty, one], [one, some, one]
+    output = model(**collate_packed(sources, targets), return_logits=True)
+    assert output.loss.isfinite()
+    for found, source, target in zip(
+        output.logits[0].split([1, 4, 1]), sources, targets, strict=True
+    ):
+        inputs = {"input_ids": torch.tensor(source)[None], "labels": torch.tensor(target)[None]}
+        expected = model(**inputs, return_logits=True).logits[0]
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_one_token_of_everything():
+    model = build(vocab_size=64, pad_token_id=0, eos_token_id=1, num_sentinel_tokens=1).train()
+    one = torch.ones(1, 1, dtype=torch.long)
+    model(input_ids=one, labels=one).loss.backward()
+    packed = collate_packed([one[0].numpy()], [one[0].numpy()])
+    torch.testing.assert_close(model(**packed).loss, model(input_ids=one, labels=one).loss)
+    assert model.generate(one, max_new_tokens=1).shape == (1, 2)
+
+
+# --- compiled
+
+
+@pytest.mark.parametrize("form", ["right", "packed"])
+def test_a_training_step_compiles_whole(form):
+    """Without a graph break; aot_eager traces the backward pass too."""
+    model, reference = build().train(), build().train()
+    batch = make_batch(form, model.config.decoder_start_token_id)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    losses = compiled(**batch).loss, reference(**batch).loss
+    for loss in losses:
+        loss.backward()
+    torch.testing.assert_close(*losses)
+    for (name, mine), its in zip(model.named_parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, its.grad, atol=1e-5, rtol=1e-3, msg=name)
+
+
+# --- folders and filling
+
+
+def test_a_plain_qwen3_folder_names_the_command(parent_folder):
+    with pytest.raises(ValueError, match=r"initialize_from_qwen3\.py|qwen3-encdec initialize"):
+        Qwen3ForSeq2SeqLM.from_pretrained(parent_folder)
+    with pytest.raises(ValueError, match=r"initialize_from_qwen3\.py|qwen3-encdec initialize"):
+        Qwen3EncoderDecoderConfig.from_pretrained(parent_folder)
+
+
+def test_fill_takes_what_generate_takes():
+    tokenizer = build_tokenizer(num_sentinel_tokens=11, num_ranks=300)
+    model = build(vocab_size=len(tokenizer)).eval()
+    text = "One <extra_id_0> and <extra_id_1>."
+    expected = model.fill(text, tokenizer, max_new_tokens=6)
+    for options in ({"return_dict_in_generate": True}, {"output_scores": True}):
+        assert model.fill(text, tokenizer, max_new_tokens=6, **options) == expected
+    assert model.fill([], tokenizer) == []
+    assert model.fill([text], tokenizer, max_new_tokens=6) == [expected]

@@ -1,0 +1,348 @@
+"""The embedding server under real sockets: answers, refusals, crowds, and clients that misbehave."""
+
+import base64
+import concurrent.futures
+import http.client
+import json
+import random
+import resource
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from contextlib import contextmanager
+
+import numpy as np
+import pytest
+import torch
+
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.embedding import serve
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.embedding.serve import Limits, make_server
+from qwen3_encdec.folders import InputError, read_json, write_json
+
+TEXTS = ["", "One.", "A few more words to read.", "naïve text", "word " * 700, "x" * 90]
+
+
+@pytest.fixture(scope="module")
+def encoder(init_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("encoder") / "mean"
+    extract_encoder(init_folder, folder, max_seq_length=200)
+    settings = read_json(folder / "config_sentence_transformers.json")
+    write_json(
+        folder / "config_sentence_transformers.json",
+        settings | {"prompts": {"query": "query: ", "document": ""}},
+    )
+    return TextEncoder(folder, dtype=torch.float32, device="cpu")
+
+
+@contextmanager
+def running(encoder, limits=None):
+    server = make_server(encoder, port=0, limits=limits)
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.005)
+    try:
+        yield server.url
+    finally:
+        server.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+@pytest.fixture(scope="module")
+def url(encoder):
+    with running(encoder, Limits(read_seconds=1.0)) as address:
+        yield address
+
+
+def post(url, body, path="/v1/embeddings", **headers):
+    """Status and parsed answer."""
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers)) as answer:
+            return answer.status, json.load(answer)
+    except urllib.error.HTTPError as error:
+        return error.code, json.load(error)
+
+
+def vectors(answer):
+    return np.array([row["embedding"] for row in answer["data"]], dtype=np.float32)
+
+
+def test_answers_are_openais(url, encoder):
+    status, answer = post(url, {"model": "any", "input": TEXTS}, "/v1/embeddings?api-version=1")
+    assert status == 200
+    assert np.allclose(vectors(answer), encoder.encode(TEXTS), atol=1e-6)
+    assert [row["index"] for row in answer["data"]] == list(range(len(TEXTS)))
+    tokens = encoder.tokenize(TEXTS)
+    assert answer["usage"]["prompt_tokens"] == sum(map(len, tokens.ids))
+    assert answer["truncated"] == [4]
+    body = {"input": "One.", "encoding_format": "base64", "dimensions": 8, "prompt_name": "query"}
+    _, packed = post(url, body)
+    vector = np.frombuffer(base64.b64decode(packed["data"][0]["embedding"]), dtype="<f4")
+    expected = encoder.encode(["One."], dimensions=8, prompt_name="query")[0]
+    assert np.allclose(vector, expected, atol=1e-6)
+    assert "truncated" not in packed
+
+
+def test_models_health_and_metrics(url, encoder):
+    def get(path):
+        with urllib.request.urlopen(url + path) as answer:
+            return answer.read().decode()
+
+    assert json.loads(get("/health")) == {"status": "ok"}
+    (card,) = json.loads(get("/v1/models?limit=1"))["data"]
+    assert (card["id"], card["max_tokens"], card["dimensions"]) == ("mean", 200, 40)
+    assert json.loads(get("/v1/models/mean")) == card
+    before = get("/metrics")
+    post(url, {"input": TEXTS})
+    after = get("/metrics")
+
+    def value(text, name):
+        return float(
+            next(line for line in text.splitlines() if line.startswith(name + " ")).split()[1]
+        )
+
+    assert value(after, "qwen3_encdec_texts_total") - value(before, "qwen3_encdec_texts_total") == 6
+    assert value(after, "qwen3_encdec_queue_tokens") == 0
+    assert 'requests_total{path="/v1/embeddings",status="200"}' in after
+
+
+@pytest.mark.parametrize(
+    ("body", "sentence"),
+    [
+        (b"{", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"\xff", "not valid JSON"),
+        ({"texts": []}, "with an input"),
+        ([], "with an input"),
+        ({"input": []}, "a text or a list of texts"),
+        ({"input": None}, "a text or a list of texts"),
+        ({"input": [1, 2]}, "token ids"),
+        ({"input": [[1, 2]]}, "token ids"),
+        ({"input": ["a", None]}, "text 2 is NoneType, not str"),
+        ({"input": ["a", "b\ud800"]}, "text 2 holds the lone surrogate"),
+        ({"input": ["a"] * 2049}, "at most 2,048"),
+        ({"input": "a", "dimensions": "8"}, "dimensions must be an integer"),
+        ({"input": "a", "dimensions": True}, "dimensions must be an integer"),
+        ({"input": "a", "dimensions": 999}, "must lie in 1 ... 40"),
+        ({"input": "a", "encoding_format": "hex"}, "encoding_format must be float or base64"),
+        ({"input": "a", "prompt_name": "no"}, "is not one of the model's"),
+        ({"input": "a", "prompt_name": 3}, "prompt_name must be a text"),
+    ],
+)
+def test_a_bad_request_is_refused_with_a_sentence(url, body, sentence):
+    status, answer = post(url, body)
+    assert status == 400
+    assert sentence in answer["error"]["message"]
+    assert answer["error"]["type"] == "invalid_request_error"
+    assert post(url, {"input": "still there"})[0] == 200
+
+
+def test_every_failure_has_the_same_shape(encoder, url, monkeypatch):
+    for path, status in (("/nowhere", 404), ("/v1/models", 405), ("/v1/models/other", 404)):
+        found = post(url, {}, path) if status == 405 else get_refused(url + path)
+        assert found[0] == status
+        assert set(found[1]["error"]) == {"message", "type", "param", "code"}
+    status, answer = post(url, b" " * (16 * 2**20 + 1))
+    assert (status, answer["error"]["code"]) == (413, 413)
+
+    def broken(ids):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(encoder, "forward", broken)
+    status, answer = post(url, {"input": ["a", "b"]})
+    assert (status, answer["error"]["type"]) == (500, "server_error")
+    assert "RuntimeError" in answer["error"]["message"]
+    monkeypatch.undo()
+    assert post(url, {"input": "a"})[0] == 200
+
+
+def get_refused(url):
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(url)
+    return refused.value.code, json.load(refused.value)
+
+
+def test_the_key_guards_v1_alone(encoder, monkeypatch):
+    monkeypatch.setenv(serve.API_KEY, "secret")
+    with running(encoder) as address:
+        for headers in ({}, {"Authorization": "Bearer wrong"}):
+            status, answer = post(address, {"input": "a"}, **headers)
+            assert (status, answer["error"]["type"]) == (401, "authentication_error")
+        assert post(address, {"input": "a"}, Authorization="Bearer secret")[0] == 200
+        assert urllib.request.urlopen(address + "/health").status == 200
+
+
+def test_a_crowd_is_answered_right_and_shares_batches(encoder):
+    texts = [f"client {i} asks for {'more ' * (i % 9)}" for i in range(64)]
+    expected = encoder.encode(texts)
+    with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(64) as crowd:
+        ready = threading.Barrier(64)
+
+        def ask(i):
+            ready.wait()
+            answers = [post(address, {"input": texts[i]}) for _ in range(4)]
+            assert [status for status, _ in answers] == [200] * 4
+            return vectors(answers[-1][1])[0]
+
+        assert np.allclose(list(crowd.map(ask, range(64))), expected, atol=1e-6)
+        text = urllib.request.urlopen(address + "/metrics").read().decode()
+    line = next(line for line in text.splitlines() if line.startswith("qwen3_encdec_batches_total"))
+    assert int(line.split()[1]) < 256
+
+
+def test_a_kept_connection_answers_without_delay(url):
+    """Nagle's algorithm against a delayed acknowledgement would cost 40 ms a request."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"))
+    seconds = []
+    for _ in range(30):
+        began = time.perf_counter()
+        connection.request("POST", "/v1/embeddings", json.dumps({"input": "short"}))
+        assert connection.getresponse().read()
+        seconds.append(time.perf_counter() - began)
+    assert np.median(seconds) < 0.035
+
+
+def test_half_sent_requests_are_closed_and_hold_no_thread(url):
+    host, port = url.removeprefix("http://").split(":")
+    threads = threading.active_count()
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"
+    parts = [head, head + b"Content-Length: 50\r\n\r\n{", b""]
+    held = []
+    for i in range(200):
+        held.append(socket.create_connection((host, int(port))))
+        held[-1].sendall(parts[i % 3])
+    assert post(url, {"input": "between them"})[0] == 200
+    assert threading.active_count() <= threads + 1
+    answers = []
+    for connection in held:
+        connection.settimeout(10)
+        answers.append(connection.recv(4096))
+        connection.close()
+    assert all(b"408" in answer.split(b"\r\n")[0] for answer in answers[1::3])
+    assert not any(answers[::3])
+
+
+def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
+    entered, release = threading.Event(), threading.Event()
+    whole = encoder.forward
+
+    def slow(ids):
+        entered.set()
+        release.wait(20)
+        return whole(ids)
+
+    monkeypatch.setattr(encoder, "forward", slow)
+    with running(encoder, Limits(queue_tokens=40, answer_seconds=30)) as address:
+        with concurrent.futures.ThreadPoolExecutor(8) as crowd:
+            first = crowd.submit(post, address, {"input": "computing"})
+            assert entered.wait(10)
+            second = crowd.submit(post, address, {"input": "waits " * 8})
+            time.sleep(0.3)
+            request = urllib.request.Request(
+                address + "/v1/embeddings", json.dumps({"input": "w " * 30}).encode()
+            )
+            with pytest.raises(urllib.error.HTTPError) as refused:
+                urllib.request.urlopen(request)
+            assert refused.value.code == 429
+            assert int(refused.value.headers["Retry-After"]) >= 1
+            release.set()
+            assert first.result()[0] == second.result()[0] == 200
+
+
+def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):
+    entered, release = threading.Event(), threading.Event()
+    computed = []
+    whole = encoder.forward
+
+    def slow(ids):
+        entered.set()
+        release.wait(20)
+        computed.extend(ids)
+        return whole(ids)
+
+    monkeypatch.setattr(encoder, "forward", slow)
+    with running(encoder, Limits(answer_seconds=0.3)) as address:
+        with concurrent.futures.ThreadPoolExecutor(4) as crowd:
+            first = crowd.submit(post, address, {"input": "computing"})
+            assert entered.wait(10)
+            others = list(crowd.map(lambda i: post(address, {"input": f"{i}"}), range(3)))
+        assert [status for status, _ in (first.result(), *others)] == [503] * 4
+        release.set()
+        monkeypatch.undo()
+        assert post(address, {"input": "after"})[0] == 200
+    assert len(computed) == 1  # what waited behind the first batch was dropped
+
+
+def test_a_long_request_does_not_hold_up_a_short_one(encoder):
+    with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(1) as other:
+        long = other.submit(post, address, {"input": ["word " * 199] * 300})
+        time.sleep(0.2)
+        assert post(address, {"input": "short"})[0] == 200
+        assert not long.done()
+        assert long.result()[0] == 200
+
+
+def storm(address, encoder, requests, seed=0, clients=16):
+    """Send requests of which a tenth is malformed, slow, abandoned or too large; check the rest."""
+    texts = [f"text {i} {'of some words ' * (i % 7)}" for i in range(50)]
+    expected = encoder.encode(texts)
+    host, port = address.removeprefix("http://").split(":")
+
+    def misbehave(rng):
+        kind = rng.choice(["malformed", "slow", "abandoned", "large"])
+        with socket.create_connection((host, int(port))) as raw:
+            raw.settimeout(30)
+            head = "POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Length: {}\r\n\r\n"
+            if kind == "malformed":
+                raw.sendall(
+                    rng.choice([b"\x00\x01garbage\r\n\r\n", head.format(3).encode() + b"{{{"])
+                )
+                return b" 400 " in raw.recv(4096)
+            if kind == "slow":
+                raw.sendall(head.format(20).encode() + b'{"in')
+                time.sleep(0.02)
+                raw.sendall(b'put": "abcdefg"}')
+                return b" 200 " in raw.recv(100)
+            if kind == "abandoned":
+                body = json.dumps({"input": texts[:20]}).encode()
+                raw.sendall(head.format(len(body)).encode() + body)
+                return True
+        return post(address, {"input": ["x"] * 3000})[0] == 400
+
+    def client(number):
+        rng = random.Random(seed * 1000 + number)
+        for _ in range(requests // clients):
+            if rng.random() < 0.1:
+                assert misbehave(rng)
+                continue
+            chosen = rng.sample(range(50), rng.randint(1, 4))
+            status, answer = post(address, {"input": [texts[i] for i in chosen]})
+            assert status == 200, answer
+            assert np.allclose(vectors(answer), expected[chosen], atol=1e-5)
+        return requests // clients
+
+    with concurrent.futures.ThreadPoolExecutor(clients) as crowd:
+        return sum(crowd.map(client, range(clients)))
+
+
+def test_faults_do_not_reach_good_clients(encoder):
+    with running(encoder, Limits(read_seconds=5.0)) as address:
+        assert storm(address, encoder, 160) == 160
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        assert storm(address, encoder, 640, seed=1) == 640
+        grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        assert grown < 20_000  # kB
+        assert 'status="500"' not in urllib.request.urlopen(address + "/metrics").read().decode()
+
+
+def test_ports_out_of_range_and_taken_ones_are_named(url, encoder):
+    with pytest.raises(InputError, match=r"port 70000 must lie in 0 ... 65535"):
+        make_server(encoder, port=70000)
+    with pytest.raises(InputError, match="cannot listen on 127.0.0.1"):
+        make_server(encoder, port=int(url.rpartition(":")[2]))

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -19,6 +20,7 @@ from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.loop import run_training
+from qwen3_encdec.training.monitor import SpikeGuard
 from qwen3_encdec.training.optimization import (
     build_optimizer,
     learning_rate,
@@ -300,3 +302,30 @@ def test_a_tracker_that_fails_stops_nothing(init_folder, corpus, tmp_path, monke
     assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).name == "step-000004"
     assert "step 4 could not be logged: the tracker's server is gone" in capsys.readouterr().err
     assert len(read_metrics(run_dir, "loss")) == 4
+
+
+def test_a_new_level_is_accepted_after_a_while_and_survives_a_restart():
+    guard = SpikeGuard(6.0, 16)
+    noise = np.random.default_rng(0).normal(0, 0.05, 200)
+    assert not any(guard.skips(3 + delta, 1.0) for delta in noise[:50])
+    skipped = [guard.skips(6 + delta, 1.0) for delta in noise[50:60]]  # a new language
+    assert skipped[0]
+    assert sum(skipped) <= 3
+    assert not any(skipped[5:])
+    again = SpikeGuard(6.0, 16, json.loads(json.dumps(guard.state)))
+    assert again.state == guard.state
+    assert not again.skips(6.0, 1.0)
+    assert again.skips(60.0, 1.0)  # a spike is still one
+
+
+def test_data_that_fails_saves_what_was_finished(init_folder, corpus, tmp_path):
+    broken = tmp_path / "broken.jsonl"
+    lines = corpus.read_text().splitlines()
+    lines[100] = '{"text": 3}'
+    broken.write_text("\n".join(lines) + "\n")
+    run_dir = tmp_path / "run"
+    with pytest.raises(InputError, match=r"broken\.jsonl"):
+        run_training(small_run(init_folder, broken, output_dir=run_dir, max_steps=60, eval_every=0))
+    last = read_metrics(run_dir, "step")[-1][0]
+    assert 0 < last < 60
+    assert (run_dir / "checkpoints/latest").resolve().name == f"step-{last:06d}"

@@ -445,7 +445,7 @@ def folder_name(step: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """What went wrong, in one line, out of what torch.distributed.checkpoint wraps it in."""
+    """One line on an error, out of what torch.distributed.checkpoint wraps it in."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split()) or type(error).__name__

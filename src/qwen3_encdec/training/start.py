@@ -86,10 +86,11 @@ def start_run(
     _open_folder(config, accelerator, start)
     for line in data.report():
         show(line)
-    show(
-        f"{distributed.describe(accelerator)}, {sizes.total:,} parameters, "
-        f"steps {start + 1:,} to {config.max_steps:,}, output {run_dir}"
-    )
+    left = f"steps {start + 1:,} to {config.max_steps:,}"
+    if start >= config.max_steps:
+        left = f"already at step {start:,} of {config.max_steps:,}"
+    launch = distributed.describe(accelerator)
+    show(f"{launch}, {sizes.total:,} parameters, {left}, output {run_dir}")
     saver = checkpoint.Checkpointer(
         run_dir / "checkpoints",
         resumed["folder"] if resumed else None,

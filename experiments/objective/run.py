@@ -306,7 +306,7 @@ class Unit:
     def _ul2(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
         from qwen3_encdec.conversion.initialize import initialize
         from qwen3_encdec.data.config import DataConfig
-        from qwen3_encdec.data.stream import build_stream
+        from qwen3_encdec.data import stream
         from qwen3_encdec.data.ul2 import PRESETS
         from qwen3_encdec.evaluation.suite import evaluate_denoising
         from qwen3_encdec.folders import load_config, load_tokenizer
@@ -337,10 +337,10 @@ class Unit:
         tokenizer, rows, text = load_tokenizer(init), 0, 0
         blocks = self._blocks(tokenizer)
         wanted = int((blocks < self.plan["corpus"]["num_ranks"]).sum())
-        for row in build_stream(data, tokenizer):
+        for row in stream.rows(stream.UL2Data(data, tokenizer)):
             text += sum(
                 int((ids < self.plan["corpus"]["num_ranks"]).sum())
-                for e in row
+                for e in row.examples
                 for ids in (e.source, e.target)
             )
             rows += 1

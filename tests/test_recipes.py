@@ -26,6 +26,7 @@ RECIPES = [
     ROOT / "configs/training_config.yaml",
 ]
 WORDS = ["the", "encoder", "reads", "a", "source", "and", "its", "decoder", "writes", "one", "target"]
+CLI = "from qwen3_encdec.cli import main; main()"
 STEPS = 8
 SIZE = [
     f"max_steps={STEPS}", "warmup_steps=1", "batch_size=2", "gradient_accumulation_steps=1",
@@ -65,7 +66,7 @@ def environment(hub: Hub, tmp_path_factory) -> dict[str, str]:
     return hub.environment(cache, XDG_CACHE_HOME=str(cache), OMP_NUM_THREADS="1")
 
 
-def command(environment, *arguments, launcher=("-m", "qwen3_encdec.cli")) -> str:
+def command(environment, *arguments, launcher=("-c", CLI)) -> str:
     called = [sys.executable, *launcher, *map(str, arguments)]
     done = subprocess.run(called, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

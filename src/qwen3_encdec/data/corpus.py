@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -334,7 +334,10 @@ def open_corpus(
     """
     found, passed_over = _expand(inputs)
     files: list[File] = []
-    sizes = {path: os.path.getsize(path) for path in found if os.path.exists(path)}
+    sizes: dict[str, int] = {}
+    for path in found:
+        with suppress(OSError):
+            sizes[path] = os.stat(path).st_size
     block_bytes = min(BLOCK_BYTES, sum(sizes.values()) // (_BLOCKS_PER_STREAM * streams) + 1)
     block_bytes = max(block_bytes, 512)
     for path in found:
@@ -493,7 +496,10 @@ def _expand(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
             found[item] = None
         elif matches:
             for match in matches:
-                files = _walk(match, passed_over) if os.path.isdir(match) else [match]
+                is_folder = os.path.isdir(match)
+                if not is_folder and not _is_known(match):
+                    raise InputError(f"input {match} is not {_KNOWN}")
+                files = _walk(match, passed_over) if is_folder else [match]
                 if not files and len(matches) == 1:
                     raise InputError(f"input {match!r}: no file in it is {_KNOWN}")
                 found |= dict.fromkeys(files)
@@ -501,9 +507,6 @@ def _expand(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
             found[item] = None
         else:
             raise InputError(f"input {item!r}: no such file, folder or hub dataset")
-    for path in found:
-        if os.path.isfile(path) and not _is_known(path):
-            raise InputError(f"input {path} is not {_KNOWN}")
     return list(found), passed_over
 
 

@@ -672,8 +672,8 @@ def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:
     fitting = [n for n in range(1, config.streams + 1) if config.streams % (ranks * n) == 0]
     workers = f"num_workers of {', '.join(map(str, fitting))}" if fitting else "no num_workers"
     raise InputError(
-        f"{ranks} ranks with {max(num_workers, 1)} workers each are {readers} readers, which do "
-        f"not divide data.streams={config.streams}: with {ranks} ranks, {workers} would"
+        f"{ranks} ranks with {max(num_workers, 1)} workers each are {readers} readers, "
+        f"which do not divide data.streams={config.streams}: with {ranks} ranks, {workers} would"
     )
 
 

@@ -60,8 +60,13 @@ class Place(NamedTuple):
 class File(Protocol):
     """A file of a corpus."""
 
-    path: str
-    size: int
+    @property
+    def path(self) -> str:
+        """Where it is, or what it is called."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
 
     @property
     def num_blocks(self) -> int | None:
@@ -593,7 +598,7 @@ def _open_parquet(path: str, size: int, column: str, block_bytes: int, label: st
 
 
 def _indexed(path: str) -> tuple[tuple[int, ...], str, int] | None:
-    """Return row group sizes, tokenizer and tokens of a prepared file, out of its folder's index."""
+    """Return row groups, tokenizer and tokens of a prepared file, out of its folder's index."""
     folder, name = os.path.split(path)
     if folder not in _INDEXES:
         index = Path(folder, INDEX_FILE)
@@ -636,14 +641,13 @@ def _hub_files(
     unknown = [path for path in paths if not _is_known(path)]
     if unknown:
         raise InputError(f"input {item!r}: {unknown[0]} is not {_KNOWN}")
-    if sum(sizes) > cache_bytes:
-        return [
-            _open_parquet(path, size, column, block_bytes)
-            if path.endswith(".parquet")
-            else StreamFile(path, size, column)
-            for path, size in zip(paths, sizes, strict=True)
-        ]
     files: list[File] = []
+    if sum(sizes) > cache_bytes:
+        for path, size in zip(paths, sizes, strict=True):
+            is_table = path.lower().endswith(".parquet")
+            streamed = StreamFile(path, size, column)
+            files.append(_open_parquet(path, size, column, block_bytes) if is_table else streamed)
+        return files
     for path, size in zip(paths, sizes, strict=True):
         repository, _, rest = path.removeprefix("hf://datasets/").partition("@")
         revision, _, inner = rest.partition("/")

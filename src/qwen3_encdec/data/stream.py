@@ -204,8 +204,8 @@ class UL2Data:
             yield from dealers.documents(corpus, stream, turn)
             return
         sequence = stream + self.config.streams * turn
-        epoch, place = divmod(sequence, opened.num_blocks)
-        file, block = opened.block(int(self._order(corpus, epoch)[place]))
+        epoch, index = divmod(sequence, opened.num_blocks)
+        file, block = opened.block(int(self._order(corpus, epoch)[index]))
         for place in file.places(block):
             yield file, place
 
@@ -379,7 +379,7 @@ class Dealers:
         file, offset = self.data.streamed_file(corpus, lane, turn)
         key = (corpus, lane, turn)
         if key not in self._open:
-            waiting = {
+            waiting: dict[int, deque] = {
                 s: deque()
                 for (c, s), at in self._turns.items()
                 if c == corpus and s % _LANES == lane and at <= turn
@@ -596,12 +596,11 @@ class RowLoader:
         self._rows_given = state["rows"]
         own = range(self._rows_given + rank, self._rows_given + rank + total, ranks)
         self._positions = {s % total: list(state["streams"][str(s % total)]) for s in own}
-        workers = {"worker_init_fn": worker_init_fn} if num_workers else {}
-        ahead = {"prefetch_factor": max(2, 4 * batch_size // num_workers)} if num_workers else {}
-        reader = _Reader(data, state, rank, ranks)
-        self._rows = DataLoader(
-            reader, batch_size=None, num_workers=num_workers, collate_fn=_as_is, **workers, **ahead
-        )
+        options: dict[str, Any] = {"collate_fn": _as_is, "num_workers": num_workers}
+        if num_workers:
+            options["worker_init_fn"] = worker_init_fn
+            options["prefetch_factor"] = max(2, 4 * batch_size // num_workers)
+        self._rows = DataLoader(_Reader(data, state, rank, ranks), batch_size=None, **options)
 
     def __iter__(self) -> Iterator[Any]:
         rows = iter(self._rows)

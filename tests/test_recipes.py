@@ -25,7 +25,8 @@ RECIPES = [
     *sorted((ROOT / "configs/recipes").glob("*.yaml")),
     ROOT / "configs/training_config.yaml",
 ]
-WORDS = ["the", "encoder", "reads", "a", "source", "and", "its", "decoder", "writes", "one", "target"]
+TEXT = "the encoder reads a source and its decoder writes one target of many tokens 0 1 23"
+WORDS = TEXT.split()
 CLI = "from qwen3_encdec.cli import main; main()"
 STEPS = 8
 SIZE = [

@@ -28,7 +28,7 @@ import json
 from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +132,7 @@ class UL2Data:
         vars(self).update(state)
         self._order = lru_cache(4 * len(self.opened))(self._shuffled)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the settings, the tokenizer, and the files of the corpora."""
         config = self.config

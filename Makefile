@@ -59,7 +59,7 @@ test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantiz
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
 
 test-extras: $(VENV)/extras ## what else needs peft, rensa or faiss
-	$(EXTRAS) $(BIN)/python -m pytest tests/test_data_tokenization.py tests/test_preparation.py -q
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
 
 BENCHMARKS := PYTHONPATH=$(abspath $(VENV))/extras-benchmarks
@@ -107,10 +107,8 @@ bench: env ## can one machine hold the full size? half an hour on 2 cores, wants
 bench-model: env ## speed and memory beside transformers' T5Gemma 2; half an hour on 2 cores
 	$(BIN)/python bench/model.py
 
-bench-data: $(VENV)/extras ## the data engine beside tokenizers and T5's; 10 minutes, and 3 GB for T5's TensorFlow
-	test -x .venv-t5/bin/t5 || ($(BIN)/uv venv -q --clear .venv-t5 \
-		&& $(BIN)/uv pip install -q --python .venv-t5/bin/python t5 seqio tensorflow-cpu && ln -s python .venv-t5/bin/t5)
-	$(EXTRAS) $(BIN)/python bench/data.py --t5 .venv-t5/bin/python
+bench-data: env ## speed, memory, resumption and opening of the data engine; 10 minutes
+	$(BIN)/python bench/data.py
 
 bench-memory: env ## the memory estimate of a dry run beside the measured peak; a few minutes
 	$(BIN)/python bench/memory.py

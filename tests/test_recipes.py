@@ -25,19 +25,9 @@ RECIPES = [
     *sorted((ROOT / "configs/recipes").glob("*.yaml")),
     ROOT / "configs/training_config.yaml",
 ]
-WORDS = [
-    "the",
-    "encoder",
-    "reads",
-    "a",
-    "source",
-    "and",
-    "its",
-    "decoder",
-    "writes",
-    "one",
-    "target",
-]
+TEXT = "the encoder reads a source and its decoder writes one target of many tokens 0 1 23"
+WORDS = TEXT.split()
+CLI = "from qwen3_encdec.cli import main; main()"
 STEPS = 8
 SIZE = [
     f"max_steps={STEPS}", "warmup_steps=1", "batch_size=2", "gradient_accumulation_steps=1",
@@ -77,7 +67,7 @@ def environment(hub: Hub, tmp_path_factory) -> dict[str, str]:
     return hub.environment(cache, XDG_CACHE_HOME=str(cache), OMP_NUM_THREADS="1")
 
 
-def command(environment, *arguments, launcher=("-m", "qwen3_encdec.cli")) -> str:
+def command(environment, *arguments, launcher=("-c", CLI)) -> str:
     called = [sys.executable, *launcher, *map(str, arguments)]
     done = subprocess.run(called, env=environment, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]

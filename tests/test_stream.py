@@ -31,24 +31,8 @@ from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-WORDS = [
-    "the",
-    "encoder",
-    "reads",
-    "a",
-    "source",
-    "and",
-    "its",
-    "decoder",
-    "writes",
-    "one",
-    "target",
-    "Ünïcödé",
-    "天地玄黃",
-    "0",
-    "1",
-    "23",
-]
+TEXT = "the encoder reads a source and its decoder writes one target Ünïcödé 天地玄黃 0 1 23"
+WORDS = TEXT.split()
 RANKS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 4)
 
 
@@ -187,11 +171,11 @@ def test_every_document_once_an_epoch(folder, tokenizer, cache_gib):
 
 def test_epochs_do_not_drift_apart(folder, tokenizer):
     data = UL2Data(config_of(folder), tokenizer)
-    seen = Counter(documents(data, tokenizer, islice(rows(data), 64 * 40)))
+    seen = Counter(documents(data, tokenizer, islice(rows(data), 64 * 20)))
     assert set(seen) == set(ALL)
     mean = sum(seen.values()) / len(ALL)
-    assert mean > 20
-    assert max(abs(number - mean) for number in seen.values()) < 0.4 * mean
+    assert mean > 10
+    assert max(abs(number - mean) for number in seen.values()) < 0.6 * mean
 
 
 def shares(data, tokenizer, readers: int, count: int) -> list[int]:
@@ -451,13 +435,13 @@ def test_a_row_after_a_long_run_comes_at_once(tmp_path, tokenizer):
 def test_memory_does_not_grow(tmp_path, tokenizer):
     write_lines(tmp_path / "a.jsonl", texts(3000, 0))
     stream_of_rows = rows(UL2Data(config_of(tmp_path), tokenizer))
-    for _ in islice(stream_of_rows, 300):
+    for _ in islice(stream_of_rows, 150):
         pass
     tracemalloc.start()
-    for _ in islice(stream_of_rows, 100):
+    for _ in islice(stream_of_rows, 50):
         pass
     before = tracemalloc.get_traced_memory()[0]
-    for _ in islice(stream_of_rows, 1500):
+    for _ in islice(stream_of_rows, 500):
         pass
     after = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()

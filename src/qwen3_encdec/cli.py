@@ -154,7 +154,8 @@ def prepare_data(
     input: Annotated[
         list[str] | None,
         typer.Option(
-            help="File, folder or glob of jsonl, parquet or text (.gz and .zst too), or package-docs; may be repeated."
+            help="File, folder or glob of jsonl, json, csv, parquet or text (compressed too), "
+            "or package-docs; may be repeated."
         ),
     ] = None,
     dataset: Annotated[

@@ -138,7 +138,7 @@ class DataConfig:
     def sources(self) -> list[Source]:
         """What `mixture` lists, or one source of `inputs`."""
         items = self.mixture or [{"inputs": self.inputs}]
-        sources = []
+        sources: list[Source] = []
         for number, item in enumerate(items):
             try:
                 source = Source(**{"text_column": self.text_column, **item})

@@ -16,7 +16,7 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -60,8 +60,13 @@ class Place(NamedTuple):
 class File(Protocol):
     """A file of a corpus."""
 
-    path: str
-    size: int
+    @property
+    def path(self) -> str:
+        """Where it is, or what it is called."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
 
     @property
     def num_blocks(self) -> int | None:
@@ -334,7 +339,10 @@ def open_corpus(
     """
     found, passed_over = _expand(inputs)
     files: list[File] = []
-    sizes = {path: os.path.getsize(path) for path in found if os.path.exists(path)}
+    sizes: dict[str, int] = {}
+    for path in found:
+        with suppress(OSError):
+            sizes[path] = os.stat(path).st_size
     block_bytes = min(BLOCK_BYTES, sum(sizes.values()) // (_BLOCKS_PER_STREAM * streams) + 1)
     block_bytes = max(block_bytes, 512)
     for path in found:
@@ -493,7 +501,10 @@ def _expand(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
             found[item] = None
         elif matches:
             for match in matches:
-                files = _walk(match, passed_over) if os.path.isdir(match) else [match]
+                is_folder = os.path.isdir(match)
+                if not is_folder and not _is_known(match):
+                    raise InputError(f"input {match} is not {_KNOWN}")
+                files = _walk(match, passed_over) if is_folder else [match]
                 if not files and len(matches) == 1:
                     raise InputError(f"input {match!r}: no file in it is {_KNOWN}")
                 found |= dict.fromkeys(files)
@@ -501,9 +512,6 @@ def _expand(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
             found[item] = None
         else:
             raise InputError(f"input {item!r}: no such file, folder or hub dataset")
-    for path in found:
-        if os.path.isfile(path) and not _is_known(path):
-            raise InputError(f"input {path} is not {_KNOWN}")
     return list(found), passed_over
 
 
@@ -590,7 +598,7 @@ def _open_parquet(path: str, size: int, column: str, block_bytes: int, label: st
 
 
 def _indexed(path: str) -> tuple[tuple[int, ...], str, int] | None:
-    """Return row group sizes, tokenizer and tokens of a prepared file, out of its folder's index."""
+    """Return row groups, tokenizer and tokens of a prepared file, out of its folder's index."""
     folder, name = os.path.split(path)
     if folder not in _INDEXES:
         index = Path(folder, INDEX_FILE)
@@ -633,14 +641,13 @@ def _hub_files(
     unknown = [path for path in paths if not _is_known(path)]
     if unknown:
         raise InputError(f"input {item!r}: {unknown[0]} is not {_KNOWN}")
-    if sum(sizes) > cache_bytes:
-        return [
-            _open_parquet(path, size, column, block_bytes)
-            if path.endswith(".parquet")
-            else StreamFile(path, size, column)
-            for path, size in zip(paths, sizes, strict=True)
-        ]
     files: list[File] = []
+    if sum(sizes) > cache_bytes:
+        for path, size in zip(paths, sizes, strict=True):
+            is_table = path.lower().endswith(".parquet")
+            streamed = StreamFile(path, size, column)
+            files.append(_open_parquet(path, size, column, block_bytes) if is_table else streamed)
+        return files
     for path, size in zip(paths, sizes, strict=True):
         repository, _, rest = path.removeprefix("hf://datasets/").partition("@")
         revision, _, inner = rest.partition("/")

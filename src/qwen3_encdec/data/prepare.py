@@ -175,7 +175,8 @@ def _in_processes(
     if processes <= 1:
         _start_process(*arguments)
         for part in todo:
-            yield _write_part(*part)
+            _write_part(*part)
+            yield
         return
     with ProcessPoolExecutor(processes, initializer=_start_process, initargs=arguments) as pool:
         try:
@@ -322,9 +323,9 @@ def _copies(corpus: Corpus, alike: bool) -> Iterator[int]:
                 seen.add(document.key)
                 fresh.append((str(number), _triples(str(document.content))))
         if near is not None:
-            for (number, _), keep in zip(fresh, near.add_pairs(fresh), strict=True):
+            for (name, _), keep in zip(fresh, near.add_pairs(fresh), strict=True):
                 if not keep:
-                    yield int(number)
+                    yield int(name)
 
 
 def _triples(text: str) -> list[str]:

@@ -28,7 +28,7 @@ import json
 from bisect import bisect
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from itertools import accumulate, count, islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -132,7 +132,7 @@ class UL2Data:
         vars(self).update(state)
         self._order = lru_cache(4 * len(self.opened))(self._shuffled)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """Changes with the settings, the tokenizer, and the files of the corpora."""
         config = self.config
@@ -204,8 +204,8 @@ class UL2Data:
             yield from dealers.documents(corpus, stream, turn)
             return
         sequence = stream + self.config.streams * turn
-        epoch, place = divmod(sequence, opened.num_blocks)
-        file, block = opened.block(int(self._order(corpus, epoch)[place]))
+        epoch, index = divmod(sequence, opened.num_blocks)
+        file, block = opened.block(int(self._order(corpus, epoch)[index]))
         for place in file.places(block):
             yield file, place
 
@@ -379,7 +379,7 @@ class Dealers:
         file, offset = self.data.streamed_file(corpus, lane, turn)
         key = (corpus, lane, turn)
         if key not in self._open:
-            waiting = {
+            waiting: dict[int, deque] = {
                 s: deque()
                 for (c, s), at in self._turns.items()
                 if c == corpus and s % _LANES == lane and at <= turn
@@ -596,12 +596,11 @@ class RowLoader:
         self._rows_given = state["rows"]
         own = range(self._rows_given + rank, self._rows_given + rank + total, ranks)
         self._positions = {s % total: list(state["streams"][str(s % total)]) for s in own}
-        workers = {"worker_init_fn": worker_init_fn} if num_workers else {}
-        ahead = {"prefetch_factor": max(2, 4 * batch_size // num_workers)} if num_workers else {}
-        reader = _Reader(data, state, rank, ranks)
-        self._rows = DataLoader(
-            reader, batch_size=None, num_workers=num_workers, collate_fn=_as_is, **workers, **ahead
-        )
+        options: dict[str, Any] = {"collate_fn": _as_is, "num_workers": num_workers}
+        if num_workers:
+            options["worker_init_fn"] = worker_init_fn
+            options["prefetch_factor"] = max(2, 4 * batch_size // num_workers)
+        self._rows = DataLoader(_Reader(data, state, rank, ranks), batch_size=None, **options)
 
     def __iter__(self) -> Iterator[Any]:
         rows = iter(self._rows)
@@ -672,8 +671,8 @@ def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:
     fitting = [n for n in range(1, config.streams + 1) if config.streams % (ranks * n) == 0]
     workers = f"num_workers of {', '.join(map(str, fitting))}" if fitting else "no num_workers"
     raise InputError(
-        f"{ranks} ranks with {max(num_workers, 1)} workers each are {readers} readers, which do "
-        f"not divide data.streams={config.streams}: with {ranks} ranks, {workers} would"
+        f"{ranks} ranks with {max(num_workers, 1)} workers each are {readers} readers, "
+        f"which do not divide data.streams={config.streams}: with {ranks} ranks, {workers} would"
     )
 
 

@@ -305,8 +305,8 @@ class Unit:
 
     def _ul2(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
         from qwen3_encdec.conversion.initialize import initialize
-        from qwen3_encdec.data.config import DataConfig
         from qwen3_encdec.data import stream
+        from qwen3_encdec.data.config import DataConfig
         from qwen3_encdec.data.ul2 import PRESETS
         from qwen3_encdec.evaluation.suite import evaluate_denoising
         from qwen3_encdec.folders import load_config, load_tokenizer

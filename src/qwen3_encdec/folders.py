@@ -236,7 +236,7 @@ def read_averages(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
     reader = HuggingFaceStorageReader(str(folder / "state"))
     try:
         metadata = reader.read_metadata() if (folder / "state").is_dir() else None
-        stored = metadata.state_dict_metadata if metadata else {}
+        stored: dict[str, Any] = metadata.state_dict_metadata if metadata else {}
         averages = {name: torch.empty(s.size) for name, s in stored.items() if name[-4:] == ".ema"}
         load(averages, storage_reader=reader, no_dist=True)
     except (SafetensorError, OSError) as error:

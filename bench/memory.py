@@ -5,6 +5,7 @@
 Each case is a process of its own: three optimizer steps on full rows in fp32, two documents a row.
 """
 
+import argparse
 import json
 import os
 import resource
@@ -62,13 +63,17 @@ def work(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Measure every case and compare."""
-    if len(sys.argv) > 1:
-        print(json.dumps(work(sys.argv[1])))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--case", choices=CASES, help=argparse.SUPPRESS)  # a process of its own
+    if case := parser.parse_args().case:
+        print(json.dumps(work(case)))
         return
     # glibc keeps freed memory in holes by default.
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "0"}
     for name in CASES:
-        command = [sys.executable, __file__, name]
+        command = [sys.executable, __file__, "--case", name]
         done = subprocess.run(
             command, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )

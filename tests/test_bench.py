@@ -1,6 +1,7 @@
 import importlib
 import json
 import operator
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -44,61 +45,42 @@ def test_every_bench_answers_help(script, run_script):
 
 @pytest.mark.slow
 def test_model_bench_runs_whole_at_toy_size(tmp_path):
-    done = run("model.py", "--quick", "--output", tmp_path)
+    done = run("model.py", "--quick", "--output", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
-    (written,) = tmp_path.glob("model-*-quick.json")
-    results = json.loads(written.read_text())
-    assert {"commit", "versions", "cpu", "threads", "rounds", "minutes"} <= results.keys()
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert {"command", "hardware", "versions"} <= results["provenance"].keys()
     stages = {entry["stage"] for entry in results["measurements"]}
-    assert stages == {"train", "decode", "loss", "share", "growth", "packed"}
+    assert stages == {"train", "loss", "prefill", "growth"}
     for entry in results["measurements"]:
-        if not entry["figure"].startswith(
-            "outside"
-        ):  # a difference of two timings, of nothing much at this size
-            assert all(value > 0 for values in entry["values"].values() for value in values), entry
-    assert targets(done.stdout) == {
-        target["name"]: "met" if target["met"] else "missed" for target in results["targets"]
-    }
-    assert {target["wanted"] for target in results["targets"]} == {
-        ">= 2.0", "<= 0.5", ">= 1.3", ">= 1.6", "<= 0.45", "<= 1.0", "<= 1.15",
-    }  # fmt: skip
-    for target in results["targets"]:
-        sign, wanted = target["wanted"].split()
+        assert all(value > 0 for side in ("ours", "theirs") for value in entry[side]), entry
+    lines = [line for line in done.stdout.splitlines() if line.startswith("target ")]
+    assert len(lines) == len(targets(done.stdout)) == 8
+    for line in lines:
+        figure, sign, wanted = re.search(r": ([\d.]+) \(wanted (>=|<=) ([\d.]+)\)", line).groups()
         compare = {">=": operator.ge, "<=": operator.le}[sign]
-        assert target["met"] == compare(target["figure"], float(wanted))
-    assert (tmp_path / "cost-growth-quick.png").read_bytes().startswith(b"\x89PNG")
+        if figure != wanted:  # printed figures are rounded
+            assert line.endswith("met" if compare(float(figure), float(wanted)) else "missed"), line
 
 
-@pytest.mark.parametrize("side", ["ours", "theirs", "theirs-grouped"])
+@pytest.mark.parametrize("side", ["ours", "theirs"])
 def test_both_sides_train_on_the_same_tokens(model_bench, side):
     rng = np.random.default_rng(0)
     pairs = [
-        (rng.integers(3, 99, rng.integers(2, 40)), rng.integers(3, 99, rng.integers(2, 20)))
-        for _ in range(12)
+        (rng.integers(2, 99, size=source), rng.integers(2, 99, size=target))
+        for source, target in ((5, 3), (9, 2), (1, 1), (7, 6), (4, 4), (2, 8))
     ]
-
-    def tokens(pairs):
-        batches = model_bench.make_batches(side, pairs, 3, (64, 32))
-        assert len(batches) == 3
-        sources = torch.cat([batch["input_ids"][batch["attention_mask"] > 0] for batch in batches])
-        labels = torch.cat([batch["labels"][batch["labels"] != -100] for batch in batches])
-        return sources.sort().values.tolist(), labels.sort().values.tolist()
-
-    expected = tuple(sorted(np.concatenate(part).tolist()) for part in zip(*pairs, strict=True))
-    assert tokens(pairs) == expected
-    assert sum(map(len, expected)) == model_bench.count_tokens(pairs)
-    assert tokens(pairs[:9]) != expected
-
-
-def test_theirs_is_one_pair_a_row_and_grouping_pads_less(model_bench):
-    pairs = model_bench.random_pairs(4, 2, 4, 99) + model_bench.random_pairs(40, 20, 4, 99)
-    mixed = pairs[::2] + pairs[1::2]
-    places = {}
-    for side in ("theirs", "theirs-grouped"):
-        batches = model_bench.make_batches(side, mixed, 2)
-        assert [len(batch["input_ids"]) for batch in batches] == [4, 4]
-        places[side] = sum(batch["input_ids"].numel() for batch in batches)
-    assert places == {"theirs": 8 * 40, "theirs-grouped": 4 * 4 + 4 * 40}
+    found = []
+    for batch in model_bench.make_batches(side, pairs, 3):
+        ids, labels = batch["input_ids"], batch["labels"]
+        real = batch["attention_mask"].bool() if side == "theirs" else torch.ones_like(ids).bool()
+        found += [ids[real], labels[labels != -100]]
+    for start, (sources, targets_) in zip(
+        (0, 2, 4), zip(found[::2], found[1::2], strict=True), strict=True
+    ):
+        expected = [np.concatenate(part) for part in zip(*pairs[start : start + 2], strict=True)]
+        assert sources.tolist() == expected[0].tolist()
+        assert targets_.tolist() == expected[1].tolist()
+    assert model_bench.count_tokens(pairs) == 28 + 24
 
 
 @pytest.mark.parametrize("size", ["small", "wide"])
@@ -130,37 +112,11 @@ def test_peak_memory_counts_what_is_held_at_once_after_the_reset(model_bench):
     del both
 
 
-@pytest.mark.parametrize(
-    ("kernel", "inside"),
-    [
-        ("aten::mm", True),
-        ("aten::addmm", True),
-        ("aten::bmm", True),
-        ("aten::_scaled_dot_product_flash_attention_for_cpu_backward", True),
-        ("mkldnn::_linear_pointwise", True),
-        ("aten::mul", False),
-        ("aten::matmul", False),  # calls mm
-        ("aten::scaled_dot_product_attention", False),  # calls the fused one
-        ("aten::_softmax", False),
-    ],
-)
-def test_what_counts_as_matrix_product(model_bench, kernel, inside):
-    assert bool(model_bench.MATMUL.fullmatch(kernel)) == inside
-
-
-def test_ratios_are_of_medians(model_bench, capsys):
+def test_ratios_are_of_medians(model_bench, capsys, monkeypatch):
     readings = iter([1.0, 4.0, 2.0, 4.0, 9.0, 2.0])  # ours 1 2 9, theirs 4 4 2
-
-    def stage(side):
-        return {"seconds": next(readings)}
-
-    bench = model_bench.Bench(3, lambda stage, side: stage(side))
-    assert bench.compare(stage, "tiny") == {"seconds": 2 / 4}
-    assert bench.measurements[0]["ours / theirs"] == {
-        "min": 1 / 4,
-        "of medians": 2 / 4,
-        "max": 9 / 2,
-    }
+    bench = model_bench.Bench(3)
+    monkeypatch.setattr(bench, "run", lambda stage, side: {"seconds": next(readings)})
+    assert bench.compare(model_bench.train, "tiny") == {"seconds": 2 / 4}
     assert "0.25 | 0.50 | 4.50" in capsys.readouterr().out
 
 

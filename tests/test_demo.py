@@ -110,7 +110,9 @@ def _small_files(folder):
 def test_finetune_changes_the_weights_and_no_other_file(encoder, tmp_path):
     result = finetune(encoder, tmp_path / "tuned", PAIRS, steps=3, batch_size=8)
     assert math.isfinite(result["loss"])
-    assert _small_files(tmp_path / "tuned") == _small_files(encoder)
+    tuned, before = _small_files(tmp_path / "tuned"), _small_files(encoder)
+    assert tuned.keys() - before.keys() == {"metrics.jsonl"}
+    assert [name for name in before if tuned[name] != before[name]] == ["README.md"]
     before, after = _weights(encoder), _weights(tmp_path / "tuned")
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)
@@ -157,7 +159,7 @@ def test_finetune_keeps_the_encoder_bidirectional_and_the_control_causal(
     ("folder", "pairs", "sentence"),
     [
         ("encoder", PAIRS[:5], "5 pairs are less than one batch of 8"),
-        ("missing", PAIRS, "no sentence-transformers folder"),
+        ("missing", PAIRS, "is not a sentence-transformers folder"),
     ],
 )
 def test_finetune_says_what_is_wrong(encoder, tmp_path, folder, pairs, sentence):
@@ -172,10 +174,10 @@ def small_corpus(monkeypatch):
 
     embedding thousands of bodies by the baselines is what takes the demo's minutes.
     """
-    from qwen3_encdec.evaluation import tasks
+    from qwen3_encdec.evaluation import retrieval
 
-    some = tasks.summary_pairs("heldout")[:30]
-    monkeypatch.setattr(tasks, "summary_pairs", lambda split: some)
+    some = retrieval.summary_pairs("heldout")[:30]
+    monkeypatch.setattr(retrieval, "summary_pairs", lambda split: some)
 
 
 def test_the_whole_road_twice(small_corpus, tmp_path, capsys):

@@ -27,10 +27,7 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything that decides which examples there are;
-
-    nothing here says how fast or where they are made.
-    """
+    """Everything that decides which examples there are."""
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
     """Files, folders or globs of .jsonl, .txt (one document a line), .json, .csv (all also .gz,
@@ -96,19 +93,17 @@ class DataConfig:
                 raise InputError(
                     f"data.mixture: weight={source.weight} of {source.name} is not positive"
                 )
-        if self.streams < 1:
-            raise InputError(f"data.streams={self.streams} is below 1")
-        if self.cache_gib < 0:
-            raise InputError(f"data.cache_gib={self.cache_gib} is negative")
-        if self.min_tokens < 2:
-            raise InputError(f"data.min_tokens={self.min_tokens} is below 2")
-        if self.heldout_every < 2:
-            raise InputError(f"data.heldout_every={self.heldout_every} is below 2")
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"data.seed={self.seed} is not between 0 and 2**64")
-        for name in ("source_length", "target_length"):
-            if getattr(self, name) < 2:
-                raise InputError(f"data.{name}={getattr(self, name)} is below 2")
+        for name, least in (
+            ("streams", 1),
+            ("cache_gib", 0),
+            ("min_tokens", 2),
+            ("heldout_every", 2),
+            ("source_length", 2),
+            ("target_length", 2),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(f"data.{name}={getattr(self, name)} is below {least}")
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
                 raise InputError(
@@ -137,9 +132,8 @@ class DataConfig:
     @cached_property
     def sources(self) -> list[Source]:
         """What `mixture` lists, or one source of `inputs`."""
-        items = self.mixture or [{"inputs": self.inputs}]
         sources: list[Source] = []
-        for number, item in enumerate(items):
+        for number, item in enumerate(self.mixture or [{"inputs": self.inputs}]):
             try:
                 source = Source(**{"text_column": self.text_column, **item})
             except TypeError as error:
@@ -189,6 +183,6 @@ def read_preset(preset: str) -> str | list[dict]:
     found = read_yaml(preset, "preset")
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise InputError(
-            f"preset {preset} is not a list of {{name, mean_span, corruption, weight, placement}}"
+            f"preset {preset} is not a list of {{name, mean_span, corruption, weight}}"
         )
     return found

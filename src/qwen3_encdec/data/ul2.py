@@ -16,11 +16,11 @@ Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (
 2020 (T5); the mixture of `t5gemma2` is Zhang et al. 2025 (T5Gemma 2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, inf
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,25 +41,17 @@ class Denoiser:
     """Share of the tokens that the target holds, above 0 and below 1."""
     weight: float = 1.0
     """Share of the examples, relative to the other denoisers."""
-    placement: Literal["uniform", "t5"] = "uniform"
-    """Where spans may lie: `uniform` over all positions, or as T5 does."""
 
     def __post_init__(self) -> None:
-        limits: dict[str, Callable[[Any], bool]] = {
-            "mean_span": lambda value: value is None or 1 <= value < inf,
-            "corruption": lambda value: 0 < value < 1,
-            "weight": lambda value: 0 < value < inf,
-            "placement": lambda value: value in ("uniform", "t5"),
-        }
-        for name, fits in limits.items():
-            value = getattr(self, name)
-            try:
-                good = fits(value)
-            except TypeError:
-                raise InputError(
-                    f"denoiser {self.name}: {name}={value!r} is not a number"
-                ) from None
-            if not good:
+        span = 1 if self.mean_span is None else self.mean_span
+        for name, value, low, high in (
+            ("mean_span", span, 1, inf),
+            ("corruption", self.corruption, 1e-6, 1),
+            ("weight", self.weight, 1e-6, inf),
+        ):
+            if not isinstance(value, int | float):
+                raise InputError(f"denoiser {self.name}: {name}={value!r} is not a number")
+            if not low <= value < high:
                 raise InputError(f"denoiser {self.name}: {name}={value!r} is out of range")
 
 
@@ -93,7 +85,7 @@ PRESETS: dict[str, Preset] = {
         Denoiser("X4", 64, 0.50),
         Denoiser("S", None, 0.25),
     ),
-    "t5": (Denoiser("R", 3, 0.15, placement="t5"),),
+    "t5": (Denoiser("R", 3, 0.15),),
 }
 
 
@@ -125,24 +117,17 @@ def corrupt(
     length = len(tokens)
     if length < 2:
         raise ValueError(f"{length} tokens are too few to corrupt; the least is 2")
-    if (
-        len(sentinel_ids)
-        and tokens.max() >= sentinel_ids[0]
-        and np.isin(tokens, sentinel_ids).any()
-    ):
+    if tokens.max() >= min(sentinel_ids, default=inf) and np.isin(tokens, sentinel_ids).any():
         raise ValueError("a token is a sentinel: tokenize with split_special_tokens=True")
-    noise_tokens = _round(length * denoiser.corruption, denoiser, rng)
+    noise_tokens = _round(length * denoiser.corruption, rng)
     noise_tokens = min(max(noise_tokens, 1), length - 1)
     if denoiser.mean_span is None:
         kept = length - noise_tokens
         return _spell([*prefix], tokens[:kept], eos_id), _spell([], tokens[kept:], eos_id)
 
-    spans = _round(noise_tokens / denoiser.mean_span, denoiser, rng)
+    spans = _round(noise_tokens / denoiser.mean_span, rng)
     spans = min(max(spans, 1), noise_tokens, length - noise_tokens)
     noise = place_spans(length, noise_tokens, spans, rng)
-    if denoiser.placement == "uniform":
-        turn = int(rng.integers(length))
-        noise = np.concatenate([noise[turn:], noise[:turn]])
 
     begins = noise.copy()
     begins[1:] &= ~noise[:-1]
@@ -165,13 +150,19 @@ def corrupt(
 
 
 def place_spans(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a mask, bool `[length]`, of `noise` tokens in `spans` spans, as T5 places them.
+    """Return a mask, bool `[length]`, of `noise` tokens in `spans` spans, uniform over positions.
 
-    Kept and noise segments alternate, the first kept and the last noise; all ways to cut them are
-    equally likely. So the first token is never noise and the last one always is: `corrupt` turns
-    this circle of segments by a uniform angle, which makes all positions equally likely. Where the
-    turn cuts a noise span in two there is one span more.
+    T5's segments never put noise on the first token and always put it on the last one. Turned as a
+    circle by a uniform angle they make all positions equally likely; where the turn cuts a noise
+    span in two there is one span more.
     """
+    circle = t5_segments(length, noise, spans, rng)
+    turn = int(rng.integers(length))
+    return np.concatenate([circle[turn:], circle[:turn]])
+
+
+def t5_segments(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
+    """Alternate kept and noise segments, first kept, last noise; all cuts are equally likely."""
     segments = np.empty(2 * spans, np.int64)
     segments[0::2] = _cut(length - noise, spans, rng)
     segments[1::2] = _cut(noise, spans, rng)
@@ -189,11 +180,10 @@ def _cut(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     return ends[1:] - ends[:-1]
 
 
-def _round(value: float, denoiser: Denoiser, rng: np.random.Generator) -> int:
-    """Round at random, so that the mean is kept, or to the nearest as T5 does."""
+def _round(value: float, rng: np.random.Generator) -> int:
+    """Round at random, so that the mean is kept."""
     # A product such as 20 * 0.15 may lie a hair off the whole number that it stands for.
-    value = round(value, 6)
-    return round(value) if denoiser.placement == "t5" else floor(value + rng.random())
+    return floor(round(value, 6) + rng.random())
 
 
 def _spell(prefix: list[int], ids: np.ndarray, eos_id: int) -> np.ndarray:
@@ -224,29 +214,26 @@ def uncorrupt(
     expected = np.asarray(sentinel_ids[: len(holes)], np.int32)
     if not np.array_equal(source[holes], expected) or not np.array_equal(target[marks], expected):
         raise ValueError("the sentinels of source and target are not each there once and in order")
-    if not len(holes):
-        return np.concatenate([source, target])
-    if marks[0] != 0:
-        raise ValueError("the target does not start with a sentinel")
     first, *kept = np.split(source, holes)
-    spans = np.split(target, marks)[1:]
+    suffix, *spans = np.split(target, marks)
+    if len(holes) and len(suffix):
+        raise ValueError("the target does not start with a sentinel")
     parts = [first]
     for span, after in zip(spans, kept, strict=True):
         parts += [span[1:], after[1:]]
-    return np.concatenate(parts)
+    return np.concatenate([*parts, suffix])
 
 
 def sizes(denoiser: Denoiser, length: int) -> tuple[int, int, int]:
     """Return fewest noise tokens, most noise tokens and most spans of a text of `length` tokens."""
-    low, high = (round, round) if denoiser.placement == "t5" else (floor, ceil)
     product = round(length * denoiser.corruption, 6)
-    fewest, most = (min(max(f(product), 1), length - 1) for f in (low, high))
+    fewest = min(max(floor(product), 1), length - 1)
+    most = min(max(ceil(product), 1), length - 1)
     if denoiser.mean_span is None:
         return fewest, most, 0
-    spans = max(high(round(most / denoiser.mean_span, 6)), 1)
-    spans = min(spans, most, length - fewest)
+    spans = min(ceil(round(most / denoiser.mean_span, 6)), length - fewest)
     # The turn can cut one span of two tokens or more in two.
-    return fewest, most, spans if denoiser.placement == "t5" else min(spans + 1, most)
+    return fewest, most, min(spans + 1, most)
 
 
 @lru_cache
@@ -270,13 +257,13 @@ def check_capacity(preset: Preset, source_length: int, target_length: int, senti
     """Raise InputError if a denoiser can need more sentinels than there are."""
     lengths = [raw_length(denoiser, source_length, target_length) for denoiser in preset]
     needs = [sizes(*pair)[2] for pair in zip(preset, lengths, strict=True)]
-    for denoiser, length, need in zip(preset, lengths, needs, strict=True):
-        if need > sentinels:
-            raise InputError(
-                f"denoiser {denoiser.name} needs up to {need} sentinels for texts of {length} "
-                f"tokens ({source_length=}, {target_length=}) and the tokenizer has {sentinels}; "
-                f"build it with --num-sentinel-tokens {max(needs)} or shorten the lengths"
-            )
+    if max(needs) > sentinels:
+        worst = needs.index(max(needs))
+        raise InputError(
+            f"denoiser {preset[worst].name} needs up to {max(needs)} sentinels for texts of "
+            f"{lengths[worst]} tokens ({source_length=}, {target_length=}) and the tokenizer has "
+            f"{sentinels}; build it with --num-sentinel-tokens {max(needs)} or shorten the lengths"
+        )
 
 
 def render(example: Example, tokenizer: Any, preset: Preset | None = None) -> str:

@@ -43,24 +43,13 @@ class DataConfig:
     hub_split: str = "train"
     """Split to read of a hub dataset."""
     heldout_inputs: list[str] = field(default_factory=list)
-    """Inputs for evaluation.
-
-    Without any, package-docs holds packages out and other inputs 1 in heldout_every.
-    """
+    """Inputs for evaluation; without any, package-docs holds packages out."""
     heldout_every: int = 100
-    """Without heldout_inputs, one document in so many is kept from training, chosen by a hash of
-    its text.
-    """
+    """Without heldout_inputs, one document in so many, by its hash, is kept from training."""
     preset: str | list[dict] = "t5gemma2"
-    """Mixture of denoisers:
-
-    t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}.
-    """
+    """Denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
     mode_tokens: bool = False
-    """Begin each source with a token for its kind of denoiser, the first letter of its name:
-
-    R, X or S.
-    """
+    """Begin each source with a token for its kind of denoiser: R, X or S, as its name begins."""
     source_length: int = 512
     """Most source tokens in a row, sentinels, mode token and EOS counted."""
     target_length: int = 256
@@ -78,10 +67,7 @@ class DataConfig:
     seed: int = 0
     """Decides order and corruption."""
     accept_changes: bool = False
-    """Resume although the corpus, the tokenizer or these settings are no longer the checkpoint's:
-
-    at a new epoch.
-    """
+    """Resume, at a new epoch, although corpus, tokenizer or these settings have changed."""
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -173,11 +159,7 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
 
 
 def read_preset(preset: str) -> str | list[dict]:
-    """A preset as a command names it, for `DataConfig.preset`: its name, or a YAML file with a list
-    of denoisers.
-
-    Raises InputError if the file is not there or holds anything else.
-    """
+    """Return a preset that a command names: its name, or the list of denoisers in a YAML file."""
     if not preset.endswith((".yaml", ".yml")):
         return preset
     found = read_yaml(preset, "preset")

@@ -51,6 +51,10 @@ class Document(NamedTuple):
     content: str | np.ndarray
 
 
+def _document(text: str) -> Document:
+    return Document(text_key(text), text)
+
+
 class Place(NamedTuple):
     """A text not yet parsed, and where it stands."""
 
@@ -316,19 +320,11 @@ def open_corpus(
     cache_bytes: float = 2**35,
     streams: int = 64,
 ) -> Corpus:
-    """Open the files of all inputs (see `DataConfig.inputs`) in an order that names decide.
+    """Open the files of all inputs (see `DataConfig`) in an order that names decide.
 
-    Args:
-        inputs: Files, folders, globs, hub datasets or package-docs.
-        name: Of the corpus in logs.
-        text_column: Field or column that holds the text.
-        hub_split: Split of a hub dataset.
-        package_split: Split of package-docs.
-        cache_bytes: Unpack or download up to so much, stream what is larger.
-        streams: A small corpus is cut into several blocks for each.
-
-    Raises:
-        InputError: an input is not there, is of no known kind, or lacks the text column.
+    What is up to `cache_bytes` is unpacked or downloaded, more is streamed; a small corpus is cut
+    into several blocks for each of the `streams`. Raises InputError if an input is not there, is of
+    no known kind, or lacks the text column.
     """
     found, passed_over = _expand(inputs)
     files: list[File] = []
@@ -418,10 +414,6 @@ def _is_transient(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
-
-
-def _document(text: str) -> Document:
-    return Document(text_key(text), text)
 
 
 def _text_of_line(line: bytes, column: str | None) -> str:

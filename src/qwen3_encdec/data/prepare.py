@@ -60,8 +60,6 @@ class Preparation:
     """As `DataConfig.inputs`."""
     text_column: str = "text"
     """As `DataConfig.text_column`."""
-    hub_split: str = "train"
-    """As `DataConfig.hub_split`."""
     min_tokens: int = 8
     """Shorter documents are left out."""
     max_tokens: int | None = None
@@ -80,23 +78,12 @@ def prepare(
 ) -> Counter[str]:
     """Write the tokenized corpus to a folder, or go on where a stopped run was.
 
-    Args:
-        preparation: What to make of which corpus.
-        tokenizer: Tokenizes.
-        output: Folder to write; one that prepare-data wrote before is replaced.
-        processes: How many work at a time; None is one for each processor.
-
-    Returns:
-        Counts: `documents` = `used` + `short` + `long` + `duplicate`, and `tokens`.
-
-    Raises:
-        InputError: bad input, a full disk, or another corpus, tokenizer or settings than the
-            stopped run had.
+    One process for each processor works unless `processes` says otherwise. Returns counts:
+    `documents` = `used` + `short` + `long` + `duplicate`, and `tokens`. Raises InputError for bad
+    input, a full disk, or another corpus, tokenizer or settings than the stopped run had.
     """
     check_output(output, "prepared corpus")
-    corpus = open_corpus(
-        preparation.inputs, text_column=preparation.text_column, hub_split=preparation.hub_split
-    )
+    corpus = open_corpus(preparation.inputs, text_column=preparation.text_column)
     parts = _parts(corpus)
     fingerprint = Encoder(tokenizer).fingerprint
     plan = {

@@ -37,7 +37,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.data.collate import collate_rows, pack
+from qwen3_encdec.data.collate import Position, Row, collate_rows, pack
 from qwen3_encdec.data.config import MODES, DataConfig, Source
 from qwen3_encdec.data.corpus import (
     Corpus,
@@ -58,20 +58,9 @@ WINDOW_ROWS = 16
 """Rows' worth of examples of a stream that are packed together."""
 NOTHING = np.empty(0, np.int32)
 _LANES = 8
-Position = dict[str, int]
 COUNTS = ("tokens", "documents", "refused", "heldout")
 BEGINNING: Position = dict.fromkeys(("turn", "document", "row", *COUNTS), 0)
 """A stream in a corpus: which block, documents done in it, rows given behind them, and totals."""
-
-
-class Row(NamedTuple):
-    """Examples that fit the length budgets together, and where their stream stands behind them."""
-
-    examples: list[Example]
-    stream: int
-    corpus: int
-    position: Position
-    error: str = ""
 
 
 class HeldoutText(NamedTuple):
@@ -138,32 +127,30 @@ class UL2Data:
         for corpus in self.opened:
             size = sum(file.size for file in corpus.files)
             line = f"{corpus.name}: {len(corpus.files):,} files, {size:,} bytes"
-            prepared = [file for file in corpus.files if isinstance(file, TokensFile)]
-            if len(prepared) == len(corpus.files):
-                documents = sum(sum(file.rows) for file in prepared)
-                tokens = sum(file.tokens for file in prepared)
-                line += f", {documents:,} documents" + f", {tokens:,} tokens" * bool(tokens)
-            else:
-                line += self._estimate(corpus, size)
-            if corpus.streamed:
-                line += ", streamed: every reader reads all files"
-            lines.append(line)
-            shown = corpus.passed_over[:3]
-            if shown:
-                rest = len(corpus.passed_over) - len(shown)
-                more = f" and {rest:,} more" * (rest > 0)
-                lines.append(f"{corpus.name}: passed over {', '.join(shown)}{more}")
+            lines.append(line + self._contents(corpus, size))
+            if corpus.passed_over:
+                shown = ", ".join(corpus.passed_over[:3])
+                rest = len(corpus.passed_over) - 3
+                more = f" and {rest:,} more" if rest > 0 else ""
+                lines.append(f"{corpus.name}: passed over {shown}{more}")
         return lines
 
-    def _estimate(self, corpus: Corpus, size: int) -> str:
-        file = corpus.files[0]
-        some = list(islice(map(file.parse, file.places()), 256))
-        read = sum(len(str(document.content).encode("utf-8", "replace")) for document in some)
-        if isinstance(file, TokensFile) or not read or corpus.streamed:
+    def _contents(self, corpus: Corpus, size: int) -> str:
+        """Count a prepared corpus, estimate another by its first block."""
+        if corpus.streamed:
+            return ", streamed: every reader reads all files"
+        prepared = [file for file in corpus.files if isinstance(file, TokensFile)]
+        if len(prepared) == len(corpus.files):
+            documents = sum(sum(file.rows) for file in prepared)
+            tokens = sum(file.tokens for file in prepared)
+            return f", {documents:,} documents, {tokens:,} tokens"
+        some = [file.parse(place).content for file, place in islice(corpus.places(0), 256)]
+        texts = [text for text in some if isinstance(text, str)]
+        read = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        if not read:
             return ""
-        tokens = sum(len(self.encode(str(document.content))) for document in some)
-        documents = len(some) * size // read
-        return f", about {documents:,} documents and {tokens * size // read:,} tokens"
+        tokens = sum(len(self.encode(text)) for text in texts) * size // read
+        return f", about {len(texts) * size // read:,} documents and {tokens:,} tokens"
 
     def epoch(self, corpus: int, stream: int, turn: int) -> int:
         """Epoch of a stream's turn: of its `turn`-th block or, if streamed, file."""
@@ -402,6 +389,7 @@ class Stream:
         epochs: int | None = None,
     ) -> None:
         self.data, self.number, self.dealers, self.epochs = data, number, dealers, epochs
+        self.positions = positions
         config = data.config
         self._weights = [source.weight for source in config.sources]
         self._given = [position["tokens"] for position in positions]
@@ -409,22 +397,20 @@ class Stream:
         rng = np.random.default_rng([config.seed, number, 0])
         phases = rng.random(len(positions)) * (config.source_length + config.target_length)
         self._phases = phases.tolist()
-        self._rows = {
-            corpus: self._rows_of(corpus, position) for corpus, position in enumerate(positions)
-        }
 
     def __iter__(self) -> Iterator[Row]:
-        while self._rows:
-            corpus = min(
-                self._rows,
-                key=lambda i: (self._given[i] + self._phases[i]) / self._weights[i],
-            )
-            row = next(self._rows[corpus], None)
+        rows = {corpus: self._rows_of(corpus, at) for corpus, at in enumerate(self.positions)}
+        while rows:
+            corpus = min(rows, key=self._share_given)
+            row = next(rows[corpus], None)
             if row is None:
-                del self._rows[corpus]
+                del rows[corpus]
                 continue
             self._given[corpus] = row.position["tokens"]
             yield row
+
+    def _share_given(self, corpus: int) -> float:
+        return (self._given[corpus] + self._phases[corpus]) / self._weights[corpus]
 
     def _rows_of(self, corpus: int, position: Position) -> Iterator[Row]:
         """Yield the rows of a corpus behind a position."""
@@ -436,43 +422,35 @@ class Stream:
                 return
             documents = data.documents(corpus, self.number, now["turn"], self.dealers)
             documents = islice(documents, now["document"], None)
-            for examples, read, counts in self._windows(documents, corpus, epoch):
+            for examples, counts in self._windows(documents, corpus, epoch):
                 rows = self._pack(examples, corpus, now)
                 fruitless = 0 if rows else fruitless
-                for index in range(now["row"], len(rows)):
-                    row = rows[index]
-                    now["row"] = index + 1
+                for number, row in enumerate(rows[now["row"] :], now["row"] + 1):
+                    now["row"] = number
                     now["tokens"] += sum(len(e.source) + len(e.target) for e in row)
-                    if index + 1 == len(rows):
-                        self._pass(now, read, counts)
+                    if number == len(rows):
+                        now = _behind(now, counts)
                     yield Row(row, self.number, corpus, dict(now))
                 if not rows:
-                    self._pass(now, read, counts)
+                    now = _behind(now, counts)
             now |= {"turn": now["turn"] + 1, "document": 0, "row": 0}
             fruitless += 1
             if fruitless > data.opened[corpus].num_blocks:
                 self._check_usable(corpus)
                 fruitless = 0
 
-    @staticmethod
-    def _pass(now: Position, read: int, counts: Counter[str]) -> None:
-        now |= {"document": now["document"] + read, "row": 0}
-        for name, number in counts.items():
-            now[name] += number
-
     def _windows(
         self, documents: Iterator, corpus: int, epoch: int
-    ) -> Iterator[tuple[list[Example], int, Counter[str]]]:
-        """Yield examples to pack together, the documents read for them, and their counts."""
+    ) -> Iterator[tuple[list[Example], Counter[str]]]:
+        """Yield examples to pack together, and counts of the documents read for them."""
         config = self.data.config
         budgets = WINDOW_ROWS * config.source_length, WINDOW_ROWS * config.target_length
         examples: list[Example] = []
         counts: Counter[str] = Counter()
-        read = source = target = 0
+        source = target = 0
         for file, place in documents:
             what, key, tokens = self.data.read(file, place)
-            read += 1
-            counts[what] += 1
+            counts.update(("document", what))
             if what != "documents":
                 continue
             made = self.data.examples(tokens, key, epoch, corpus)
@@ -480,11 +458,11 @@ class Stream:
             target += sum(len(example.target) for example in made)
             examples += made
             if source >= budgets[0] or target >= budgets[1]:
-                yield examples, read, counts
+                yield examples, counts
                 examples, counts = [], Counter()
-                read = source = target = 0
-        if read:
-            yield examples, read, counts
+                source = target = 0
+        if counts:
+            yield examples, counts
 
     def _pack(self, examples: list[Example], corpus: int, now: Position) -> list[list[Example]]:
         config = self.data.config
@@ -511,6 +489,11 @@ class Stream:
         why = ", ".join(f"{number:,} {reasons[what]}" for what, number in counts.items())
         inputs = ", ".join(config.sources[corpus].inputs)
         raise InputError(f"there is nothing to train on in {inputs}: {why or 'no documents'}")
+
+
+def _behind(now: Position, counts: Counter[str]) -> Position:
+    """Return the position behind a window."""
+    return {name: number + counts[name] for name, number in now.items()} | {"row": 0}
 
 
 def reader_number(rank: int, ranks: int, worker: int) -> int:
@@ -544,19 +527,9 @@ class _Reader(IterableDataset):
 class RowLoader:
     """Endless batches of one rank, collated in this process from the rows of its workers.
 
-    Args:
-        data: What to read.
-        batch_size: Rows a batch.
-        rank: Of this process.
-        ranks: How many there are.
-        num_workers: Processes that make rows; 0 makes them in this one.
-        collate: From rows to a batch.
-        state: What `merge_states` and `UL2Data.adopt` returned, to continue from there.
-        worker_init_fn: As torch's.
-
-    Raises:
-        InputError: ranks times workers do not divide the streams; or, at `next`, whatever is wrong
-            with the data, at the row that it concerns.
+    `batch_size` counts rows; `state` is what `merge_states` and `UL2Data.adopt` returned, to
+    continue from there. Raises InputError if ranks times workers do not divide the streams; and, at
+    `next`, for whatever is wrong with the data, at the row that it concerns.
     """
 
     def __init__(

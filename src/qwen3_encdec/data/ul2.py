@@ -98,32 +98,23 @@ def corrupt(
     eos_id: int,
     prefix: Ids = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupt one text of at least two tokens.
+    """Corrupt one text: at least two tokens, none of them a sentinel.
 
-    Args:
-        tokens: Token ids, none of them a sentinel.
-        denoiser: The objective.
-        rng: The only source of randomness.
-        sentinel_ids: Ids of `<extra_id_0>`, `<extra_id_1>`, ...
-        eos_id: Ends source and target.
-        prefix: Ids that begin the source: a mode token, or nothing.
-
-    Returns:
-        Source and target, int32.
-
-    Raises:
-        ValueError: fewer than two tokens, a sentinel among them, or more spans than sentinels.
+    `rng` is the only source of randomness; `prefix` begins the source: a mode token, or nothing.
+    Returns source and target, int32, both ending in `eos_id`. Raises ValueError for another text,
+    or if there are more spans than `sentinel_ids`.
     """
     length = len(tokens)
     if length < 2:
         raise ValueError(f"{length} tokens are too few to corrupt; the least is 2")
-    if tokens.max() >= min(sentinel_ids, default=inf) and np.isin(tokens, sentinel_ids).any():
+    first = sentinel_ids[0] if len(sentinel_ids) else inf
+    if tokens.max() >= first and np.isin(tokens, sentinel_ids).any():
         raise ValueError("a token is a sentinel: tokenize with split_special_tokens=True")
     noise_tokens = _round(length * denoiser.corruption, rng)
     noise_tokens = min(max(noise_tokens, 1), length - 1)
     if denoiser.mean_span is None:
         kept = length - noise_tokens
-        return _spell([*prefix], tokens[:kept], eos_id), _spell([], tokens[kept:], eos_id)
+        return _join(prefix, tokens[:kept], [eos_id]), _join(tokens[kept:], [eos_id])
 
     spans = _round(noise_tokens / denoiser.mean_span, rng)
     spans = min(max(spans, 1), noise_tokens, length - noise_tokens)
@@ -139,14 +130,9 @@ def corrupt(
     source[begins] = sentinels
     source = source[~noise | begins]
 
-    # A span's sentinel stands behind the noise tokens and the sentinels of the spans before it.
-    at = noise.cumsum()[begins] - 1 + np.arange(spans)
-    target = np.empty(noise_tokens + spans, np.int32)
-    is_token = np.ones(len(target), bool)
-    is_token[at] = False
-    target[at] = sentinels
-    target[is_token] = tokens[noise]
-    return _spell([*prefix], source, eos_id), _spell([], target, eos_id)
+    # In the target a span's sentinel stands behind the noise tokens of the spans before it.
+    target = np.insert(tokens[noise], noise.cumsum()[begins] - 1, sentinels)
+    return _join(prefix, source, [eos_id]), _join(target, [eos_id])
 
 
 def place_spans(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
@@ -186,12 +172,8 @@ def _round(value: float, rng: np.random.Generator) -> int:
     return floor(round(value, 6) + rng.random())
 
 
-def _spell(prefix: list[int], ids: np.ndarray, eos_id: int) -> np.ndarray:
-    spelled = np.empty(len(prefix) + len(ids) + 1, np.int32)
-    spelled[: len(prefix)] = prefix
-    spelled[len(prefix) : -1] = ids
-    spelled[-1] = eos_id
-    return spelled
+def _join(*parts: Ids) -> np.ndarray:
+    return np.concatenate(parts, dtype=np.int32, casting="unsafe")
 
 
 def uncorrupt(
@@ -208,10 +190,10 @@ def uncorrupt(
         source = source[1:]
     if len(source) < 1 or len(target) < 1 or source[-1] != eos_id or target[-1] != eos_id:
         raise ValueError("source and target must end in EOS")
-    source, target = np.asarray(source[:-1], np.int32), np.asarray(target[:-1], np.int32)
+    source, target = _join(source[:-1]), _join(target[:-1])
     holes = np.flatnonzero(np.isin(source, sentinel_ids))
     marks = np.flatnonzero(np.isin(target, sentinel_ids))
-    expected = np.asarray(sentinel_ids[: len(holes)], np.int32)
+    expected = sentinel_ids[: len(holes)]
     if not np.array_equal(source[holes], expected) or not np.array_equal(target[marks], expected):
         raise ValueError("the sentinels of source and target are not each there once and in order")
     first, *kept = np.split(source, holes)

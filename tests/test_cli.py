@@ -107,7 +107,7 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
         100,
     )
     assert code == 0
-    for expected in ("R1", "X2", "S", "tokens/s", "packing efficiency", "<extra_id_0>", "things"):
+    for expected in ("R1", "X2", "S", "tokens/s", "filled", "<extra_id_0>", "things"):
         assert expected in " ".join(out.split())
     own = tmp_path / "own.yaml"
     own.write_text(

@@ -450,7 +450,8 @@ class Stream:
         source = target = 0
         for file, place in documents:
             what, key, tokens = self.data.read(file, place)
-            counts.update(("document", what))
+            counts["document"] += 1
+            counts[what] += 1
             if what != "documents":
                 continue
             made = self.data.examples(tokens, key, epoch, corpus)

@@ -18,22 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-QUICK = {
-    "documents": 4_000,
-    "memory": 10**6,
-    "links": 40,
-    "shards": 5_000,
-    "longest": 2**20,
-    "batches": 10,
-}
-WHOLE = {
-    "documents": 10**9,
-    "memory": 10**8,
-    "links": 400,
-    "shards": 10**5,
-    "longest": 2**23,
-    "batches": 200,
-}
+SIZES = ("documents", "memory", "links", "shards", "longest", "batches")
+QUICK = dict(zip(SIZES, (4_000, 10**6, 40, 5_000, 2**20, 10), strict=True))
+WHOLE = dict(zip(SIZES, (10**9, 10**8, 400, 10**5, 2**23, 200), strict=True))
 
 
 def main() -> None:

@@ -10,7 +10,6 @@ from qwen3_encdec.data.collate import (
     DataCollatorForPackedSeq2Seq,
     collate_masked_rows,
     collate_packed,
-    collate_padded,
     collate_rows,
     mask_token_id,
     pack,
@@ -67,15 +66,6 @@ def test_the_collator_of_transformers_trainer_makes_the_same_batch():
     assert made.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(torch.as_tensor(made[name]), torch.as_tensor(value)), name
-
-
-def test_padding_for_generation():
-    batch = collate_padded([ROWS[0].examples[0], ROWS[1].examples[0]], pad_id=0)
-    assert batch["input_ids"].tolist() == [[1, 2, 9], [4, 9, 0]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1], [1, 1, 0]]
-    assert batch["labels"].tolist() == [[3, 9], [2, 9]]
-    batch = collate_padded([*ROWS[0].examples], pad_id=0)
-    assert batch["labels"].tolist() == [[3, 9, -100, -100], [6, 7, 8, 9]]
 
 
 def test_masking_keeps_what_is_no_text():

@@ -22,6 +22,7 @@ from qwen3_encdec.data.ul2 import (
     raw_length,
     render,
     sizes,
+    t5_segments,
     uncorrupt,
 )
 from qwen3_encdec.folders import InputError
@@ -83,9 +84,7 @@ def sentinels_needed(preset, source_length: int, target_length: int) -> int:
     return max(most_sentinels(d, raw_length(d, source_length, target_length)) for d in preset)
 
 
-@pytest.mark.parametrize(
-    "denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.placement}"
-)
+@pytest.mark.parametrize("denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}")
 @pytest.mark.parametrize("mode", [(), (60,)], ids=["", "mode token"])
 def test_corruption_is_inverted_exactly_within_its_bounds(denoiser, mode):
     rng = np.random.default_rng(0)
@@ -136,7 +135,7 @@ def test_rates_over_a_corpus(denoiser):
 def mask_spans(tokens, mask, monkeypatch, **ids) -> tuple[np.ndarray, np.ndarray]:
     """Source and target of one text for a given noise mask."""
     spans = int((np.diff(mask.astype(int), prepend=0) > 0).sum())
-    denoiser = Denoiser("t5", mask.sum() / spans, mask.mean(), placement="t5")
+    denoiser = Denoiser("t5", mask.sum() / spans, mask.mean())
     monkeypatch.setattr(ul2, "place_spans", lambda *_: mask)
     return corrupt(np.asarray(tokens), denoiser, np.random.default_rng(0), **ids)
 
@@ -179,8 +178,8 @@ def test_a_whole_number_of_noise_tokens_is_never_exceeded(corruption, length, no
 
 def test_divisions_into_segments_are_all_equally_likely():
     # 8 tokens, 3 of them noise in 2 spans: noise as 1+2 or 2+1, kept as 1+4, 2+3, 3+2 or 4+1
-    examples = make(np.full(8_000, 8), Denoiser("t5", 1.5, 0.375, placement="t5"))
-    counts = Counter(tuple(example.source) for example in examples)
+    rng = np.random.default_rng(7)
+    counts = Counter(t5_segments(8, 3, 2, rng).tobytes() for _ in range(8_000))
     assert len(counts) == 8
     assert chisquare(list(counts.values())).pvalue > 1e-3
 
@@ -196,17 +195,10 @@ def position_p_value(denoiser: Denoiser, length: int = 60, draws: int = 6_000) -
 
 
 @pytest.mark.parametrize("denoiser", PRESETS["t5gemma2"][:4], ids=lambda d: d.name)
-def test_every_position_is_equally_likely_to_be_noise(denoiser):
+def test_every_position_is_equally_likely_to_be_noise(denoiser, monkeypatch):
     assert position_p_value(denoiser) > 1e-3
-    control = Denoiser("control", denoiser.mean_span, denoiser.corruption, placement="t5")
-    assert position_p_value(control) < 1e-12
-
-
-def test_t5_never_asks_for_the_first_token_and_always_for_the_last():
-    for example in make(np.full(200, 100), PRESETS["t5"][0]):
-        assert example.source[0] == 0
-        assert example.target[-2] == 99
-        assert (example.target >= FIRST).sum() == 5  # round(round(100 * .15) / 3)
+    monkeypatch.setattr(ul2, "place_spans", t5_segments)  # the control: T5's placement
+    assert position_p_value(denoiser) < 1e-12
 
 
 def test_t5_examples(monkeypatch):
@@ -218,15 +210,6 @@ def test_t5_examples(monkeypatch):
     source, target = mask_spans(tokens, mask, monkeypatch, sentinel_ids=range(100, 110), eos_id=1)
     assert source.tolist() == [100, 12, 13, 101, 15, 1]  # T5 counts 999, 998, ... downwards
     assert target.tolist() == [100, 10, 11, 101, 14, 1]
-
-
-@pytest.mark.parametrize(("mean_span", "longest", "target"), [(2.0, 70, 22), (1.0, 63, 27)])
-def test_t5_lengths(mean_span, longest, target):
-    """`random_spans_helper(64, 0.2, mean_span, 1, 1)` of T5's preprocessors_test."""
-    t5 = Denoiser("t5", mean_span, 0.2, placement="t5")
-    assert raw_length(t5, 64, 1000) == longest
-    (example,) = make([longest], t5)
-    assert (len(example.source), len(example.target)) == (64, target)
 
 
 def philox_uniform(count: int, seed: tuple[int, int]) -> np.ndarray:
@@ -261,7 +244,7 @@ def test_t5s_published_mask_from_its_own_random_numbers(monkeypatch):
     """`test_random_spans_noise_mask` of T5's preprocessors_test: length 32, density .25, mean span
     2, two seeds.
 
-    All is ours, rounding, alternation and spelling, but for which cuts are drawn.
+    All is ours but for which cuts are drawn.
     """
     published = [0] * 6 + [1, 1, 1, 0, 1, 1, 1] + [0] * 15 + [1, 0, 0, 1]
 
@@ -275,13 +258,11 @@ def test_t5s_published_mask_from_its_own_random_numbers(monkeypatch):
 
         return cut
 
-    t5 = Denoiser("t5", 2.0, 0.25, placement="t5")
     monkeypatch.setattr(ul2, "_cut", cutter([(3, 4), (1, 2)]))
-    (example,) = make([32], t5)
-    np.testing.assert_array_equal(np.isin(np.arange(32), example.target).astype(int), published)
-    monkeypatch.setattr(ul2, "_cut", cutter([(1, 2), (3, 4)]))  # control
-    (example,) = make([32], t5)
-    assert np.isin(np.arange(32), example.target).astype(int).tolist() != published
+    rng = np.random.default_rng(0)
+    assert t5_segments(32, 8, 4, rng).astype(int).tolist() == published
+    monkeypatch.setattr(ul2, "_cut", cutter([(1, 2), (3, 4)]))  # the control
+    assert t5_segments(32, 8, 4, rng).astype(int).tolist() != published
 
 
 def test_golden_examples():
@@ -296,7 +277,7 @@ def test_golden_examples():
 
 
 @pytest.mark.parametrize(
-    "denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.corruption}-{d.placement}"
+    "denoiser", DENOISERS, ids=lambda d: f"{d.name}-{d.mean_span}-{d.corruption}"
 )
 @pytest.mark.parametrize("budget", [(512, 256), (97, 64), (64, 200), (16, 16)])
 def test_raw_length_is_the_longest_that_always_fits(denoiser, budget):
@@ -307,7 +288,7 @@ def test_raw_length_is_the_longest_that_always_fits(denoiser, budget):
             over = len(example.source) > budget[0] or len(example.target) > budget[1]
             overflows += over
             assert not over or length > longest
-    if denoiser.placement == "t5" or denoiser.mean_span is None:
+    if denoiser.mean_span is None:
         assert (
             overflows
         )  # one token more does not fit; elsewhere the worst draw is too rare to wait for
@@ -316,11 +297,8 @@ def test_raw_length_is_the_longest_that_always_fits(denoiser, budget):
 def test_too_few_sentinels_are_refused_before_anything_runs():
     r1, r2, _, x2, _ = PRESETS["t5gemma2"]
     for denoiser, limit in [(r1, 2010), (r2, 2414), (x2, 6434)]:
-        as_t5 = Denoiser("t5", denoiser.mean_span, denoiser.corruption, placement="t5")
-        assert most_sentinels(as_t5, limit - 1) == 100
-        assert most_sentinels(as_t5, limit) == 101
-        assert most_sentinels(denoiser, limit) == 102  # and the turn may cut a span
-    with pytest.raises(InputError, match=r"R1 needs up to \d+ sentinels.*has 100"):
+        assert most_sentinels(denoiser, limit) == 102  # 101, and the turn may cut a span
+    with pytest.raises(InputError, match=r"R2 needs up to \d+ sentinels.*has 100"):
         check_capacity(PRESETS["t5gemma2"], 4096, 4096, 100)
     check_capacity(PRESETS["t5gemma2"], 512, 256, 100)
     check_capacity((PRESETS["t5gemma2"][4],), 4096, 4096, 0)  # S needs none
@@ -330,9 +308,6 @@ def test_too_few_sentinels_are_refused_before_anything_runs():
 
 def test_long_contexts_need_more_sentinels():
     preset = PRESETS["t5gemma2"]
-    (r2,) = (denoiser for denoiser in preset if denoiser.name == "R2")
-    as_t5 = Denoiser("t5", r2.mean_span, r2.corruption, placement="t5")
-    assert most_sentinels(as_t5, raw_length(as_t5, 16_384, 16_384)) == 1260
     need = sentinels_needed(preset, 16_384, 16_384)
     assert need == 1262  # rounded up, and the turn may cut a span
     check_capacity(preset, 16_384, 16_384, need)

@@ -15,8 +15,6 @@ from qwen3_encdec.data.stream import COUNTS, Row, UL2Data, rows
 from qwen3_encdec.data.ul2 import Example, Preset, render
 from qwen3_encdec.folders import InputError
 
-_POSITIONS = 20
-
 
 @dataclass(frozen=True)
 class DenoiserReport:
@@ -57,13 +55,6 @@ class Analysis:
     """
     fills: np.ndarray
     """Filled share of each row's source and target budget, (rows, 2)."""
-    noise_by_position: np.ndarray
-    """Share of noise tokens by twentieth of the text, (denoisers, 20);
-
-    NaN where there was no text of 20 tokens.
-    """
-    progress: np.ndarray
-    """Seconds since the start and tokens made so far, after every 64 rows."""
 
     @property
     def table(self) -> tuple[list[str], list[list[str]]]:
@@ -84,18 +75,11 @@ class Analysis:
     @property
     def totals(self) -> list[tuple[str, str]]:
         """Names and figures of the whole sample."""
-        number = {
-            name: f"{self.counts.get(name, 0):,}"
-            for name in ("documents", "used", "refused", "heldout", "tokens")
-        }
+        number = {name: f"{count:,}" for name, count in self.counts.items()}
+        became = "{documents} = {used} used + {refused} refused + {heldout} held out"
         (source, target), fuller = self.fills.mean(axis=0), self.fills.max(axis=1).mean()
         return [
-            (
-                "documents",
-                "{documents} = {used} used + {refused} refused + {heldout} held out".format(
-                    **number
-                ),
-            ),
+            ("documents", became.format(**number)),
             ("tokens", f"{number['tokens']} in sources and targets"),
             ("rows", f"{self.rows:,} with {self.examples:,} examples"),
             (
@@ -112,9 +96,8 @@ class Analysis:
 
     def print(self, console: Console | None = None) -> None:
         """Tables for a human."""
-        console = console or Console(
-            width=None if sys.stdout.isatty() else 110
-        )  # 80 would cut the table in a pipe
+        # 80 columns would cut the table in a pipe.
+        console = console or Console(width=None if sys.stdout.isatty() else 110)
         table = Table(title="nominal values in brackets; lengths are mean ≤ most")
         header, rows = self.table
         for heading in header:
@@ -141,59 +124,39 @@ def analyze(
     """
     data = UL2Data(config, tokenizer)
     drawn: list[Row] = []
-    made, tokens, start = 0, 0, time.perf_counter()
-    progress: list[tuple[float, int]] = []
+    examples: list[Example] = []
+    start = time.perf_counter()
     for row in rows(data, epochs=1):
         drawn.append(row)
-        made += len(row.examples)
-        tokens += sum(len(e.source) + len(e.target) for e in row.examples)
-        if len(drawn) % 64 == 0:
-            progress.append((time.perf_counter() - start, tokens))
-        if made >= num_examples:
+        examples += row.examples
+        if len(examples) >= num_examples:
             break
     seconds = time.perf_counter() - start
     if not drawn:
         raise InputError(f"there is no example in {', '.join(config.inputs)}")
-    examples = [example for row in drawn for example in row.examples]
-    is_sentinel = [np.isin(example.source, data.sentinel_ids) for example in examples]
-    sizes = np.array(
-        [
-            (len(e.source), len(e.target), s.sum(), e.denoiser)
-            for e, s in zip(examples, is_sentinel, strict=True)
-        ]
-    )
-    drawn_from = sizes[:, 3]
-    noise = np.zeros((len(config.denoisers), 2, _POSITIONS))
-    for example in examples:
-        noise[example.denoiser] += _noise_by_position(example, data)
-    of_each = [
-        [e for e in examples if e.denoiser == i][:show] for i in range(len(config.denoisers))
-    ]
+    sizes = np.array([_sizes(example, data) for example in examples])
+    ends = np.cumsum([len(row.examples) for row in drawn])
+    lengths = np.add.reduceat(sizes[:, :2], np.append(0, ends[:-1]))
+    numbers = range(len(config.denoisers))
+    of_each = [[e for e in examples if e.denoiser == number][:show] for number in numbers]
     reason = data.encode.fallback_reason
+    lead = int(config.mode_tokens)
     return Analysis(
-        denoisers=[
-            _report(config.denoisers, i, drawn_from == i, sizes[:, :3], int(config.mode_tokens))
-            for i in range(len(config.denoisers))
-        ],
+        denoisers=[_report(config.denoisers, number, sizes, lead) for number in numbers],
         counts=_counts(drawn),
         rows=len(drawn),
         examples=len(examples),
-        tokens_per_second=tokens / seconds,
+        tokens_per_second=float(lengths.sum() / seconds),
         encoder=data.encode.name if reason is None else f"tokenizers ({reason})",
-        shown=[
-            render(example, tokenizer, config.denoisers) for some in of_each for example in some
-        ],
+        shown=[render(e, tokenizer, config.denoisers) for some in of_each for e in some],
         sizes=sizes,
-        fills=np.array(
-            [
-                (sum(len(e.source) for e in row.examples), sum(len(e.target) for e in row.examples))
-                for row in drawn
-            ]
-        )
-        / (config.source_length, config.target_length),
-        noise_by_position=noise[:, 0] / np.where(noise[:, 1] > 0, noise[:, 1], np.nan),
-        progress=np.array(progress).reshape(-1, 2),
+        fills=lengths / (config.source_length, config.target_length),
     )
+
+
+def _sizes(example: Example, data: UL2Data) -> tuple[int, int, int, int]:
+    sentinels = int(np.isin(example.source, data.sentinel_ids).sum())
+    return len(example.source), len(example.target), sentinels, example.denoiser
 
 
 def _counts(drawn: list[Row]) -> dict[str, int]:
@@ -204,33 +167,11 @@ def _counts(drawn: list[Row]) -> dict[str, int]:
     return total | {"documents": total["used"] + total["refused"] + total["heldout"]}
 
 
-def _noise_by_position(example: Example, data: UL2Data) -> np.ndarray:
-    """Noise tokens and tokens by twentieth of the text, (2, 20)."""
-    marks = [np.isin(side, data.sentinel_ids) for side in (example.source, example.target)]
-    spans = np.diff(np.flatnonzero(np.append(marks[1], True))) - 1
-    is_noise = marks[0][len(data.mode_ids[:1]) : -1]
-    if not len(spans):
-        noise = np.repeat([False, True], [len(is_noise), len(example.target) - 1])
-    else:
-        spans[-1] -= 1  # EOS
-        lengths = np.ones(len(is_noise), dtype=np.int64)
-        lengths[is_noise] = spans
-        noise = np.repeat(is_noise, lengths)
-    if len(noise) < _POSITIONS:
-        return np.zeros((2, _POSITIONS))
-    position = np.arange(len(noise)) * _POSITIONS // len(noise)
-    return np.stack([np.bincount(position, weights, _POSITIONS) for weights in (noise, None)])
-
-
-def _report(
-    preset: Preset, index: int, chosen: np.ndarray, sizes: np.ndarray, lead: int
-) -> DenoiserReport:
-    """`sizes` holds source length, target length and sentinels of every example; `chosen` says
-    which count.
-
-    `lead` is the number of mode tokens of a source.
-    """
-    source, target, sentinels = (sizes[chosen] if chosen.any() else np.zeros((1, 3), dtype=int)).T
+def _report(preset: Preset, index: int, sizes: np.ndarray, lead: int) -> DenoiserReport:
+    """Sum up a denoiser; `lead` is the number of mode tokens of a source."""
+    chosen = sizes[:, 3] == index
+    own = sizes[chosen, :3] if chosen.any() else np.zeros((1, 3), dtype=int)
+    source, target, sentinels = own.T
     kept, noise = (source - 1 - lead - sentinels).sum(), (target - 1 - sentinels).sum()
     return DenoiserReport(
         name=preset[index].name,

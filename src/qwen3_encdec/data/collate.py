@@ -2,7 +2,7 @@
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,14 +13,17 @@ from qwen3_encdec.folders import InputError
 
 IGNORED = -100
 _MASK_TOKEN = "<|reserved_3|>"  # 0 to 2 are the mode tokens
+Position = dict[str, int]
 
 
-class HasExamples(Protocol):
-    """A row of the stream."""
+class Row(NamedTuple):
+    """Examples that fit the length budgets together, and where their stream stands behind them."""
 
-    @property
-    def examples(self) -> list[Example]:
-        """Examples that fit the length budgets together."""
+    examples: list[Example]
+    stream: int
+    corpus: int
+    position: Position
+    error: str = ""
 
 
 def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -57,7 +60,7 @@ def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray])
     return batch | {"key_order": torch.from_numpy(order)}
 
 
-def collate_rows(rows: Sequence[HasExamples]) -> dict[str, Any]:
+def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
     """Lay out all examples of some rows as a packed batch.
 
     Beside `collate_packed`'s entries it has `denoiser` [1, N] int64, the index of the denoiser that
@@ -71,7 +74,7 @@ def collate_rows(rows: Sequence[HasExamples]) -> dict[str, Any]:
 
 
 def collate_masked_rows(
-    rows: Sequence[HasExamples], *, mask_id: int, kept_ids: np.ndarray, probability: float
+    rows: Sequence[Row], *, mask_id: int, kept_ids: np.ndarray, probability: float
 ) -> dict[str, Any]:
     """Collate rows with source tokens masked at random.
 
@@ -112,22 +115,6 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
             f"mntp_weight: tokenizer {tokenizer.name_or_path!r} has no {_MASK_TOKEN} to mask with"
         )
     return index
-
-
-def collate_padded(examples: Sequence[Example], *, pad_id: int) -> dict[str, torch.Tensor]:
-    """Pad examples, one a row: `input_ids` and `attention_mask` [B, S], `labels` [B, T], int64."""
-    sides = []
-    for parts, fill in (
-        ([example.source for example in examples], pad_id),
-        ([example.target for example in examples], IGNORED),
-    ):
-        padded = np.full((len(parts), max(map(len, parts))), fill, np.int64)
-        for row, part in zip(padded, parts, strict=True):
-            row[: len(part)] = part
-        sides.append(torch.from_numpy(padded))
-    lengths = torch.tensor([len(example.source) for example in examples])
-    mask = torch.arange(sides[0].shape[1]) < lengths[:, None]
-    return {"input_ids": sides[0], "attention_mask": mask.long(), "labels": sides[1]}
 
 
 class DataCollatorForPackedSeq2Seq:

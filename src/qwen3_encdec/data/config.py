@@ -27,10 +27,7 @@ class Source:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything that decides which examples there are;
-
-    nothing here says how fast or where they are made.
-    """
+    """Everything that decides which examples there are."""
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
     """Files, folders or globs of .jsonl, .txt (one document a line), .json, .csv (all also .gz,
@@ -46,24 +43,13 @@ class DataConfig:
     hub_split: str = "train"
     """Split to read of a hub dataset."""
     heldout_inputs: list[str] = field(default_factory=list)
-    """Inputs for evaluation.
-
-    Without any, package-docs holds packages out and other inputs 1 in heldout_every.
-    """
+    """Inputs for evaluation; without any, package-docs holds packages out."""
     heldout_every: int = 100
-    """Without heldout_inputs, one document in so many is kept from training, chosen by a hash of
-    its text.
-    """
+    """Without heldout_inputs, one document in so many, by its hash, is kept from training."""
     preset: str | list[dict] = "t5gemma2"
-    """Mixture of denoisers:
-
-    t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}.
-    """
+    """Denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
     mode_tokens: bool = False
-    """Begin each source with a token for its kind of denoiser, the first letter of its name:
-
-    R, X or S.
-    """
+    """Begin each source with a token for its kind of denoiser: R, X or S, as its name begins."""
     source_length: int = 512
     """Most source tokens in a row, sentinels, mode token and EOS counted."""
     target_length: int = 256
@@ -81,10 +67,7 @@ class DataConfig:
     seed: int = 0
     """Decides order and corruption."""
     accept_changes: bool = False
-    """Resume although the corpus, the tokenizer or these settings are no longer the checkpoint's:
-
-    at a new epoch.
-    """
+    """Resume, at a new epoch, although corpus, tokenizer or these settings have changed."""
 
     def __post_init__(self) -> None:
         for source in self.sources:
@@ -96,19 +79,17 @@ class DataConfig:
                 raise InputError(
                     f"data.mixture: weight={source.weight} of {source.name} is not positive"
                 )
-        if self.streams < 1:
-            raise InputError(f"data.streams={self.streams} is below 1")
-        if self.cache_gib < 0:
-            raise InputError(f"data.cache_gib={self.cache_gib} is negative")
-        if self.min_tokens < 2:
-            raise InputError(f"data.min_tokens={self.min_tokens} is below 2")
-        if self.heldout_every < 2:
-            raise InputError(f"data.heldout_every={self.heldout_every} is below 2")
-        if not 0 <= self.seed < 2**64:
-            raise InputError(f"data.seed={self.seed} is not between 0 and 2**64")
-        for name in ("source_length", "target_length"):
-            if getattr(self, name) < 2:
-                raise InputError(f"data.{name}={getattr(self, name)} is below 2")
+        for name, least in (
+            ("streams", 1),
+            ("cache_gib", 0),
+            ("min_tokens", 2),
+            ("heldout_every", 2),
+            ("source_length", 2),
+            ("target_length", 2),
+            ("seed", 0),
+        ):
+            if getattr(self, name) < least:
+                raise InputError(f"data.{name}={getattr(self, name)} is below {least}")
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
                 raise InputError(
@@ -137,9 +118,8 @@ class DataConfig:
     @cached_property
     def sources(self) -> list[Source]:
         """What `mixture` lists, or one source of `inputs`."""
-        items = self.mixture or [{"inputs": self.inputs}]
         sources: list[Source] = []
-        for number, item in enumerate(items):
+        for number, item in enumerate(self.mixture or [{"inputs": self.inputs}]):
             try:
                 source = Source(**{"text_column": self.text_column, **item})
             except TypeError as error:
@@ -179,16 +159,12 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
 
 
 def read_preset(preset: str) -> str | list[dict]:
-    """A preset as a command names it, for `DataConfig.preset`: its name, or a YAML file with a list
-    of denoisers.
-
-    Raises InputError if the file is not there or holds anything else.
-    """
+    """Return a preset that a command names: its name, or the list of denoisers in a YAML file."""
     if not preset.endswith((".yaml", ".yml")):
         return preset
     found = read_yaml(preset, "preset")
     if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
         raise InputError(
-            f"preset {preset} is not a list of {{name, mean_span, corruption, weight, placement}}"
+            f"preset {preset} is not a list of {{name, mean_span, corruption, weight}}"
         )
     return found

@@ -16,17 +16,18 @@ import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
 
-from qwen3_encdec.data.package_docs import Split, package_docs
+from qwen3_encdec.data.package_docs import Split, cache_folder, package_docs
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json
 
 BLOCK_BYTES = 2**18
@@ -34,9 +35,9 @@ BLOCK_ROWS = 2048
 INDEX_FILE = "_index.json"
 TOKENIZER_KEY = b"qwen3_encdec.tokenizer"
 TOKENS_SCHEMA = pa.schema({"key": pa.int64(), "tokens": pa.list_(pa.int32())})
-_LINES, _TABLES = (".jsonl", ".ndjson", ".json", ".txt"), (".csv", ".tsv")
+_LINES = (".jsonl", ".ndjson", ".json", ".txt")
 _PACKED = {".gz": "gzip", ".zst": "zstd", ".bz2": "bz2", ".xz": "xz"}
-_KNOWN = ".jsonl, .json, .txt, .csv, .tsv (also .gz, .zst, .bz2, .xz) or .parquet"
+_KNOWN = ".jsonl, .json, .txt, .csv (also .gz, .zst, .bz2, .xz) or .parquet"
 _BLOCKS_PER_STREAM = 8
 _ATTEMPTS = 6
 _OVERLOADED = (408, 429, 500, 502, 503, 504)
@@ -50,33 +51,15 @@ class Document(NamedTuple):
     content: str | np.ndarray
 
 
+def _document(text: str) -> Document:
+    return Document(text_key(text), text)
+
+
 class Place(NamedTuple):
     """A text not yet parsed, and where it stands."""
 
     where: str
     raw: Any
-
-
-class File(Protocol):
-    """A file of a corpus."""
-
-    @property
-    def path(self) -> str:
-        """Where it is, or what it is called."""
-
-    @property
-    def size(self) -> int:
-        """Bytes."""
-
-    @property
-    def num_blocks(self) -> int | None:
-        """How many blocks it has; None if it can only be read from its start."""
-
-    def places(self, block: int = 0) -> Iterator[Place]:
-        """All texts of a block, or of the file if it has none, unparsed."""
-
-    def parse(self, place: Place) -> Document:
-        """Parse one of them. Raises InputError naming file and line or row."""
 
 
 def text_key(text: str) -> int:
@@ -104,7 +87,7 @@ class LinesFile:
         """Yield the lines of a range."""
         start = block * self.block_bytes
         end = min(start + self.block_bytes, self.size)
-        with _reading(self.path), open(self.path, "rb") as file:
+        with retrying(lambda: open(self.path, "rb"), self.path) as file:
             if start:  # a line that runs over the start belongs to the range before
                 file.seek(start - 1)
                 start += len(file.readline(end - start + 1)) - 1
@@ -134,8 +117,8 @@ class TableFile:
     column: str
     blocks: tuple[tuple[int, int, int], ...]
     """Row group, first row and number of rows in it."""
-    label: str = ""
-    """The file that this one was unpacked from."""
+    unpacked: str = ""
+    """The copy in the cache that is read in its place."""
 
     @property
     def num_blocks(self) -> int:
@@ -145,7 +128,8 @@ class TableFile:
     def places(self, block: int = 0) -> Iterator[Place]:
         """Yield the rows of a slice."""
         group, first, rows = self.blocks[block]
-        texts = _read_group(self.path, group, [self.column]).column(0).slice(first, rows)
+        table = _read_group(self.unpacked or self.path, group, [self.column])
+        texts = table.column(0).slice(first, rows)
         if pa.types.is_dictionary(texts.type):
             texts = texts.cast(texts.type.value_type)
         for row, text in enumerate(texts, first + 1):
@@ -156,8 +140,8 @@ class TableFile:
         try:
             return _document(place.raw.as_py() or "")
         except UnicodeDecodeError as error:
-            path = self.label or self.path
-            raise InputError(f"{path} {place.where}: not valid UTF-8 ({error.reason})") from None
+            message = f"{self.path} {place.where}: not valid UTF-8 ({error.reason})"
+            raise InputError(message) from None
 
 
 @dataclass(frozen=True)
@@ -214,37 +198,36 @@ class StreamFile:
 
     path: str
     size: int
-    column: str
+    column: str | None
+    """As `LinesFile.column`."""
     num_blocks: None = None
 
     def places(self, block: int = 0) -> Iterator[Place]:
         """Yield all texts; a connection that breaks is taken up again."""
-        given = attempts = 0
-        while True:
+        given = 0
+        places: Iterator[Place] | None = None
+
+        def advance() -> Place | None:
+            nonlocal places
             try:
-                for number, place in enumerate(self._places()):
-                    if number >= given:
-                        yield place
-                        given, attempts = number + 1, 0
-                return
-            except (ValueError, OSError, EOFError, csv.Error, pa.ArrowException) as error:
-                attempts += 1
-                if attempts == _ATTEMPTS or not _is_transient(error):
-                    message = f"{self.path} after line {given}: {first_line(error)}"
-                    raise InputError(message) from None
-                time.sleep(0.25 * 2**attempts)
+                places = places or islice(self._places(), given, None)
+                return next(places, None)
+            except Exception:
+                places = None
+                raise
+
+        while (place := retrying(advance, f"{self.path} after line {given}")) is not None:
+            given += 1
+            yield place
 
     def _places(self) -> Iterator[Place]:
-        name, packing = os.path.splitext(self.path.lower())
-        packed = _PACKED.get(packing)
-        suffix = os.path.splitext(name if packed else self.path.lower())[1]
-        with open_binary(self.path) as raw, _unpack(raw, packed) as file:
-            if suffix in _TABLES:
-                lines = io.TextIOWrapper(file, "utf-8", newline="")
-                rows = csv.DictReader(lines, delimiter="\t" if suffix == ".tsv" else ",")
+        suffix, packing = _kind(self.path)
+        with open_binary(self.path) as raw, _unpack(raw, packing) as file:
+            if suffix == ".csv":
+                rows = csv.DictReader(io.TextIOWrapper(file, "utf-8", newline=""))
                 for number, row in enumerate(rows, 1):
                     yield Place(f"row {number}", row)
-            elif suffix == ".json" and not packed:
+            elif suffix == ".json" and not packing:
                 for number, row in enumerate(json.load(file), 1):
                     yield Place(f"item {number}", row)
             else:
@@ -253,13 +236,15 @@ class StreamFile:
 
     def parse(self, place: Place) -> Document:
         """Parse a line, a row or an item."""
-        name = self.path.lower().removesuffix(os.path.splitext(self.path.lower())[1])
+        of = _text_of_line if isinstance(place.raw, bytes) else _text_of_record
         try:
-            if isinstance(place.raw, bytes):
-                return _document(_text_of_line(place.raw, self.column, name.endswith(".txt")))
-            return _document(_text_of_record(place.raw, self.column))
+            return _document(of(place.raw, self.column))
         except ValueError as error:
             raise InputError(f"{self.path} {place.where}: {error}") from None
+
+
+File = LinesFile | TableFile | TokensFile | MemoryFile | StreamFile
+"""Has a `path` to show, a `size` in bytes, `num_blocks`, `places(block)` and `parse(place)`."""
 
 
 @dataclass
@@ -283,10 +268,22 @@ class Corpus:
         file = self.files[index]
         return file, number - int(self._ends[index] - (file.num_blocks or 0))
 
+    def places(self, number: int) -> Iterator[tuple[File, Place]]:
+        """Yield the texts of a block, or of a file of a streamed corpus, unparsed."""
+        if self.streamed:
+            file = self.files[number]
+            places = all_places(file)
+        else:
+            file, block = self.block(number)
+            places = file.places(block)
+        for place in places:
+            yield file, place
+
     def documents(self) -> Iterator[Document]:
         """Yield all documents in order."""
-        for file in self.files:
-            yield from map(file.parse, all_places(file))
+        for number in range(self.num_blocks):
+            for file, place in self.places(number):
+                yield file.parse(place)
 
     def fingerprint(self) -> int:
         """Hash names and sizes of the files, and both ends of 64 local ones.
@@ -295,7 +292,7 @@ class Corpus:
         """
         seen = 0
         for number, file in enumerate(self.files):
-            path = getattr(file, "label", "") or file.path
+            path = file.path
             seen = zlib.crc32(f"{os.path.basename(path)} {file.size}".encode(), seen)
             if isinstance(file, MemoryFile):
                 seen = zlib.crc32("".join(file.texts).encode("utf-8", "replace"), seen)
@@ -323,33 +320,22 @@ def open_corpus(
     cache_bytes: float = 2**35,
     streams: int = 64,
 ) -> Corpus:
-    """Open the files of all inputs (see `DataConfig.inputs`) in an order that names decide.
+    """Open the files of all inputs (see `DataConfig`) in an order that names decide.
 
-    Args:
-        inputs: Files, folders, globs, hub datasets or package-docs.
-        name: Of the corpus in logs.
-        text_column: Field or column that holds the text.
-        hub_split: Split of a hub dataset.
-        package_split: Split of package-docs.
-        cache_bytes: Unpack or download up to so much, stream what is larger.
-        streams: A small corpus is cut into several blocks for each.
-
-    Raises:
-        InputError: an input is not there, is of no known kind, or lacks the text column.
+    What is up to `cache_bytes` is unpacked or downloaded, more is streamed; a small corpus is cut
+    into several blocks for each of the `streams`. Raises InputError if an input is not there, is of
+    no known kind, or lacks the text column.
     """
     found, passed_over = _expand(inputs)
     files: list[File] = []
-    sizes: dict[str, int] = {}
-    for path in found:
-        with suppress(OSError):
-            sizes[path] = os.stat(path).st_size
+    sizes = {path: os.stat(path).st_size for path in found if os.path.exists(path)}
     block_bytes = min(BLOCK_BYTES, sum(sizes.values()) // (_BLOCKS_PER_STREAM * streams) + 1)
     block_bytes = max(block_bytes, 512)
     for path in found:
         if path == "package-docs":
             files.append(_package_file(package_split))
         elif path in sizes:
-            files += _open_file(path, sizes[path], text_column, block_bytes)
+            files.append(_open_file(path, sizes[path], text_column, block_bytes))
         else:
             files += _hub_files(path, text_column, hub_split, cache_bytes, block_bytes)
     packed = [file for file in files if isinstance(file, StreamFile)]
@@ -380,6 +366,8 @@ def retrying(call: Callable[[], T], what: str) -> T:
         _be_patient()
         try:
             return call()
+        except InputError:
+            raise
         except Exception as error:  # every way in which a hub can fail
             if attempt == _ATTEMPTS or not _is_transient(error):
                 raise InputError(f"{what}: {first_line(error)}") from None
@@ -428,28 +416,14 @@ def _is_transient(error: BaseException | None) -> bool:
     return False
 
 
-@contextmanager
-def _reading(path: str) -> Iterator[None]:
-    """Turn what the system says about a file into an InputError."""
-    try:
-        yield
-    except (OSError, pa.ArrowException) as error:
-        raise InputError(f"{path}: {first_line(error)}") from None
-
-
-def _document(text: str) -> Document:
-    return Document(text_key(text), text)
-
-
-def _text_of_line(line: bytes, column: str | None, plain: bool = False) -> str:
-    """Return the text of a line, which is JSON unless it is `plain` or there is no column."""
+def _text_of_line(line: bytes, column: str | None) -> str:
+    """Return the text of a line, which is JSON if there is a column."""
     try:
         text = line.decode("utf-8-sig").strip("\r\n")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"not valid UTF-8 ({error.reason} at byte {error.start} of the line)"
-        ) from None
-    if column is None or plain or not text or text.isspace():
+        where = f"{error.reason} at byte {error.start} of the line"
+        raise ValueError(f"not valid UTF-8 ({where})") from None
+    if column is None or not text or text.isspace():
         return text
     try:
         record = json.loads(text)
@@ -480,14 +454,21 @@ def _read_group(path: str, group: int, columns: list[str]) -> pa.Table:
     return retrying(read, f"{path} row group {group}")
 
 
-def _unpack(raw: Any, packed: str | None) -> Any:
-    if packed is None:
-        return io.BufferedReader(raw) if isinstance(raw, io.RawIOBase) else raw
-    if packed == "xz":
+def _kind(path: str) -> tuple[str, str]:
+    """Return suffix and packing of a file, such as .jsonl and gzip."""
+    stem, suffix = os.path.splitext(path.lower())
+    packing = _PACKED.get(suffix, "")
+    return (os.path.splitext(stem)[1] if packing else suffix), packing
+
+
+def _unpack(raw: Any, packing: str) -> Any:
+    if not packing:
+        return raw
+    if packing == "xz":
         import lzma
 
         return lzma.open(raw)
-    stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), packed)
+    stream = pa.CompressedInputStream(pa.PythonFile(raw, "r"), packing)
     return io.BufferedReader(stream, 2**17)
 
 
@@ -516,10 +497,8 @@ def _expand(inputs: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def _is_known(path: str) -> bool:
-    stem, suffix = os.path.splitext(path.lower())
-    if suffix in _PACKED:
-        return os.path.splitext(stem)[1] in _LINES + _TABLES
-    return suffix in (*_LINES, *_TABLES, ".parquet")
+    suffix, packing = _kind(path)
+    return suffix in _LINES or suffix == ".csv" or (suffix == ".parquet" and not packing)
 
 
 def _is_hub_id(item: str) -> bool:
@@ -550,13 +529,15 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
     return sorted(files)
 
 
-def _open_file(path: str, size: int, column: str, block_bytes: int) -> list[File]:
-    suffix = os.path.splitext(path.lower())[1]
+def _open_file(path: str, size: int, column: str, block_bytes: int) -> File:
+    suffix, packing = _kind(path)
     if suffix == ".parquet":
-        return [_open_parquet(path, size, column, block_bytes)]
-    if suffix in _PACKED or suffix in _TABLES or (suffix == ".json" and _is_array(path)):
-        return [StreamFile(path, size, column)]
-    return [LinesFile(path, size, None if suffix == ".txt" else column, block_bytes)]
+        return _open_parquet(path, size, column, block_bytes)
+    field = None if suffix == ".txt" else column
+    whole = packing or suffix == ".csv" or path.startswith("hf://")
+    if whole or (suffix == ".json" and _is_array(path)):
+        return StreamFile(path, size, field)
+    return LinesFile(path, size, field, block_bytes)
 
 
 def _is_array(path: str) -> bool:
@@ -564,15 +545,14 @@ def _is_array(path: str) -> bool:
         return file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"[")
 
 
-_INDEXES: dict[str, dict[str, Any]] = {}
-
-
-def _open_parquet(path: str, size: int, column: str, block_bytes: int, label: str = "") -> File:
-    indexed = _indexed(path)
-    if indexed is not None:
-        return TokensFile(path, size, *indexed)
-    with _reading(path), open_binary(path) as file, pq.ParquetFile(file) as table:
-        schema, metadata = table.schema_arrow, table.metadata
+def _open_parquet(path: str, size: int, column: str, block_bytes: int) -> File:
+    folder, name = os.path.split(path)
+    index = _index_of(folder)
+    if name in index.get("files", {}):
+        rows, tokens = index["files"][name]
+        return TokensFile(path, size, tuple(rows), index["tokenizer"], tokens)
+    metadata = retrying(partial(_read_metadata, path), path)
+    schema = metadata.schema.to_arrow_schema()
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     tokenizer = (schema.metadata or {}).get(TOKENIZER_KEY)
     if tokenizer is not None:
@@ -594,20 +574,19 @@ def _open_parquet(path: str, size: int, column: str, block_bytes: int, label: st
         rows = max(1, min(-(-group.num_rows // max(pieces, 1)), BLOCK_ROWS))
         for first in range(0, group.num_rows, rows):
             blocks.append((number, first, min(rows, group.num_rows - first)))
-    return TableFile(path, size, column, tuple(blocks), label)
+    return TableFile(path, size, column, tuple(blocks))
 
 
-def _indexed(path: str) -> tuple[tuple[int, ...], str, int] | None:
-    """Return row groups, tokenizer and tokens of a prepared file, out of its folder's index."""
-    folder, name = os.path.split(path)
-    if folder not in _INDEXES:
-        index = Path(folder, INDEX_FILE)
-        _INDEXES[folder] = read_json(index) if index.exists() else {}
-    index_of = _INDEXES[folder]
-    if name not in index_of.get("files", {}):
-        return None
-    rows, tokens = index_of["files"][name]
-    return tuple(rows), index_of["tokenizer"], tokens
+@lru_cache
+def _index_of(folder: str) -> dict[str, Any]:
+    """Return what `prepare` says of the files that it wrote."""
+    index = Path(folder, INDEX_FILE)
+    return read_json(index) if index.exists() else {}
+
+
+def _read_metadata(path: str) -> pq.FileMetaData:
+    with open_binary(path) as file:
+        return pq.read_metadata(file)
 
 
 def _package_file(split: Split) -> File:
@@ -625,7 +604,7 @@ def _hub_files(
 ) -> list[File]:
     """Open the files of a hub dataset: downloaded where they fit the cache, else where they are."""
     from datasets import load_dataset_builder
-    from huggingface_hub import HfFileSystem, hf_hub_download
+    from huggingface_hub import HfFileSystem
 
     name, _, config = item.partition(":")
     builder = retrying(
@@ -636,35 +615,23 @@ def _hub_files(
     if split not in data_files:
         raise InputError(f"input {item!r}: no split {split!r}; there is {', '.join(data_files)}")
     paths = sorted(map(str, data_files[split]))
-    system = HfFileSystem()
-    sizes = [retrying(lambda path=path: system.info(path)["size"], item) for path in paths]  # type: ignore[misc]
     unknown = [path for path in paths if not _is_known(path)]
     if unknown:
         raise InputError(f"input {item!r}: {unknown[0]} is not {_KNOWN}")
-    files: list[File] = []
-    if sum(sizes) > cache_bytes:
-        for path, size in zip(paths, sizes, strict=True):
-            is_table = path.lower().endswith(".parquet")
-            streamed = StreamFile(path, size, column)
-            files.append(_open_parquet(path, size, column, block_bytes) if is_table else streamed)
-        return files
-    for path, size in zip(paths, sizes, strict=True):
-        repository, _, rest = path.removeprefix("hf://datasets/").partition("@")
-        revision, _, inner = rest.partition("/")
-        local = retrying(
-            lambda where=(repository, inner), revision=revision: hf_hub_download(  # type: ignore[misc]
-                *where, revision=revision, repo_type="dataset"
-            ),
-            path,
-        )
-        files += _open_file(local, size, column, block_bytes)
-    return files
+    system = HfFileSystem()
+    sizes = [retrying(partial(system.size, path), item) for path in paths]
+    if sum(sizes) <= cache_bytes:
+        paths = [retrying(partial(_download, path), path) for path in paths]
+    pairs = zip(paths, sizes, strict=True)
+    return [_open_file(path, size, column, block_bytes) for path, size in pairs]
 
 
-def cache_folder() -> Path:
-    """Return the folder for what is unpacked."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache, "qwen3-encdec", "texts")
+def _download(path: str) -> str:
+    from huggingface_hub import hf_hub_download
+
+    repository, _, rest = path.removeprefix("hf://datasets/").partition("@")
+    revision, _, inner = rest.partition("/")
+    return hf_hub_download(repository, inner, revision=revision, repo_type="dataset")
 
 
 def _unpacked(file: StreamFile, block_bytes: int) -> File:
@@ -672,7 +639,7 @@ def _unpacked(file: StreamFile, block_bytes: int) -> File:
     path = os.path.realpath(file.path)
     changed = os.stat(path).st_mtime_ns if os.path.exists(path) else 0
     identity = f"{path} {file.size} {changed} {file.column}"
-    folder = cache_folder()
+    folder = cache_folder() / "texts"
     target = folder / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.parquet"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{target}.lock"):
@@ -683,7 +650,9 @@ def _unpacked(file: StreamFile, block_bytes: int) -> File:
                 for texts in _batches(map(file.parse, file.places())):
                     writer.write_table(pa.table({"text": texts}, schema))
             os.replace(building, target)
-    return _open_parquet(str(target), file.size, "text", block_bytes, file.path)
+    table = _open_parquet(str(target), file.size, "text", block_bytes)
+    assert isinstance(table, TableFile)
+    return replace(table, path=file.path, unpacked=str(target))
 
 
 def _batches(documents: Iterator[Document]) -> Iterator[list[str]]:

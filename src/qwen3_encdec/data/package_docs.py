@@ -8,7 +8,6 @@ import ast
 import csv
 import gc
 import hashlib
-import inspect
 import io
 import json
 import os
@@ -18,6 +17,7 @@ import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import Distribution, distributions
+from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -27,15 +27,8 @@ _SPLIT_SALT = 1
 # Tests say little; vendored copies of other packages would carry train texts into the held-out
 # split.
 _SKIPPED_FOLDERS = {
-    "test",
-    "tests",
-    "_test",
-    "_tests",
-    "testing",
-    "_vendor",
-    "_vendored",
-    "vendor",
-    "vendored",
+    *("test", "tests", "_test", "_tests", "testing"),
+    *("vendor", "vendored", "_vendor", "_vendored"),
 }
 _EXCLUDED = {"qwen3_encdec"}
 _CACHE_VERSION = 2
@@ -62,9 +55,8 @@ def package_docs(split: Split) -> list[Docstring]:
     `$XDG_CACHE_HOME/qwen3-encdec`, under a key made of the installed distributions and their
     versions.
     """
-    return [
-        document for document in _all_docs() if is_heldout(document.package) == (split == "heldout")
-    ]
+    wanted = split == "heldout"
+    return [document for document in _all_docs() if is_heldout(document.package) == wanted]
 
 
 def is_heldout(package: str) -> bool:
@@ -95,11 +87,16 @@ def summary_pairs(split: Split) -> list[tuple[str, str]]:
     ]
 
 
+def cache_folder() -> Path:
+    """Return the folder for what is made once a machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "qwen3-encdec")
+
+
 def _all_docs() -> list[Docstring]:
     installed = sorted(distributions(), key=lambda d: (str(d.name), str(d.version)))
     versions = sorted({f"{d.name}=={d.version}" for d in installed})
     key = hashlib.sha256("\n".join([str(_CACHE_VERSION), *versions]).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qwen3-encdec"
+    folder = cache_folder()
     cache = folder / f"package-docs-{key}.jsonl"
     if cache.exists():
         with cache.open(encoding="utf-8") as lines:
@@ -117,20 +114,12 @@ def _all_docs() -> list[Docstring]:
 
 
 def _scan(installed: list[Distribution]) -> list[Docstring]:
-    """Parse all source files in parallel;
-
-    of equal texts the first in order of their names stays.
-    """
+    """Parse all source files in parallel; of equal texts the first by name stays."""
     paths = sorted({path for distribution in installed for path in _source_files(distribution)})
     processes = os.cpu_count() or 1
+    parts = [paths[i::processes] for i in range(processes)]
     with ThreadPoolExecutor(processes) as pool:
-        found = [
-            d
-            for part in pool.map(
-                _scan_in_a_process, (paths[i::processes] for i in range(processes))
-            )
-            for d in part
-        ]
+        found = list(chain.from_iterable(pool.map(_scan_in_a_process, parts)))
     distinct: dict[str, Docstring] = {}
     for document in sorted(found):
         distinct.setdefault(document.text, document)
@@ -184,7 +173,7 @@ def _docstrings(path: tuple[str, str]) -> list[Docstring]:
     while nodes:
         name, node = nodes.pop()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "").strip()
+            text = (ast.get_docstring(node) or "").strip()
             if len(text) >= _MIN_CHARACTERS and text.isprintable() | ("\n" in text):
                 documents.append(Docstring(package, name, text))
         for statements in (getattr(node, field, []) for field in ("body", "orelse", "handlers")):
@@ -195,6 +184,4 @@ def _docstrings(path: tuple[str, str]) -> list[Docstring]:
 
 
 if __name__ == "__main__":
-    json.dump(
-        [document for path in json.load(sys.stdin) for document in _docstrings(path)], sys.stdout
-    )
+    json.dump(list(chain.from_iterable(map(_docstrings, json.load(sys.stdin)))), sys.stdout)

@@ -13,10 +13,11 @@ import json
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from math import inf
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,7 +33,6 @@ from qwen3_encdec.data.corpus import (
     TOKENS_SCHEMA,
     Corpus,
     Document,
-    all_places,
     open_corpus,
 )
 from qwen3_encdec.data.tokenization import Encoder
@@ -60,8 +60,6 @@ class Preparation:
     """As `DataConfig.inputs`."""
     text_column: str = "text"
     """As `DataConfig.text_column`."""
-    hub_split: str = "train"
-    """As `DataConfig.hub_split`."""
     min_tokens: int = 8
     """Shorter documents are left out."""
     max_tokens: int | None = None
@@ -80,23 +78,12 @@ def prepare(
 ) -> Counter[str]:
     """Write the tokenized corpus to a folder, or go on where a stopped run was.
 
-    Args:
-        preparation: What to make of which corpus.
-        tokenizer: Tokenizes.
-        output: Folder to write; one that prepare-data wrote before is replaced.
-        processes: How many work at a time; None is one for each processor.
-
-    Returns:
-        Counts: `documents` = `used` + `short` + `long` + `duplicate`, and `tokens`.
-
-    Raises:
-        InputError: bad input, a full disk, or another corpus, tokenizer or settings than the
-            stopped run had.
+    One process for each processor works unless `processes` says otherwise. Returns counts:
+    `documents` = `used` + `short` + `long` + `duplicate`, and `tokens`. Raises InputError for bad
+    input, a full disk, or another corpus, tokenizer or settings than the stopped run had.
     """
     check_output(output, "prepared corpus")
-    corpus = open_corpus(
-        preparation.inputs, text_column=preparation.text_column, hub_split=preparation.hub_split
-    )
+    corpus = open_corpus(preparation.inputs, text_column=preparation.text_column)
     parts = _parts(corpus)
     fingerprint = Encoder(tokenizer).fingerprint
     plan = {
@@ -109,19 +96,15 @@ def prepare(
     try:
         _begin(building, plan)
         _find_duplicates(preparation, corpus, building / "duplicates.npy")
-        names = [f"part-{number:05d}-of-{len(parts):05d}.parquet" for number in range(len(parts))]
         folder = building / PARTS_FOLDER
         folder.mkdir(exist_ok=True)
-        todo = [
-            (part, folder / name)
-            for part, name in zip(parts, names, strict=True)
-            if not (folder / name).exists()
-        ]
+        files = [folder / f"part-{n:05d}-of-{len(parts):05d}.parquet" for n in range(len(parts))]
+        todo = [pair for pair in zip(parts, files, strict=True) if not pair[1].exists()]
         done = len(parts) - len(todo)
         with tqdm(total=len(parts), initial=done, unit="part", disable=None) as progress:
             for _ in _in_processes(todo, (preparation, tokenizer, corpus, building), processes):
                 progress.update()
-        counts = _write_index(folder, names, fingerprint)
+        counts = _write_index(files, fingerprint)
         (building / "plan.json").unlink()
         (building / "duplicates.npy").unlink()
         provenance = {"kind": "prepared corpus", **plan, "counts": counts}
@@ -141,12 +124,10 @@ def _parts(corpus: Corpus) -> list[range]:
     return [range(start, min(start + most, corpus.num_blocks)) for start in starts]
 
 
-def _block(corpus: Corpus, number: int) -> Iterator[Document]:
-    if corpus.streamed:
-        file = corpus.files[number]
-        return map(file.parse, all_places(file))
-    file, block = corpus.block(number)
-    return map(file.parse, file.places(block))
+def _block(corpus: Corpus, number: int) -> Iterator[tuple[int, Document]]:
+    """Yield the documents of a block, each with a number of its own."""
+    for place, (file, raw) in enumerate(corpus.places(number), number << 32):
+        yield place, file.parse(raw)
 
 
 def _begin(building: Path, plan: dict[str, Any]) -> None:
@@ -173,9 +154,9 @@ def _in_processes(
     """Write all parts, in this process if there is one part or process only."""
     processes = min(processes or os.cpu_count() or 1, len(todo))
     if processes <= 1:
-        _start_process(*arguments)
+        writer = _PartWriter(*arguments)
         for part in todo:
-            _write_part(*part)
+            writer.write(*part)
             yield
         return
     with ProcessPoolExecutor(processes, initializer=_start_process, initargs=arguments) as pool:
@@ -183,9 +164,8 @@ def _in_processes(
             for future in as_completed([pool.submit(_write_part, *part) for part in todo]):
                 yield future.result()
         except BrokenProcessPool:
-            raise InputError(
-                "a process was killed, perhaps for its memory; run again to go on"
-            ) from None
+            message = "a process was killed, perhaps for its memory; run again to go on"
+            raise InputError(message) from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -229,8 +209,8 @@ class _PartWriter:
         group: list[tuple[int, np.ndarray]] = []
         size = 0
         for block in blocks:
-            for place, document in enumerate(_block(self.corpus, block)):
-                tokens = self._tokens(document, (block << 32) + place, counts)
+            for place, document in _block(self.corpus, block):
+                tokens = self._tokens(document, place, counts)
                 if tokens is None:
                     continue
                 group.append((document.key, tokens))
@@ -250,14 +230,12 @@ class _PartWriter:
         if not isinstance(document.content, str):
             raise InputError(f"{self.corpus.name} is tokenized already")
         tokens = self.encode(document.content)
-        most = self.preparation.max_tokens
-        for name, out in (
-            ("short", len(tokens) < self.preparation.min_tokens),
-            ("long", most is not None and len(tokens) > most),
-        ):
-            if out:
-                counts[name] += 1
-                return None
+        if len(tokens) < self.preparation.min_tokens:
+            counts["short"] += 1
+            return None
+        if len(tokens) > (self.preparation.max_tokens or inf):
+            counts["long"] += 1
+            return None
         counts["used"] += 1
         counts["tokens"] += len(tokens)
         return tokens
@@ -275,37 +253,33 @@ def _write_part(blocks: range, file: Path) -> None:
     _writer.write(blocks, file)
 
 
-def _write_index(folder: Path, names: Iterable[str], tokenizer: str) -> Counter[str]:
+def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
     """Write row counts and tokens of all files into one, and add up what became of documents."""
     counts = Counter(dict.fromkeys(_COUNTED, 0))
-    files = {}
-    for name in names:
-        metadata = pq.read_metadata(folder / name)
+    index = {}
+    for file in files:
+        metadata = pq.read_metadata(file)
         of_file = json.loads(metadata.metadata[_COUNTS_KEY])
         counts.update(of_file)
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        files[name] = rows, of_file["tokens"]
-    write_json(folder / INDEX_FILE, {"tokenizer": tokenizer, "files": files})
+        index[file.name] = rows, of_file["tokens"]
+    write_json(files[0].with_name(INDEX_FILE), {"tokenizer": tokenizer, "files": index})
     return counts
 
 
 def _find_duplicates(preparation: Preparation, corpus: Corpus, file: Path) -> None:
-    """Write the places of the documents to leave out, int64 ascending."""
-    if file.exists():
-        return
-    found: list[int] = []
-    if preparation.deduplicate != "no":
-        found = sorted(_copies(corpus, preparation.deduplicate == "minhash"))
-    temporary = file.with_name(file.name + ".tmp")
-    with temporary.open("wb") as handle:
-        np.save(handle, np.array(found, dtype=np.int64))
-    os.replace(temporary, file)
+    """Write the numbers of the documents to leave out."""
+    if not file.exists():
+        copies = _copies(corpus, preparation) if preparation.deduplicate != "no" else ()
+        temporary = file.with_suffix(".tmp.npy")
+        np.save(temporary, np.array(list(copies), np.int64))
+        os.replace(temporary, file)
 
 
-def _copies(corpus: Corpus, alike: bool) -> Iterator[int]:
-    """Yield the places of documents whose text, or one like it, was there before."""
+def _copies(corpus: Corpus, preparation: Preparation) -> Iterator[int]:
+    """Yield the numbers of documents whose text, or one like it, was there before."""
     near = None
-    if alike:
+    if preparation.deduplicate == "minhash":
         try:
             from rensa import RMinHashDeduplicator
         except ImportError:
@@ -316,7 +290,7 @@ def _copies(corpus: Corpus, alike: bool) -> Iterator[int]:
     seen: set[int] = set()
     for block in range(corpus.num_blocks):
         fresh = []
-        for number, document in enumerate(_block(corpus, block), block << 32):
+        for number, document in _block(corpus, block):
             if document.key in seen:
                 yield number
             elif len(document.content):  # empty ones are too short, not copies

@@ -26,10 +26,10 @@ stands by the rows that it has handed out, whatever its workers have prepared be
 import hashlib
 import json
 from bisect import bisect
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
-from itertools import accumulate, count, islice
+from itertools import accumulate, count, islice, tee
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,37 +37,30 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.data.collate import collate_rows, pack
-from qwen3_encdec.data.config import MODES, DataConfig
+from qwen3_encdec.data.collate import Position, Row, collate_rows, pack
+from qwen3_encdec.data.config import MODES, DataConfig, Source
 from qwen3_encdec.data.corpus import (
     Corpus,
     Document,
+    File,
     MemoryFile,
+    Place,
     TokensFile,
     all_places,
     open_corpus,
 )
+from qwen3_encdec.data.package_docs import Split
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
 from qwen3_encdec.folders import InputError, write_json
 
 WINDOW_ROWS = 16
 """Rows' worth of examples of a stream that are packed together."""
+NOTHING = np.empty(0, np.int32)
 _LANES = 8
-Position = dict[str, int]
 COUNTS = ("tokens", "documents", "refused", "heldout")
 BEGINNING: Position = dict.fromkeys(("turn", "document", "row", *COUNTS), 0)
 """A stream in a corpus: which block, documents done in it, rows given behind them, and totals."""
-
-
-class Row(NamedTuple):
-    """Examples that fit the length budgets together, and where their stream stands behind them."""
-
-    examples: list[Example]
-    stream: int
-    corpus: int
-    position: Position
-    error: str = ""
 
 
 class HeldoutText(NamedTuple):
@@ -88,30 +81,23 @@ class UL2Data:
         self.sentinel_ids, self.eos_id, self.mode_ids = special_ids(config, tokenizer)
         self.kept_ids = np.array([self.eos_id, *self.sentinel_ids, *self.mode_ids])
         self.encode = Encoder(tokenizer)
-        self.opened = [
-            open_corpus(
-                source.inputs,
-                name=source.name,
-                text_column=source.text_column,
-                **self._options(),
-            )
-            for source in config.sources
-        ]
+        self.opened = [self._open(source, source.inputs) for source in config.sources]
         self.corpora = [corpus.name for corpus in self.opened]
         self.heldout_corpora = ["heldout_inputs"] if config.heldout_inputs else self.corpora
         self._check_files()
         self._excluded: set[int] = set()
         self._bounds = list(accumulate(denoiser.weight for denoiser in config.denoisers))
-        self._order = lru_cache(4 * len(self.opened))(self._shuffled)
 
-    def _options(self) -> dict[str, Any]:
-        config = self.config
-        cache_bytes = config.cache_gib * 2**30
-        return {
-            "hub_split": config.hub_split,
-            "cache_bytes": cache_bytes,
-            "streams": config.streams,
-        }
+    def _open(self, source: Source, inputs: list[str], split: Split = "train") -> Corpus:
+        return open_corpus(
+            inputs,
+            name=source.name,
+            text_column=source.text_column,
+            hub_split=self.config.hub_split,
+            package_split=split,
+            cache_bytes=self.config.cache_gib * 2**30,
+            streams=self.config.streams,
+        )
 
     def _check_files(self) -> None:
         for file in (file for corpus in self.opened for file in corpus.files):
@@ -125,23 +111,12 @@ class UL2Data:
                 if str(Path(file.path).resolve()) in mine:
                     raise InputError(f"{file.path} is an input and a held-out input; take one away")
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_order"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._order = lru_cache(4 * len(self.opened))(self._shuffled)
-
     @cached_property
     def fingerprint(self) -> str:
         """Changes with the settings, the tokenizer, and the files of the corpora."""
-        config = self.config
-        settings = {
-            name: value
-            for name, value in vars(config).items()
-            if name not in ("inputs", "mixture", "heldout_inputs", "accept_changes", "cache_gib")
-        }
-        sources = [(source.weight, source.text_column) for source in config.sources]
+        free = ("inputs", "mixture", "heldout_inputs", "accept_changes", "cache_gib")
+        settings = {n: value for n, value in vars(self.config).items() if n not in free}
+        sources = [(source.weight, source.text_column) for source in self.config.sources]
         files = [corpus.fingerprint() for corpus in self.opened]
         parts = repr((settings, sources, self.encode.fingerprint, files))
         return hashlib.sha256(parts.encode()).hexdigest()[:16]
@@ -152,36 +127,30 @@ class UL2Data:
         for corpus in self.opened:
             size = sum(file.size for file in corpus.files)
             line = f"{corpus.name}: {len(corpus.files):,} files, {size:,} bytes"
-            prepared = [file for file in corpus.files if isinstance(file, TokensFile)]
-            if len(prepared) == len(corpus.files):
-                documents = sum(sum(file.rows) for file in prepared)
-                tokens = sum(file.tokens for file in prepared)
-                line += f", {documents:,} documents" + f", {tokens:,} tokens" * bool(tokens)
-            else:
-                line += self._estimate(corpus, size)
-            if corpus.streamed:
-                line += ", streamed: every reader reads all files"
-            lines.append(line)
-            shown = corpus.passed_over[:3]
-            if shown:
-                rest = len(corpus.passed_over) - len(shown)
-                more = f" and {rest:,} more" * (rest > 0)
-                lines.append(f"{corpus.name}: passed over {', '.join(shown)}{more}")
+            lines.append(line + self._contents(corpus, size))
+            if corpus.passed_over:
+                shown = ", ".join(corpus.passed_over[:3])
+                rest = len(corpus.passed_over) - 3
+                more = f" and {rest:,} more" if rest > 0 else ""
+                lines.append(f"{corpus.name}: passed over {shown}{more}")
         return lines
 
-    def _estimate(self, corpus: Corpus, size: int) -> str:
-        file = corpus.files[0]
-        some = list(islice(map(file.parse, file.places()), 256))
-        read = sum(len(str(document.content).encode("utf-8", "replace")) for document in some)
-        if isinstance(file, TokensFile) or not read or corpus.streamed:
+    def _contents(self, corpus: Corpus, size: int) -> str:
+        """Count a prepared corpus, estimate another by its first block."""
+        if corpus.streamed:
+            return ", streamed: every reader reads all files"
+        prepared = [file for file in corpus.files if isinstance(file, TokensFile)]
+        if len(prepared) == len(corpus.files):
+            documents = sum(sum(file.rows) for file in prepared)
+            tokens = sum(file.tokens for file in prepared)
+            return f", {documents:,} documents, {tokens:,} tokens"
+        some = [file.parse(place).content for file, place in islice(corpus.places(0), 256)]
+        texts = [text for text in some if isinstance(text, str)]
+        read = sum(len(text.encode("utf-8", "replace")) for text in texts)
+        if not read:
             return ""
-        tokens = sum(len(self.encode(str(document.content))) for document in some)
-        documents = len(some) * size // read
-        return f", about {documents:,} documents and {tokens * size // read:,} tokens"
-
-    def _shuffled(self, corpus: int, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng([self.config.seed, epoch, corpus])
-        return rng.permutation(self.opened[corpus].num_blocks)
+        tokens = sum(len(self.encode(text)) for text in texts) * size // read
+        return f", about {len(texts) * size // read:,} documents and {tokens:,} tokens"
 
     def epoch(self, corpus: int, stream: int, turn: int) -> int:
         """Epoch of a stream's turn: of its `turn`-th block or, if streamed, file."""
@@ -197,19 +166,19 @@ class UL2Data:
             return epoch * blocks
         return max(0, -((stream - epoch * blocks) // self.config.streams))
 
-    def documents(self, corpus: int, stream: int, turn: int, dealers: "Dealers") -> Iterator:
-        """Yield thunks of the documents of a stream's turn."""
+    def documents(
+        self, corpus: int, stream: int, turn: int, dealers: "Dealers"
+    ) -> Iterator[tuple[File, Place]]:
+        """Yield the documents of a stream's turn, unparsed."""
         opened = self.opened[corpus]
         if opened.streamed:
             yield from dealers.documents(corpus, stream, turn)
             return
-        sequence = stream + self.config.streams * turn
-        epoch, index = divmod(sequence, opened.num_blocks)
-        file, block = opened.block(int(self._order(corpus, epoch)[index]))
-        for place in file.places(block):
-            yield file, place
+        epoch, index = divmod(stream + self.config.streams * turn, opened.num_blocks)
+        order = block_order(self.config.seed, epoch, corpus, opened.num_blocks)
+        yield from opened.places(int(order[index]))
 
-    def streamed_file(self, corpus: int, lane: int, turn: int) -> tuple[Any, int]:
+    def streamed_file(self, corpus: int, lane: int, turn: int) -> tuple[File, int]:
         """File that the streams of a lane read at a turn, and the stream of its first document.
 
         The eight lanes read different files at a time.
@@ -217,16 +186,25 @@ class UL2Data:
         files = self.opened[corpus].files
         epoch, place = divmod(turn, len(files))
         place = (place + lane * len(files) // _LANES) % len(files)
-        number = int(self._order(corpus, epoch)[place])
+        number = int(block_order(self.config.seed, epoch, corpus, len(files))[place])
         rng = np.random.default_rng([self.config.seed, epoch, corpus, number])
         return files[number], int(rng.integers(self.config.streams))
+
+    def read(self, file: File, place: Place) -> tuple[str, int, np.ndarray]:
+        """Parse a document: which of `COUNTS` it belongs to, its key, and its tokens if used."""
+        document = file.parse(place)
+        if self.is_heldout(file, document.key):
+            return "heldout", document.key, NOTHING
+        tokens = self.tokens(document)
+        used = len(tokens) >= self.config.min_tokens
+        return "documents" if used else "refused", document.key, tokens
 
     def tokens(self, document: Document) -> np.ndarray:
         """Token ids of a document."""
         content = document.content
         return self.encode(content) if isinstance(content, str) else content
 
-    def is_heldout(self, file: Any, key: int) -> bool:
+    def is_heldout(self, file: File, key: int) -> bool:
         """Tell whether a document is kept from training. Copies share their text's fate."""
         if self.config.heldout_inputs:
             return key in self._excluded
@@ -296,10 +274,10 @@ class UL2Data:
         inputs = self.config.heldout_inputs or source.inputs
         if not self.config.heldout_inputs and "package-docs" not in inputs:
             return self.opened[corpus]
-        options = self._options() | {"package_split": "heldout"}
-        return open_corpus(inputs, text_column=source.text_column, **options)
+        return self._open(source, inputs, "heldout")
 
     def _heldout_of(self, corpus: int, number: int) -> list[HeldoutText]:
+        """Take two texts of each block in turn; more of each only where those do not suffice."""
         opened = self._heldout_corpus(corpus)
         chosen: list[HeldoutText] = []
         spare: list[HeldoutText] = []
@@ -307,24 +285,24 @@ class UL2Data:
         for block in np.random.default_rng(0).permutation(opened.num_blocks).tolist():
             if len(chosen) >= number:
                 break
-            file, place = (opened.files[block], 0) if opened.streamed else opened.block(block)
-            apart = bool(self.config.heldout_inputs) or isinstance(file, MemoryFile)
             found: list[HeldoutText] = []
-            places = all_places(file) if opened.streamed else file.places(place)
-            for document in map(file.parse, places):
-                held = apart or document.key % self.config.heldout_every == 0
-                if not held or document.key in seen:
+            for file, place in opened.places(block):
+                document = file.parse(place)
+                if document.key in seen or not self._is_for_evaluation(file, document.key):
                     continue
                 seen.add(document.key)
                 tokens = self.tokens(document)[: min(self.config.raw_lengths)]
                 if len(tokens) >= self.config.min_tokens:
-                    name = getattr(file, "label", "") or file.path
-                    found.append(HeldoutText(corpus, name, document.key, tokens.tolist()))
+                    found.append(HeldoutText(corpus, file.path, document.key, tokens.tolist()))
                 if len(found) == (2 if opened.streamed else 8):
                     break
             chosen += found[:2]
             spare += found[2:]
         return (chosen + spare)[:number]
+
+    def _is_for_evaluation(self, file: File, key: int) -> bool:
+        apart = bool(self.config.heldout_inputs) or isinstance(file, MemoryFile)
+        return apart or self.is_heldout(file, key)
 
     def heldout_examples(self, texts: Sequence[HeldoutText]) -> list[Example]:
         """Corrupt each text by each denoiser, always the same way."""
@@ -360,46 +338,43 @@ class UL2Data:
         return changed, f"the data has changed and begins anew at epoch {epoch}"
 
 
+@lru_cache(64)
+def block_order(seed: int, epoch: int, corpus: int, num_blocks: int) -> np.ndarray:
+    """Shuffle the blocks of a corpus for an epoch."""
+    return np.random.default_rng([seed, epoch, corpus]).permutation(num_blocks)
+
+
 class Dealers:
     """Documents of the files that a reader reads from their start, dealt out to its streams."""
 
     def __init__(self, data: UL2Data, positions: dict[int, Sequence[Position]]) -> None:
         self.data = data
-        self._open: dict[tuple[int, int, int], tuple[Iterator, dict[int, deque]]] = {}
+        self._open: dict[tuple[int, int, int], dict[int, Iterator[Place]]] = {}
         self._turns = {
             (corpus, stream): position["turn"]
             for stream, of_stream in positions.items()
             for corpus, position in enumerate(of_stream)
         }
 
-    def documents(self, corpus: int, stream: int, turn: int) -> Iterator:
-        """Yield the documents of a stream's turn, keeping for other streams what is theirs."""
+    def documents(self, corpus: int, stream: int, turn: int) -> Iterator[tuple[File, Place]]:
+        """Yield the documents of a stream's turn; its file is read once for all streams."""
         self._turns[corpus, stream] = turn
         lane, total = stream % _LANES, self.data.config.streams
         file, offset = self.data.streamed_file(corpus, lane, turn)
         key = (corpus, lane, turn)
         if key not in self._open:
-            waiting: dict[int, deque] = {
-                s: deque()
+            sharers = [
+                s
                 for (c, s), at in self._turns.items()
                 if c == corpus and s % _LANES == lane and at <= turn
-            }
-            self._open[key] = enumerate(all_places(file), offset), waiting
-        places, queues = self._open[key]
-        queue = queues[stream]
-        while True:
-            if not queue:
-                for number, place in places:
-                    if number % total in queues:
-                        queues[number % total].append(place)
-                    if queue:
-                        break
-                else:
-                    break
-            yield file, queue.popleft()
-        del queues[stream]
-        if not queues:
+            ]
+            copies = tee(all_places(file), len(sharers))
+            self._open[key] = dict(zip(sharers, copies, strict=True))
+        places = self._open[key].pop(stream)
+        if not self._open[key]:
             del self._open[key]
+        for place in islice(places, (stream - offset) % total, None, total):
+            yield file, place
 
 
 class Stream:
@@ -414,6 +389,7 @@ class Stream:
         epochs: int | None = None,
     ) -> None:
         self.data, self.number, self.dealers, self.epochs = data, number, dealers, epochs
+        self.positions = positions
         config = data.config
         self._weights = [source.weight for source in config.sources]
         self._given = [position["tokens"] for position in positions]
@@ -421,22 +397,20 @@ class Stream:
         rng = np.random.default_rng([config.seed, number, 0])
         phases = rng.random(len(positions)) * (config.source_length + config.target_length)
         self._phases = phases.tolist()
-        self._rows = {
-            corpus: self._rows_of(corpus, position) for corpus, position in enumerate(positions)
-        }
 
     def __iter__(self) -> Iterator[Row]:
-        while self._rows:
-            corpus = min(
-                self._rows,
-                key=lambda i: (self._given[i] + self._phases[i]) / self._weights[i],
-            )
-            row = next(self._rows[corpus], None)
+        rows = {corpus: self._rows_of(corpus, at) for corpus, at in enumerate(self.positions)}
+        while rows:
+            corpus = min(rows, key=self._share_given)
+            row = next(rows[corpus], None)
             if row is None:
-                del self._rows[corpus]
+                del rows[corpus]
                 continue
             self._given[corpus] = row.position["tokens"]
             yield row
+
+    def _share_given(self, corpus: int) -> float:
+        return (self._given[corpus] + self._phases[corpus]) / self._weights[corpus]
 
     def _rows_of(self, corpus: int, position: Position) -> Iterator[Row]:
         """Yield the rows of a corpus behind a position."""
@@ -448,60 +422,48 @@ class Stream:
                 return
             documents = data.documents(corpus, self.number, now["turn"], self.dealers)
             documents = islice(documents, now["document"], None)
-            for examples, read, counts in self._windows(documents, corpus, epoch):
+            for examples, counts in self._windows(documents, corpus, epoch):
                 rows = self._pack(examples, corpus, now)
                 fruitless = 0 if rows else fruitless
-                for index in range(now["row"], len(rows)):
-                    row = rows[index]
-                    now["row"] = index + 1
+                for number, row in enumerate(rows[now["row"] :], now["row"] + 1):
+                    now["row"] = number
                     now["tokens"] += sum(len(e.source) + len(e.target) for e in row)
-                    if index + 1 == len(rows):
-                        self._pass(now, read, counts)
+                    if number == len(rows):
+                        now = _behind(now, counts)
                     yield Row(row, self.number, corpus, dict(now))
                 if not rows:
-                    self._pass(now, read, counts)
+                    now = _behind(now, counts)
             now |= {"turn": now["turn"] + 1, "document": 0, "row": 0}
             fruitless += 1
             if fruitless > data.opened[corpus].num_blocks:
                 self._check_usable(corpus)
                 fruitless = 0
 
-    @staticmethod
-    def _pass(now: Position, read: int, counts: Counter[str]) -> None:
-        now |= {"document": now["document"] + read, "row": 0}
-        for name, number in counts.items():
-            now[name] += number
-
     def _windows(
         self, documents: Iterator, corpus: int, epoch: int
-    ) -> Iterator[tuple[list[Example], int, Counter[str]]]:
-        """Yield examples to pack together, the documents read for them, and their counts."""
+    ) -> Iterator[tuple[list[Example], Counter[str]]]:
+        """Yield examples to pack together, and counts of the documents read for them."""
         config = self.data.config
         budgets = WINDOW_ROWS * config.source_length, WINDOW_ROWS * config.target_length
         examples: list[Example] = []
         counts: Counter[str] = Counter()
-        read = source = target = 0
+        source = target = 0
         for file, place in documents:
-            document = file.parse(place)
-            read += 1
-            if self.data.is_heldout(file, document.key):
-                counts["heldout"] += 1
+            what, key, tokens = self.data.read(file, place)
+            counts["document"] += 1
+            counts[what] += 1
+            if what != "documents":
                 continue
-            tokens = self.data.tokens(document)
-            if len(tokens) < config.min_tokens:
-                counts["refused"] += 1
-                continue
-            counts["documents"] += 1
-            made = self.data.examples(tokens, document.key, epoch, corpus)
+            made = self.data.examples(tokens, key, epoch, corpus)
             source += sum(len(example.source) for example in made)
             target += sum(len(example.target) for example in made)
             examples += made
             if source >= budgets[0] or target >= budgets[1]:
-                yield examples, read, counts
+                yield examples, counts
                 examples, counts = [], Counter()
-                read = source = target = 0
-        if read:
-            yield examples, read, counts
+                source = target = 0
+        if counts:
+            yield examples, counts
 
     def _pack(self, examples: list[Example], corpus: int, now: Position) -> list[list[Example]]:
         config = self.data.config
@@ -514,19 +476,25 @@ class Stream:
 
     def _check_usable(self, corpus: int) -> None:
         """Raise InputError unless a document of the corpus can be trained on."""
-        opened, data = self.data.opened[corpus], self.data
+        opened, config = self.data.opened[corpus], self.data.config
         counts: Counter[str] = Counter()
-        for file in opened.files:
-            for document in map(file.parse, all_places(file)):
-                if data.is_heldout(file, document.key):
-                    counts["held out"] += 1
-                elif len(data.tokens(document)) < data.config.min_tokens:
-                    counts[f"shorter than data.min_tokens={data.config.min_tokens}"] += 1
-                else:
+        for block in range(opened.num_blocks):
+            for file, place in opened.places(block):
+                counts[self.data.read(file, place)[0]] += 1
+                if counts["documents"]:
                     return
-        why = ", ".join(f"{number:,} {reason}" for reason, number in counts.items())
-        inputs = ", ".join(data.config.sources[corpus].inputs)
+        reasons = {
+            "heldout": "held out",
+            "refused": f"shorter than data.min_tokens={config.min_tokens}",
+        }
+        why = ", ".join(f"{number:,} {reasons[what]}" for what, number in counts.items())
+        inputs = ", ".join(config.sources[corpus].inputs)
         raise InputError(f"there is nothing to train on in {inputs}: {why or 'no documents'}")
+
+
+def _behind(now: Position, counts: Counter[str]) -> Position:
+    """Return the position behind a window."""
+    return {name: number + counts[name] for name, number in now.items()} | {"row": 0}
 
 
 def reader_number(rank: int, ranks: int, worker: int) -> int:
@@ -560,19 +528,9 @@ class _Reader(IterableDataset):
 class RowLoader:
     """Endless batches of one rank, collated in this process from the rows of its workers.
 
-    Args:
-        data: What to read.
-        batch_size: Rows a batch.
-        rank: Of this process.
-        ranks: How many there are.
-        num_workers: Processes that make rows; 0 makes them in this one.
-        collate: From rows to a batch.
-        state: What `merge_states` and `UL2Data.adopt` returned, to continue from there.
-        worker_init_fn: As torch's.
-
-    Raises:
-        InputError: ranks times workers do not divide the streams; or, at `next`, whatever is wrong
-            with the data, at the row that it concerns.
+    `batch_size` counts rows; `state` is what `merge_states` and `UL2Data.adopt` returned, to
+    continue from there. Raises InputError if ranks times workers do not divide the streams; and, at
+    `next`, for whatever is wrong with the data, at the row that it concerns.
     """
 
     def __init__(
@@ -721,8 +679,6 @@ def special_ids(
     ids = getattr(tokenizer, "sentinel_token_ids", None)
     if ids is None:
         raise InputError(f"tokenizer {name!r} has no sentinels; make one of Qwen3's first")
-    if ids and ids != list(range(ids[0], ids[0] + len(ids))):
-        raise InputError(f"the sentinels of tokenizer {name!r} are not consecutive ids")
     check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
     modes: list[int] = []
     if config.mode_tokens:

@@ -16,11 +16,11 @@ Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (
 2020 (T5); the mixture of `t5gemma2` is Zhang et al. 2025 (T5Gemma 2).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil, floor, inf
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,25 +41,17 @@ class Denoiser:
     """Share of the tokens that the target holds, above 0 and below 1."""
     weight: float = 1.0
     """Share of the examples, relative to the other denoisers."""
-    placement: Literal["uniform", "t5"] = "uniform"
-    """Where spans may lie: `uniform` over all positions, or as T5 does."""
 
     def __post_init__(self) -> None:
-        limits: dict[str, Callable[[Any], bool]] = {
-            "mean_span": lambda value: value is None or 1 <= value < inf,
-            "corruption": lambda value: 0 < value < 1,
-            "weight": lambda value: 0 < value < inf,
-            "placement": lambda value: value in ("uniform", "t5"),
-        }
-        for name, fits in limits.items():
-            value = getattr(self, name)
-            try:
-                good = fits(value)
-            except TypeError:
-                raise InputError(
-                    f"denoiser {self.name}: {name}={value!r} is not a number"
-                ) from None
-            if not good:
+        span = 1 if self.mean_span is None else self.mean_span
+        for name, value, low, high in (
+            ("mean_span", span, 1, inf),
+            ("corruption", self.corruption, 1e-6, 1),
+            ("weight", self.weight, 1e-6, inf),
+        ):
+            if not isinstance(value, int | float):
+                raise InputError(f"denoiser {self.name}: {name}={value!r} is not a number")
+            if not low <= value < high:
                 raise InputError(f"denoiser {self.name}: {name}={value!r} is out of range")
 
 
@@ -93,7 +85,7 @@ PRESETS: dict[str, Preset] = {
         Denoiser("X4", 64, 0.50),
         Denoiser("S", None, 0.25),
     ),
-    "t5": (Denoiser("R", 3, 0.15, placement="t5"),),
+    "t5": (Denoiser("R", 3, 0.15),),
 }
 
 
@@ -106,43 +98,27 @@ def corrupt(
     eos_id: int,
     prefix: Ids = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Corrupt one text of at least two tokens.
+    """Corrupt one text: at least two tokens, none of them a sentinel.
 
-    Args:
-        tokens: Token ids, none of them a sentinel.
-        denoiser: The objective.
-        rng: The only source of randomness.
-        sentinel_ids: Ids of `<extra_id_0>`, `<extra_id_1>`, ...
-        eos_id: Ends source and target.
-        prefix: Ids that begin the source: a mode token, or nothing.
-
-    Returns:
-        Source and target, int32.
-
-    Raises:
-        ValueError: fewer than two tokens, a sentinel among them, or more spans than sentinels.
+    `rng` is the only source of randomness; `prefix` begins the source: a mode token, or nothing.
+    Returns source and target, int32, both ending in `eos_id`. Raises ValueError for another text,
+    or if there are more spans than `sentinel_ids`.
     """
     length = len(tokens)
     if length < 2:
         raise ValueError(f"{length} tokens are too few to corrupt; the least is 2")
-    if (
-        len(sentinel_ids)
-        and tokens.max() >= sentinel_ids[0]
-        and np.isin(tokens, sentinel_ids).any()
-    ):
+    first = sentinel_ids[0] if len(sentinel_ids) else inf
+    if tokens.max() >= first and np.isin(tokens, sentinel_ids).any():
         raise ValueError("a token is a sentinel: tokenize with split_special_tokens=True")
-    noise_tokens = _round(length * denoiser.corruption, denoiser, rng)
+    noise_tokens = _round(length * denoiser.corruption, rng)
     noise_tokens = min(max(noise_tokens, 1), length - 1)
     if denoiser.mean_span is None:
         kept = length - noise_tokens
-        return _spell([*prefix], tokens[:kept], eos_id), _spell([], tokens[kept:], eos_id)
+        return _join(prefix, tokens[:kept], [eos_id]), _join(tokens[kept:], [eos_id])
 
-    spans = _round(noise_tokens / denoiser.mean_span, denoiser, rng)
+    spans = _round(noise_tokens / denoiser.mean_span, rng)
     spans = min(max(spans, 1), noise_tokens, length - noise_tokens)
     noise = place_spans(length, noise_tokens, spans, rng)
-    if denoiser.placement == "uniform":
-        turn = int(rng.integers(length))
-        noise = np.concatenate([noise[turn:], noise[:turn]])
 
     begins = noise.copy()
     begins[1:] &= ~noise[:-1]
@@ -154,24 +130,25 @@ def corrupt(
     source[begins] = sentinels
     source = source[~noise | begins]
 
-    # A span's sentinel stands behind the noise tokens and the sentinels of the spans before it.
-    at = noise.cumsum()[begins] - 1 + np.arange(spans)
-    target = np.empty(noise_tokens + spans, np.int32)
-    is_token = np.ones(len(target), bool)
-    is_token[at] = False
-    target[at] = sentinels
-    target[is_token] = tokens[noise]
-    return _spell([*prefix], source, eos_id), _spell([], target, eos_id)
+    # In the target a span's sentinel stands behind the noise tokens of the spans before it.
+    target = np.insert(tokens[noise], noise.cumsum()[begins] - 1, sentinels)
+    return _join(prefix, source, [eos_id]), _join(target, [eos_id])
 
 
 def place_spans(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
-    """Return a mask, bool `[length]`, of `noise` tokens in `spans` spans, as T5 places them.
+    """Return a mask, bool `[length]`, of `noise` tokens in `spans` spans, uniform over positions.
 
-    Kept and noise segments alternate, the first kept and the last noise; all ways to cut them are
-    equally likely. So the first token is never noise and the last one always is: `corrupt` turns
-    this circle of segments by a uniform angle, which makes all positions equally likely. Where the
-    turn cuts a noise span in two there is one span more.
+    T5's segments never put noise on the first token and always put it on the last one. Turned as a
+    circle by a uniform angle they make all positions equally likely; where the turn cuts a noise
+    span in two there is one span more.
     """
+    circle = t5_segments(length, noise, spans, rng)
+    turn = int(rng.integers(length))
+    return np.concatenate([circle[turn:], circle[:turn]])
+
+
+def t5_segments(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
+    """Alternate kept and noise segments, first kept, last noise; all cuts are equally likely."""
     segments = np.empty(2 * spans, np.int64)
     segments[0::2] = _cut(length - noise, spans, rng)
     segments[1::2] = _cut(noise, spans, rng)
@@ -189,19 +166,14 @@ def _cut(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
     return ends[1:] - ends[:-1]
 
 
-def _round(value: float, denoiser: Denoiser, rng: np.random.Generator) -> int:
-    """Round at random, so that the mean is kept, or to the nearest as T5 does."""
+def _round(value: float, rng: np.random.Generator) -> int:
+    """Round at random, so that the mean is kept."""
     # A product such as 20 * 0.15 may lie a hair off the whole number that it stands for.
-    value = round(value, 6)
-    return round(value) if denoiser.placement == "t5" else floor(value + rng.random())
+    return floor(round(value, 6) + rng.random())
 
 
-def _spell(prefix: list[int], ids: np.ndarray, eos_id: int) -> np.ndarray:
-    spelled = np.empty(len(prefix) + len(ids) + 1, np.int32)
-    spelled[: len(prefix)] = prefix
-    spelled[len(prefix) : -1] = ids
-    spelled[-1] = eos_id
-    return spelled
+def _join(*parts: Ids) -> np.ndarray:
+    return np.concatenate(parts, dtype=np.int32, casting="unsafe")
 
 
 def uncorrupt(
@@ -218,35 +190,32 @@ def uncorrupt(
         source = source[1:]
     if len(source) < 1 or len(target) < 1 or source[-1] != eos_id or target[-1] != eos_id:
         raise ValueError("source and target must end in EOS")
-    source, target = np.asarray(source[:-1], np.int32), np.asarray(target[:-1], np.int32)
+    source, target = _join(source[:-1]), _join(target[:-1])
     holes = np.flatnonzero(np.isin(source, sentinel_ids))
     marks = np.flatnonzero(np.isin(target, sentinel_ids))
-    expected = np.asarray(sentinel_ids[: len(holes)], np.int32)
+    expected = sentinel_ids[: len(holes)]
     if not np.array_equal(source[holes], expected) or not np.array_equal(target[marks], expected):
         raise ValueError("the sentinels of source and target are not each there once and in order")
-    if not len(holes):
-        return np.concatenate([source, target])
-    if marks[0] != 0:
-        raise ValueError("the target does not start with a sentinel")
     first, *kept = np.split(source, holes)
-    spans = np.split(target, marks)[1:]
+    suffix, *spans = np.split(target, marks)
+    if len(holes) and len(suffix):
+        raise ValueError("the target does not start with a sentinel")
     parts = [first]
     for span, after in zip(spans, kept, strict=True):
         parts += [span[1:], after[1:]]
-    return np.concatenate(parts)
+    return np.concatenate([*parts, suffix])
 
 
 def sizes(denoiser: Denoiser, length: int) -> tuple[int, int, int]:
     """Return fewest noise tokens, most noise tokens and most spans of a text of `length` tokens."""
-    low, high = (round, round) if denoiser.placement == "t5" else (floor, ceil)
     product = round(length * denoiser.corruption, 6)
-    fewest, most = (min(max(f(product), 1), length - 1) for f in (low, high))
+    fewest = min(max(floor(product), 1), length - 1)
+    most = min(max(ceil(product), 1), length - 1)
     if denoiser.mean_span is None:
         return fewest, most, 0
-    spans = max(high(round(most / denoiser.mean_span, 6)), 1)
-    spans = min(spans, most, length - fewest)
+    spans = min(ceil(round(most / denoiser.mean_span, 6)), length - fewest)
     # The turn can cut one span of two tokens or more in two.
-    return fewest, most, spans if denoiser.placement == "t5" else min(spans + 1, most)
+    return fewest, most, min(spans + 1, most)
 
 
 @lru_cache
@@ -270,13 +239,13 @@ def check_capacity(preset: Preset, source_length: int, target_length: int, senti
     """Raise InputError if a denoiser can need more sentinels than there are."""
     lengths = [raw_length(denoiser, source_length, target_length) for denoiser in preset]
     needs = [sizes(*pair)[2] for pair in zip(preset, lengths, strict=True)]
-    for denoiser, length, need in zip(preset, lengths, needs, strict=True):
-        if need > sentinels:
-            raise InputError(
-                f"denoiser {denoiser.name} needs up to {need} sentinels for texts of {length} "
-                f"tokens ({source_length=}, {target_length=}) and the tokenizer has {sentinels}; "
-                f"build it with --num-sentinel-tokens {max(needs)} or shorten the lengths"
-            )
+    if max(needs) > sentinels:
+        worst = needs.index(max(needs))
+        raise InputError(
+            f"denoiser {preset[worst].name} needs up to {max(needs)} sentinels for texts of "
+            f"{lengths[worst]} tokens ({source_length=}, {target_length=}) and the tokenizer has "
+            f"{sentinels}; build it with --num-sentinel-tokens {max(needs)} or shorten the lengths"
+        )
 
 
 def render(example: Example, tokenizer: Any, preset: Preset | None = None) -> str:

@@ -21,9 +21,7 @@ def write_page(analysis: Analysis, file: Path, settings: dict[str, Any]) -> None
             (_draw_shares, "Share of examples and of target tokens by denoiser; ticks: nominal."),
             (_draw_lengths, "Source lengths (filled) and target lengths (outlined) in tokens."),
             (_draw_spans, "Sentinels per example by denoiser."),
-            (_draw_positions, "Share of noise by position in the text; flat lines are unbiased."),
             (_draw_fills, "Filled share of the rows' source and target budgets."),
-            (_draw_speed, "Source and target tokens made in one process."),
         )
     ]
     note = "Nominal values in brackets; lengths are mean and most."
@@ -79,24 +77,9 @@ def _draw_spans(axes: Axes, analysis: Analysis) -> None:
     axes.set(xlabel="denoiser", ylabel="sentinels")
 
 
-def _draw_positions(axes: Axes, analysis: Analysis) -> None:
-    bins = analysis.noise_by_position.shape[1]
-    at = (np.arange(bins) + 0.5) / bins
-    for denoiser, noise in zip(analysis.denoisers, analysis.noise_by_position, strict=True):
-        axes.plot(at, noise, label=denoiser.name, color=denoiser_color(denoiser.name))
-    axes.set(xlabel="position in the text", ylabel="share of noise", ylim=(0, 1.2))
-    axes.legend(ncols=len(analysis.denoisers))
-
-
 def _draw_fills(axes: Axes, analysis: Analysis) -> None:
     bins = np.linspace(0, 1, 41).tolist()
     axes.hist(analysis.fills[:, 0], bins, alpha=0.6, label="source")
     axes.hist(analysis.fills[:, 1], bins, alpha=0.6, label="target")
     axes.set(xlabel="filled share of the budget", ylabel="rows")
     axes.legend()
-
-
-def _draw_speed(axes: Axes, analysis: Analysis) -> None:
-    seconds, tokens = np.vstack([np.zeros((1, 2)), analysis.progress]).T
-    axes.plot(seconds, tokens / 1e6)
-    axes.set(xlabel="seconds", ylabel="M tokens", xlim=(0, None), ylim=(0, None))

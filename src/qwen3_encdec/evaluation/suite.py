@@ -12,7 +12,6 @@ import platform
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,6 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.package_docs import Docstring, package_docs
 from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.baselines import Embedder, NotRun
@@ -33,7 +31,6 @@ from qwen3_encdec.evaluation.retrieval import (
     PACKAGE_DOCS,
     Embed,
     Task,
-    normalize,
     package_retrieval,
 )
 from qwen3_encdec.folders import (
@@ -46,22 +43,6 @@ from qwen3_encdec.folders import (
     resolve_checkpoint,
 )
 
-SIMILARITY_TEXTS = (
-    "Return the largest element of a list.",
-    "Find the maximum value in an array.",
-    "Compute the mean of a sequence of numbers.",
-    "Open a file and read it line by line.",
-    "Load the contents of a text document from disk.",
-    "Write the given string to a path.",
-    "Send an HTTP request and return the response.",
-    "Download a page from a web server.",
-    "Close the connection to the remote host.",
-    "Train a neural network by gradient descent.",
-    "Update the weights of the model from the loss.",
-    "Split the data into training and test sets.",
-)
-"""Four subjects of three texts each, in that order."""
-MAP_PACKAGES, MAP_TEXTS = 6, 50
 MTEB_MAX_TOKENS = 512
 
 
@@ -293,64 +274,6 @@ def mteb_model(embed: Embed, name: str = "qwen3-encdec/embedder") -> Any:
             return embed([text for batch in inputs for text in batch["text"]], role)
 
     return Encoder()
-
-
-def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, Any]:
-    """The space of an encoder for the report, under its `name`.
-
-    `labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest
-    held-out packages, in two dimensions that keep neighbours together; `neighbours` of one of each
-    package among them.
-    """
-    from sklearn.manifold import TSNE
-
-    embed = baselines.encoder(folder)
-    texts = normalize(embed(list(SIMILARITY_TEXTS)))
-    space: dict[str, Any] = {
-        "name": name,
-        "labels": list(SIMILARITY_TEXTS),
-        "matrix": (texts @ texts.T).tolist(),
-    }
-    documents = documents_by_package(MAP_PACKAGES, MAP_TEXTS, seed)
-    if len(documents) <= MAP_PACKAGES:  # t-SNE of a few points says nothing
-        return space
-    embeddings = normalize(embed([document.text for document in documents]))
-    tsne = TSNE(init="pca", perplexity=min(30, len(documents) / 4), random_state=seed)
-    points = np.round(tsne.fit_transform(embeddings), 2)
-    titles = [" ".join(document.text.split())[:100] for document in documents]
-    groups = [document.package for document in documents]
-    similar = embeddings @ embeddings.T
-    np.fill_diagonal(similar, -2)
-    space["map"] = {"points": points.tolist(), "groups": groups}
-    space["neighbours"] = [
-        {
-            "text": titles[i],
-            "package": group,
-            "nearest": [
-                [titles[j], groups[j], round(float(similar[i, j]), 3)]
-                for j in np.argsort(-similar[i])[:3]
-            ],
-        }
-        for group in dict.fromkeys(groups)
-        for i in [groups.index(group)]
-    ]
-    return space
-
-
-def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring]:
-    """At most `texts` documents of each of the held-out packages that have most, shuffled."""
-    documents = package_docs("heldout")
-    counts = Counter(document.package for document in documents)
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    largest = {package for package, _ in ranked[:packages]}
-    taken: Counter[str] = Counter()
-    chosen = []
-    for i in np.random.default_rng(seed).permutation(len(documents)):
-        package = documents[i].package
-        if package in largest and taken[package] < texts:
-            taken[package] += 1
-            chosen.append(documents[i])
-    return chosen
 
 
 def provenance(

@@ -1,4 +1,4 @@
-"""Several runs on one page: curves, scores with intervals, infilled gaps, and spaces.
+"""Several runs on one page: curves, scores with intervals, and infilled gaps.
 
 A run is a folder of this project of training (metrics.jsonl), of an evaluation or of the demo
 (metrics.json).
@@ -19,7 +19,6 @@ from qwen3_encdec.reports.scores import (
     TASKS_NOTE,
     denoising_table,
     retrieval_table,
-    space_figures,
     task_figures,
     tasks_table,
 )
@@ -52,8 +51,6 @@ class Run:
     """Of metrics.json."""
     curves: list[dict[str, Any]] = field(default_factory=list)
     """Lines of metrics.jsonl."""
-    space: dict[str, Any] = field(default_factory=dict)
-    """Of space.json."""
 
 
 def compare(folders: Sequence[str | Path], output_dir: str | Path) -> list[Run]:
@@ -88,17 +85,18 @@ def _read(folder: Path, name: str) -> Run:
         raise InputError(f"run {folder} {reason}")
     places = (folder / "metrics.jsonl", folder / "ul2" / "metrics.jsonl")
     lines = next((file for file in places if file.exists()), None)
-    found: dict[str, Any] = {
-        part: read_json(folder / f"{part}.json")
-        for part in ("metrics", "space")
-        if (folder / f"{part}.json").exists()
-    }
-    if lines is None and "metrics" not in found:
+    metrics = folder / "metrics.json"
+    if lines is None and not metrics.exists():
         raise InputError(
             f"run {folder} holds neither metrics.json nor metrics.jsonl: there is nothing to show"
         )
-    curves = read_metrics(lines) if lines else []
-    return Run(name, folder, read_json(folder / PROVENANCE_FILE)["kind"], curves=curves, **found)
+    return Run(
+        name,
+        folder,
+        read_json(folder / PROVENANCE_FILE)["kind"],
+        read_json(metrics) if metrics.exists() else {},
+        read_metrics(lines) if lines else [],
+    )
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
@@ -143,11 +141,6 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
     shares, examples = _infilled(runs)
     if shares:
         sections.append(Section("Infilling", paragraphs=shares, examples=examples))
-    for run in runs:
-        if run.space:
-            name = f"{run.space['name']} ({run.name})" if several else run.space["name"]
-            figures = space_figures(run.space | {"name": name})
-            sections.append(Section(f"Space: {name}", figures=figures))
     return sections
 
 

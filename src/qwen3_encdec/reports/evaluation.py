@@ -13,7 +13,6 @@ from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.retrieval import Task, pairs_retrieval
 from qwen3_encdec.evaluation.suite import (
-    embedding_space,
     evaluate_denoising,
     evaluate_retrieval,
     provenance,
@@ -37,7 +36,7 @@ def evaluate(
     seed: int = 0,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a folder and write metrics.json and report.html, and of an encoder space.json.
+    """Evaluate a folder and write metrics.json and report.html.
 
     Args:
         model_dir: An encoder-decoder (a folder, a checkpoint or a run), or an extracted encoder.
@@ -59,7 +58,6 @@ def evaluate(
     check_output(output_dir, "evaluation")
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
-    space: dict[str, Any] = {}
     tasks: list[Task] = [pairs_retrieval(file, num_queries, seed) for file in pairs]
     if (model_dir / "modules.json").exists():
         tuned = (model_dir / PROVENANCE_FILE).exists() and "finetuned_from" in read_json(
@@ -74,7 +72,6 @@ def evaluate(
             tasks=tasks if pairs or mteb else None,
             mteb=mteb,
         )
-        space = embedding_space(model_dir, name, seed)
     else:
         folders = {"initialization": Path(initialization)} if initialization else {}
         folders["trained"] = checkpoints_to_average(model_dir, 1)[0]
@@ -84,10 +81,8 @@ def evaluate(
     )
     with new_folder(output_dir, "evaluation", model=str(model_dir)) as folder:
         write_json(folder / "metrics.json", metrics)
-        if space:
-            write_json(folder / "space.json", space)
         name = f"Evaluation of {model_dir.name}"
-        write_page(folder, [Run(name, model_dir, "evaluation", metrics, space=space)], name)
+        write_page(folder, [Run(name, model_dir, "evaluation", metrics)], name)
     return metrics
 
 

@@ -5,6 +5,7 @@ A run is a folder of this project of training (metrics.jsonl), of an evaluation 
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -100,20 +101,13 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that no other has."""
-    parts = [folder.resolve().parts for folder in folders]
-    names = []
-    for own in parts:
-        lengths = range(1, len(own) + 1)
-        names.append(
-            next(
-                (own[-n:] for n in lengths if sum(other[-n:] == own[-n:] for other in parts) == 1),
-                None,
-            )
-        )
-    if None in names:
+    """Paths below the folder that holds all of them."""
+    paths = [folder.resolve() for folder in folders]
+    root = os.path.commonpath([path.parent for path in paths])
+    names = [path.relative_to(root).as_posix() for path in paths]
+    if len(set(names)) < len(names):
         raise InputError(f"a run is named twice: {', '.join(map(str, folders))}")
-    return ["/".join(name) for name in names if name]
+    return names
 
 
 def _sections(runs: Sequence[Run]) -> list[Section]:
@@ -151,16 +145,8 @@ def _overview(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         steps = [line for line in run.curves if "target_tokens" in line]
         tokens = f"{steps[-1]['source_tokens'] + steps[-1]['target_tokens']:,}" if steps else "–"
         step = f"{run.curves[-1]['step']:,}" if run.curves else "–"
-        rows.append(
-            [
-                run.name,
-                run.kind,
-                step,
-                tokens,
-                str(facts.get("commit", "–")),
-                str(facts.get("hardware", "–")),
-            ]
-        )
+        origin = [str(facts.get(name, "–")) for name in ("commit", "hardware")]
+        rows.append([run.name, run.kind, step, tokens, *origin])
     return ["Run", "Kind", "Steps", "Tokens", "Commit", "Hardware"], rows
 
 

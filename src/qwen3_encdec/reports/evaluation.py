@@ -1,11 +1,13 @@
 """Evaluate a folder and write its page; the tables of the page as text for a terminal."""
 
-import textwrap
+import io
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 from transformers.utils import logging
 
 from qwen3_encdec.conversion.extract import checkpoints_to_average
@@ -95,26 +97,22 @@ def summary(metrics: Mapping[str, Any]) -> str:
         tables.append(retrieval_table(metrics["retrieval"], metrics["not_run"]))
     if metrics.get("tasks") or metrics.get("tasks_not_run"):
         tables.append(tasks_table(metrics["tasks"], metrics["tasks_not_run"]))
-    text = []
+    text = io.StringIO()
+    console = Console(file=text, width=160, markup=False, highlight=False)
     for header, rows in tables:
-        heads = [textwrap.wrap(cell, 13, break_long_words=False) for cell in header]
-        tallest = max(map(len, heads))
-        stacked = [
-            list(line)
-            for line in zip(*([""] * (tallest - len(head)) + head for head in heads), strict=True)
-        ]
-        lines = [*stacked, *rows]
-        widths = [
-            max(len(line[i]) for line in lines if len(line) == len(header))
-            for i in range(len(header))
-        ]
-        widths[0] = max(len(line[0]) for line in lines)
-        text += [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-            for line in lines
-        ]
-        text.append("")
-    return "\n".join(text).rstrip()
+        table = Table(box=None, pad_edge=False)
+        table.add_column(header[0])
+        for name in header[1:]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            if len(row) == len(header):
+                table.add_row(*row)
+        console.print(table)
+        for row in rows:
+            if len(row) < len(header):
+                console.print("  ".join(row))
+        console.print()
+    return text.getvalue().rstrip()
 
 
 def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> str:

@@ -574,11 +574,7 @@ def _mine(config: FinetuneConfig, dataset: Dataset, model: SentenceTransformer) 
         output_format="n-tuple",
         verbose=False,
     )
-    if len(mined) < config.batch_size:
-        raise InputError(
-            f"only {len(mined)} of {len(dataset)} pairs have {config.mine_negatives} negatives "
-            f"under mining_margin {config.mining_margin}: less than one batch of {config.batch_size}"
-        )
+    print(f"{len(mined):,} of {len(dataset):,} pairs have negatives", file=sys.stderr)
     return _dataset([mined[name] for name in mined.column_names])
 
 

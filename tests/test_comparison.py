@@ -75,8 +75,8 @@ def test_page_holds_every_run(runs, tmp_path):
     comparison.compare(runs, tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
-    # loss, held-out loss, learning rate, throughput; tasks
-    assert page.tags.count("svg") == 5
+    # loss, held-out loss, learning rate, throughput
+    assert page.tags.count("svg") == 4
     assert "http" not in text
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
     ids = [value for name, value in page.attributes if name == "id"]
@@ -143,7 +143,7 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(runs, tmp_pat
     assert complaints == []
     assert seen["inner"] == width
     assert seen["page"] <= width
-    assert len(seen["svg"]) == 5
+    assert len(seen["svg"]) == 4
     assert all(0.6 * min(width, 500) <= drawn <= width for drawn in seen["svg"])
     assert all(drawn <= width for drawn in seen["table"])
     assert min(seen["inked"]) > 5

@@ -85,10 +85,10 @@ def report(tmp_path):
 
 def test_page_is_whole(report):
     page = Page(report)
-    # tasks, training loss, held-out loss, learning rate, throughput
-    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 5
+    # training loss, held-out loss, learning rate, throughput
+    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 4
     labels = [value for name, value in page.attributes if name == "aria-label"]
-    assert len(set(labels)) == 5
+    assert len(set(labels)) == 4
     assert all(len(label) > 10 for label in labels)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))

@@ -11,6 +11,7 @@ import math
 import random
 import shutil
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -374,9 +375,12 @@ class _Watch(TrainerCallback):
 
     def __init__(self, model: SentenceTransformer, work: Path) -> None:
         self.model, self.work = model, work
+        self.began = time.monotonic()
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Record and print what the trainer logs."""
+        seconds = time.monotonic() - self.began
+        state.log_history[-1]["seconds"] = round(seconds, 1)
         lines = [json.dumps(line) + "\n" for line in state.log_history]
         (self.work / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
         shown = {name: float(logs[name]) for name in (*LOGGED, SCORE) if name in logs}
@@ -388,7 +392,8 @@ class _Watch(TrainerCallback):
                 )
         if shown:
             facts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
-            print(f"step {state.global_step:,} of {args.max_steps:,}: {facts}", file=sys.stderr)
+            line = f"step {state.global_step:,} of {args.max_steps:,}: {facts}, {seconds:.0f} s"
+            print(line, file=sys.stderr, flush=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Score the last step as well, whatever `eval_every` is."""

@@ -20,7 +20,6 @@ from qwen3_encdec.reports.scores import (
     TASKS_NOTE,
     denoising_table,
     retrieval_table,
-    task_figures,
     tasks_table,
 )
 
@@ -130,8 +129,7 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
             sections.append(Section(title, RETRIEVAL_NOTE.format(**run.metrics), table))
     tasks, not_run = _merged_tasks(runs)
     if tasks or not_run:
-        table = tasks_table(tasks, not_run)
-        sections.append(Section("Tasks", TASKS_NOTE, table, task_figures(tasks)))
+        sections.append(Section("Tasks", TASKS_NOTE, tasks_table(tasks, not_run)))
     shares, examples = _infilled(runs)
     if shares:
         sections.append(Section("Infilling", paragraphs=shares, examples=examples))

@@ -1,12 +1,9 @@
-"""Tables and figures of evaluations: denoising, retrieval and tasks."""
+"""Tables of evaluations: denoising, retrieval and tasks."""
 
 from collections.abc import Mapping
 from typing import Any
 
-from markupsafe import Markup
-from matplotlib.axes import Axes
-
-from qwen3_encdec.reports.page import COLORS, Table, figure, legend
+from qwen3_encdec.reports.page import Table
 
 SCORES = {"mrr": "MRR", "ndcg@10": "nDCG@10", "r@1": "R@1"}
 GEOMETRY = {
@@ -48,12 +45,11 @@ def tasks_table(tasks: Mapping[str, Mapping[str, Any]], not_run: Mapping[str, st
     def cell(score: Mapping[str, float] | None) -> str:
         if score is None:
             return "–"
-        spread = (
-            f" ±{(score['high'] - score['low']) / 2:.3f}".replace("±0.", "±.")
-            if "low" in score
-            else ""
-        )
-        return f"{score['score']:.3f}{spread}"
+        found = f"{score['score']:.3f}"
+        if "low" in score:
+            half = f"{(score['high'] - score['low']) / 2:.3f}"
+            found += f" ±{half.removeprefix('0')}"
+        return found
 
     rows = [
         [
@@ -66,15 +62,6 @@ def tasks_table(tasks: Mapping[str, Mapping[str, Any]], not_run: Mapping[str, st
     return ["Task", *(embedders or ["Score"])], rows
 
 
-def task_figures(tasks: Mapping[str, Mapping[str, Any]]) -> list[Markup]:
-    """Scores with their intervals."""
-    embedders = len({name for task in tasks.values() for name in task["scores"]})
-    if not embedders:
-        return []
-    height = 0.8 + len(tasks) * (0.2 + 0.13 * embedders)
-    return [figure(_draw_tasks, tasks, "Scores by task, with 95 % intervals.", height)]
-
-
 def denoising_table(denoising: Mapping[str, Mapping[str, float]]) -> Table:
     """Header and rows of the losses by denoiser."""
     names = list(dict.fromkeys(name for losses in denoising.values() for name in losses))
@@ -83,30 +70,3 @@ def denoising_table(denoising: Mapping[str, Mapping[str, float]]) -> Table:
         for name in names
     ]
     return ["Denoiser", *denoising], rows
-
-
-def _draw_tasks(axes: Axes, tasks: Mapping[str, Mapping[str, Any]]) -> None:
-    embedders = list(dict.fromkeys(name for task in tasks.values() for name in task["scores"]))
-    height = 0.8 / len(embedders)
-    for j, embedder in enumerate(embedders):
-        rows = [
-            (i, task["scores"][embedder])
-            for i, task in enumerate(tasks.values())
-            if embedder in task["scores"]
-        ]
-        places = [i + (j - (len(embedders) - 1) / 2) * height for i, _ in rows]
-        scores = [row["score"] for _, row in rows]
-        spread = [
-            [abs(row.get(end, row["score"]) - row["score"]) for _, row in rows]
-            for end in ("low", "high")
-        ]
-        mark, color = "os^D"[j // len(COLORS) % 4], COLORS[j % len(COLORS)]
-        axes.errorbar(
-            scores, places, xerr=spread, fmt=mark, color=color, markersize=3.5, label=embedder
-        )
-    axes.set_yticks(range(len(tasks)), list(tasks))
-    axes.set_ylim(len(tasks) - 0.5, -0.5)
-    axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
-    axes.set_xlabel("score")
-    axes.grid(axis="x", alpha=0.25)
-    legend(axes)

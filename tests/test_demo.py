@@ -18,6 +18,7 @@ from qwen3_encdec.demo.parent import (
     train_causal_parent,
 )
 from qwen3_encdec.embedding.finetune import finetune
+from qwen3_encdec.evaluation import retrieval
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError
 
 TEXTS = [
@@ -99,7 +100,8 @@ def test_parent_refuses_a_corpus_of_less_than_a_block(tmp_path):
 
 
 def _small_files(folder):
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != PROVENANCE_FILE)
+    records = (PROVENANCE_FILE, "README.md", "metrics.jsonl")
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in records)
     return {
         str(file.relative_to(folder)): file.read_bytes()
         for file in files
@@ -157,7 +159,7 @@ def test_finetune_keeps_the_encoder_bidirectional_and_the_control_causal(
     ("folder", "pairs", "sentence"),
     [
         ("encoder", PAIRS[:5], "5 pairs are less than one batch of 8"),
-        ("missing", PAIRS, "no sentence-transformers folder"),
+        ("missing", PAIRS, "not a sentence-transformers folder"),
     ],
 )
 def test_finetune_says_what_is_wrong(encoder, tmp_path, folder, pairs, sentence):
@@ -172,10 +174,8 @@ def small_corpus(monkeypatch):
 
     embedding thousands of bodies by the baselines is what takes the demo's minutes.
     """
-    from qwen3_encdec.evaluation import tasks
-
-    some = tasks.summary_pairs("heldout")[:30]
-    monkeypatch.setattr(tasks, "summary_pairs", lambda split: some)
+    some = retrieval.summary_pairs("heldout")[:30]
+    monkeypatch.setattr(retrieval, "summary_pairs", lambda split: some)
 
 
 def test_the_whole_road_twice(small_corpus, tmp_path, capsys):

@@ -32,7 +32,7 @@ from qwen3_encdec.folders import InputError, write_json
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
 FULL = {"layers": 6, "texts": 96, "longest": 500, "rounds": 3, "documents": 3000, "sizes": {}}
-TOY = {"vocab_size": 740, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
+TOY = {"num_ranks": 512, "vocab_size": 740, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
        "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
 QUICK = {"layers": 1, "texts": 12, "longest": 60, "rounds": 1, "documents": 60, "sizes": TOY}
 RUNTIMES = {"onnx": "onnxruntime", "onnx-int8": "onnxruntime", "gguf-q8_0": "xllamacpp"}
@@ -51,7 +51,7 @@ def main() -> None:
     logging.disable_progress_bar()
     started, plan = time.monotonic(), QUICK if arguments.quick else FULL
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_encoder(Path(scratch), plan)
+        folder = make_encoder(Path(scratch), plan["layers"], **plan["sizes"])
         texts = sample_texts(AutoTokenizer.from_pretrained(folder), plan["texts"], plan["longest"])
         sides = {}
         for dtype in (torch.float32, torch.bfloat16):
@@ -79,16 +79,16 @@ def main() -> None:
         write_json(arguments.output, {"seconds": seconds, "recall@10": kept, "provenance": facts})
 
 
-def make_encoder(root: Path, plan: dict) -> Path:
-    """An encoder folder with random weights."""
+def make_encoder(root: Path, layers: int, num_ranks: int | None = None, **sizes: int) -> Path:
+    """An encoder folder with random weights; `num_ranks` cuts Qwen3's vocabulary."""
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(num_ranks=512 if plan["sizes"] else None)
+    tokenizer = build_tokenizer(num_ranks=num_ranks)
     config = Qwen3EncoderDecoderConfig(
-        num_hidden_layers=plan["layers"],
+        num_hidden_layers=layers,
         num_decoder_layers=1,
         pad_token_id=tokenizer.pad_token_id,
         eos_token_id=tokenizer.eos_token_id,
-        **plan["sizes"],
+        **sizes,
     )
     Qwen3ForSeq2SeqLM(config).save_pretrained(root / "encdec")
     tokenizer.save_pretrained(root / "encdec")
@@ -113,10 +113,8 @@ def take_turns(sides: dict, texts: list[str], rounds: int) -> tuple[dict, dict]:
 def show(seconds: dict[str, list[float]], found: dict, texts: int) -> None:
     """The table, then the targets."""
     median = {side: statistics.median(times) for side, times in seconds.items()}
-    base, reference = (
-        median["sentence-transformers float32"],
-        found["sentence-transformers float32"],
-    )
+    base = median["sentence-transformers float32"]
+    reference = found["sentence-transformers float32"]
     print(f"{'':32}{'texts/s':>9}{'x':>7}{'cosine >=':>12}")
     for side, taken in median.items():
         cosine = float((found[side] * reference).sum(1).min())

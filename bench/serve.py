@@ -20,19 +20,31 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-FULL = {
-    "layers": 6,
-    "hidden_size": 384,
-    "intermediate_size": 1152,
-    "requests": 400,
-    "faults": 10_000,
-}
-QUICK = {"layers": 1, "hidden_size": 64, "intermediate_size": 96, "requests": 16, "faults": 160}
+import torch
+import uvicorn
+from embed import make_encoder, target
+from sentence_transformers import SentenceTransformer
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Route
+from transformers.utils import logging
+
+from qwen3_encdec.embedding.encoder import TextEncoder
+from qwen3_encdec.evaluation.suite import provenance
+from qwen3_encdec.folders import write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+SIZES = {"hidden_size": 384, "intermediate_size": 1152, "head_dim": 64}
+HEADS = {"num_attention_heads": 6, "num_key_value_heads": 6}
+FULL = {"model": {"layers": 6, **SIZES, **HEADS}, "requests": 400, "faults": 10_000}
+QUICK = {"model": {"layers": 1, **SIZES, **HEADS}, "requests": 16, "faults": 160}
 LENGTHS = {"query": 8, "passage": 200}
 
 
@@ -52,19 +64,12 @@ def main() -> None:
         serve_plain(arguments.plain)
         return
 
-    import torch
-    from transformers.utils import logging
-
-    from qwen3_encdec.embedding.encoder import TextEncoder
-    from qwen3_encdec.evaluation.suite import provenance
-    from qwen3_encdec.folders import write_json
-
     logging.disable_progress_bar()
     plan = QUICK if arguments.quick else FULL
     requests = arguments.requests or plan["requests"]
     rows: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = make_encoder(Path(scratch), plan)
+        folder = make_encoder(Path(scratch), **plan["model"])
         encoder = TextEncoder(folder, dtype=torch.float32, device="cpu")
         texts = {kind: make_texts(encoder, length) for kind, length in LENGTHS.items()}
         alone = {kind: time_alone(encoder, texts[kind]) for kind in texts}
@@ -91,33 +96,6 @@ def main() -> None:
     if arguments.output:
         facts = provenance(plan=plan, threads=torch.get_num_threads())
         write_json(arguments.output, {"rows": rows, "alone": alone, "provenance": facts})
-
-
-def make_encoder(root: Path, plan: dict) -> Path:
-    """An encoder folder with random weights and Qwen3's whole tokenizer."""
-    import torch
-
-    from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
-    from qwen3_encdec.conversion.extract import extract_encoder
-    from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
-
-    torch.manual_seed(0)
-    tokenizer = build_tokenizer()
-    config = Qwen3EncoderDecoderConfig(
-        hidden_size=plan["hidden_size"],
-        intermediate_size=plan["intermediate_size"],
-        num_hidden_layers=plan["layers"],
-        num_decoder_layers=1,
-        num_attention_heads=plan["hidden_size"] // 64,
-        num_key_value_heads=plan["hidden_size"] // 64,
-        head_dim=64,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
-    Qwen3ForSeq2SeqLM(config).save_pretrained(root / "encdec")
-    tokenizer.save_pretrained(root / "encdec")
-    extract_encoder(root / "encdec", root / "encoder")
-    return root / "encoder"
 
 
 def make_texts(encoder, length: int) -> list[str]:
@@ -153,9 +131,6 @@ def time_alone(encoder, texts: list[str]) -> float:
 
 def serve_plain(folder: Path) -> None:
     """The loop that tutorials show."""
-    import uvicorn
-    from sentence_transformers import SentenceTransformer
-
     model = SentenceTransformer(str(folder), device="cpu")
 
     def answer(body: dict) -> dict:
@@ -163,54 +138,37 @@ def serve_plain(folder: Path) -> None:
         rows = model.encode(texts, show_progress_bar=False).tolist()
         return {"data": [{"index": i, "embedding": row} for i, row in enumerate(rows)]}
 
-    try:
-        from fastapi import FastAPI
+    async def route(request: Request) -> JSONResponse:
+        return JSONResponse(await run_in_threadpool(answer, await request.json()))
 
-        app = FastAPI()
-        app.post("/v1/embeddings")(answer)
-    except ModuleNotFoundError:
-        from starlette.applications import Starlette
-        from starlette.concurrency import run_in_threadpool
-        from starlette.responses import JSONResponse
-        from starlette.routing import Route
-
-        async def route(request):
-            return JSONResponse(await run_in_threadpool(answer, await request.json()))
-
-        app = Starlette(routes=[Route("/v1/embeddings", route, methods=["POST"])])
+    app = Starlette(routes=[Route("/v1/embeddings", route, methods=["POST"])])
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     print(f"http://127.0.0.1:{port}", flush=True)
     uvicorn.run(app, port=port, log_level="warning")
 
 
-class running:  # noqa: N801
+@contextmanager
+def running(command: list) -> Iterator[str]:
     """A server in another process, by its command; its address is the first line that it prints."""
-
-    def __init__(self, command: list) -> None:
-        self.command = [str(word) for word in command]
-
-    def __enter__(self) -> str:
-        quiet = subprocess.DEVNULL
-        self.process = subprocess.Popen(
-            self.command, stdout=subprocess.PIPE, stderr=quiet, text=True
-        )
-        assert self.process.stdout
-        url = self.process.stdout.readline().strip().removesuffix("/v1/embeddings")
-        if not url:
-            raise SystemExit(f"{' '.join(self.command)} did not start")
-        threading.Thread(target=self.process.stdout.read, daemon=True).start()
+    process = subprocess.Popen(
+        map(str, command), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    assert process.stdout
+    try:
+        url = process.stdout.readline().strip().removesuffix("/v1/embeddings")
+        threading.Thread(target=process.stdout.read, daemon=True).start()
         host, port = url.removeprefix("http://").split(":")
-        while True:  # bound is not yet listening
+        while process.poll() is None:  # bound is not yet listening
             try:
                 socket.create_connection((host, int(port))).close()
-                return url
+                break
             except OSError:
                 time.sleep(0.05)
-
-    def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        self.process.wait(30)
+        yield url
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
 def load(url: str, texts: list[str], clients: int, requests: int) -> dict:
@@ -283,11 +241,6 @@ def report(rows: dict[str, dict], alone: dict[str, float], clients: list[str]) -
         if "1" in clients:
             ratio = rows[f"ours, 1 clients, {kind}"]["p50"] / alone[kind]
             target(f"p50 of one client, {kind}", f"{ratio:.2f} x encode", "<= 1.3 x", ratio <= 1.3)
-
-
-def target(name: str, figure: str, wanted: str, met: bool) -> None:
-    """One line that says if a figure is as wanted."""
-    print(f"target {name}: {figure} (wanted {wanted}) {'met' if met else 'missed'}")
 
 
 if __name__ == "__main__":

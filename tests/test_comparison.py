@@ -11,7 +11,7 @@ import yaml
 
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError
 from qwen3_encdec.reports import comparison
-from tests.test_report import CURVES, HOSTILE, METRICS, SIMILARITY, TASKS, Page
+from tests.test_report import CURVES, HOSTILE, METRICS, TASKS, Page
 
 CHROMIUM = next(
     (
@@ -29,12 +29,11 @@ parent.document.title = 'MEASURED ' + JSON.stringify({
 </script>"""
 
 
-def write_run(folder, kind, *, metrics=None, curves=None, space=None, config=None, **record):
+def write_run(folder, kind, *, metrics=None, curves=None, config=None, **record):
     folder.mkdir(parents=True)
     (folder / PROVENANCE_FILE).write_text(json.dumps({"kind": kind, **record}))
-    for name, value in (("metrics.json", metrics), ("space.json", space)):
-        if value is not None:
-            (folder / name).write_text(json.dumps(value))
+    if metrics is not None:
+        (folder / "metrics.json").write_text(json.dumps(metrics))
     if curves:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in curves))
     if config:
@@ -67,7 +66,6 @@ def runs(tmp_path):
             tmp_path / "evaluation",
             "evaluation",
             metrics=evaluated,
-            space=SIMILARITY,
             model=str(encoder),
         ),
     ]
@@ -77,8 +75,8 @@ def test_page_holds_every_run(runs, tmp_path):
     comparison.compare(runs, tmp_path / "out")
     text = (tmp_path / "out" / "report.html").read_text()
     page = Page(text)
-    # loss, held-out loss, learning rate, throughput; tasks; similarity, map
-    assert page.tags.count("svg") == 7
+    # loss, held-out loss, learning rate, throughput
+    assert page.tags.count("svg") == 4
     assert "http" not in text
     assert not {"script", "link", "iframe", "object", "img"} & set(page.tags)
     ids = [value for name, value in page.attributes if name == "id"]
@@ -145,7 +143,7 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(runs, tmp_pat
     assert complaints == []
     assert seen["inner"] == width
     assert seen["page"] <= width
-    assert len(seen["svg"]) == 7
+    assert len(seen["svg"]) == 4
     assert all(0.6 * min(width, 500) <= drawn <= width for drawn in seen["svg"])
     assert all(drawn <= width for drawn in seen["table"])
     assert min(seen["inked"]) > 5

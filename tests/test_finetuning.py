@@ -139,30 +139,33 @@ def test_what_is_not_finite_is_no_finished_encoder(encoder, tmp_path, lr):
 
 
 def test_a_nan_weight_is_caught_where_the_loss_is_not_asked(encoder, tmp_path, monkeypatch):
-    def poison(self):
+    train = finetuning._Trainer.train
+
+    def train_and_poison(self, **options):
+        train(self, **options)
         next(iter(self.model.parameters())).data[0] = float("nan")
 
-    monkeypatch.setattr(finetuning._Watch, "restore_best", poison)
+    monkeypatch.setattr(finetuning._Trainer, "train", train_and_poison)
     with pytest.raises(InputError, match=r"weight .*embed_tokens.weight is not finite"):
-        finetune(encoder, tmp_path / "out", PAIRS, **QUICK)
+        finetune(encoder, tmp_path / "out", PAIRS, **QUICK, heldout_pairs=0)
     assert not list(tmp_path.iterdir())
 
 
 def test_scores_before_during_and_after_and_the_best_weights_stay(encoder, tmp_path, capsys):
-    options = QUICK | {"steps": 20, "batch_size": 32, "lr": 3e-3, "eval_every": 5}
+    options = QUICK | {"steps": 20, "batch_size": 32, "lr": 3e-3, "eval_every": 8}
     result = finetune(encoder, tmp_path / "tuned", PAIRS, **options)
     lines = [
         json.loads(line) for line in (tmp_path / "tuned/metrics.jsonl").read_text().splitlines()
     ]
-    scores = {line["step"]: line["ndcg@10"] for line in lines if "ndcg@10" in line}
-    assert list(scores) == [0, 5, 10, 15, 20]
+    scores = {line["step"]: line[finetuning.SCORE] for line in lines if finetuning.SCORE in line}
+    assert list(scores) == [0, 8, 16, 20]
     assert result["heldout"] == {
         "before": scores[0],
         "after": scores[20],
         "best": max(scores.values()),
     }
     assert len([line for line in lines if "loss" in line]) == 10
-    assert "step 20 of 20: ndcg@10" in capsys.readouterr().err
+    assert "step 20 of 20: eval_ndcg@10" in capsys.readouterr().err
     # No held-out text is trained on.
     full = finetuning._dataset(list(zip(*PAIRS, strict=True)))
     train, heldout = finetuning._split(FinetuneConfig(**QUICK), full)
@@ -186,14 +189,14 @@ def test_the_card_tells_the_scores_and_no_local_path(encoder, tmp_path):
 def test_an_interrupted_finetuning_resumes_to_the_same_weights(encoder, tmp_path, monkeypatch):
     options = QUICK | {"steps": 8, "save_every": 2, "eval_every": 2, "lr": 1e-3}
     straight = finetune(encoder, tmp_path / "straight", PAIRS, **options)
-    whole = finetuning._Watch.on_step_end
+    log = finetuning._Watch.on_log
 
     def stop(self, args, state, control, **kwargs):
         if state.global_step == 5:
             raise KeyboardInterrupt
-        whole(self, args, state, control, **kwargs)
+        log(self, args, state, control, **kwargs)
 
-    monkeypatch.setattr(finetuning._Watch, "on_step_end", stop)
+    monkeypatch.setattr(finetuning._Watch, "on_log", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune(encoder, tmp_path / "out", PAIRS, **options)
     monkeypatch.undo()

@@ -31,13 +31,6 @@ CURVES = [
     {"step": step, "loss": 5.0, "loss/R1": 5.0 - step, "loss/S": 4.0, "lr": 1e-3, "tokens_per_second": 100.0}
     for step in (1, 2, 3)
 ] + [{"step": 3, "eval_loss/R1": 2.0}]  # fmt: skip
-SIMILARITY = {
-    "name": "UL2 encoder",
-    "labels": ["one", HOSTILE, "three"],
-    "matrix": [[1, 0.5, 0.1], [0.5, 1, 0.2], [0.1, 0.2, 1]],
-    "map": {"points": [[0, 1], [1, 0], [2, 2]], "groups": ["a", HOSTILE, "a"]},
-    "neighbours": [{"text": HOSTILE, "package": "a", "nearest": [[HOSTILE, HOSTILE, 0.5]]}],
-}
 TASKS = {
     "wordnet-lemma": {
         "metric": "R@1", "size": 3000,
@@ -80,24 +73,22 @@ class Page(HTMLParser):
         self.text += data
 
 
-def write(folder, metrics, curves=(), space=None, title="Page"):
-    write_page(
-        folder, [Run(title, folder, "evaluation", metrics, list(curves), space or {})], title
-    )
+def write(folder, metrics, curves=(), title="Page"):
+    write_page(folder, [Run(title, folder, "evaluation", metrics, list(curves))], title)
     return (folder / "report.html").read_text()
 
 
 @pytest.fixture
 def report(tmp_path):
-    return write(tmp_path, METRICS | {"tasks": TASKS}, CURVES, SIMILARITY, HOSTILE)
+    return write(tmp_path, METRICS | {"tasks": TASKS}, CURVES, HOSTILE)
 
 
 def test_page_is_whole(report):
     page = Page(report)
-    # tasks, similarity, map, training loss, held-out loss, learning rate, throughput
-    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 7
+    # training loss, held-out loss, learning rate, throughput
+    assert page.tags.count("figure") == page.tags.count("svg") == page.tags.count("figcaption") == 4
     labels = [value for name, value in page.attributes if name == "aria-label"]
-    assert len(set(labels)) == 7
+    assert len(set(labels)) == 4
     assert all(len(label) > 10 for label in labels)
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -134,7 +125,7 @@ def test_page_reaches_for_nothing(report):
 
 def test_all_text_is_escaped(report):
     page = Page(report)
-    assert page.text.count(HOSTILE) >= 6  # title twice, table, heading, texts, infill, command
+    assert page.text.count(HOSTILE) >= 6  # title twice, table, heading, infill, command
     assert "<script" not in report  # control: the parser would have seen it
     assert "script" in Page(f"<p>{HOSTILE}</p>").tags
 
@@ -147,9 +138,7 @@ def test_parts_without_data_are_left_out(tmp_path):
 
 
 def test_report_is_reproducible(tmp_path):
-    assert write(tmp_path, METRICS, CURVES, SIMILARITY) == write(
-        tmp_path, METRICS, CURVES, SIMILARITY
-    )
+    assert write(tmp_path, METRICS, CURVES) == write(tmp_path, METRICS, CURVES)
 
 
 def test_a_denoiser_has_one_colour_and_throughput_begins_at_0(tmp_path):

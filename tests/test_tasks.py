@@ -200,7 +200,7 @@ def corpus(monkeypatch):
     documents = [
         Docstring(f"p{i % 4}", f"p{i % 4}.f", f"text {i} of package{i % 4}") for i in range(200)
     ]
-    monkeypatch.setattr(suite, "package_docs", lambda split: documents)
+    monkeypatch.setattr(tasks, "package_docs", lambda split: documents)
 
 
 def test_needles_lie_where_they_should(corpus):

@@ -5,6 +5,7 @@ The interval is a percentile bootstrap over what was sampled: queries, test text
 of a set of pairs.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 from experiments.objective.wordnet import Synset, synsets, wordnet_folder
 
-from qwen3_encdec.data.package_docs import summary_pairs
+from qwen3_encdec.data.package_docs import Docstring, package_docs, summary_pairs
 from qwen3_encdec.evaluation.baselines import NotRun, package_folder
 from qwen3_encdec.evaluation.retrieval import (
     MAX_TOKENS,
@@ -25,7 +26,7 @@ from qwen3_encdec.evaluation.retrieval import (
     normalize,
     package_retrieval,
 )
-from qwen3_encdec.evaluation.suite import documents_by_package, evaluate_retrieval
+from qwen3_encdec.evaluation.suite import evaluate_retrieval
 from qwen3_encdec.folders import InputError
 
 
@@ -115,6 +116,22 @@ CLASSES, TEXTS_PER_CLASS = 12, 60
 NEEDLES, NEEDLE_WORDS, NEEDLE_LENGTHS = 100, 60, (128, 512, 1024)
 NEEDLE_PLACES = {"start": 0.0, "middle": 0.5, "end": 1.0}
 WORDNET_TRAIN = 4000
+
+
+def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring]:
+    """At most `texts` documents of each of the held-out packages that have most, shuffled."""
+    documents = package_docs("heldout")
+    counts = Counter(document.package for document in documents)
+    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    largest = {package for package, _ in ranked[:packages]}
+    taken: Counter[str] = Counter()
+    chosen = []
+    for i in np.random.default_rng(seed).permutation(len(documents)):
+        package = documents[i].package
+        if package in largest and taken[package] < texts:
+            taken[package] += 1
+            chosen.append(documents[i])
+    return chosen
 
 
 def package_classes(most: int, seed: int) -> list[Task]:

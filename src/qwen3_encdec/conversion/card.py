@@ -34,7 +34,7 @@ def write_card(
     name: str,
     base_model: str,
     license: str = LICENSE,
-    language: str = LANGUAGE,
+    language: str | Sequence[str] = LANGUAGE,
     sections: Sequence[tuple[str, Mapping[str, Any]]] = (),
 ) -> None:
     """Write README.md into a folder.
@@ -44,15 +44,16 @@ def write_card(
         name: Its title.
         base_model: A hub id, or the last part of a folder's name.
         license: An identifier that the hub knows.
-        language: Codes by commas.
+        language: Codes, in a list or by commas.
         sections: Title and facts of each part below the usage.
     """
+    codes = language.split(",") if isinstance(language, str) else language
     head = {
         "license": license,
         "base_model": base_model,
         "library_name": "sentence-transformers",
         "pipeline_tag": "sentence-similarity",
-        "language": [code.strip() for code in language.split(",")],
+        "language": [code.strip() for code in codes],
         "tags": ["qwen3", "ul2", "feature-extraction", "text-embeddings"],
     }
     blocks = [

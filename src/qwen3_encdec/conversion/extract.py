@@ -314,7 +314,9 @@ def _verify(
     padded batch.
     """
     ours = Qwen3EncoderModel(config).eval()
-    ours.load_state_dict({encoder_name(name): tensor.float() for name, tensor in tensors.items()})
+    own = {f"encoder.{name}": tensor.float() for name, tensor in tensors.items()}
+    own["shared.weight"] = own.pop("encoder.embed_tokens.weight")
+    ours.load_state_dict(own)
     texts = [
         "One.",
         "A sentence of a few more words, to be padded against.",
@@ -345,11 +347,6 @@ def _verify(
     pooling = read_json(folder / "1_Pooling" / "config.json")["pooling_mode"]
     expected = pool(reference, batch["attention_mask"], pooling)
     return transformers, float((pooled - expected).abs().max()), causal
-
-
-def encoder_name(name: str) -> str:
-    """Return what `Qwen3EncoderModel` calls a tensor of an encoder folder."""
-    return "shared.weight" if name == "embed_tokens.weight" else f"encoder.{name}"
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ merges an encoder with the causal Qwen3 it came from, whose tensors have other n
 vocabulary lacks the sentinels.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -61,11 +62,8 @@ def soup(
             f"method {method!r} with {len(models)} models is neither linear nor slerp of two"
         )
     weights = [1.0] * len(models) if weights is None else list(weights)
-    if (
-        len(weights) != len(models)
-        or not all(0 <= weight < float("inf") for weight in weights)
-        or not sum(weights)
-    ):
+    valid = len(weights) == len(models) and all(0 <= weight < math.inf for weight in weights)
+    if not valid or not sum(weights):
         raise InputError(f"weights {weights} must be {len(models)} numbers of 0 or more, not all 0")
     shares = [weight / sum(weights) for weight in weights]
     output_dir = check_output(output_dir, "encoder")
@@ -83,18 +81,12 @@ def soup(
             rows, ours = len(tensor), merged[name].float()
             meet = slerp if method == "slerp" else torch.lerp
             # A mean of means: weighted by its share of the models so far.
-            merged[name] = torch.cat(
-                [meet(ours[:rows], tensor.float(), share / total), ours[rows:]]
-            )
-    facts: dict[str, Any] = {
-        "soup_of": [str(model) for model in models],
-        "weights": shares,
-        "method": method,
-    }
-    first = (
-        read_json(folders[0] / PROVENANCE_FILE) if (folders[0] / PROVENANCE_FILE).is_file() else {}
-    )
-    facts |= {key: first[key] for key in ("finetuned_from", "source") if key in first}
+            met = meet(ours[:rows], tensor.float(), share / total)
+            merged[name] = torch.cat([met, ours[rows:]])
+    facts: dict[str, Any] = {"soup_of": list(map(str, models)), "weights": shares, "method": method}
+    if (record := folders[0] / PROVENANCE_FILE).is_file():
+        first = read_json(record)
+        facts |= {key: first[key] for key in ("finetuned_from", "source") if key in first}
     with new_folder(output_dir, "encoder", **facts) as folder:
         copy_without_weights(folders[0], folder)
         tensors = {name: tensor.to(dtypes[name]).contiguous() for name, tensor in merged.items()}
@@ -126,17 +118,12 @@ def _check_same(first: Path, other: Path) -> None:
     causal = read_json(other / "config.json").get("is_causal") is not False
     rows = shapes[0].get("embed_tokens.weight", (0,))[0]
     if causal and shapes[1].get("embed_tokens.weight", (rows + 1,))[0] <= rows:
-        shapes[1]["embed_tokens.weight"] = shapes[0][
-            "embed_tokens.weight"
-        ]  # it has no rows for the sentinels
-    for name in sorted(
-        name
-        for name in shapes[0].keys() | shapes[1].keys()
-        if shapes[0].get(name) != shapes[1].get(name)
-    ):
-        raise InputError(
-            f"{other}: tensor {name} is {shapes[1].get(name)}, in {first} {shapes[0].get(name)}"
-        )
+        # It has no rows for the sentinels.
+        shapes[1]["embed_tokens.weight"] = shapes[0]["embed_tokens.weight"]
+    for name in sorted(shapes[0].keys() | shapes[1].keys()):
+        ours, theirs = (of.get(name) for of in shapes)
+        if ours != theirs:
+            raise InputError(f"{other}: tensor {name} is {theirs}, in {first} {ours}")
     first_vocabulary, vocabulary = (
         read_json(folder / "tokenizer.json")["model"]["vocab"] for folder in (first, other)
     )
@@ -158,6 +145,5 @@ def slerp(first: torch.Tensor, second: torch.Tensor, share: float) -> torch.Tens
     angle = torch.arccos(cosine.clamp(-1, 1))
     if angle.sin() < 1e-4:
         return torch.lerp(first, second, share)
-    return (torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second) / torch.sin(
-        angle
-    )
+    arc = torch.sin((1 - share) * angle) * first + torch.sin(share * angle) * second
+    return arc / angle.sin()

@@ -21,7 +21,6 @@ from qwen3_encdec.demo.parent import causal_embedder, parent_tokenizer, train_ca
 from qwen3_encdec.embedding.finetune import finetune
 from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
 from qwen3_encdec.evaluation.suite import (
-    embedding_space,
     evaluate_denoising,
     evaluate_retrieval,
     provenance,
@@ -114,7 +113,7 @@ def run_demo(
     given = resolve_checkpoint(qwen3_model) if qwen3_model else None
     logging.disable_progress_bar()
     with new_folder(output_dir, "demo", seed=seed) as root:
-        metrics, curves, similarity = _walk(root, given, budget, seed)
+        metrics, curves = _walk(root, given, budget, seed)
         metrics["provenance"] = provenance(
             started=started,
             commit=commit,
@@ -123,9 +122,7 @@ def run_demo(
             budget=asdict(budget),
         )
         write_json(root / "metrics.json", metrics)
-        run = Run(
-            "Qwen3 to text encoder: the demo", output_dir, "demo", metrics, curves, similarity
-        )
+        run = Run("Qwen3 to text encoder: the demo", output_dir, "demo", metrics, curves)
         write_page(root, [run], run.name)
     print(f"{summary(metrics)}\n\nreport: {output_dir / 'report.html'}", flush=True)
     return metrics
@@ -133,11 +130,8 @@ def run_demo(
 
 def _walk(
     root: Path, given: Path | None, budget: Budget, seed: int
-) -> tuple[dict[str, Any], list[dict[str, Any]], dict[str, Any]]:
-    """All stages from a given parent, or one of our own:
-
-    metrics, training curves and similarities for the report.
-    """
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """All stages from a given parent, or one of our own: metrics and training curves."""
     seconds: dict[str, float] = {}
     parent = given or root / "parent"
     stages: dict[str, Any] = {}
@@ -226,7 +220,6 @@ def _walk(
             num_queries=budget.num_queries,
             seed=seed,
         )
-        similarity = embedding_space(encoders[CONTRASTIVE], CONTRASTIVE, seed)
         say(
             f"{metrics['num_queries']:,} queries among {metrics['num_documents']:,} documents of held-out packages"
         )
@@ -234,7 +227,7 @@ def _walk(
         "stages": stages,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
     }
-    return metrics, curves, similarity
+    return metrics, curves
 
 
 def summary(metrics: dict[str, Any]) -> str:

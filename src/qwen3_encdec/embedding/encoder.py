@@ -1,10 +1,11 @@
 """Embed texts with our own encoder, in packed batches that hold no padding.
 
 Weights, tokenizer, pooling, prompts, length limit and width are those that sentence-transformers
-reads from the folder, so embeddings of both can stand in one index. Tokenization runs one chunk
+reads from the folder, so embeddings of both can stand in one index. Tokenization runs
 ahead of the model; batches are packed on the CPU and results stay on the device until a chunk ends.
 """
 
+import itertools
 import multiprocessing
 import os
 import sys
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import recursively_apply, send_to_device
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import Qwen3Config
@@ -245,25 +247,19 @@ class TextEncoder:
         self.check_dimensions(dimensions)
         budget = batch_tokens or self.batch_tokens
         parts = [np.empty((0, dimensions or self.dimensions), dtype=np.float32)]
-        with _forwards(self, processes) as forward:
-            for tokens in _with_bar(self._chunks(texts, prompt), len(texts), progress):
+        bar = tqdm(total=len(texts), unit="text", unit_scale=True, disable=not progress)
+        with bar, _forwards(self, processes) as forward:
+            for tokens in self._chunks(texts, prompt):
                 self.num_cut += sum(tokens.cut)
                 parts.append(self.cut_to(_embed_chunk(tokens.ids, budget, forward), dimensions))
+                bar.update(len(tokens.ids))
         return np.concatenate(parts)
 
     def _chunks(self, texts: Sequence[str], prompt: str) -> Iterator[Tokens]:
-        """Tokenize chunk by chunk, the next one while the last one is computed."""
+        """Tokenize chunk by chunk, in a thread that runs ahead of the model."""
         chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
-        if len(chunks) < 2:
-            yield from (self.tokenize(chunk, prompt) for chunk in chunks)
-            return
         with ThreadPoolExecutor(1) as ahead:
-            pending = ahead.submit(self.tokenize, chunks[0], prompt)
-            for following in chunks[1:]:
-                tokens = pending.result()
-                pending = ahead.submit(self.tokenize, following, prompt)
-                yield tokens
-            yield pending.result()
+            yield from ahead.map(self.tokenize, chunks, itertools.repeat(prompt))
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise InputError unless an embedding has that many dimensions."""
@@ -297,7 +293,9 @@ class TextEncoder:
         ends = lengths.cumsum(0)
         batch = pack(ids)
         batch |= {"lengths": lengths, "last": ends - 1, "first": ends - lengths}
-        batch = _move(batch, self.device)
+        if self.device.type != "cpu":
+            batch = recursively_apply(torch.Tensor.pin_memory, batch)
+        batch = send_to_device(batch, self.device, non_blocking=True)
         lengths, last, first = (batch.pop(name) for name in ("lengths", "last", "first"))
         states = self.model(**batch).last_hidden_state.flatten(0, 1)  # (M, E)
         if self.layout.pooling == "mean":
@@ -328,29 +326,6 @@ def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
         "cu_seqlens": torch.from_numpy(bounds).int(),
         "max_seqlen": int(lengths.max()),
     }
-
-
-def _move(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Copy a batch to a device without waiting for it."""
-    if device.type == "cpu":
-        return batch
-    return {
-        name: value.pin_memory().to(device, non_blocking=True)
-        if isinstance(value, torch.Tensor)
-        else value
-        for name, value in batch.items()
-    }
-
-
-def _with_bar(chunks: Iterator[Tokens], total: int, progress: bool) -> Iterator[Tokens]:
-    """The chunks, under a bar on standard error that counts texts."""
-    if not progress:
-        yield from chunks
-        return
-    with tqdm(total=total, unit="text", unit_scale=True) as bar:
-        for tokens in chunks:
-            yield tokens
-            bar.update(len(tokens.ids))
 
 
 def _embed_chunk(ids: Sequence[np.ndarray], budget: int, forward: Any) -> np.ndarray:

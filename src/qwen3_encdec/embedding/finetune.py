@@ -11,7 +11,6 @@ import math
 import random
 import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +19,7 @@ from typing import Any, Literal, cast
 
 import numpy as np
 import torch
-from datasets import Dataset, concatenate_datasets, load_dataset
+from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
 from safetensors.torch import load_file, save_file
 from sentence_transformers import (
@@ -28,6 +27,7 @@ from sentence_transformers import (
     SentenceTransformerTrainer,
     SentenceTransformerTrainingArguments,
 )
+from sentence_transformers.base.evaluation import BaseEvaluator
 from sentence_transformers.base.sampler import NoDuplicatesBatchSampler
 from sentence_transformers.sentence_transformer.losses import (
     CachedMultipleNegativesRankingLoss,
@@ -41,7 +41,13 @@ from sentence_transformers.util import mine_hard_negatives
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from qwen3_encdec.conversion.card import read_card, without_path, write_card
+from qwen3_encdec.conversion.card import (
+    LANGUAGE,
+    LICENSE,
+    read_card,
+    without_path,
+    write_card,
+)
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.folders import (
     InputError,
@@ -53,6 +59,8 @@ from qwen3_encdec.folders import (
     write_json,
 )
 
+SCORE = "eval_ndcg@10"
+LOGGED = ("loss", "grad_norm", "learning_rate")
 _PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
@@ -208,25 +216,24 @@ def finetune(
         _add_lora(model, config.lora_rank)
     work = _work_folder(output_dir, config, resume)
     try:
-        watch = _train(config, model, dataset, heldout, work, resume)
+        history = _train(config, model, dataset, heldout, work, resume)
         if config.lora_rank:
             model[0].model = cast(Any, model[0].model).merge_and_unload()
         _check_weights(model)
         model.to(saved_dtype).save_pretrained(str(work / "trained"), create_model_card=False)
-        _write(encoder_dir, output_dir, config, work, watch)
-    except (KeyboardInterrupt, SystemExit):
-        if not config.save_every:
+        _write(encoder_dir, output_dir, config, work, history)
+    except BaseException as error:
+        interrupted = isinstance(error, KeyboardInterrupt | SystemExit)
+        if not (interrupted and config.save_every):
             shutil.rmtree(work)
         raise
-    except BaseException:
-        shutil.rmtree(work)
-        raise
     shutil.rmtree(work)
-    result: dict[str, Any] = {"loss": watch.losses[-1], "pairs": len(dataset)}
-    if watch.scores:
-        last, best = max(watch.scores), watch.best_step
+    losses = [line["loss"] for line in history if "loss" in line]
+    result: dict[str, Any] = {"loss": losses[-1], "pairs": len(dataset)}
+    if scores := _scores(history):
+        last, best = max(scores), _best_step(scores)
         steps = {"before": 0, "after": last, "best": best}
-        result["heldout"] = {name: watch.scores[step] for name, step in steps.items()}
+        result["heldout"] = {name: scores[step] for name, step in steps.items()}
     return result
 
 
@@ -310,112 +317,97 @@ def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
 
 
 def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:
-    """The folder of checkpoints and metrics while training runs: beside the output if a later call
-    may need it.
-    """
-    if not config.save_every:
-        if resume:
-            raise InputError("resume needs checkpoints: set save_every")
-        return Path(tempfile.mkdtemp())
+    """The folder beside the output that holds checkpoints and metrics while training runs."""
     work = output.with_name(f"{output.name}.training")
     settings = json.loads(json.dumps(asdict(config)))
+    interrupted = any(work.glob("checkpoint-*"))
     if resume:
-        if not list(work.glob("checkpoint-*")):
-            raise InputError(f"{work} holds no checkpoint to resume from")
+        if not interrupted:
+            raise InputError(f"{work} holds no checkpoint to resume from; they need save_every")
         if read_json(work / "settings.json") != settings:
             raise InputError(f"{work} was made with other settings; resume with the same ones")
         return work
-    if work.exists():
+    if interrupted:
         raise InputError(
             f"{work} holds an interrupted finetuning: continue it with resume, or delete it"
         )
+    shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     write_json(work / "settings.json", settings)
     return work
 
 
-class _Watch(TrainerCallback):
-    """Score held-out pairs, keep the best weights, write metrics.jsonl and lines of progress."""
+class HeldoutRetrieval(BaseEvaluator):
+    """nDCG@10 of finding each query's document among all held-out ones; ties count against it."""
 
-    def __init__(
-        self,
-        config: FinetuneConfig,
-        model: SentenceTransformer,
-        heldout: Dataset | None,
-        work: Path,
-    ) -> None:
-        self.config, self.model, self.heldout, self.work = config, model, heldout, work
-        self.every = config.eval_every or max(1, config.steps // 4)
-        self.losses: list[float] = []
-        self.scores: dict[int, float] = {}
-        self.best_step = 0
+    def __init__(self, config: FinetuneConfig, pairs: Dataset) -> None:
+        super().__init__()
+        self.config, self.pairs = config, pairs
+
+    def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
+        """Score a model. Raises InputError if an embedding is not finite."""
+        options: dict[str, Any] = {"show_progress_bar": False, "normalize_embeddings": True}
+        queries, documents = list(self.pairs["anchor"]), list(self.pairs["positive"])
+        queries = model.encode(queries, prompt=self.config.query_prompt, **options)
+        documents = model.encode(documents, prompt=self.config.document_prompt, **options)
+        scores = queries @ documents.T
+        if not np.isfinite(scores).all():
+            raise InputError("an embedding is not finite: lower lr")
+        ranks = (scores >= np.diag(scores)[:, None]).sum(1)
+        return {"ndcg@10": float(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0).mean())}
+
+
+def _scores(history: Sequence[dict[str, Any]]) -> dict[int, float]:
+    """Held-out scores by step."""
+    return {line["step"]: line[SCORE] for line in history if SCORE in line}
+
+
+def _best_step(scores: dict[int, float]) -> int:
+    """The last of the steps with the best score."""
+    return max(scores, key=lambda step: (scores[step], step))
+
+
+class _Watch(TrainerCallback):
+    """Keep metrics.jsonl and the best weights, print progress, refuse values that are not finite.
+
+    The trainer keeps best weights in whole checkpoints only, and never those before the first step.
+    """
+
+    def __init__(self, model: SentenceTransformer, work: Path) -> None:
+        self.model, self.work = model, work
         self.began = time.monotonic()
 
-    def begin(self, resume: bool) -> None:
-        """Read the scores of an interrupted call, or score the encoder as it is."""
-        file = self.work / "metrics.jsonl"
-        if not resume:
-            self.score(0)
-            return
-        done = max(int(each.name.split("-")[1]) for each in self.work.glob("checkpoint-*"))
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-        lines = [line for line in lines if line["step"] <= done]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-        self.losses = [line["loss"] for line in lines if "loss" in line]
-        self.scores = {line["step"]: line["ndcg@10"] for line in lines if "ndcg@10" in line}
-        self.best_step = max(self.scores, key=lambda step: self.scores[step], default=0)
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Record and print what the trainer logs."""
+        seconds = time.monotonic() - self.began
+        state.log_history[-1]["seconds"] = round(seconds, 1)
+        lines = [json.dumps(line) + "\n" for line in state.log_history]
+        (self.work / "metrics.jsonl").write_text("".join(lines), encoding="utf-8")
+        shown = {name: float(logs[name]) for name in (*LOGGED, SCORE) if name in logs}
+        for name, value in shown.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    f"{name} is {value} at step {state.global_step}: lower lr "
+                    f"(now {args.learning_rate:g}) or look for texts that break the objective"
+                )
+        if shown:
+            facts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
+            line = f"step {state.global_step:,} of {args.max_steps:,}: {facts}, {seconds:.0f} s"
+            print(line, file=sys.stderr, flush=True)
 
-    def score(self, step: int) -> None:
-        """Score the weights as they are; keep them if they are the best so far."""
-        if self.heldout is None:
-            return
-        was_training = self.model.training
-        self.model.eval()
-        self.scores[step] = heldout_score(self.model, self.config, self.heldout)
-        self.model.train(was_training)
-        self._record(step, {"ndcg@10": self.scores[step]})
-        if self.scores[step] >= max(self.scores.values()):
-            self.best_step = step
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Score the last step as well, whatever `eval_every` is."""
+        if state.global_step == args.max_steps and args.eval_strategy != "no":
+            control.should_evaluate = True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Keep the weights if they are the best so far."""
+        if _best_step(_scores(state.log_history)) == state.global_step:
             weights = {
                 name: tensor.detach().cpu().contiguous()
                 for name, tensor in self.model.named_parameters()
             }
             save_file(weights, self.work / "best.safetensors")
-
-    def restore_best(self) -> None:
-        """Put the best weights back, unless they are the last."""
-        if self.scores and self.best_step != max(self.scores):
-            weights = load_file(self.work / "best.safetensors")
-            self.model.load_state_dict(weights, strict=False)
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Record and print what the trainer logs."""
-        if not logs or "loss" not in logs:
-            return
-        keys = ("loss", "grad_norm", "learning_rate")
-        values = {key: float(logs[key]) for key in keys if key in logs}
-        for name in ("loss", "grad_norm"):
-            if not math.isfinite(values.get(name, 0.0)):
-                raise InputError(
-                    f"{name} is {values[name]} at step {state.global_step}: lower lr "
-                    f"(now {self.config.lr:g}) or look for texts that break the objective"
-                )
-        self.losses.append(values["loss"])
-        self._record(state.global_step, values)
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Score where it is due."""
-        last = state.global_step == self.config.steps
-        if last or state.global_step % self.every == 0:
-            self.score(state.global_step)
-
-    def _record(self, step: int, values: dict[str, float]) -> None:
-        seconds = round(time.monotonic() - self.began, 1)
-        with (self.work / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values, "seconds": seconds}) + "\n")
-        facts = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        line = f"step {step:,} of {self.config.steps:,}: {facts}, {seconds:.0f} s"
-        print(line, file=sys.stderr, flush=True)
 
 
 class _Trainer(SentenceTransformerTrainer):
@@ -430,18 +422,6 @@ class _Trainer(SentenceTransformerTrainer):
         return found
 
 
-def heldout_score(model: SentenceTransformer, config: FinetuneConfig, pairs: Dataset) -> float:
-    """nDCG@10 of finding each query's document among all held-out ones; ties count against it."""
-    options: dict[str, Any] = {"show_progress_bar": False, "normalize_embeddings": True}
-    queries = model.encode(list(pairs["anchor"]), prompt=config.query_prompt, **options)
-    documents = model.encode(list(pairs["positive"]), prompt=config.document_prompt, **options)
-    scores = queries @ documents.T
-    if not np.isfinite(scores).all():
-        raise InputError("an embedding is not finite: lower lr")
-    ranks = (scores >= np.diag(scores)[:, None]).sum(1)
-    return float(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0).mean())
-
-
 def _train(
     config: FinetuneConfig,
     model: SentenceTransformer,
@@ -449,25 +429,26 @@ def _train(
     heldout: Dataset | None,
     work: Path,
     resume: bool,
-) -> _Watch:
-    watch = _Watch(config, model, heldout, work)
+) -> list[dict[str, Any]]:
+    """Train, put the best weights back, and return what the trainer logged."""
     trainer = _Trainer(
         model=model,
-        args=_arguments(config, str(work)),
+        args=_arguments(config, work, scored=heldout is not None, resume=resume),
         train_dataset=dataset,
         loss=_loss(config, model, dataset),
-        callbacks=[watch],
+        evaluator=HeldoutRetrieval(config, heldout) if heldout else None,
+        callbacks=[_Watch(model, work)],
     )
     trainer.remove_callback(PrinterCallback)
-    watch.begin(resume)
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.state.global_step != config.steps:
         raise InputError(
             f"only {trainer.state.global_step} of {config.steps} steps could be made: too few "
             "pairs with distinct texts"
         )
-    watch.restore_best()
-    return watch
+    if heldout:
+        model.load_state_dict(load_file(work / "best.safetensors"), strict=False)
+    return trainer.state.log_history
 
 
 def _check_weights(model: SentenceTransformer) -> None:
@@ -477,7 +458,11 @@ def _check_weights(model: SentenceTransformer) -> None:
 
 
 def _write(
-    encoder_dir: Path, output: Path, config: FinetuneConfig, work: Path, watch: _Watch
+    encoder_dir: Path,
+    output: Path,
+    config: FinetuneConfig,
+    work: Path,
+    history: Sequence[dict[str, Any]],
 ) -> None:
     facts = {"finetuned_from": str(encoder_dir), "steps": config.steps, "seed": config.seed}
     with new_folder(output, "encoder", **facts, config=asdict(config)) as folder:
@@ -489,21 +474,20 @@ def _write(
         if config.query_prompt or config.document_prompt:
             prompts = {"query": config.query_prompt, "document": config.document_prompt}
             write_json(file, {**read_json(file), "prompts": prompts})
-        card = read_card(encoder_dir)
-        scores = {f"nDCG@10 at step {step}": f"{value:.4f}" for step, value in watch.scores.items()}
-        kept = {"kept": f"the weights of step {watch.best_step}"} if watch.scores else {}
-        options = {key: card[key] for key in ("license",) if key in card}
-        if "language" in card:
-            options["language"] = ", ".join(card["language"])
+        card, scores = read_card(encoder_dir), _scores(history)
+        held = {f"nDCG@10 at step {step}": f"{value:.4f}" for step, value in scores.items()}
+        if scores:
+            held["kept"] = f"the weights of step {_best_step(scores)}"
         write_card(
             folder,
             name=output.resolve().name,
             base_model=card.get("base_model") or without_path(encoder_dir),
+            license=card.get("license", LICENSE),
+            language=card.get("language", LANGUAGE),
             sections=[
-                ("Held-out pairs", scores | kept or {"scored": "no"}),
+                ("Held-out pairs", held or {"scored": "no"}),
                 ("Finetuning", {"encoder": without_path(encoder_dir)} | asdict(config)),
             ],
-            **options,
         )
 
 
@@ -513,7 +497,7 @@ def read_examples(config: FinetuneConfig) -> Dataset:
     Raises:
         InputError: an input cannot be read, or has no such text column.
     """
-    parts = []
+    parts, names = [], _names(len(config.columns))
     for name in config.inputs:
         if name == "package-docs":
             if len(config.columns) != 2:
@@ -533,13 +517,11 @@ def read_examples(config: FinetuneConfig) -> Dataset:
                 raise InputError(
                     f"input {name}: column {column!r} is {part.features[column]}, not a text"
                 )
-        columns = [part.with_format("numpy")[column] for column in config.columns]
-        rows = [
-            row
-            for row in zip(*columns, strict=True)
-            if all(text and not text.isspace() for text in row)
-        ]
-        parts.append(_dataset(list(zip(*rows, strict=True))))
+        part = part.select_columns(config.columns).filter(
+            lambda row: all(text and not text.isspace() for text in row.values())
+        )
+        renamed = part.rename_columns(dict(zip(config.columns, names, strict=True)))
+        parts.append(renamed.cast(Features(dict.fromkeys(names, Value("string")))))
     return concatenate_datasets(parts)
 
 
@@ -561,8 +543,12 @@ def _open(name: str) -> Dataset:
         raise InputError(f"input {name} cannot be read: {reason}") from None
 
 
+def _names(columns: int) -> list[str]:
+    return ["anchor", "positive", *(f"negative_{i}" for i in range(1, columns - 1))]
+
+
 def _dataset(columns: Sequence[Sequence[str]]) -> Dataset:
-    names = ["anchor", "positive", *(f"negative_{i}" for i in range(1, len(columns) - 1))]
+    names = _names(len(columns))
     return Dataset.from_dict(dict(zip(names, map(list, columns), strict=bool(columns))))
 
 
@@ -593,11 +579,7 @@ def _mine(config: FinetuneConfig, dataset: Dataset, model: SentenceTransformer) 
         output_format="n-tuple",
         verbose=False,
     )
-    if len(mined) < config.batch_size:
-        raise InputError(
-            f"only {len(mined)} of {len(dataset)} pairs have {config.mine_negatives} negatives "
-            f"under mining_margin {config.mining_margin}: less than one batch of {config.batch_size}"
-        )
+    print(f"{len(mined):,} of {len(dataset):,} pairs have negatives", file=sys.stderr)
     return _dataset([mined[name] for name in mined.column_names])
 
 
@@ -682,22 +664,14 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
     return loss
 
 
-def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrainingArguments:
+def _arguments(
+    config: FinetuneConfig, work: Path, scored: bool, resume: bool
+) -> SentenceTransformerTrainingArguments:
     accelerated = default_device().type != "cpu"
-    prompts = {"anchor": config.query_prompt, "positive": config.document_prompt}
-    negatives = max(config.mine_negatives, len(config.columns) - 2)
-    prompts |= {f"negative_{i}": config.document_prompt for i in range(1, negatives + 1)}
-    fields = SentenceTransformerTrainingArguments.__dataclass_fields__
-    # transformers 5.24 calls it activation_checkpointing and warns of the old name.
-    name = next(
-        name for name in ("activation_checkpointing", "gradient_checkpointing") if name in fields
-    )
-    checkpointing: dict[str, Any] = {name: config.gradient_checkpointing}
-    saving: dict[str, Any] = {"save_strategy": "no"}
-    if config.save_every:
-        saving = {"save_strategy": "steps", "save_steps": config.save_every, "save_total_limit": 2}
+    names = _names(max(config.mine_negatives + 2, len(config.columns)))
+    prompts = dict.fromkeys(names, config.document_prompt) | {"anchor": config.query_prompt}
     return SentenceTransformerTrainingArguments(
-        output_dir=scratch,
+        output_dir=str(work),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         dataloader_drop_last=True,
@@ -714,6 +688,11 @@ def _arguments(config: FinetuneConfig, scratch: str) -> SentenceTransformerTrain
         logging_nan_inf_filter=False,
         report_to="none",
         disable_tqdm=True,
-        **checkpointing,
-        **saving,
+        activation_checkpointing=config.gradient_checkpointing,
+        eval_strategy="steps" if scored else "no",
+        eval_steps=config.eval_every or max(1, config.steps // 4),
+        eval_on_start=scored and not resume,
+        save_strategy="steps" if config.save_every else "no",
+        save_steps=config.save_every or 1,
+        save_total_limit=2,
     )

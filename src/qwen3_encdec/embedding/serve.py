@@ -18,7 +18,7 @@ import os
 import socket
 import threading
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
@@ -37,7 +38,6 @@ from qwen3_encdec.embedding.encoder import TextEncoder, Tokens
 from qwen3_encdec.folders import InputError
 
 API_KEY = "QWEN3_ENCDEC_API_KEY"
-LATENCIES = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 log = logging.getLogger("qwen3_encdec.serve")
 
 
@@ -236,10 +236,8 @@ class Service:
         self.encoder, self.limits, self.api_key = encoder, limits, api_key
         self.batcher = Batcher(encoder, encoder.batch_tokens, limits.queue_tokens)
         self.edge = ThreadPoolExecutor(2, thread_name_prefix="edge")
-        self.requests: Counter[tuple[str, int]] = Counter()
-        self.latencies: Counter[float] = Counter()
-        self.texts = self.cut = self.active = 0
-        self.seconds = 0.0
+        self.counts: defaultdict[str, float] = defaultdict(int, texts_total=0, texts_cut_total=0)
+        self.active = 0
 
     def app(self) -> Starlette:
         """The ASGI application."""
@@ -261,11 +259,12 @@ class Service:
         async def refuse(request: Request, error: Exception) -> Response:
             return _refusal(error)
 
-        app = Starlette(
-            routes=routes, lifespan=lifespan, exception_handlers={HTTPException: refuse}
+        return Starlette(
+            routes=routes,
+            lifespan=lifespan,
+            exception_handlers={HTTPException: refuse},
+            middleware=[Middleware(_Guarded, service=self)],
         )
-        app.add_middleware(_Guarded, service=self)
-        return app
 
     async def health(self, request: Request) -> Response:
         """Answer that the server lives."""
@@ -283,21 +282,22 @@ class Service:
         return _json(self._card())
 
     def _card(self) -> dict[str, Any]:
-        facts = {"max_tokens": self.encoder.max_tokens, "dimensions": self.encoder.dimensions}
         return {
             "id": self.encoder.name,
             "object": "model",
             "created": 0,
             "owned_by": "local",
-        } | facts
+            "max_tokens": self.encoder.max_tokens,
+            "dimensions": self.encoder.dimensions,
+        }
 
     async def embeddings(self, request: Request) -> Response:
         """Embed the texts of a request."""
         body = await self._read(request)
         loop = asyncio.get_running_loop()
         ask = await loop.run_in_executor(self.edge, read_ask, self.encoder, body, self.limits.texts)
-        self.texts += len(ask.tokens.ids)
-        self.cut += sum(ask.tokens.cut)
+        self.counts["texts_total"] += len(ask.tokens.ids)
+        self.counts["texts_cut_total"] += sum(ask.tokens.cut)
         request.state.said = f"{len(ask.tokens.ids)} texts {sum(map(len, ask.tokens.ids))} tokens"
         rows = await self._wait(request, asyncio.wrap_future(self.batcher.submit(ask.tokens.ids)))
         answer = await loop.run_in_executor(self.edge, write_answer, self.encoder, ask, rows)
@@ -337,39 +337,20 @@ class Service:
 
     async def metrics(self, request: Request) -> Response:
         """Counters in Prometheus' text format."""
-        name = "qwen3_encdec"
-        values = [
-            ("texts_total", "counter", self.texts),
-            ("texts_cut_total", "counter", self.cut),
-            ("batches_total", "counter", self.batcher.batches),
-            ("tokens_total", "counter", self.batcher.tokens),
-            ("model_seconds_total", "counter", round(self.batcher.seconds, 6)),
-            ("queue_tokens", "gauge", self.batcher.waiting),
-        ]
-        lines = [f"# TYPE {name}_requests_total counter"]
-        for (path, status), count in sorted(self.requests.items()):
-            labels = f'path="{path}",status="{status}"'
-            lines.append(f"{name}_requests_total{{{labels}}} {count}")
-        for key, kind, value in values:
-            lines += [f"# TYPE {name}_{key} {kind}", f"{name}_{key} {value}"]
-        lines.append(f"# TYPE {name}_request_seconds histogram")
-        below = 0
-        for edge in (*LATENCIES, float("inf")):
-            below += self.latencies[edge]
-            label = "+Inf" if edge == float("inf") else f"{edge:g}"
-            lines.append(f'{name}_request_seconds_bucket{{le="{label}"}} {below}')
-        lines += [f"{name}_request_seconds_sum {self.seconds:.6f}"]
-        lines += [f"{name}_request_seconds_count {below}"]
-        return PlainTextResponse("\n".join(lines) + "\n")
+        counts: dict[str, float] = self.counts | {
+            "batches_total": self.batcher.batches,
+            "tokens_total": self.batcher.tokens,
+            "model_seconds_total": round(self.batcher.seconds, 6),
+            "queue_tokens": self.batcher.waiting,
+        }
+        lines = [f"qwen3_encdec_{name} {value}\n" for name, value in counts.items()]
+        return PlainTextResponse("".join(lines))
 
     def record(self, path: str, status: int, seconds: float) -> None:
-        """Count one answer."""
+        """Count one answer; paths that are not ours go under one name."""
         known = path if path in ("/health", "/metrics", "/v1/embeddings", "/v1/models") else "other"
-        self.requests[known, status] += 1
-        if known == "/v1/embeddings":
-            self.seconds += seconds
-            edge = next((edge for edge in LATENCIES if seconds <= edge), float("inf"))
-            self.latencies[edge] += 1
+        self.counts[f'requests_total{{path="{known}",status="{status}"}}'] += 1
+        self.counts[f'request_seconds_total{{path="{known}"}}'] += seconds
 
 
 class _Guarded:

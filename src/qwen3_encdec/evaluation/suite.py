@@ -9,10 +9,10 @@ install.
 import functools
 import os
 import platform
+import re
 import shlex
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,11 +20,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from tqdm import tqdm
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.package_docs import Docstring, package_docs
 from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.baselines import Embedder, NotRun
@@ -33,7 +31,6 @@ from qwen3_encdec.evaluation.retrieval import (
     PACKAGE_DOCS,
     Embed,
     Task,
-    normalize,
     package_retrieval,
 )
 from qwen3_encdec.folders import (
@@ -46,22 +43,6 @@ from qwen3_encdec.folders import (
     resolve_checkpoint,
 )
 
-SIMILARITY_TEXTS = (
-    "Return the largest element of a list.",
-    "Find the maximum value in an array.",
-    "Compute the mean of a sequence of numbers.",
-    "Open a file and read it line by line.",
-    "Load the contents of a text document from disk.",
-    "Write the given string to a path.",
-    "Send an HTTP request and return the response.",
-    "Download a page from a web server.",
-    "Close the connection to the remote host.",
-    "Train a neural network by gradient descent.",
-    "Update the weights of the model from the loss.",
-    "Split the data into training and test sets.",
-)
-"""Four subjects of three texts each, in that order."""
-MAP_PACKAGES, MAP_TEXTS = 6, 50
 MTEB_MAX_TOKENS = 512
 
 
@@ -81,23 +62,19 @@ def evaluate_denoising(
     names = [denoiser.name for denoiser in data.denoisers]
     device = default_device()
     metrics: dict[str, Any] = {"denoising": {}}
-    with _progress() as progress:
-        task = progress.add_task("held-out denoising", total=len(folders) + 1)
-        for label, folder in folders.items():
-            model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
-            examples = heldout_examples(data, tokenizer, num_examples)
-            metrics["denoising"][label] = denoising_losses(model, examples, denoiser_names=names)
-            progress.advance(task)
-        by_denoiser = {}
-        for index, denoiser in enumerate(data.denoisers):
-            if denoiser.mean_span is not None:
-                own = [example for example in examples if example.denoiser == index]
-                found = infill_examples(model, tokenizer, own)
-                metrics.setdefault("infill", found)
-                by_denoiser[denoiser.name] = found["exact_rate"]
-        if by_denoiser:
-            metrics["infill"] |= {"by_denoiser": by_denoiser}
-        progress.advance(task)
+    for label, folder in tqdm(folders.items(), "held-out denoising", disable=None):
+        model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
+        examples = heldout_examples(data, tokenizer, num_examples)
+        metrics["denoising"][label] = denoising_losses(model, examples, denoiser_names=names)
+    by_denoiser = {}
+    for index, denoiser in enumerate(data.denoisers):
+        if denoiser.mean_span is not None:
+            own = [example for example in examples if example.denoiser == index]
+            found = infill_examples(model, tokenizer, own)
+            metrics.setdefault("infill", found)
+            by_denoiser[denoiser.name] = found["exact_rate"]
+    if by_denoiser:
+        metrics["infill"] |= {"by_denoiser": by_denoiser}
     return metrics
 
 
@@ -141,31 +118,28 @@ def evaluate_retrieval(
             tasks_not_run[name] = str(reason)
     loaders, not_run = _loaders(encoders, parent, outside)
     found: dict[str, dict[str, dict[str, float]]] = {task.name: {} for task in chosen}
-    with _progress() as progress:
 
-        def measure(name: str, task: Task, embedder: Embedder) -> None:
-            if task.name in tasks_not_run:
-                return
-            bar = progress.add_task(f"{name}: {task.name}", total=None)
-            advance = functools.partial(progress.advance, bar)
-            embed = functools.partial(_embed, embedder, task.max_tokens, advance)
+    def measure(name: str, task: Task, embedder: Embedder) -> None:
+        if task.name in tasks_not_run:
+            return
+        with tqdm(desc=f"{name}: {task.name}", unit="text", disable=None, leave=False) as bar:
+            embed = functools.partial(_embed, embedder, task.max_tokens, bar.update)
             try:
                 found[task.name][name] = task.measure(embed)
             except NotRun as reason:
                 tasks_not_run[task.name] = str(reason)
-            progress.remove_task(bar)
 
+    for task in chosen:
+        if outside and task.corpus:
+            measure(baselines.TFIDF, task, baselines.tfidf(task.corpus))
+    for name, load in loaders.items():
+        try:
+            embedder = load()
+        except NotRun as reason:
+            not_run[name] = str(reason)
+            continue
         for task in chosen:
-            if outside and task.corpus:
-                measure(baselines.TFIDF, task, baselines.tfidf(task.corpus))
-        for name, load in loaders.items():
-            try:
-                embedder = load()
-            except NotRun as reason:
-                not_run[name] = str(reason)
-                continue
-            for task in chosen:
-                measure(name, task, embedder)
+            measure(name, task, embedder)
     return _as_metrics(chosen, found) | {"tasks_not_run": tasks_not_run, "not_run": not_run}
 
 
@@ -295,91 +269,33 @@ def mteb_model(embed: Embed, name: str = "qwen3-encdec/embedder") -> Any:
     return Encoder()
 
 
-def embedding_space(folder: str | Path, name: str, seed: int = 0) -> dict[str, Any]:
-    """The space of an encoder for the report, under its `name`.
-
-    `labels` and `matrix` of the cosines of `SIMILARITY_TEXTS`; `map` of documents of the largest
-    held-out packages, in two dimensions that keep neighbours together; `neighbours` of one of each
-    package among them.
-    """
-    from sklearn.manifold import TSNE
-
-    embed = baselines.encoder(folder)
-    texts = normalize(embed(list(SIMILARITY_TEXTS)))
-    space: dict[str, Any] = {
-        "name": name,
-        "labels": list(SIMILARITY_TEXTS),
-        "matrix": (texts @ texts.T).tolist(),
-    }
-    documents = documents_by_package(MAP_PACKAGES, MAP_TEXTS, seed)
-    if len(documents) <= MAP_PACKAGES:  # t-SNE of a few points says nothing
-        return space
-    embeddings = normalize(embed([document.text for document in documents]))
-    tsne = TSNE(init="pca", perplexity=min(30, len(documents) / 4), random_state=seed)
-    points = np.round(tsne.fit_transform(embeddings), 2)
-    titles = [" ".join(document.text.split())[:100] for document in documents]
-    groups = [document.package for document in documents]
-    similar = embeddings @ embeddings.T
-    np.fill_diagonal(similar, -2)
-    space["map"] = {"points": points.tolist(), "groups": groups}
-    space["neighbours"] = [
-        {
-            "text": titles[i],
-            "package": group,
-            "nearest": [
-                [titles[j], groups[j], round(float(similar[i, j]), 3)]
-                for j in np.argsort(-similar[i])[:3]
-            ],
-        }
-        for group in dict.fromkeys(groups)
-        for i in [groups.index(group)]
-    ]
-    return space
-
-
-def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring]:
-    """At most `texts` documents of each of the held-out packages that have most, shuffled."""
-    documents = package_docs("heldout")
-    counts = Counter(document.package for document in documents)
-    ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
-    largest = {package for package, _ in ranked[:packages]}
-    taken: Counter[str] = Counter()
-    chosen = []
-    for i in np.random.default_rng(seed).permutation(len(documents)):
-        package = documents[i].package
-        if package in largest and taken[package] < texts:
-            taken[package] += 1
-            chosen.append(documents[i])
-    return chosen
-
-
 def provenance(
     *, started: float | None = None, commit: str | None = None, **facts: Any
 ) -> dict[str, Any]:
     """Facts that a number must carry: command, commit, versions, hardware, and `seconds` since
     `started` (monotonic).
     """
-    cpu = platform.processor()
+    cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        cpu = next(
-            (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), cpu
-        )
-    return {
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        **({"commit": commit} if (commit := commit or describe_source("--exclude", "*")) else {}),
-        **facts,
-        "hardware": f"{cpu or platform.machine()}, {os.cpu_count()} cores"
-        + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""),
-        **({"seconds": round(time.monotonic() - started, 1)} if started is not None else {}),
-        "versions": {"python": platform.python_version(), **package_versions()},
-    }
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+        if match := re.search(r"model name\s*: (.*)", text):
+            cpu = match[1]
+    hardware = f"{cpu}, {os.cpu_count()} cores"
+    if torch.cuda.is_available():
+        hardware += f", {torch.cuda.get_device_name()}"
+    found: dict[str, Any] = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+    if commit := commit or describe_source("--exclude", "*"):
+        found["commit"] = commit
+    found |= {**facts, "hardware": hardware}
+    if started is not None:
+        found["seconds"] = round(time.monotonic() - started, 1)
+    return found | {"versions": {"python": platform.python_version(), **package_versions()}}
 
 
 def _embed(
     embedder: Embedder,
     max_tokens: int,
-    advance: Callable[[int], None],
+    advance: Callable[[int], Any],
     texts: Sequence[str],
     role: str | None = None,
     block: int = 256,
@@ -393,10 +309,3 @@ def _embed(
         advance(len(rows))
     embeddings = np.concatenate(parts).astype(np.float32, copy=False)
     return embeddings[np.argsort(order)]
-
-
-def _progress() -> Progress:
-    columns = TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}")
-    return Progress(
-        *columns, TimeElapsedColumn(), console=Console(stderr=True), disable=not sys.stderr.isatty()
-    )

@@ -1,10 +1,11 @@
-"""Several runs on one page: curves, scores with intervals, infilled gaps, and spaces.
+"""Several runs on one page: curves, scores with intervals, and infilled gaps.
 
 A run is a folder of this project of training (metrics.jsonl), of an evaluation or of the demo
 (metrics.json).
 """
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +20,6 @@ from qwen3_encdec.reports.scores import (
     TASKS_NOTE,
     denoising_table,
     retrieval_table,
-    space_figures,
-    task_figures,
     tasks_table,
 )
 
@@ -52,8 +51,6 @@ class Run:
     """Of metrics.json."""
     curves: list[dict[str, Any]] = field(default_factory=list)
     """Lines of metrics.jsonl."""
-    space: dict[str, Any] = field(default_factory=dict)
-    """Of space.json."""
 
 
 def compare(folders: Sequence[str | Path], output_dir: str | Path) -> list[Run]:
@@ -88,34 +85,28 @@ def _read(folder: Path, name: str) -> Run:
         raise InputError(f"run {folder} {reason}")
     places = (folder / "metrics.jsonl", folder / "ul2" / "metrics.jsonl")
     lines = next((file for file in places if file.exists()), None)
-    found: dict[str, Any] = {
-        part: read_json(folder / f"{part}.json")
-        for part in ("metrics", "space")
-        if (folder / f"{part}.json").exists()
-    }
-    if lines is None and "metrics" not in found:
+    metrics = folder / "metrics.json"
+    if lines is None and not metrics.exists():
         raise InputError(
             f"run {folder} holds neither metrics.json nor metrics.jsonl: there is nothing to show"
         )
-    curves = read_metrics(lines) if lines else []
-    return Run(name, folder, read_json(folder / PROVENANCE_FILE)["kind"], curves=curves, **found)
+    return Run(
+        name,
+        folder,
+        read_json(folder / PROVENANCE_FILE)["kind"],
+        read_json(metrics) if metrics.exists() else {},
+        read_metrics(lines) if lines else [],
+    )
 
 
 def _short_names(folders: Sequence[Path]) -> list[str]:
-    """The shortest end of each path that no other has."""
-    parts = [folder.resolve().parts for folder in folders]
-    names = []
-    for own in parts:
-        lengths = range(1, len(own) + 1)
-        names.append(
-            next(
-                (own[-n:] for n in lengths if sum(other[-n:] == own[-n:] for other in parts) == 1),
-                None,
-            )
-        )
-    if None in names:
+    """Paths below the folder that holds all of them."""
+    paths = [folder.resolve() for folder in folders]
+    root = os.path.commonpath([path.parent for path in paths])
+    names = [path.relative_to(root).as_posix() for path in paths]
+    if len(set(names)) < len(names):
         raise InputError(f"a run is named twice: {', '.join(map(str, folders))}")
-    return ["/".join(name) for name in names if name]
+    return names
 
 
 def _sections(runs: Sequence[Run]) -> list[Section]:
@@ -138,16 +129,10 @@ def _sections(runs: Sequence[Run]) -> list[Section]:
             sections.append(Section(title, RETRIEVAL_NOTE.format(**run.metrics), table))
     tasks, not_run = _merged_tasks(runs)
     if tasks or not_run:
-        table = tasks_table(tasks, not_run)
-        sections.append(Section("Tasks", TASKS_NOTE, table, task_figures(tasks)))
+        sections.append(Section("Tasks", TASKS_NOTE, tasks_table(tasks, not_run)))
     shares, examples = _infilled(runs)
     if shares:
         sections.append(Section("Infilling", paragraphs=shares, examples=examples))
-    for run in runs:
-        if run.space:
-            name = f"{run.space['name']} ({run.name})" if several else run.space["name"]
-            figures = space_figures(run.space | {"name": name})
-            sections.append(Section(f"Space: {name}", figures=figures))
     return sections
 
 
@@ -158,16 +143,8 @@ def _overview(runs: Sequence[Run]) -> tuple[list[str], list[list[str]]]:
         steps = [line for line in run.curves if "target_tokens" in line]
         tokens = f"{steps[-1]['source_tokens'] + steps[-1]['target_tokens']:,}" if steps else "–"
         step = f"{run.curves[-1]['step']:,}" if run.curves else "–"
-        rows.append(
-            [
-                run.name,
-                run.kind,
-                step,
-                tokens,
-                str(facts.get("commit", "–")),
-                str(facts.get("hardware", "–")),
-            ]
-        )
+        origin = [str(facts.get(name, "–")) for name in ("commit", "hardware")]
+        rows.append([run.name, run.kind, step, tokens, *origin])
     return ["Run", "Kind", "Steps", "Tokens", "Commit", "Hardware"], rows
 
 

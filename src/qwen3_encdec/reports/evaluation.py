@@ -1,11 +1,13 @@
 """Evaluate a folder and write its page; the tables of the page as text for a terminal."""
 
-import textwrap
+import io
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
 from transformers.utils import logging
 
 from qwen3_encdec.conversion.extract import checkpoints_to_average
@@ -13,7 +15,6 @@ from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.retrieval import Task, pairs_retrieval
 from qwen3_encdec.evaluation.suite import (
-    embedding_space,
     evaluate_denoising,
     evaluate_retrieval,
     provenance,
@@ -37,7 +38,7 @@ def evaluate(
     seed: int = 0,
     commit: str | None = None,
 ) -> dict[str, Any]:
-    """Evaluate a folder and write metrics.json and report.html, and of an encoder space.json.
+    """Evaluate a folder and write metrics.json and report.html.
 
     Args:
         model_dir: An encoder-decoder (a folder, a checkpoint or a run), or an extracted encoder.
@@ -59,7 +60,6 @@ def evaluate(
     check_output(output_dir, "evaluation")
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
-    space: dict[str, Any] = {}
     tasks: list[Task] = [pairs_retrieval(file, num_queries, seed) for file in pairs]
     if (model_dir / "modules.json").exists():
         tuned = (model_dir / PROVENANCE_FILE).exists() and "finetuned_from" in read_json(
@@ -74,7 +74,6 @@ def evaluate(
             tasks=tasks if pairs or mteb else None,
             mteb=mteb,
         )
-        space = embedding_space(model_dir, name, seed)
     else:
         folders = {"initialization": Path(initialization)} if initialization else {}
         folders["trained"] = checkpoints_to_average(model_dir, 1)[0]
@@ -84,10 +83,8 @@ def evaluate(
     )
     with new_folder(output_dir, "evaluation", model=str(model_dir)) as folder:
         write_json(folder / "metrics.json", metrics)
-        if space:
-            write_json(folder / "space.json", space)
         name = f"Evaluation of {model_dir.name}"
-        write_page(folder, [Run(name, model_dir, "evaluation", metrics, space=space)], name)
+        write_page(folder, [Run(name, model_dir, "evaluation", metrics)], name)
     return metrics
 
 
@@ -100,26 +97,22 @@ def summary(metrics: Mapping[str, Any]) -> str:
         tables.append(retrieval_table(metrics["retrieval"], metrics["not_run"]))
     if metrics.get("tasks") or metrics.get("tasks_not_run"):
         tables.append(tasks_table(metrics["tasks"], metrics["tasks_not_run"]))
-    text = []
+    text = io.StringIO()
+    console = Console(file=text, width=160, markup=False, highlight=False)
     for header, rows in tables:
-        heads = [textwrap.wrap(cell, 13, break_long_words=False) for cell in header]
-        tallest = max(map(len, heads))
-        stacked = [
-            list(line)
-            for line in zip(*([""] * (tallest - len(head)) + head for head in heads), strict=True)
-        ]
-        lines = [*stacked, *rows]
-        widths = [
-            max(len(line[i]) for line in lines if len(line) == len(header))
-            for i in range(len(header))
-        ]
-        widths[0] = max(len(line[0]) for line in lines)
-        text += [
-            "  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])])
-            for line in lines
-        ]
-        text.append("")
-    return "\n".join(text).rstrip()
+        table = Table(box=None, pad_edge=False)
+        table.add_column(header[0])
+        for name in header[1:]:
+            table.add_column(name, justify="right")
+        for row in rows:
+            if len(row) == len(header):
+                table.add_row(*row)
+        console.print(table)
+        for row in rows:
+            if len(row) < len(header):
+                console.print("  ".join(row))
+        console.print()
+    return text.getvalue().rstrip()
 
 
 def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> str:

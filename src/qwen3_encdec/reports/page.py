@@ -105,7 +105,6 @@ th, td { padding: .35rem .6rem; border-bottom: 1px solid var(--line); text-align
   vertical-align: bottom; font-variant-numeric: tabular-nums } td { white-space: nowrap }
 th:first-child, td:first-child { text-align: left; padding-left: 0 }
 th { font-weight: 600 } td.note { text-align: left; color: var(--muted) }
-ol { font-size: .85rem; line-height: 1.4; columns: 20rem; padding-left: 1.6rem; margin: .3rem 0 }
 .figures { display: grid; gap: 1.5rem;
   grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr)) }
 figure { margin: 1rem 0 } figcaption { font-size: .85rem; line-height: 1.4; margin-top: .3rem }

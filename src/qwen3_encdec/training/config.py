@@ -159,24 +159,6 @@ class TrainingConfig:
             )
 
 
-# Names of transformers' TrainingArguments, for whoever comes from there.
-_KNOWN_AS = {
-    "learning_rate": "lr",
-    "lr_scheduler_type": "schedule",
-    "adam_epsilon": "eps",
-    "per_device_train_batch_size": "batch_size",
-    "dataloader_num_workers": "num_workers",
-    "torch_compile": "compile",
-    "attn_implementation": "attention",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_last",
-    "bf16": "mixed_precision",
-    "report_to": "trackers",
-}
-
-
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainingConfig:
     """Read a training YAML and apply overrides such as ``lr=3e-4`` or ``data.source_length=256``.
 
@@ -248,8 +230,6 @@ def _refuse_unknown(cls: Any, values: Any, origin: str, prefix: str = "") -> Non
     for key, value in values.items():
         if key not in names:
             nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.4)
-            if _KNOWN_AS.get(key) in names:
-                nearest = [_KNOWN_AS[key]]
             hint = f"known: {', '.join(names)}"
             if nearest:
                 hint = f"did you mean {prefix}{nearest[0]}?"

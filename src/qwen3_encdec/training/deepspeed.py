@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
@@ -77,7 +76,7 @@ class DeepSpeedState(TrainingState):
     def read(self, folder: Path) -> None:
         """Fill the optimizer's pieces from the checkpoint that the weights were loaded from.
 
-        One rank reads each tensor and sends it to the others.
+        Every rank reads every tensor, one at a time.
         """
         if folder != self.loaded:
             raise InputError(f"the weights were loaded from {self.loaded}; rename that folder")
@@ -87,7 +86,8 @@ class DeepSpeedState(TrainingState):
         for name, parameter in self.parameters.items():
             whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape))
             for key in _MOMENTS:
-                value = self._read_and_send(whole, f"{name}.{key}", folder).to(parameter.device)
+                read_tensors_into({f"{name}.{key}": whole}, folder, "state")
+                value = whole.to(parameter.device)
                 if not self._zero3:
                     safe_set_full_optimizer_state(parameter, value, key)
                     continue
@@ -95,12 +95,12 @@ class DeepSpeedState(TrainingState):
                 piece = safe_get_local_optimizer_state(parameter, key)
                 mine = value.flatten()[self._rank * piece.numel() :][: piece.numel()]
                 piece[: mine.numel()] = mine
-            self._read_and_send(step, f"{name}.step", folder)
+            read_tensors_into({f"{name}.step": step}, folder, "state")
         for piece in self._pieces:
             self._inner.state[piece]["step"].copy_(step)
 
     def synchronize(self) -> None:
-        """Do nothing: `read` has sent everything."""
+        """Do nothing: every rank has read its own."""
 
     def _whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -117,23 +117,6 @@ class DeepSpeedState(TrainingState):
             if number % self.world_size == self._rank:
                 kept[name] = tensor.detach().to("cpu", copy=True)
         return kept
-
-    def _read_and_send(self, tensor: torch.Tensor, name: str, folder: Path) -> torch.Tensor:
-        error = None
-        if self._rank == 0:
-            try:
-                read_tensors_into({name: tensor}, folder, "state")
-            except InputError as found:
-                error = str(found)
-        errors = [error]
-        dist.broadcast_object_list(errors)
-        if errors[0]:
-            raise InputError(errors[0])
-        device = next(iter(self._pieces)).device
-        sent = tensor.to(device)
-        dist.broadcast(sent, src=0)
-        tensor.copy_(sent)
-        return tensor
 
     def _apply(self) -> None:
         self.model.step()  # type: ignore[operator]

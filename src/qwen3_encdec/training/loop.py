@@ -6,6 +6,7 @@ waits once, when it reads what all ranks have to say about the step.
 """
 
 import gc
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +20,7 @@ from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
 from qwen3_encdec.training.distributed import make_accelerator, release, together
 from qwen3_encdec.training.flops import MFU
-from qwen3_encdec.training.monitor import Watchdog, check_finite, stop_requests
+from qwen3_encdec.training.monitor import Watchdog, stop_requests
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
 
@@ -93,30 +94,30 @@ def _train(run: Run) -> Path:
             rate = learning_rate(step, config)
             set_learning_rate(state.optimizer, rate)
 
-            totals = run.backward(counts[0])
+            totals = run.backward(step, counts[0])
             position = run.loader.state_dict()
             waited = run.fetch() if step < config.max_steps else 0.0
             report = run.agree(totals)
 
             # Everything is checked before the step can spoil the weights.
-            try:
-                check_finite(step, report.loss, report.norm)
-            except InputError as error:
+            if not math.isfinite(report.loss + report.norm):
                 if step - 1 > run.start:
                     run.save(step - 1)
                     saver.finish()
-                last = saver.last or "none"
-                raise InputError(f"{error}; the last checkpoint is {last}") from None
+                raise InputError(
+                    f"step {step}: loss {report.loss} and gradient norm {report.norm} are not both "
+                    "finite; stopped before the update; try a lower lr or a longer warm-up; the "
+                    f"last checkpoint is {saver.last or 'none'}"
+                )
             if guard.skips(report.loss, report.norm):
                 state.discard()
-                run.meter.totals.skipped_steps += 1
+                run.meter.totals["skipped_steps"] += 1
                 show(f"step {step} skipped: loss {report.loss:.4g}, norm {report.norm:.4g}")
             else:
                 state.step(report.norm, config.max_grad_norm)
 
             run.position = position
-            work = float(run.flops_per_sum @ counts[3:])
-            run.meter.add([*counts[:3], work], report.losses, time.perf_counter() - began, waited)
+            run.meter.add(counts, report.losses, time.perf_counter() - began, waited)
             if step % config.log_every == 0 or step == config.max_steps:
                 run.log_step(step, rate, report)
             if config.eval_every and (step % config.eval_every == 0 or step == config.max_steps):

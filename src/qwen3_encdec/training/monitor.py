@@ -3,7 +3,6 @@
 import faulthandler
 import fcntl
 import json
-import math
 import os
 import resource
 import signal
@@ -13,7 +12,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -53,15 +51,6 @@ class SpikeGuard:
             spike = bool((np.array([loss, norm]) > limits).any())
         self.recent.append((loss, norm))
         return spike
-
-
-def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise InputError unless a step may be applied."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise InputError(
-            f"step {step}: loss {loss} and gradient norm {norm} are not both finite; stopped "
-            "before the update; try a lower lr or a longer warm-up"
-        )
 
 
 class StopRequest:
@@ -148,45 +137,33 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-@dataclass
-class Totals:
-    """Counts of a run, or of the steps between two log lines."""
-
-    target_tokens: int = 0
-    source_tokens: int = 0
-    examples: int = 0
-    skipped_steps: int = 0
+TOTALS = ("target_tokens", "source_tokens", "examples")
 
 
-@dataclass
 class Meter:
-    """Sum up the steps between two log lines, and the whole run across resumes."""
+    """Sum up the steps between two log lines, and ``totals`` of the run across resumes.
 
-    denoisers: list[str]
-    totals: Totals
-    losses: torch.Tensor = field(init=False)
-    """Loss sums and token counts by denoiser, (2, denoisers) fp64."""
-    tokens: int = field(init=False)
-    flops: float = field(init=False)
-    seconds: float = field(init=False)
-    waited: float = field(init=False)
+    ``flops_per_sum`` are the FLOPs for each of `flops.length_sums`.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, denoisers: list[str], flops_per_sum: np.ndarray, totals: dict[str, int]
+    ) -> None:
+        self.denoisers, self.flops_per_sum = denoisers, flops_per_sum
+        self.totals = dict.fromkeys((*TOTALS, "skipped_steps"), 0) | totals
+        self._clear()
+
+    def _clear(self) -> None:
         self.losses = torch.zeros(2, len(self.denoisers), dtype=torch.float64)
         self.tokens = 0
         self.flops = self.seconds = self.waited = 0.0
 
     def add(self, counts: list[float], losses: torch.Tensor, seconds: float, waited: float) -> None:
-        """Add an optimizer step: target tokens, source tokens, examples and FLOPs of all ranks.
-
-        ``waited`` are the seconds that this rank had no data to work on.
-        """
-        target, source, examples = map(int, counts[:3])
-        self.totals.target_tokens += target
-        self.totals.source_tokens += source
-        self.totals.examples += examples
-        self.tokens += target + source
-        self.flops += counts[3]
+        """Add a step: `Report`'s counts and losses, and ``waited`` seconds without data."""
+        for name, count in zip(TOTALS, counts, strict=False):
+            self.totals[name] += int(count)
+        self.tokens += int(counts[0] + counts[1])
+        self.flops += float(self.flops_per_sum @ counts[len(TOTALS) :])
         self.losses += losses
         self.seconds += seconds
         self.waited += waited
@@ -197,14 +174,14 @@ class Meter:
         for name, loss, tokens in zip(self.denoisers, *self.losses.tolist(), strict=True):
             if tokens:
                 metrics[f"loss/{name}"] = loss / tokens
-        metrics |= vars(self.totals)
+        metrics |= self.totals
         metrics["tokens_per_second"] = self.tokens / self.seconds
         metrics["tflops"] = self.flops / self.seconds / 1e12
         if peak:
             metrics["mfu"] = self.flops / self.seconds / peak
         metrics["data_wait"] = self.waited / self.seconds
         metrics["memory_gib"] = _peak_memory() / 2**30
-        self.__post_init__()
+        self._clear()
         return metrics
 
 
@@ -221,10 +198,10 @@ class Progress:
             if name.startswith("eval_loss/"):
                 parts.append(f"held-out {name.removeprefix('eval_loss/')} {value:.4f} nats/token")
         elapsed = time.monotonic() - self.began
-        parts.append(f"elapsed {_clock(elapsed)}")
+        parts.append(f"elapsed {timedelta(seconds=round(elapsed))}")
         if step > self.start:
             remaining = elapsed / (step - self.start) * (self.steps - step)
-            parts.append(f"remaining {_clock(remaining)}")
+            parts.append(f"remaining {timedelta(seconds=round(remaining))}")
         return f"step {step:,} of {self.steps:,}: {', '.join(parts)}"
 
 
@@ -251,12 +228,8 @@ def keep_lines(path: Path, last_step: int) -> None:
     path.write_text("".join(kept), encoding="utf-8")
 
 
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
 def _peak_memory() -> float:
-    """The most bytes that this process has held: of its GPU, or else resident."""
+    """Bytes at the peak: of this process's GPU, or else resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -100,9 +100,6 @@ def start_run(
         config=config,
     )
     before = resumed or {"totals": {}, "guard": None}
-    if resumed:
-        # Restore the generators last; the code above consumes them.
-        checkpoint.load_random_state(resumed, accelerator.process_index)
     return Run(
         config,
         accelerator,
@@ -111,11 +108,14 @@ def start_run(
         loader,
         saver,
         heldout,
-        flops.flops_per_sum(model_config, sizes),
         loss_options,
         start,
         monitor.SpikeGuard(config.spike_sigma, config.spike_window, before["guard"]),
-        monitor.Meter([d.name for d in config.data.denoisers], monitor.Totals(**before["totals"])),
+        monitor.Meter(
+            [denoiser.name for denoiser in config.data.denoisers],
+            flops.flops_per_sum(model_config, sizes),
+            before["totals"],
+        ),
     )
 
 
@@ -216,10 +216,8 @@ def _resume(
     state.synchronize()
     resumed = checkpoint.read_training_state(folder)
     notes = checkpoint.changes_since(resumed, config_to_dict(config), accelerator.num_processes)
-    for sentence in damages.values():
+    for sentence in damages:
         accelerator.print(sentence)
-    if accelerator.is_main_process:
-        checkpoint.set_aside(damages)
     accelerator.print("; ".join([f"resuming from {folder}", *notes]))
     step, before = resumed["step"], resumed.get("lr", float("inf"))
     after = learning_rate(step + 1, config)

@@ -18,7 +18,7 @@ from qwen3_encdec.data.stream import RowLoader
 from qwen3_encdec.evaluation.denoising import denoising_losses
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import flops
-from qwen3_encdec.training.checkpoint import Checkpointer, random_state
+from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import STACKS, TrainingState
 from qwen3_encdec.training.monitor import Meter, Progress, SpikeGuard, StopRequest
@@ -38,8 +38,6 @@ class Run:
     loader: RowLoader
     saver: Checkpointer
     heldout: list[Any]
-    flops_per_sum: np.ndarray
-    """FLOPs for each of `flops.length_sums`."""
     loss_options: dict[str, Any]
     start: int
     guard: SpikeGuard
@@ -71,14 +69,16 @@ class Run:
             self.data_error = str(error)  # the other ranks learn of it in `agree`
         return time.perf_counter() - began
 
-    def backward(self, tokens: float) -> torch.Tensor:
+    def backward(self, step: int, tokens: float) -> torch.Tensor:
         """Accumulate the gradient of the step's loss over the micro-batches.
 
-        ``tokens`` are the step's target tokens on all ranks. Gradients are averaged over the ranks,
+        A dropout draws by seed, step and rank, so that nothing of it need be saved. ``tokens`` are the step's target tokens on all ranks. Gradients are averaged over the ranks,
         so the loss is multiplied by their number. Returns loss sums and token counts by denoiser,
         (2, denoisers) fp64, on the device.
         """
         device = self.accelerator.device
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        torch.manual_seed(self.config.seed + step * processes + rank)
         totals = torch.zeros(2, len(self.denoisers), dtype=torch.float64, device=device)
         batches, self.upcoming = self.upcoming, []
         for index, batch in enumerate(batches):
@@ -89,7 +89,7 @@ class Run:
                 output = self.state.model(
                     **batch, num_items_in_batch=int(tokens), **self.loss_options
                 )
-                self.state.backward(output.loss * self.accelerator.num_processes, last)
+                self.state.backward(output.loss * processes, last)
             token_losses = output.token_losses.detach().flatten().double()
             totals[0].index_add_(0, denoiser, token_losses)
             totals[1].index_add_(0, denoiser, torch.ones_like(token_losses))
@@ -135,17 +135,13 @@ class Run:
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint after ``step``."""
-        generators = random_state(self.accelerator.device)
-        self.saver.save(
-            step,
-            {"data": self.position, "random": generators},
-            {
-                "totals": vars(self.meter.totals),
-                "guard": self.guard.state,
-                "lr": learning_rate(max(step, 1), self.config),
-                "heldout_loss": self.heldout_losses.get(step),
-            },
-        )
+        progress = {
+            "totals": self.meter.totals,
+            "guard": self.guard.state,
+            "lr": learning_rate(max(step, 1), self.config),
+            "heldout_loss": self.heldout_losses.get(step),
+        }
+        self.saver.save(step, self.position, progress)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
         """Write metrics to metrics.jsonl, to the trackers and, in short, to the terminal.

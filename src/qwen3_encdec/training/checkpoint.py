@@ -1,17 +1,9 @@
 """Write and read checkpoints: model folders that are also exact points to resume from.
 
-RUN/checkpoints/step-000100/     config.json, safetensors (fp32), tokenizer: ``from_pretrained``
-                                 loads it
-    state/shard-*.safetensors    optimizer state as PARAMETER.KEY, each rank its own shards
-    state/rank-*.json            a rank's position in the data
-    state/training.json          step, world size, config, versions, commit, totals and guard
-    state/checks-*.json          size and CRC-32 by block of every file that a rank wrote
-RUN/checkpoints/latest, best     symbolic links
-
-Tensors are written and read by torch.distributed.checkpoint in its Hugging Face format; there is no
-pickle. A thread writes while training continues. Ranks learn in the step's own reduction when all
-have written, then rank 0 renames the folder from ``.step-000100.partial``. On several machines the
-run's folder must be on a file system that they share.
+docs/formats.md lists their files. Tensors are written and read by torch.distributed.checkpoint in
+its Hugging Face format, by a thread while training continues. Ranks learn in the step's own
+reduction when all have written, then rank 0 renames the folder from ``.step-000100.partial``. On
+several machines the run's folder must be on a file system that they share.
 """
 
 import copy
@@ -56,9 +48,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class Checkpointer:
     """Write a run's checkpoints. Every rank has one and calls the same methods in the same order.
 
-    ``last`` is the newest complete checkpoint. Any failure to write, on any rank, raises InputError
-    on all of them at the next step (or at ``finish``); what was incomplete is removed and ``last``
-    still holds. ``state`` gives the tensors, see ``training/distributed.py``.
+    ``last`` is the newest complete checkpoint. A failure to write, on any rank, raises InputError
+    on all of them at the next step or at ``finish``. ``state`` is a `TrainingState`.
     """
 
     def __init__(
@@ -115,9 +106,7 @@ class Checkpointer:
             self.finish()
 
     def flags(self) -> list[int]:
-        """Return [this rank has written, this rank has failed], to be summed and given to
-        `settle`.
-        """
+        """Return [this rank has written, this rank has failed]; `settle` takes the sums."""
         ended = self._writer is not None and not self._writer.is_alive()
         return [int(ended and self._error is None), int(self._error is not None)]
 
@@ -394,10 +383,9 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """Return ``state/training.json`` of a checkpoint, and ``ranks``: positions."""
-    state = read_json(folder / "state/training.json")
-    state["ranks"] = [read_json(file) for file in sorted((folder / "state").glob("rank-*.json"))]
-    return state
+    """Return ``state/training.json`` of a checkpoint, and the ranks' ``positions`` in the data."""
+    ranks = [read_json(file)["data"] for file in sorted((folder / "state").glob("rank-*.json"))]
+    return read_json(folder / "state/training.json") | {"positions": ranks}
 
 
 def changes_since(state: dict[str, Any], config: dict[str, Any], world_size: int) -> list[str]:

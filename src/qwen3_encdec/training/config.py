@@ -33,21 +33,15 @@ Natural = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
+Moment = Annotated[float, Field(ge=0, lt=1)]
 # YAML 1.1 reads a bare `no` as false.
 Precision = Annotated[
     Literal["auto", "no", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),
 ]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
-Attention = Literal[
-    "auto",
-    "sdpa",
-    "eager",
-    "flex_attention",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-]
+Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
+Attention = Literal["auto", "sdpa", "eager", "flex_attention", Flash]
 
 
 @dataclass(frozen=True)
@@ -82,10 +76,7 @@ class TrainingConfig:
     """Learning rate at max_steps as a share of the peak."""
     weight_decay: NotNegative = 0.1
     """Weight decay of the projection matrices; norms, gates and the embedding are not decayed."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
-    )
+    betas: tuple[Moment, Moment] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     eps: Positive = 1e-8
     """AdamW denominator term."""
@@ -160,16 +151,16 @@ class TrainingConfig:
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainingConfig:
-    """Read a training YAML and apply overrides such as ``lr=3e-4`` or ``data.source_length=256``.
-
-    ``path`` None starts from the defaults. Raises InputError naming the file or override, the key
-    and the value.
-    """
+    """Read a training YAML, see `load_dataclass`."""
     return load_dataclass(TrainingConfig, path, overrides)
 
 
 def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
-    """Read any strict dataclass as ``load_config`` does."""
+    """Read a YAML and apply overrides such as ``lr=3e-4`` or ``data.source_length=256``.
+
+    ``path`` None starts from the defaults. Raises InputError naming the file or override, the key
+    and the value.
+    """
     values: Any = {} if path is None else read_yaml(path, "config") or {}
     read_dataclass(cls, values, str(path))  # alone first, so that its errors name the file
     for override in overrides:

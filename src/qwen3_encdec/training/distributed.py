@@ -56,10 +56,7 @@ class TrainingState:
             self._stacks["embedding" if parameter is embedding else stack].append(parameter)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Return the context of a micro-batch: DDP reduces at the last one only.
-
-        FSDP2 reduces at each, to keep gradients sharded.
-        """
+        """Return the context of a micro-batch: DDP reduces at the last one only, FSDP2 at each."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
@@ -227,8 +224,7 @@ def release(accelerator: Accelerator) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     if over_gloo:
-        # DTensor's caches keep the process group, and its threads let go of a last tensor a little
-        # later than we do; one that does so while the interpreter ends aborts the process
+        # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process
         # (pytorch/pytorch#190489).
         time.sleep(0.1)
 
@@ -248,15 +244,12 @@ def together() -> Iterator[None]:
 
 def describe(accelerator: Accelerator) -> str:
     """Describe the launch for the log, such as ``world size 2, FSDP2, cpu/gloo, compute fp32``."""
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "?")
-    kinds: dict[Any, str] = {
-        DistributedType.NO: "one process",
-        DistributedType.FSDP: "FSDP2",
-        DistributedType.MULTI_GPU: "DDP",
-        DistributedType.MULTI_CPU: "DDP",
-        DistributedType.DEEPSPEED: f"DeepSpeed ZeRO-{stage}",
+    kinds = {
+        "NO": "one process",
+        "FSDP": "FSDP2",
+        "DEEPSPEED": f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE')}",
     }
-    kind = kinds.get(accelerator.distributed_type, str(accelerator.distributed_type))
+    kind = kinds.get(accelerator.distributed_type.value, "DDP")
     device = accelerator.device.type
     if dist.is_initialized():
         device += f"/{dist.get_backend()}"
@@ -285,8 +278,7 @@ def allow_distributed_cpu() -> None:
         if kind != DistributedType.NO or not launched or torch.accelerator.is_available():
             return chosen, kind
         self.device = torch.device("cpu")
-        # FSDP is a refinement of MULTI_GPU in accelerate; plain data parallelism on CPUs has a type
-        # of its own.
+        # To accelerate FSDP is a refinement of MULTI_GPU.
         refined = _uses("FSDP") or _uses("DEEPSPEED")
         return "gloo", DistributedType.MULTI_GPU if refined else DistributedType.MULTI_CPU
 

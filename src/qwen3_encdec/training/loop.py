@@ -5,6 +5,7 @@ ranks, divided by their number. While the device works on a step, the host fetch
 waits once, when it reads what all ranks have to say about the step.
 """
 
+import faulthandler
 import gc
 import math
 import time
@@ -20,7 +21,7 @@ from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
 from qwen3_encdec.training.distributed import make_accelerator, release, together
 from qwen3_encdec.training.flops import MFU
-from qwen3_encdec.training.monitor import Watchdog, stop_requests
+from qwen3_encdec.training.monitor import StopRequest, expect_step
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
 
@@ -59,7 +60,8 @@ def run_training(
             start.find_batch_size(config, accelerator)
             return run_dir
         with ExitStack() as stack:
-            stop = stack.enter_context(stop_requests(run_dir))
+            stop = StopRequest(run_dir)
+            stack.enter_context(stop.listening())
             return _train(start.start_run(config, accelerator, stop, stack))
     finally:
         gc.unfreeze()
@@ -83,7 +85,7 @@ def _train(run: Run) -> Path:
     gc.collect()
     gc.freeze()
     state.model.train()
-    watchdog = Watchdog(config.stall_seconds, run.start)
+    expect_step(config.stall_seconds)
     step = run.start
     try:
         run.position = run.loader.state_dict()
@@ -124,7 +126,7 @@ def _train(run: Run) -> Path:
                 run.evaluate(step)
             if config.save_every and step % config.save_every == 0:
                 run.save(step)
-            watchdog.beat(step)
+            expect_step(config.stall_seconds)
         if step > run.start:
             run.save(step)
         saver.finish()
@@ -132,7 +134,7 @@ def _train(run: Run) -> Path:
             if run.data_error:
                 raise InputError(run.data_error)
     finally:
-        watchdog.ended.set()
+        faulthandler.cancel_dump_traceback_later()
         saver.close()
     if report.stops:
         show(f"asked to stop: ended after step {step:,} of {config.max_steps:,}")

@@ -54,10 +54,10 @@ class SpikeGuard:
 
 
 class StopRequest:
-    """Tell whether this process has been asked to save and end: SIGTERM, or a file ``STOP``."""
+    """Tell whether this process is asked to save and end: SIGTERM in the block, or a file STOP."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.asked = file, False
+    def __init__(self, run_dir: Path) -> None:
+        self.file, self.asked = run_dir / "STOP", False
 
     def ask(self, *signal_and_frame: object) -> None:
         """Ask, as a signal handler."""
@@ -66,18 +66,16 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.asked or self.file.exists()
 
-
-@contextmanager
-def stop_requests(run_dir: Path) -> Iterator[StopRequest]:
-    """Turn SIGTERM into a request to stop within the block."""
-    request = StopRequest(run_dir / "STOP")
-    here = threading.current_thread() is threading.main_thread()  # handlers can be set nowhere else
-    before = signal.signal(signal.SIGTERM, request.ask) if here else None
-    try:
-        yield request
-    finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear SIGTERM; handlers can be set in the main thread only."""
+        here = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self.ask) if here else None
+        try:
+            yield
+        finally:
+            if here:
+                signal.signal(signal.SIGTERM, before)
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -85,36 +83,13 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class Watchdog(threading.Thread):
-    """End the process, non-zero, when no step has finished for ``seconds``; 0 never does.
+def expect_step(seconds: float) -> None:
+    """End the process, non-zero, with its stacks, unless called again in time; 0 waits for ever.
 
     A collective call waits for ever for a rank that is gone, so only another thread can notice.
     """
-
-    def __init__(self, seconds: float, step: int) -> None:
-        super().__init__(daemon=True, name="watchdog")
-        self.seconds, self.step = seconds, step
-        self.since, self.ended = time.monotonic(), threading.Event()
-        if seconds:
-            self.start()
-
-    def beat(self, step: int) -> None:
-        """Note that ``step`` has finished."""
-        self.step, self.since = step, time.monotonic()
-
-    def run(self) -> None:
-        """Watch."""
-        while not self.ended.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self.since > self.seconds:
-                faulthandler.dump_traceback()
-                print(
-                    f"error: no step has finished in {self.seconds:g} s since step {self.step}; "
-                    "another rank is gone or hangs, see the stacks above; start again to continue "
-                    "from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(3)
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 
 @contextmanager

@@ -72,9 +72,10 @@ class Run:
     def backward(self, step: int, tokens: float) -> torch.Tensor:
         """Accumulate the gradient of the step's loss over the micro-batches.
 
-        A dropout draws by seed, step and rank, so that nothing of it need be saved. ``tokens`` are the step's target tokens on all ranks. Gradients are averaged over the ranks,
-        so the loss is multiplied by their number. Returns loss sums and token counts by denoiser,
-        (2, denoisers) fp64, on the device.
+        ``tokens`` are the step's target tokens on all ranks; gradients are averaged over the ranks,
+        so the loss is multiplied by their number. A dropout draws by seed, step and rank, so that
+        nothing of it need be saved. Returns loss sums and token counts by denoiser, (2, denoisers)
+        fp64, on the device.
         """
         device = self.accelerator.device
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
@@ -106,10 +107,9 @@ class Run:
             parts += [totals.flatten(), self.state.squared_norms()]
         summed = self.accelerator.reduce(torch.cat(parts), "sum").tolist()
         written, failed, stops, data_errors, *rest = summed
-        losses = torch.tensor(rest[7 : -len(STACKS)], dtype=torch.float64)
         self.saver.settle(int(written), int(failed))
-        squares = rest[-len(STACKS) :]
-        return Report(rest[:7], losses.view(2, -1), squares, bool(stops), bool(data_errors))
+        losses = torch.tensor(rest[7 : -len(STACKS)], dtype=torch.float64).view(2, -1)
+        return Report(rest[:7], losses, rest[-len(STACKS) :], bool(stops), bool(data_errors))
 
     def log_step(self, step: int, rate: float, report: "Report") -> None:
         """Log what the meter has summed up since the last time."""
@@ -144,10 +144,7 @@ class Run:
         self.saver.save(step, self.position, progress)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write metrics to metrics.jsonl, to the trackers and, in short, to the terminal.
-
-        What cannot be written is said and stops nothing.
-        """
+        """Write metrics to metrics.jsonl, trackers and terminal; a failure stops nothing."""
         if not self.accelerator.is_main_process:
             return
         try:

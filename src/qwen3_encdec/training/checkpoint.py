@@ -213,10 +213,9 @@ class Checkpointer:
 
 
 class VerifiedReader(dcp.HuggingFaceStorageReader):
-    """Read tensors of a checkpoint in blocks that are checked against their CRC-32 as they come.
+    """Read what this rank needs, once, in blocks that are checked against their CRC-32.
 
-    Only what this rank needs is read, and once. Folders written without checks are read unchecked.
-    Raises InputError for a block that is missing or not as it was written. ``bytes_read`` counts.
+    Folders without checks are read unchecked. Raises InputError for a block that has changed.
     """
 
     bytes_read = 0
@@ -295,12 +294,10 @@ def read_tensors_into(tensors: dict[str, torch.Tensor], folder: Path, below: str
 
 
 def _files_of_weights(parameters: dict[str, Any], own: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Deal whole tensors out to files of about 5 GB, numbered from 1; the same on every rank.
-
-    Under ZeRO-3 a parameter is empty, has its true shape beside it, and is not this rank's ``own``.
-    """
+    """Deal whole tensors out to files of about 5 GB, numbered from 1; the same on every rank."""
     files, size, number = {}, 0.0, 1
     for name, tensor in (parameters | own).items():
+        # Under ZeRO-3 a parameter is empty and has its true shape beside it.
         nbytes = 4 * math.prod(getattr(tensor, "ds_shape", tensor.shape))
         if size and size + nbytes > _FILE_BYTES:
             size, number = 0.0, number + 1
@@ -310,9 +307,8 @@ def _files_of_weights(parameters: dict[str, Any], own: dict[str, torch.Tensor]) 
 
 
 def checks_of(path: Path, block: int) -> dict[str, Any]:
-    """Return a file's size and the CRC-32 of each block, after it has been brought to the disk.
-
-    A rename must not survive a crash that the data does not.
+    """Return a file's size and the CRC-32 of each block, once it is on the disk: a rename must not
+    survive a crash that the data does not.
     """
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -371,9 +367,7 @@ def restore(
             return folder, list(damages.values())
         damages[folder] = f"checkpoint {folder} is damaged: {found}"
     if damages:
-        raise InputError(
-            "; ".join(damages.values()) + "; no older checkpoint is left to resume from"
-        )
+        raise InputError("; ".join([*damages.values(), "no older checkpoint is left"]))
     return None, []
 
 

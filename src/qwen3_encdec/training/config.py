@@ -99,9 +99,7 @@ class TrainingConfig:
     attention: Attention = "auto"
     """Attention implementation; auto takes the fastest that is installed and passes a check."""
     gradient_checkpointing: bool | Literal["full", "selective"] = False
-    """Recompute layers in the backward pass: full (or true) keeps a layer's input, selective also
-    keeps what matrix products and attention returned.
-    """
+    """Recompute layers in the backward pass from their inputs (full, true) or products too."""
     compile: bool | Literal["auto"] = "auto"
     """Compile each layer with torch.compile; auto does so on an accelerator."""
     num_workers: Natural = 1
@@ -112,9 +110,7 @@ class TrainingConfig:
     log_every: Count = 10
     """Optimizer steps between lines of metrics.jsonl."""
     eval_every: Natural = 500
-    """Optimizer steps between held-out evaluations, also before the first and after the last step;
-    0 is never.
-    """
+    """Optimizer steps between held-out evaluations, also before the first and after the last."""
     eval_examples_per_denoiser: Count = 64
     """Held-out examples per denoiser, the same in every evaluation."""
     save_every: Natural = 500
@@ -128,17 +124,13 @@ class TrainingConfig:
     async_checkpoints: bool = True
     """Continue training while a checkpoint is written."""
     spike_sigma: NotNegative = 6.0
-    """Skip a step whose loss or gradient norm is this many standard deviations above the mean;
-    0 never does.
-    """
+    """Skip a step whose loss or gradient norm is so many deviations above the mean; or 0."""
     spike_window: Count = 128
     """Steps over which spike_sigma is measured; half of them must be there."""
     stall_seconds: NotNegative = 1800.0
     """End the process when no step has finished for so long; 0 waits for ever."""
     resume: bool | Literal["auto"] = "auto"
-    """true continues the run in output_dir, false begins anew and refuses a used folder, auto does
-    whichever fits.
-    """
+    """true continues the run in output_dir, false refuses a used folder, auto does what fits."""
     trackers: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
     """Trackers by accelerate's names: tensorboard, trackio, wandb."""
 

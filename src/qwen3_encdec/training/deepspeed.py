@@ -53,9 +53,7 @@ class DeepSpeedState(TrainingState):
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
     def discard(self) -> None:
-        """Drop the gradients, by the engine's own way out: a step of gradients that are not finite
-        drops them and changes nothing else.
-        """
+        """Drop the gradients: a step of any that are not finite changes nothing else."""
         for gradient in self._gradients(self.parameters.values()):
             gradient.fill_(float("nan"))
         self._apply()
@@ -74,10 +72,7 @@ class DeepSpeedState(TrainingState):
         return self._share(self._whole_state())
 
     def read(self, folder: Path) -> None:
-        """Fill the optimizer's pieces from the checkpoint that the weights were loaded from.
-
-        Every rank reads every tensor, one at a time.
-        """
+        """Fill the optimizer's pieces: every rank reads every tensor, one at a time."""
         if folder != self.loaded:
             raise InputError(f"the weights were loaded from {self.loaded}; rename that folder")
         from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state
@@ -141,10 +136,7 @@ class DeepSpeedState(TrainingState):
 
 
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
-    """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself.
-
-    Raises InputError for what DeepSpeed cannot do here.
-    """
+    """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself."""
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if importlib.util.find_spec("deepspeed") is None:

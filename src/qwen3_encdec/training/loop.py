@@ -37,11 +37,10 @@ def run_training(
 ) -> Path:
     """Train to ``config.max_steps``, or until asked to stop; return the last checkpoint's folder.
 
-    SIGTERM, or a file STOP in ``output_dir``, saves and ends; the file is removed. ``dry_run``
-    prints the resolved config and the plan, for ``devices`` ("8xH100") and the sizes of
-    ``qwen3_model`` or else for those at hand; ``find_batch_size`` prints the largest that fits.
-    Both write nothing and return ``output_dir``. Raises InputError for whatever the caller can
-    mend, including a loss or gradient that is not finite.
+    SIGTERM, or a file STOP in ``output_dir``, saves and ends. ``dry_run`` prints the config and the
+    plan, for ``devices`` and the sizes of ``qwen3_model`` or else for those at hand;
+    ``find_batch_size`` prints the largest that fits. Both write nothing. Raises InputError for
+    whatever the caller can mend, including a loss or gradient that is not finite.
     """
     config = read_dataclass(TrainingConfig, config_to_dict(config), "TrainingConfig")
     run_dir = Path(config.output_dir)
@@ -141,8 +140,8 @@ def _train(run: Run) -> Path:
         if run.accelerator.is_main_process:
             run.stop.file.unlink(missing_ok=True)
     show(f"last checkpoint: {saver.last or 'none'}")
-    if saver.last:
-        done = f"extract --checkpoint {saver.last} --output-dir ENCODER"
-        again = "the same command, to continue"
-        show(f"next: {again if step < config.max_steps else 'qwen3-encdec ' + done}")
+    if step < config.max_steps:
+        show("next: the same command, to continue")
+    else:
+        show(f"next: qwen3-encdec extract --checkpoint {saver.last} --output-dir ENCODER")
     return saver.last or run.run_dir

@@ -8,7 +8,6 @@ import resource
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -155,29 +154,25 @@ class Meter:
         if peak:
             metrics["mfu"] = self.flops / self.seconds / peak
         metrics["data_wait"] = self.waited / self.seconds
-        metrics["memory_gib"] = _peak_memory() / 2**30
+        peak_bytes: float = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            peak_bytes = torch.cuda.max_memory_allocated()
+        metrics["memory_gib"] = peak_bytes / 2**30
         self._clear()
         return metrics
 
 
-class Progress:
-    """Say in one line where a run is: step of all, figures with units, elapsed and remaining."""
-
-    def __init__(self, start: int, steps: int) -> None:
-        self.start, self.steps, self.began = start, steps, time.monotonic()
-
-    def line(self, step: int, metrics: dict[str, Any]) -> str:
-        """Return the line of a step."""
-        parts = [form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics]
-        for name, value in metrics.items():
-            if name.startswith("eval_loss/"):
-                parts.append(f"held-out {name.removeprefix('eval_loss/')} {value:.4f} nats/token")
-        elapsed = time.monotonic() - self.began
-        parts.append(f"elapsed {timedelta(seconds=round(elapsed))}")
-        if step > self.start:
-            remaining = elapsed / (step - self.start) * (self.steps - step)
-            parts.append(f"remaining {timedelta(seconds=round(remaining))}")
-        return f"step {step:,} of {self.steps:,}: {', '.join(parts)}"
+def progress_line(step: int, steps: int, metrics: dict[str, Any], done: int, elapsed: float) -> str:
+    """Say where a run is, with units; ``done`` steps took ``elapsed`` seconds."""
+    parts = [form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics]
+    for name, value in metrics.items():
+        if name.startswith("eval_loss/"):
+            parts.append(f"held-out {name.removeprefix('eval_loss/')} {value:.4f} nats/token")
+    parts.append(f"elapsed {timedelta(seconds=round(elapsed))}")
+    if done:
+        remaining = elapsed / done * (steps - step)
+        parts.append(f"remaining {timedelta(seconds=round(remaining))}")
+    return f"step {step:,} of {steps:,}: {', '.join(parts)}"
 
 
 _SHOWN = {
@@ -201,10 +196,3 @@ def keep_lines(path: Path, last_step: int) -> None:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def _peak_memory() -> float:
-    """Bytes at the peak: of this process's GPU, or else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -233,14 +233,12 @@ def _objective(
     options: dict[str, Any] = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
     if not config.mntp_weight:
         return collate.collate_rows, options
-    options["encoder_loss_weight"] = config.mntp_weight
-    masked = partial(
-        collate.collate_masked_rows,
-        mask_id=collate.mask_token_id(tokenizer),
-        kept_ids=kept_ids,
-        probability=config.mntp_probability,
-    )
-    return masked, options
+    masks: Any = {
+        "mask_id": collate.mask_token_id(tokenizer),
+        "probability": config.mntp_probability,
+    }
+    make_batch = partial(collate.collate_masked_rows, kept_ids=kept_ids, **masks)
+    return make_batch, options | {"encoder_loss_weight": config.mntp_weight}
 
 
 def _open_folder(config: TrainingConfig, accelerator: Accelerator, start: int) -> None:

@@ -21,7 +21,7 @@ from qwen3_encdec.training import flops
 from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import STACKS, TrainingState
-from qwen3_encdec.training.monitor import Meter, Progress, SpikeGuard, StopRequest
+from qwen3_encdec.training.monitor import Meter, SpikeGuard, StopRequest, progress_line
 from qwen3_encdec.training.optimization import learning_rate
 
 Batch = dict[str, Any]
@@ -53,7 +53,7 @@ class Run:
     def __post_init__(self) -> None:
         self.run_dir = Path(self.config.output_dir)
         self.denoisers = [denoiser.name for denoiser in self.config.data.denoisers]
-        self.progress = Progress(self.start, self.config.max_steps)
+        self.began = time.monotonic()
         self.batches: Iterator[Batch] = iter(self.loader)
         device, processes = self.accelerator.device, self.accelerator.num_processes
         self.peak = flops.peak_flops(device, processes)
@@ -153,7 +153,9 @@ class Run:
             self.accelerator.log(metrics, step=step)
         except Exception as error:  # trackers raise whatever they like
             print(f"warning: step {step} could not be logged: {error}", file=sys.stderr)
-        print(self.progress.line(step, metrics), flush=True)
+        elapsed, done = time.monotonic() - self.began, step - self.start
+        line = progress_line(step, self.config.max_steps, metrics, done, elapsed)
+        print(line, flush=True)
 
 
 @dataclass

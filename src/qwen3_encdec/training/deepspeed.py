@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from torch import nn
@@ -53,7 +54,9 @@ class DeepSpeedState(TrainingState):
         self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
 
     def discard(self) -> None:
-        """Drop the gradients: a step of any that are not finite changes nothing else."""
+        """Drop the gradients, by the engine's own way out: a step of gradients that are not finite
+        drops them and changes nothing else.
+        """
         for gradient in self._gradients(self.parameters.values()):
             gradient.fill_(float("nan"))
         self._apply()
@@ -72,7 +75,10 @@ class DeepSpeedState(TrainingState):
         return self._share(self._whole_state())
 
     def read(self, folder: Path) -> None:
-        """Fill the optimizer's pieces: every rank reads every tensor, one at a time."""
+        """Fill the optimizer's pieces from the checkpoint that the weights were loaded from.
+
+        One rank reads each tensor and sends it to the others.
+        """
         if folder != self.loaded:
             raise InputError(f"the weights were loaded from {self.loaded}; rename that folder")
         from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state
@@ -81,8 +87,7 @@ class DeepSpeedState(TrainingState):
         for name, parameter in self.parameters.items():
             whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape))
             for key in _MOMENTS:
-                read_tensors_into({f"{name}.{key}": whole}, folder, "state")
-                value = whole.to(parameter.device)
+                value = self._read_and_send(whole, f"{name}.{key}", folder).to(parameter.device)
                 if not self._zero3:
                     safe_set_full_optimizer_state(parameter, value, key)
                     continue
@@ -90,12 +95,12 @@ class DeepSpeedState(TrainingState):
                 piece = safe_get_local_optimizer_state(parameter, key)
                 mine = value.flatten()[self._rank * piece.numel() :][: piece.numel()]
                 piece[: mine.numel()] = mine
-            read_tensors_into({f"{name}.step": step}, folder, "state")
+            self._read_and_send(step, f"{name}.step", folder)
         for piece in self._pieces:
             self._inner.state[piece]["step"].copy_(step)
 
     def synchronize(self) -> None:
-        """Do nothing: every rank has read its own."""
+        """Do nothing: `read` has sent everything."""
 
     def _whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -112,6 +117,23 @@ class DeepSpeedState(TrainingState):
             if number % self.world_size == self._rank:
                 kept[name] = tensor.detach().to("cpu", copy=True)
         return kept
+
+    def _read_and_send(self, tensor: torch.Tensor, name: str, folder: Path) -> torch.Tensor:
+        error = None
+        if self._rank == 0:
+            try:
+                read_tensors_into({name: tensor}, folder, "state")
+            except InputError as found:
+                error = str(found)
+        errors = [error]
+        dist.broadcast_object_list(errors)
+        if errors[0]:
+            raise InputError(errors[0])
+        device = next(iter(self._pieces)).device
+        sent = tensor.to(device)
+        dist.broadcast(sent, src=0)
+        tensor.copy_(sent)
+        return tensor
 
     def _apply(self) -> None:
         self.model.step()  # type: ignore[operator]
@@ -136,7 +158,10 @@ class DeepSpeedState(TrainingState):
 
 
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
-    """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself."""
+    """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself.
+
+    Raises InputError for what DeepSpeed cannot do here.
+    """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if importlib.util.find_spec("deepspeed") is None:

@@ -110,9 +110,6 @@ bench-model: env ## speed and memory beside transformers' T5Gemma 2; half an hou
 bench-data: env ## speed, memory, resumption and opening of the data engine; 10 minutes
 	$(BIN)/python bench/data.py
 
-bench-memory: env ## the memory estimate of a dry run beside the measured peak; a few minutes
-	$(BIN)/python bench/memory.py
-
 bench-training: env ## what the training loop and its checkpoints cost; minutes
 	$(BIN)/python bench/training.py
 

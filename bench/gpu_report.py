@@ -3,16 +3,9 @@
     python bench/gpu_report.py                       # one CUDA GPU
     python bench/gpu_report.py --device cpu --tiny   # the same parts at toy size, as a test
 
-In this order, each printed when it is done; none begins when time is up:
-
-1. today's recipe: a training step by autocast, compiled, with torch's own varlen attention, and
-   where its time goes by class of kernel;
-2. attention alone over the same cumulative lengths, by backend, checked against sdpa;
-3. the step with the fastest of them;
-4. ideas on top: bf16 weights refreshed once a step, micro-batches of twice and four times the rows;
-5. FSDP2 on one device, compiled after and before it is sharded;
-6. greedy decoding with a static cache;
-7. `run_training` itself, beside the bench.
+In this order, each printed when it is done; none begins when time is up: the recipe's step with a
+profile, attention alone by backend, the step with the fastest, with bf16 weights and with more
+rows, FSDP2 on one device, decoding, and `run_training` itself.
 
 A step is 4 micro-batches of documents with UL2's mixture of lengths, then AdamW. MFU counts the
 operations of `training/plan.py` over real tokens.
@@ -45,7 +38,8 @@ from qwen3_encdec.training.loop import run_training
 from qwen3_encdec.training.optimization import build_optimizer
 
 TINY = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 64}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 331}
+TINY |= {"num_sentinel_tokens": 11, "pad_token_id": 0, "eos_token_id": 1}
 TIME_LIMIT = 7.0  # minutes after which no part begins
 KERNELS = {
     "products": ("gemm", "matmul", "cutlass", "aten::mm", "aten::addmm", "aten::bmm", "nvjet"),
@@ -58,12 +52,12 @@ _began = time.time()
 _parts: dict[str, dict[str, Any]] = {}
 
 
-def part(name: str, measure: Callable[..., dict[str, Any]], *arguments: Any) -> dict[str, Any]:
+def part(name: str, do: Callable[..., dict[str, Any]], *given: Any, **options: Any) -> dict:
     """Run one part and print its figures, or the line that says why there are none."""
     try:
         if time.time() - _began > 60 * TIME_LIMIT:
             raise TimeoutError(f"not started, {TIME_LIMIT:g} minutes were up")
-        figures = measure(*arguments)
+        figures = do(*given, **options)
     except Exception as error:  # whatever a kernel raises, the other parts go on
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         figures = {"failed": f"{type(error).__name__}: {reason}"}
@@ -93,8 +87,8 @@ def documents(source_length: int, target_length: int, rows: int, vocabulary: int
 class Training:
     """The pair, its optimizer and the micro-batches of one step."""
 
-    def __init__(self, args: Any, backend: str = "sdpa", rows: int = 8, compiled: bool = True):
-        self.args, self.device = args, torch.device(args.device)
+    def __init__(self, args: Any, backend: str = "sdpa", rows: int = 8) -> None:
+        self.device = torch.device(args.device)
         self.config = model_config(args.tiny)
         lengths = (32, 24) if args.tiny else (2048, 1024)
         rows = 1 if args.tiny else rows
@@ -115,8 +109,6 @@ class Training:
             self.model = Qwen3ForSeq2SeqLM(self.config).train()
         self.model.set_attn_implementation(backend)
         self.autocast = True
-        if compiled:
-            self.compile()
         self.masters: list[torch.Tensor] = []
 
     def compile(self) -> None:
@@ -175,8 +167,7 @@ class Training:
             self.step(optimizer)
         _synchronize(self.device)
         seconds = (time.perf_counter() - began) / steps
-        figures = {"tokens/s": self.tokens / seconds, "ms a step": 1000 * seconds}
-        figures["TFLOP/s"] = self.work / seconds / 1e12
+        figures = {"tokens/s": self.tokens / seconds, "TFLOP/s": self.work / seconds / 1e12}
         if peak := flops.peak_flops(self.device, 1):
             figures["MFU"] = self.work / seconds / peak
             figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
@@ -201,7 +192,7 @@ def kernel_shares(events: Any) -> dict[str, float]:
 
 def attention_alone(args: Any, backend: str) -> dict[str, Any]:
     """Time both stacks' attention, forward and backward, over the real cumulative lengths."""
-    training = Training(args, compiled=False)
+    training = Training(args)
     config, device, batch = training.config, training.device, training.batches[0]
     dtype = torch.bfloat16
     if reason := disagreement(backend, config, device):
@@ -267,7 +258,7 @@ def real_run(args: Any, backend: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = build_tokenizer(num_ranks=8000 if args.tiny else None)
-        config = model_config(args.tiny, len(tokenizer), tokenizer)
+        config = model_config(args.tiny, tokenizer)
         Qwen3ForSeq2SeqLM(config).save_pretrained(folder / "model")
         tokenizer.save_pretrained(folder / "model")
         lengths = (64, 64) if args.tiny else (2048, 1024)
@@ -284,34 +275,24 @@ def real_run(args: Any, backend: str) -> dict[str, float]:
     return {name: last[name] for name in ("tokens_per_second", "mfu", "data_wait") if name in last}
 
 
-def model_config(
-    tiny: bool, vocabulary: int | None = None, tokenizer: Any = None
-) -> Qwen3EncoderDecoderConfig:
+def model_config(tiny: bool, tokenizer: Any = None) -> Qwen3EncoderDecoderConfig:
     """Return the 0.6B pair's configuration or a toy one, with the source gate of `initialize`."""
-    sizes: dict[str, Any] = {"source_gate": True}
-    if tiny:
-        sizes |= TINY | {"vocab_size": 331, "num_sentinel_tokens": 11}
-        sizes |= {"pad_token_id": 0, "eos_token_id": 1}
+    sizes: dict[str, Any] = {"source_gate": True} | (TINY if tiny else {})
     if tokenizer is not None:
-        sizes |= {"vocab_size": vocabulary, "num_sentinel_tokens": tokenizer.num_sentinel_tokens}
-        sizes |= {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+        names = ("num_sentinel_tokens", "pad_token_id", "eos_token_id")
+        sizes |= {name: getattr(tokenizer, name) for name in names}
+        sizes["vocab_size"] = len(tokenizer)
     return Qwen3EncoderDecoderConfig(**sizes)
 
 
-def sharded(args: Any, backend: str, first: str) -> dict[str, float]:
-    """Measure FSDP2 on one device, compiled `first` or after it is sharded."""
-    training = Training(args, backend, compiled=False)
-    order = [training.compile, training.shard]
-    for do in order if first == "compile" else reversed(order):
-        do()
-    return training.measure()
-
-
-def with_masters(args: Any, backend: str) -> dict[str, float]:
-    """Measure with bf16 weights."""
-    training = Training(args, backend)
-    training.keep_masters()
-    return training.measure()
+def measured(
+    args: Any, backend: str, *preparations: str, rows: int = 8, profile: bool = False
+) -> dict[str, float]:
+    """Measure training after these of its methods, in this order."""
+    training = Training(args, backend, rows)
+    for name in preparations:
+        getattr(training, name)()
+    return training.measure(profile)
 
 
 def _synchronize(device: torch.device) -> None:
@@ -333,30 +314,29 @@ def main() -> None:
     if args.device == "cpu" and not args.tiny:
         parser.error("--device cpu goes with --tiny; the full size is for a GPU")
 
-    part("baseline", lambda: Training(args).measure(profile=True))
+    part("baseline", measured, args, "sdpa", "compile", profile=True)
     times = {}
     for backend in ("sdpa", *FASTEST_FIRST):
         found = part(f"attention, {backend}", attention_alone, args, backend)
         if "ms, encoder" in found:
             times[backend] = found["ms, encoder"] + found["ms, decoder"]
     best = min(times, key=lambda name: times[name], default="sdpa")
-    speeds = [part(f"step, {best}", lambda: Training(args, best).measure())]
-    speeds.append(part("step, bf16 weights", with_masters, args, best))
+    speeds = [part(f"step, {best}", measured, args, best, "compile")]
+    speeds.append(part("step, bf16 weights", measured, args, best, "compile", "keep_masters"))
     for rows in (16, 32):
-        measure = lambda: Training(args, best, rows=rows).measure()  # noqa: B023, E731
-        speeds.append(part(f"step, {rows} rows", measure))
-    part("FSDP2, compiled after", sharded, args, best, "shard")
-    part("FSDP2, compiled before", sharded, args, best, "compile")
+        speeds.append(part(f"step, {rows} rows", measured, args, best, "compile", rows=rows))
+    part("FSDP2, compiled after", measured, args, best, "shard", "compile")
+    part("FSDP2, compiled before", measured, args, best, "compile", "shard")
     part("decoding, static cache", decode, args)
     real = part("run_training", real_run, args, best)
 
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     slug = "-".join(name.lower().split()) + "-tiny" * args.tiny
-    minutes = round((time.time() - _began) / 60, 1)
+    minutes, file = round((time.time() - _began) / 60, 1), args.output / f"gpu-{slug}.json"
     found = {"device": name, "versions": package_versions(), "minutes": minutes, "parts": _parts}
     args.output.mkdir(parents=True, exist_ok=True)
-    write_json(args.output / f"gpu-{slug}.json", found)
-    print(f"wrote {args.output / f'gpu-{slug}.json'} after {minutes} minutes")
+    write_json(file, found)
+    print(f"wrote {file} after {minutes} minutes")
     if args.device == "cuda":
         bench = speeds[0].get("tokens/s", float("nan"))
         targets = {

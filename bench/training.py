@@ -27,17 +27,10 @@ from qwen3_encdec.training.config import load_config
 def model_folder(folder: Path, hidden: int, layers: int) -> Path:
     """Save a random model with a small tokenizer of its own."""
     tokenizer = build_tokenizer(num_ranks=8000)
-    config = Qwen3EncoderDecoderConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=hidden,
-        intermediate_size=3 * hidden,
-        num_hidden_layers=layers,
-        head_dim=32,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-    )
+    sizes = {"hidden_size": hidden, "intermediate_size": 3 * hidden, "num_hidden_layers": layers}
+    sizes |= {"head_dim": 32, "num_attention_heads": 8, "num_key_value_heads": 4}
+    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
+    config = Qwen3EncoderDecoderConfig(vocab_size=len(tokenizer), **sizes, **ids)
     Qwen3ForSeq2SeqLM(config).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

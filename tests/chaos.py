@@ -80,7 +80,7 @@ def rank_process(
         save(*arguments, **options)
         time.sleep(faults.get("slow", 0))
 
-    def recorded(run, tokens):
+    def recorded(run, step, tokens):
         seen = []
         for batch in run.upcoming:
             documents = batch["input_ids"][0].split(batch["cu_seqlens"].diff().tolist())
@@ -90,7 +90,7 @@ def rank_process(
         if faults.get("means"):
             targets = [batch["labels"].numel() for batch in run.upcoming]
             now["weights"] = iter([tokens / (own * len(targets) * world) for own in targets])
-        return backward(run, tokens)
+        return backward(run, step, tokens)
 
     def faulty(state, loss, last):
         loss = loss * next(now["weights"], 1.0)

@@ -76,6 +76,17 @@ def test_resumed_run_is_the_straight_run(
     assert not same_run(straight, wrong)
 
 
+def test_a_dropout_goes_on_as_it_would_have(init_folder, corpus, straight, tmp_path):
+    folder, run = shutil.copytree(init_folder, tmp_path / "model"), tmp_path / "run"
+    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.3}
+    (folder / "config.json").write_text(json.dumps(settings))
+    run_training(small_run(folder, corpus, output_dir=run, attention="eager"))
+    assert not same_run(straight, run)
+    cut = interrupted(run, tmp_path / "cut")
+    run_training(small_run(folder, corpus, output_dir=cut, attention="eager"))
+    assert same_run(run, cut)
+
+
 @pytest.mark.parametrize("part", ["optimizer_state", "weights"])
 def test_each_part_of_the_state_matters(init_folder, corpus, straight, tmp_path, monkeypatch, part):
     cut = interrupted(straight, tmp_path / "cut")
@@ -260,11 +271,12 @@ def test_tensorboard_shows_each_step_once(init_folder, corpus, tmp_path):
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
-def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monkeypatch):
+@pytest.mark.parametrize("part", ["dcp.save", "os.rename"])
+def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monkeypatch, part):
     def full_disk(*arguments, **keywords):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(checkpoint.dcp, "save", full_disk)
+    monkeypatch.setattr(f"qwen3_encdec.training.checkpoint.{part}", full_disk)
     sentence = "No space left.*training stopped, the last checkpoint is none"
     with pytest.raises(InputError, match=sentence):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))

@@ -28,21 +28,8 @@ from qwen3_encdec.training.optimization import (
 )
 
 ROOT = Path(__file__).parents[1]
-WORDS = [
-    "the",
-    "loss",
-    "of",
-    "an",
-    "optimizer",
-    "step",
-    "is",
-    "a",
-    "sum",
-    "over",
-    "its",
-    "target",
-    "tokens",
-]
+TEXT = "the loss of an optimizer step is a sum over its target tokens"
+WORDS = TEXT.split()
 
 
 def write_corpus(path: Path, documents: int = 120) -> Path:

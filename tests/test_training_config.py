@@ -43,8 +43,6 @@ def test_the_traps_of_yaml_1_1(tmp_path):
     ("text", "sentence"),
     [
         ("bacth_size: 3", "unknown key bacth_size; did you mean batch_size?"),
-        ("learning_rate: 3", "unknown key learning_rate; did you mean lr?"),
-        ("save_steps: 3", "unknown key save_steps; did you mean save_every?"),
         ("data: {sorce_length: 3}", "key data.sorce_length; did you mean data.source_length?"),
         ("lr: fast", "lr must be a valid number, got 'fast'"),
         ("lr: .nan", "lr must be a finite number, got nan"),

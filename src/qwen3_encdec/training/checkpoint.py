@@ -1,21 +1,12 @@
 """Write and read checkpoints: model folders that are also exact points to resume from.
 
-RUN/checkpoints/step-000100/     config.json, safetensors (fp32), tokenizer: ``from_pretrained``
-                                 loads it
-    state/shard-*.safetensors    optimizer state as PARAMETER.KEY, each rank its own shards
-    state/rank-*.json            a rank's position in the data and its random generators
-    state/training.json          step, world size, config, versions, commit, totals and guard
-    state/checks-*.json          size and CRC-32 by block of every file that a rank wrote
-RUN/checkpoints/latest, best     symbolic links
-
-Tensors are written and read by torch.distributed.checkpoint in its Hugging Face format; there is no
-pickle. A thread writes while training continues. Ranks learn in the step's own reduction when all
-have written, then rank 0 renames the folder from ``.step-000100.partial``. On several machines the
-run's folder must be on a file system that they share.
+docs/formats.md lists their files. Tensors are written and read by torch.distributed.checkpoint in
+its Hugging Face format, by a thread while training continues. Ranks learn in the step's own
+reduction when all have written, then rank 0 renames the folder from ``.step-000100.partial``. On
+several machines the run's folder must be on a file system that they share.
 """
 
 import copy
-import functools
 import json
 import math
 import os
@@ -23,7 +14,7 @@ import shutil
 import threading
 import warnings
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -57,9 +48,8 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 class Checkpointer:
     """Write a run's checkpoints. Every rank has one and calls the same methods in the same order.
 
-    ``last`` is the newest complete checkpoint. Any failure to write, on any rank, raises InputError
-    on all of them at the next step (or at ``finish``); what was incomplete is removed and ``last``
-    still holds. ``state`` gives the tensors, see ``training/distributed.py``.
+    ``last`` is the newest complete checkpoint. A failure to write, on any rank, raises InputError
+    on all of them at the next step or at ``finish``. ``state`` is a `TrainingState`.
     """
 
     def __init__(
@@ -77,6 +67,7 @@ class Checkpointer:
         self.tokenizer, self.config = tokenizer, config
         # The writing thread must not mix its collectives with training's.
         self._group = dist.new_group(backend="gloo") if accelerator.num_processes > 1 else None
+        self._made_by = {"versions": package_versions(), "commit": describe_source("--abbrev=40")}
         self._step = 0
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -89,8 +80,8 @@ class Checkpointer:
     def save(self, step: int, position: dict[str, Any], progress: dict[str, Any]) -> None:
         """Copy the state after ``step`` and begin to write it.
 
-        ``position`` holds this rank's ``data`` and `random_state`. Returns when training may
-        continue: with ``async_checkpoints`` after the copy. Does nothing if ``step`` is saved.
+        ``position`` is this rank's in the data. Returns when training may continue: with
+        ``async_checkpoints`` after the copy. Does nothing if ``step`` is saved.
         """
         self.finish()
         if self.last is not None and self.last.name == folder_name(step):
@@ -106,24 +97,30 @@ class Checkpointer:
             "world_size": self.accelerator.num_processes,
             "config": config_to_dict(self.config),
             **copy.deepcopy(progress),
+            **self._made_by,
         }
-        work = functools.partial(self._write, tensors, copy.deepcopy(position), training)
-        self._writer = threading.Thread(target=work, daemon=True, name="checkpoint")
+        work = (tensors, {"data": copy.deepcopy(position)}, training)
+        self._writer = threading.Thread(target=self._write, args=work, daemon=True)
         self._writer.start()
         if not self.config.async_checkpoints:
             self.finish()
 
     def flags(self) -> list[int]:
-        """Return [this rank has written, this rank has failed], to be summed and given to
-        `settle`.
-        """
+        """Return [this rank has written, this rank has failed]; `settle` takes the sums."""
         ended = self._writer is not None and not self._writer.is_alive()
         return [int(ended and self._error is None), int(self._error is not None)]
 
     def settle(self, written: int, failed: int) -> None:
         """Publish a checkpoint that all ranks have written. Raises InputError if one has failed."""
         if failed:
-            self._abandon()
+            if self._writer is not None:
+                self._writer.join()
+            reasons = gather_object([self._error and _reason(self._error)])
+            reason = next(reason for reason in reasons if reason)
+            raise InputError(
+                f"{self.folder.parent} could not be written to: {reason}; training stopped, the "
+                f"last checkpoint is {self.last or 'none'}"
+            ) from self._error
         if self._writer is None or written < self.accelerator.num_processes:
             return
         folder = self.folder / folder_name(self._step)
@@ -132,12 +129,15 @@ class Checkpointer:
                 self._publish(folder)
             except OSError as error:
                 self._error = error  # the next flags tell the others
-        self.last, self._writer = folder, None
+        self.last = self.last if self._error else folder
+        self._writer = None
 
     def finish(self) -> None:
         """Wait for the checkpoint that is being written, if any."""
-        if self._writer is not None:
-            self._writer.join()
+        if self._writer is None:
+            return
+        self._writer.join()
+        for _ in ("written", "published"):
             flags = torch.tensor(self.flags(), device=self.accelerator.device)
             self.settle(*self.accelerator.reduce(flags, "sum").tolist())
 
@@ -145,27 +145,15 @@ class Checkpointer:
         """Leave nothing half-written after an exception anywhere."""
         if self._writer is not None:
             self._writer.join()
-            shutil.rmtree(self._partial, ignore_errors=True)
-
-    def _abandon(self) -> None:
-        """Stop all ranks by an InputError that is the same on each."""
-        if self._writer is not None:
-            self._writer.join()
-        reasons = gather_object([self._error and _reason(self._error)])
-        if self.accelerator.is_main_process:
-            shutil.rmtree(self._partial, ignore_errors=True)
-        self._writer = None
-        reason = next(reason for reason in reasons if reason)
-        raise InputError(
-            f"{self.folder.parent} could not be written to: {reason}; training stopped, the last "
-            f"checkpoint is {self.last or 'none'}"
-        ) from self._error
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def _write(self, tensors: Any, position: dict[str, Any], training: dict[str, Any]) -> None:
         """Write this rank's files and their checks, on a thread of its own."""
         folder, state = self._partial, self._partial / "state"
         try:
             state.mkdir(parents=True, exist_ok=True)
+            if self.accelerator.is_main_process:
+                self._write_model_files(folder, training)
             options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._group}
             files = _files_of_weights(self.state.parameters, tensors["model"])
             writer = dcp.HuggingFaceStorageWriter(
@@ -174,17 +162,15 @@ class Checkpointer:
             dcp.save(tensors["model"], storage_writer=writer, **options)
             writer = dcp.HuggingFaceStorageWriter(str(state), save_distributed=True)
             dcp.save(tensors["state"], storage_writer=writer, **options)
-            write_json(state / f"rank-{self._number}.json", position)
             mine = [state / f"rank-{self._number}.json"]
+            write_json(mine[0], position)
             mine += state.glob(f"shard-{self._number[:5]}-*.safetensors")
             if self.accelerator.is_main_process:
                 shutil.rmtree(folder / "sharded")
+                (folder / _ONE_FILE).unlink(missing_ok=True)  # the empty one of save_pretrained
                 if len(set(files.values())) == 1:
                     os.replace(folder / "model-00001-of-00001.safetensors", folder / _ONE_FILE)
                     (folder / f"{_ONE_FILE}.index.json").unlink()
-                made_by = {"versions": package_versions(), "commit": _commit()}
-                write_json(state / "training.json", training | made_by)
-                self._write_model_files(folder, training["step"])
                 mine += [state / "training.json"]
                 mine += [path for path in folder.iterdir() if path.is_file()]
             checks = {str(path.relative_to(folder)): checks_of(path, BLOCK) for path in mine}
@@ -192,21 +178,18 @@ class Checkpointer:
         except BaseException as error:  # of whatever kind, all ranks must hear of it
             self._error = error
 
-    def _write_model_files(self, folder: Path, step: int) -> None:
-        """Add configuration, generation defaults, tokenizer and the model's own code."""
-        scratch = folder / "model"  # save_pretrained removes weights that it doesn't know
+    def _write_model_files(self, folder: Path, training: dict[str, Any]) -> None:
+        """Write what is not sharded: configurations, tokenizer, the model's code and progress."""
         module = self.state.module
         with torch.device("meta"):
             plain = Qwen3ForSeq2SeqLM(module.config)  # a sharded one would save FSDP's code
         plain.generation_config = module.generation_config
-        plain.save_pretrained(scratch, state_dict={})
-        self.tokenizer.save_pretrained(scratch)
-        provenance = {"kind": "encoder-decoder", "step": step, "model": self.config.model}
-        write_json(scratch / PROVENANCE_FILE, {**provenance, "versions": package_versions()})
-        for file in scratch.iterdir():
-            if file.suffix != ".safetensors":
-                os.replace(file, folder / file.name)
-        shutil.rmtree(scratch)
+        plain.save_pretrained(folder, state_dict={})
+        self.tokenizer.save_pretrained(folder)
+        provenance = {"kind": "encoder-decoder", "step": training["step"]}
+        provenance |= {"model": self.config.model, "versions": self._made_by["versions"]}
+        write_json(folder / PROVENANCE_FILE, provenance)
+        write_json(folder / "state/training.json", training)
 
     def _publish(self, folder: Path) -> None:
         """Rename a complete checkpoint into place, move the links, delete what is not kept."""
@@ -230,10 +213,9 @@ class Checkpointer:
 
 
 class VerifiedReader(dcp.HuggingFaceStorageReader):
-    """Read tensors of a checkpoint in blocks that are checked against their CRC-32 as they come.
+    """Read what this rank needs, once, in blocks that are checked against their CRC-32.
 
-    Only what this rank needs is read, and once. Folders written without checks are read unchecked.
-    Raises InputError for a block that is missing or not as it was written. ``bytes_read`` counts.
+    Folders without checks are read unchecked. Raises InputError for a block that has changed.
     """
 
     bytes_read = 0
@@ -312,12 +294,10 @@ def read_tensors_into(tensors: dict[str, torch.Tensor], folder: Path, below: str
 
 
 def _files_of_weights(parameters: dict[str, Any], own: dict[str, torch.Tensor]) -> dict[str, int]:
-    """Deal whole tensors out to files of about 5 GB, numbered from 1; the same on every rank.
-
-    Under ZeRO-3 a parameter is empty, has its true shape beside it, and is not this rank's ``own``.
-    """
+    """Deal whole tensors out to files of about 5 GB, numbered from 1; the same on every rank."""
     files, size, number = {}, 0.0, 1
     for name, tensor in (parameters | own).items():
+        # Under ZeRO-3 a parameter is empty and has its true shape beside it.
         nbytes = 4 * math.prod(getattr(tensor, "ds_shape", tensor.shape))
         if size and size + nbytes > _FILE_BYTES:
             size, number = 0.0, number + 1
@@ -327,9 +307,8 @@ def _files_of_weights(parameters: dict[str, Any], own: dict[str, torch.Tensor]) 
 
 
 def checks_of(path: Path, block: int) -> dict[str, Any]:
-    """Return a file's size and the CRC-32 of each block, after it has been brought to the disk.
-
-    A rename must not survive a crash that the data does not.
+    """Return a file's size and the CRC-32 of each block, once it is on the disk: a rename must not
+    survive a crash that the data does not.
     """
     with path.open("rb") as file:
         os.fsync(file.fileno())
@@ -363,12 +342,12 @@ def damage(folder: Path) -> str | None:
 
 def restore(
     checkpoints: Path, load: Callable[[Path], None], accelerator: Accelerator
-) -> tuple[Path | None, dict[Path, str]]:
+) -> tuple[Path | None, list[str]]:
     """Load the newest undamaged checkpoint; every rank calls it.
 
     ``load`` reads the tensors and raises InputError for a damaged one. Returns the checkpoint, None
-    without any, and a sentence about each newer one that is damaged. Raises InputError with those
-    sentences if all are damaged.
+    without any, and a sentence about each newer one: damaged, and renamed lest a later step count
+    or replace it. Raises InputError with those sentences if all are damaged.
     """
     damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
@@ -381,13 +360,15 @@ def restore(
                 found = str(error)
             found = next((text for text in gather_object([found]) if text), None)
         if not found:
-            return folder, damages
+            for damaged in damages if accelerator.is_main_process else ():
+                aside = damaged.with_name(f"damaged-{damaged.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.rename(damaged, aside)
+            return folder, list(damages.values())
         damages[folder] = f"checkpoint {folder} is damaged: {found}"
     if damages:
-        raise InputError(
-            "; ".join(damages.values()) + "; no older checkpoint is left to resume from"
-        )
-    return None, {}
+        raise InputError("; ".join([*damages.values(), "no older checkpoint is left"]))
+    return None, []
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -395,19 +376,10 @@ def newest(checkpoints: Path) -> Path | None:
     return next(reversed(_step_folders(checkpoints)), None)
 
 
-def set_aside(damages: Iterable[Path]) -> None:
-    """Rename damaged checkpoints, so that no later step counts or replaces them."""
-    for folder in damages:
-        aside = folder.with_name(f"damaged-{folder.name}")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(folder, aside)
-
-
 def read_training_state(folder: Path) -> dict[str, Any]:
-    """Return ``state/training.json`` of a checkpoint, and ``ranks``: position and generators."""
-    state = read_json(folder / "state/training.json")
-    state["ranks"] = [read_json(file) for file in sorted((folder / "state").glob("rank-*.json"))]
-    return state
+    """Return ``state/training.json`` of a checkpoint, and the ranks' ``positions`` in the data."""
+    ranks = [read_json(file)["data"] for file in sorted((folder / "state").glob("rank-*.json"))]
+    return read_json(folder / "state/training.json") | {"positions": ranks}
 
 
 def changes_since(state: dict[str, Any], config: dict[str, Any], world_size: int) -> list[str]:
@@ -420,23 +392,6 @@ def changes_since(state: dict[str, Any], config: dict[str, Any], world_size: int
         if name not in ("output_dir", "resume") and value != before.get(name, value):
             notes.append(f"{name} {before[name]!r} -> {value!r}")
     return notes
-
-
-def random_state(device: torch.device) -> dict[str, str]:
-    """Return the states of this process's torch generators, as hexadecimal."""
-    states = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        states["cuda"] = torch.cuda.get_rng_state(device)
-    return {kind: state.numpy().tobytes().hex() for kind, state in states.items()}
-
-
-def load_random_state(state: dict[str, Any], rank: int) -> None:
-    """Restore this rank's generators; a new rank takes an old one's."""
-    saved = state["ranks"][rank % len(state["ranks"])]["random"]
-    torch.set_rng_state(torch.frombuffer(bytearray.fromhex(saved["cpu"]), dtype=torch.uint8))
-    if "cuda" in saved and torch.cuda.is_available():
-        cuda = bytearray.fromhex(saved["cuda"])
-        torch.cuda.set_rng_state(torch.frombuffer(cuda, dtype=torch.uint8))
 
 
 def folder_name(step: int) -> str:
@@ -476,8 +431,3 @@ def _link(link: Path, name: str) -> None:
     temporary.unlink(missing_ok=True)
     temporary.symlink_to(name)
     os.replace(temporary, link)
-
-
-@functools.cache
-def _commit() -> str | None:
-    return describe_source("--abbrev=40")

@@ -33,21 +33,15 @@ Natural = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), BeforeValidator(_number)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), BeforeValidator(_number)]
 Share = Annotated[float, Field(ge=0, le=1), BeforeValidator(_number)]
+Moment = Annotated[float, Field(ge=0, lt=1)]
 # YAML 1.1 reads a bare `no` as false.
 Precision = Annotated[
     Literal["auto", "no", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),
 ]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
-Attention = Literal[
-    "auto",
-    "sdpa",
-    "eager",
-    "flex_attention",
-    "flash_attention_2",
-    "flash_attention_3",
-    "flash_attention_4",
-]
+Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
+Attention = Literal["auto", "sdpa", "eager", "flex_attention", Flash]
 
 
 @dataclass(frozen=True)
@@ -82,10 +76,7 @@ class TrainingConfig:
     """Learning rate at max_steps as a share of the peak."""
     weight_decay: NotNegative = 0.1
     """Weight decay of the projection matrices; norms, gates and the embedding are not decayed."""
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (
-        0.9,
-        0.95,
-    )
+    betas: tuple[Moment, Moment] = (0.9, 0.95)
     """Decay rates of AdamW's moments."""
     eps: Positive = 1e-8
     """AdamW denominator term."""
@@ -108,9 +99,7 @@ class TrainingConfig:
     attention: Attention = "auto"
     """Attention implementation; auto takes the fastest that is installed and passes a check."""
     gradient_checkpointing: bool | Literal["full", "selective"] = False
-    """Recompute layers in the backward pass: full (or true) keeps a layer's input, selective also
-    keeps what matrix products and attention returned.
-    """
+    """Recompute layers in the backward pass from their inputs (full, true) or products too."""
     compile: bool | Literal["auto"] = "auto"
     """Compile each layer with torch.compile; auto does so on an accelerator."""
     num_workers: Natural = 1
@@ -121,9 +110,7 @@ class TrainingConfig:
     log_every: Count = 10
     """Optimizer steps between lines of metrics.jsonl."""
     eval_every: Natural = 500
-    """Optimizer steps between held-out evaluations, also before the first and after the last step;
-    0 is never.
-    """
+    """Optimizer steps between held-out evaluations, also before the first and after the last."""
     eval_examples_per_denoiser: Count = 64
     """Held-out examples per denoiser, the same in every evaluation."""
     save_every: Natural = 500
@@ -137,17 +124,13 @@ class TrainingConfig:
     async_checkpoints: bool = True
     """Continue training while a checkpoint is written."""
     spike_sigma: NotNegative = 6.0
-    """Skip a step whose loss or gradient norm is this many standard deviations above the mean;
-    0 never does.
-    """
+    """Skip a step whose loss or gradient norm is so many deviations above the mean; or 0."""
     spike_window: Count = 128
     """Steps over which spike_sigma is measured; half of them must be there."""
     stall_seconds: NotNegative = 1800.0
     """End the process when no step has finished for so long; 0 waits for ever."""
     resume: bool | Literal["auto"] = "auto"
-    """true continues the run in output_dir, false begins anew and refuses a used folder, auto does
-    whichever fits.
-    """
+    """true continues the run in output_dir, false refuses a used folder, auto does what fits."""
     trackers: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
     """Trackers by accelerate's names: tensorboard, trackio, wandb."""
 
@@ -159,35 +142,17 @@ class TrainingConfig:
             )
 
 
-# Names of transformers' TrainingArguments, for whoever comes from there.
-_KNOWN_AS = {
-    "learning_rate": "lr",
-    "lr_scheduler_type": "schedule",
-    "adam_epsilon": "eps",
-    "per_device_train_batch_size": "batch_size",
-    "dataloader_num_workers": "num_workers",
-    "torch_compile": "compile",
-    "attn_implementation": "attention",
-    "logging_steps": "log_every",
-    "eval_steps": "eval_every",
-    "save_steps": "save_every",
-    "save_total_limit": "keep_last",
-    "bf16": "mixed_precision",
-    "report_to": "trackers",
-}
-
-
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainingConfig:
-    """Read a training YAML and apply overrides such as ``lr=3e-4`` or ``data.source_length=256``.
-
-    ``path`` None starts from the defaults. Raises InputError naming the file or override, the key
-    and the value.
-    """
+    """Read a training YAML, see `load_dataclass`."""
     return load_dataclass(TrainingConfig, path, overrides)
 
 
 def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
-    """Read any strict dataclass as ``load_config`` does."""
+    """Read a YAML and apply overrides such as ``lr=3e-4`` or ``data.source_length=256``.
+
+    ``path`` None starts from the defaults. Raises InputError naming the file or override, the key
+    and the value.
+    """
     values: Any = {} if path is None else read_yaml(path, "config") or {}
     read_dataclass(cls, values, str(path))  # alone first, so that its errors name the file
     for override in overrides:
@@ -248,8 +213,6 @@ def _refuse_unknown(cls: Any, values: Any, origin: str, prefix: str = "") -> Non
     for key, value in values.items():
         if key not in names:
             nearest = difflib.get_close_matches(str(key), names, n=1, cutoff=0.4)
-            if _KNOWN_AS.get(key) in names:
-                nearest = [_KNOWN_AS[key]]
             hint = f"known: {', '.join(names)}"
             if nearest:
                 hint = f"did you mean {prefix}{nearest[0]}?"

@@ -1,9 +1,7 @@
 """Launch a run on whatever devices there are and hold its model and optimizer.
 
-Accelerate chooses no backend when ``accelerate launch`` starts several processes on a machine
-without an accelerator: each process then believes it is alone, and N independent runs write over
-each other. Here such a launch shards over gloo on the CPU, and a launch whose processes have not
-found each other stops.
+Accelerate chooses no backend for several processes on a machine without an accelerator: each then
+believes it is alone. Here they use gloo, and processes that have not found each other stop.
 """
 
 import os
@@ -38,10 +36,7 @@ STACKS = ("encoder", "decoder", "embedding")
 
 
 class TrainingState:
-    """Hold a prepared model and its optimizer.
-
-    Methods that reduce or synchronize are called by every rank, in the same order.
-    """
+    """Hold a prepared model and its optimizer; every rank calls the same methods."""
 
     def __init__(self, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> None:
         self.model, self.optimizer = model, optimizer
@@ -56,10 +51,7 @@ class TrainingState:
             self._stacks["embedding" if parameter is embedding else stack].append(parameter)
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Return the context of a micro-batch: DDP reduces at the last one only.
-
-        FSDP2 reduces at each, to keep gradients sharded.
-        """
+        """Return the context of a micro-batch: DDP reduces at the last one only, FSDP2 at each."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
@@ -69,10 +61,7 @@ class TrainingState:
         loss.backward()
 
     def squared_norms(self) -> torch.Tensor:
-        """Return this rank's share of the squared gradient norm of each of `STACKS`, (3,) fp64.
-
-        The shares' sum over all ranks is the square of the norm, the same bits everywhere.
-        """
+        """Return this rank's summand of each of the `STACKS`' squared gradient norms, (3,) fp64."""
         squares = []
         for parameters in self._stacks.values():
             norm = torch.nn.utils.get_total_norm(self._gradients(parameters))
@@ -103,7 +92,7 @@ class TrainingState:
         return {k.removeprefix("state."): v for k, v in flat.items() if k.startswith("state.")}
 
     def read(self, folder: Path) -> None:
-        """Fill weights and optimizer in place from a checkpoint; `synchronize` must follow.
+        """Fill weights and optimizer from a checkpoint; `synchronize` must follow.
 
         A shard is read by one rank. Raises InputError if the checkpoint is damaged.
         """
@@ -158,10 +147,8 @@ def _replicas(tensor: torch.Tensor) -> list[Any]:
 def make_accelerator(config: TrainingConfig, logging_dir: str) -> Accelerator:
     """Make the accelerator of this launch, in ``config.mixed_precision`` over fp32 weights.
 
-    Under FSDP2, gradients are reduced in fp32 and outputs keep their dtype, whatever the accelerate
-    YAML says, since accelerate's own choice rounds both to bf16. Raises InputError when the
-    launcher's processes have not found each other, or for a way of distributing that this loop does
-    not know.
+    Under FSDP2, gradients are reduced in fp32 and outputs keep their dtype: accelerate's own choice
+    rounds both to bf16. Raises InputError for a launch that this loop cannot run.
     """
     # Nothing writes into the view.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
@@ -177,10 +164,7 @@ def make_accelerator(config: TrainingConfig, logging_dir: str) -> Accelerator:
         policy = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=torch.float32)
         plugins["fsdp_plugin"] = FullyShardedDataParallelPlugin(mixed_precision_policy=policy)
         if plugins["fsdp_plugin"].fsdp_version != 2:
-            raise InputError(
-                "the training loop needs FSDP version 2; set fsdp_version: 2 in the accelerate "
-                "config"
-            )
+            raise InputError("training needs fsdp_version: 2 in the accelerate config")
     if _uses("DEEPSPEED"):
         from qwen3_encdec.training.deepspeed import make_plugin
 
@@ -227,8 +211,7 @@ def release(accelerator: Accelerator) -> None:
     AcceleratorState._reset_state(reset_partial_state=True)
     GradientState._reset_state()
     if over_gloo:
-        # DTensor's caches keep the process group, and its threads let go of a last tensor a little
-        # later than we do; one that does so while the interpreter ends aborts the process
+        # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process
         # (pytorch/pytorch#190489).
         time.sleep(0.1)
 
@@ -247,16 +230,13 @@ def together() -> Iterator[None]:
 
 
 def describe(accelerator: Accelerator) -> str:
-    """Describe the launch for the log, such as ``world size 2, FSDP2, cpu/gloo, compute fp32``."""
-    stage = os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE", "?")
-    kinds: dict[Any, str] = {
-        DistributedType.NO: "one process",
-        DistributedType.FSDP: "FSDP2",
-        DistributedType.MULTI_GPU: "DDP",
-        DistributedType.MULTI_CPU: "DDP",
-        DistributedType.DEEPSPEED: f"DeepSpeed ZeRO-{stage}",
+    """Describe the launch, such as ``world size 2, FSDP2, cpu/gloo, compute fp32``."""
+    kinds = {
+        "NO": "one process",
+        "FSDP": "FSDP2",
+        "DEEPSPEED": f"DeepSpeed ZeRO-{os.environ.get('ACCELERATE_DEEPSPEED_ZERO_STAGE')}",
     }
-    kind = kinds.get(accelerator.distributed_type, str(accelerator.distributed_type))
+    kind = kinds.get(accelerator.distributed_type.value, "DDP")
     device = accelerator.device.type
     if dist.is_initialized():
         device += f"/{dist.get_backend()}"
@@ -267,8 +247,7 @@ def describe(accelerator: Accelerator) -> str:
 def allow_distributed_cpu() -> None:
     """Let accelerate run FSDP, or else DDP, over gloo when a launcher started us without a GPU.
 
-    Extends ``PartialState._prepare_backend``, a private method: where it finds a backend its choice
-    stands.
+    Extends ``PartialState._prepare_backend``, a private method, where it finds no backend.
     """
     original = PartialState._prepare_backend
     if getattr(original, "allows_distributed_cpu", False):
@@ -285,8 +264,7 @@ def allow_distributed_cpu() -> None:
         if kind != DistributedType.NO or not launched or torch.accelerator.is_available():
             return chosen, kind
         self.device = torch.device("cpu")
-        # FSDP is a refinement of MULTI_GPU in accelerate; plain data parallelism on CPUs has a type
-        # of its own.
+        # To accelerate FSDP is a refinement of MULTI_GPU.
         refined = _uses("FSDP") or _uses("DEEPSPEED")
         return "gloo", DistributedType.MULTI_GPU if refined else DistributedType.MULTI_CPU
 

@@ -47,10 +47,9 @@ def recompute_layers(model: nn.Module, config: TrainingConfig) -> None:
 
 
 def compile_layers(model: nn.Module, config: TrainingConfig, **options: Any) -> None:
-    """Compile each layer's forward, for every length at once. Call it after the model is sharded.
+    """Compile each layer's forward, for every length at once; ``options`` are torch.compile's.
 
-    Compiled before, a layer silently loses its recomputation to FSDP2; compiled with its hooks, it
-    takes them into the graph. ``options`` are torch.compile's.
+    The model is sharded before: otherwise a layer silently loses its recomputation to FSDP2.
     """
     wanted = config.compile
     if wanted == "auto":
@@ -65,11 +64,10 @@ def choose_attention(
     device: torch.device,
     show: Callable[[str], object],
 ) -> str:
-    """Return the attention implementation to train with.
+    """Return the attention implementation to train with, and ``show`` why not a faster one.
 
     "auto" is the first of `FASTEST_FIRST` that computes what sdpa computes on a small packed batch,
-    or else sdpa, whose packed form is torch's varlen kernel. ``show`` gets one line that says
-    which, and why not the faster ones. Raises InputError if the one that is asked for fails.
+    or else sdpa, torch's varlen kernel. Raises InputError if the one that is asked for fails.
     """
     if wanted == "auto" and device.type != "cuda":
         return "sdpa"
@@ -89,10 +87,7 @@ def choose_attention(
 def disagreement(
     name: str, model_config: Qwen3EncoderDecoderConfig, device: torch.device
 ) -> str | None:
-    """Train a two-layer model for a moment by sdpa and by another implementation.
-
-    Returns why the other cannot be used, or None if loss and gradient agree.
-    """
+    """Return why an implementation is unfit, or None if a small model's loss and gradient agree."""
     small = Qwen3EncoderDecoderConfig.from_dict(model_config.to_dict())
     small.vocab_size, small.eos_token_id = 256, 1
     small.pad_token_id = small.decoder_start_token_id = 0

@@ -5,7 +5,9 @@ ranks, divided by their number. While the device works on a step, the host fetch
 waits once, when it reads what all ranks have to say about the step.
 """
 
+import faulthandler
 import gc
+import math
 import time
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +21,7 @@ from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
 from qwen3_encdec.training.distributed import make_accelerator, release, together
 from qwen3_encdec.training.flops import MFU
-from qwen3_encdec.training.monitor import Watchdog, check_finite, stop_requests
+from qwen3_encdec.training.monitor import StopRequest, expect_step
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
 
@@ -35,11 +37,10 @@ def run_training(
 ) -> Path:
     """Train to ``config.max_steps``, or until asked to stop; return the last checkpoint's folder.
 
-    SIGTERM, or a file STOP in ``output_dir``, saves and ends; the file is removed. ``dry_run``
-    prints the resolved config and the plan, for ``devices`` ("8xH100") and the sizes of
-    ``qwen3_model`` or else for those at hand; ``find_batch_size`` prints the largest that fits.
-    Both write nothing and return ``output_dir``. Raises InputError for whatever the caller can
-    mend, including a loss or gradient that is not finite.
+    SIGTERM, or a file STOP in ``output_dir``, saves and ends. ``dry_run`` prints the config and the
+    plan, for ``devices`` and the sizes of ``qwen3_model`` or else for those at hand;
+    ``find_batch_size`` prints the largest that fits. Both write nothing. Raises InputError for
+    whatever the caller can mend, including a loss or gradient that is not finite.
     """
     config = read_dataclass(TrainingConfig, config_to_dict(config), "TrainingConfig")
     run_dir = Path(config.output_dir)
@@ -58,7 +59,8 @@ def run_training(
             start.find_batch_size(config, accelerator)
             return run_dir
         with ExitStack() as stack:
-            stop = stack.enter_context(stop_requests(run_dir))
+            stop = StopRequest(run_dir)
+            stack.enter_context(stop.listening())
             return _train(start.start_run(config, accelerator, stop, stack))
     finally:
         gc.unfreeze()
@@ -82,7 +84,7 @@ def _train(run: Run) -> Path:
     gc.collect()
     gc.freeze()
     state.model.train()
-    watchdog = Watchdog(config.stall_seconds, run.start)
+    expect_step(config.stall_seconds)
     step = run.start
     try:
         run.position = run.loader.state_dict()
@@ -93,37 +95,37 @@ def _train(run: Run) -> Path:
             rate = learning_rate(step, config)
             set_learning_rate(state.optimizer, rate)
 
-            totals = run.backward(counts[0])
+            totals = run.backward(step, counts[0])
             position = run.loader.state_dict()
             waited = run.fetch() if step < config.max_steps else 0.0
             report = run.agree(totals)
 
             # Everything is checked before the step can spoil the weights.
-            try:
-                check_finite(step, report.loss, report.norm)
-            except InputError as error:
+            if not math.isfinite(report.loss + report.norm):
                 if step - 1 > run.start:
                     run.save(step - 1)
                     saver.finish()
-                last = saver.last or "none"
-                raise InputError(f"{error}; the last checkpoint is {last}") from None
+                raise InputError(
+                    f"step {step}: loss {report.loss} and gradient norm {report.norm} are not both "
+                    "finite; stopped before the update; try a lower lr or a longer warm-up; the "
+                    f"last checkpoint is {saver.last or 'none'}"
+                )
             if guard.skips(report.loss, report.norm):
                 state.discard()
-                run.meter.totals.skipped_steps += 1
+                run.meter.totals["skipped_steps"] += 1
                 show(f"step {step} skipped: loss {report.loss:.4g}, norm {report.norm:.4g}")
             else:
                 state.step(report.norm, config.max_grad_norm)
 
             run.position = position
-            work = float(run.flops_per_sum @ counts[3:])
-            run.meter.add([*counts[:3], work], report.losses, time.perf_counter() - began, waited)
+            run.meter.add(counts, report.losses, time.perf_counter() - began, waited)
             if step % config.log_every == 0 or step == config.max_steps:
                 run.log_step(step, rate, report)
             if config.eval_every and (step % config.eval_every == 0 or step == config.max_steps):
                 run.evaluate(step)
             if config.save_every and step % config.save_every == 0:
                 run.save(step)
-            watchdog.beat(step)
+            expect_step(config.stall_seconds)
         if step > run.start:
             run.save(step)
         saver.finish()
@@ -131,15 +133,15 @@ def _train(run: Run) -> Path:
             if run.data_error:
                 raise InputError(run.data_error)
     finally:
-        watchdog.ended.set()
+        faulthandler.cancel_dump_traceback_later()
         saver.close()
     if report.stops:
         show(f"asked to stop: ended after step {step:,} of {config.max_steps:,}")
         if run.accelerator.is_main_process:
             run.stop.file.unlink(missing_ok=True)
     show(f"last checkpoint: {saver.last or 'none'}")
-    if saver.last:
-        done = f"extract --checkpoint {saver.last} --output-dir ENCODER"
-        again = "the same command, to continue"
-        show(f"next: {again if step < config.max_steps else 'qwen3-encdec ' + done}")
+    if step < config.max_steps:
+        show("next: the same command, to continue")
+    else:
+        show(f"next: qwen3-encdec extract --checkpoint {saver.last} --output-dir ENCODER")
     return saver.last or run.run_dir

@@ -3,17 +3,14 @@
 import faulthandler
 import fcntl
 import json
-import math
 import os
 import resource
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -55,20 +52,11 @@ class SpikeGuard:
         return spike
 
 
-def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise InputError unless a step may be applied."""
-    if not (math.isfinite(loss) and math.isfinite(norm)):
-        raise InputError(
-            f"step {step}: loss {loss} and gradient norm {norm} are not both finite; stopped "
-            "before the update; try a lower lr or a longer warm-up"
-        )
-
-
 class StopRequest:
-    """Tell whether this process has been asked to save and end: SIGTERM, or a file ``STOP``."""
+    """Tell whether this process is asked to save and end: SIGTERM in the block, or a file STOP."""
 
-    def __init__(self, file: Path) -> None:
-        self.file, self.asked = file, False
+    def __init__(self, run_dir: Path) -> None:
+        self.file, self.asked = run_dir / "STOP", False
 
     def ask(self, *signal_and_frame: object) -> None:
         """Ask, as a signal handler."""
@@ -77,18 +65,16 @@ class StopRequest:
     def __bool__(self) -> bool:
         return self.asked or self.file.exists()
 
-
-@contextmanager
-def stop_requests(run_dir: Path) -> Iterator[StopRequest]:
-    """Turn SIGTERM into a request to stop within the block."""
-    request = StopRequest(run_dir / "STOP")
-    here = threading.current_thread() is threading.main_thread()  # handlers can be set nowhere else
-    before = signal.signal(signal.SIGTERM, request.ask) if here else None
-    try:
-        yield request
-    finally:
-        if here:
-            signal.signal(signal.SIGTERM, before)
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Hear SIGTERM; handlers can be set in the main thread only."""
+        here = threading.current_thread() is threading.main_thread()
+        before = signal.signal(signal.SIGTERM, self.ask) if here else None
+        try:
+            yield
+        finally:
+            if here:
+                signal.signal(signal.SIGTERM, before)
 
 
 def ignore_sigterm(worker: int) -> None:
@@ -96,36 +82,13 @@ def ignore_sigterm(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
-class Watchdog(threading.Thread):
-    """End the process, non-zero, when no step has finished for ``seconds``; 0 never does.
+def expect_step(seconds: float) -> None:
+    """End the process, non-zero, with its stacks, unless called again in time; 0 waits for ever.
 
     A collective call waits for ever for a rank that is gone, so only another thread can notice.
     """
-
-    def __init__(self, seconds: float, step: int) -> None:
-        super().__init__(daemon=True, name="watchdog")
-        self.seconds, self.step = seconds, step
-        self.since, self.ended = time.monotonic(), threading.Event()
-        if seconds:
-            self.start()
-
-    def beat(self, step: int) -> None:
-        """Note that ``step`` has finished."""
-        self.step, self.since = step, time.monotonic()
-
-    def run(self) -> None:
-        """Watch."""
-        while not self.ended.wait(min(1.0, self.seconds / 4)):
-            if time.monotonic() - self.since > self.seconds:
-                faulthandler.dump_traceback()
-                print(
-                    f"error: no step has finished in {self.seconds:g} s since step {self.step}; "
-                    "another rank is gone or hangs, see the stacks above; start again to continue "
-                    "from the last checkpoint",
-                    file=sys.stderr,
-                    flush=True,
-                )
-                os._exit(3)
+    if seconds:
+        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 
 @contextmanager
@@ -148,45 +111,33 @@ def locked(run_dir: Path) -> Iterator[None]:
         yield
 
 
-@dataclass
-class Totals:
-    """Counts of a run, or of the steps between two log lines."""
-
-    target_tokens: int = 0
-    source_tokens: int = 0
-    examples: int = 0
-    skipped_steps: int = 0
+TOTALS = ("target_tokens", "source_tokens", "examples")
 
 
-@dataclass
 class Meter:
-    """Sum up the steps between two log lines, and the whole run across resumes."""
+    """Sum up the steps between two log lines, and ``totals`` of the run across resumes.
 
-    denoisers: list[str]
-    totals: Totals
-    losses: torch.Tensor = field(init=False)
-    """Loss sums and token counts by denoiser, (2, denoisers) fp64."""
-    tokens: int = field(init=False)
-    flops: float = field(init=False)
-    seconds: float = field(init=False)
-    waited: float = field(init=False)
+    ``flops_per_sum`` are the FLOPs for each of `flops.length_sums`.
+    """
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self, denoisers: list[str], flops_per_sum: np.ndarray, totals: dict[str, int]
+    ) -> None:
+        self.denoisers, self.flops_per_sum = denoisers, flops_per_sum
+        self.totals = dict.fromkeys((*TOTALS, "skipped_steps"), 0) | totals
+        self._clear()
+
+    def _clear(self) -> None:
         self.losses = torch.zeros(2, len(self.denoisers), dtype=torch.float64)
         self.tokens = 0
         self.flops = self.seconds = self.waited = 0.0
 
     def add(self, counts: list[float], losses: torch.Tensor, seconds: float, waited: float) -> None:
-        """Add an optimizer step: target tokens, source tokens, examples and FLOPs of all ranks.
-
-        ``waited`` are the seconds that this rank had no data to work on.
-        """
-        target, source, examples = map(int, counts[:3])
-        self.totals.target_tokens += target
-        self.totals.source_tokens += source
-        self.totals.examples += examples
-        self.tokens += target + source
-        self.flops += counts[3]
+        """Add a step: `Report`'s counts and losses, and ``waited`` seconds without data."""
+        for name, count in zip(TOTALS, counts, strict=False):
+            self.totals[name] += int(count)
+        self.tokens += int(counts[0] + counts[1])
+        self.flops += float(self.flops_per_sum @ counts[len(TOTALS) :])
         self.losses += losses
         self.seconds += seconds
         self.waited += waited
@@ -197,35 +148,31 @@ class Meter:
         for name, loss, tokens in zip(self.denoisers, *self.losses.tolist(), strict=True):
             if tokens:
                 metrics[f"loss/{name}"] = loss / tokens
-        metrics |= vars(self.totals)
+        metrics |= self.totals
         metrics["tokens_per_second"] = self.tokens / self.seconds
         metrics["tflops"] = self.flops / self.seconds / 1e12
         if peak:
             metrics["mfu"] = self.flops / self.seconds / peak
         metrics["data_wait"] = self.waited / self.seconds
-        metrics["memory_gib"] = _peak_memory() / 2**30
-        self.__post_init__()
+        peak_bytes: float = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        if torch.cuda.is_available():
+            peak_bytes = torch.cuda.max_memory_allocated()
+        metrics["memory_gib"] = peak_bytes / 2**30
+        self._clear()
         return metrics
 
 
-class Progress:
-    """Say in one line where a run is: step of all, figures with units, elapsed and remaining."""
-
-    def __init__(self, start: int, steps: int) -> None:
-        self.start, self.steps, self.began = start, steps, time.monotonic()
-
-    def line(self, step: int, metrics: dict[str, Any]) -> str:
-        """Return the line of a step."""
-        parts = [form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics]
-        for name, value in metrics.items():
-            if name.startswith("eval_loss/"):
-                parts.append(f"held-out {name.removeprefix('eval_loss/')} {value:.4f} nats/token")
-        elapsed = time.monotonic() - self.began
-        parts.append(f"elapsed {_clock(elapsed)}")
-        if step > self.start:
-            remaining = elapsed / (step - self.start) * (self.steps - step)
-            parts.append(f"remaining {_clock(remaining)}")
-        return f"step {step:,} of {self.steps:,}: {', '.join(parts)}"
+def progress_line(step: int, steps: int, metrics: dict[str, Any], done: int, elapsed: float) -> str:
+    """Say where a run is, with units; ``done`` steps took ``elapsed`` seconds."""
+    parts = [form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics]
+    for name, value in metrics.items():
+        if name.startswith("eval_loss/"):
+            parts.append(f"held-out {name.removeprefix('eval_loss/')} {value:.4f} nats/token")
+    parts.append(f"elapsed {timedelta(seconds=round(elapsed))}")
+    if done:
+        remaining = elapsed / done * (steps - step)
+        parts.append(f"remaining {timedelta(seconds=round(remaining))}")
+    return f"step {step:,} of {steps:,}: {', '.join(parts)}"
 
 
 _SHOWN = {
@@ -249,14 +196,3 @@ def keep_lines(path: Path, last_step: int) -> None:
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
     path.write_text("".join(kept), encoding="utf-8")
-
-
-def _clock(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
-
-
-def _peak_memory() -> float:
-    """The most bytes that this process has held: of its GPU, or else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

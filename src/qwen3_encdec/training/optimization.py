@@ -16,16 +16,12 @@ _GATE = ".self_attn.source_gate"
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """AdamW (fused) over three groups: projection matrices, the rest, and the source gates.
 
-    Only projections have weight decay. Decay shrinks a row of the embedding at every step, but only
-    rows that occur receive a gradient: the vocabulary of a large tokenizer would fade with its
-    rarity. Gates are few, begin at 0 and take ``source_gate_lr_multiplier`` times the learning
-    rate. With ``ema_decay``, every step also moves the state ``ema`` of each parameter, so that the
-    average is sharded, saved and resumed as the optimizer's moments are.
+    Only projections have weight decay: of the embedding only rows that occur receive a gradient,
+    and the rare ones would fade. Gates take ``source_gate_lr_multiplier`` times the learning rate.
+    ``ema_decay`` keeps an average as the state ``ema``, sharded, saved and resumed like moments.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices: list[nn.Parameter] = []
-    others: list[nn.Parameter] = []
-    gates: list[nn.Parameter] = []
+    matrices, others, gates = [], [], []
     for name, parameter in model.named_parameters():
         # DeepSpeed's ZeRO-3 leaves an empty parameter and its true shape beside it.
         dimensions = len(getattr(parameter, "ds_shape", parameter.shape))
@@ -35,13 +31,16 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
             others.append(parameter)
         else:
             matrices.append(parameter)
-    groups: list[dict[str, Any]] = [
-        {"params": matrices, "weight_decay": config.weight_decay, "lr_multiplier": 1.0},
-        {"params": others, "weight_decay": 0.0, "lr_multiplier": 1.0},
+    settings = [
+        (matrices, config.weight_decay, 1.0),
+        (others, 0.0, 1.0),
+        (gates, 0.0, config.source_gate_lr_multiplier),
     ]
-    if gates:
-        multiplier = config.source_gate_lr_multiplier
-        groups.append({"params": gates, "weight_decay": 0.0, "lr_multiplier": multiplier})
+    groups: Any = [
+        {"params": parameters, "weight_decay": decay, "lr_multiplier": multiplier}
+        for parameters, decay, multiplier in settings
+        if parameters
+    ]
     optimizer = torch.optim.AdamW(
         groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True
     )

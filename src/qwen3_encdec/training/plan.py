@@ -3,7 +3,6 @@
 The formulas are those of docs/scaling.md.
 """
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,8 +41,7 @@ _CHUNK = 2048  # tokens whose logits exist at a time
 class Machines:
     """Processes of a run, one a device, and the ``shards`` that divide the states among them.
 
-    1 shard is DDP or one process. ``memory`` in bytes and ``peak`` in FLOP/s are of a device, None
-    where they are not known.
+    1 shard is DDP or one process. ``memory`` (bytes) and ``peak`` (FLOP/s) are of a device.
     """
 
     processes: int = 1
@@ -51,6 +49,11 @@ class Machines:
     memory: float | None = None
     peak: float | None = None
     accelerator: bool = False
+
+    def width(self, config: TrainingConfig) -> int:
+        """Bytes of a number that is computed with."""
+        bf16 = {"auto": self.accelerator, "bf16": True, "no": False}
+        return 2 if bf16[config.mixed_precision] else 4
 
 
 def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
@@ -86,17 +89,14 @@ def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
     if device.type == "cuda":
         memory = torch.cuda.get_device_properties(device).total_memory
         return Machines(processes, shards, memory, peak_flops(device, 1), True)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / local
-    return Machines(processes, shards, memory)
+    return Machines(processes, shards)
 
 
 def memory(
     c: Qwen3EncoderDecoderConfig, sizes: Sizes, config: TrainingConfig, machines: Machines
 ) -> dict[str, float]:
     """Estimate a process's bytes by purpose at the peak of a step, with rows taken as full."""
-    bf16 = _computes_in_bf16(config, machines)
-    width, shards = (2 if bf16 else 4), machines.shards
+    width, shards = machines.width(config), machines.shards
     hidden, queries = c.hidden_size, c.num_attention_heads * c.head_dim
     keys = c.num_key_value_heads * c.head_dim
     products = 2 * hidden + 2 * queries + 2 * keys + 3 * c.intermediate_size
@@ -111,7 +111,7 @@ def memory(
         decoder += source * c.num_decoder_layers * 3 * keys  # the source's keys and values
     layer = sizes.decoder / c.num_decoder_layers
     gathered = width * (2 * layer + sizes.embedding)
-    cast = 2 * (sizes.encoder + sizes.decoder) if bf16 else 0
+    cast = 2 * (sizes.encoder + sizes.decoder) if width == 2 else 0
     return {
         "weights": 4 * sizes.total / shards,
         "gradients": 4 * sizes.total / shards,
@@ -126,15 +126,13 @@ def memory(
 def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> float:
     """Bytes that a process sends in an optimizer step, with rings.
 
-    FSDP2 gathers the layers in the forward and again in the backward pass, the shared matrix once,
-    and reduces gradients in fp32, all for every micro-batch; HSDP sums the shards of replicas too.
-    DDP sums once a step.
+    FSDP2 gathers layers twice and the matrix once and reduces in fp32, for every micro-batch; HSDP
+    sums the shards of replicas too; DDP sums once a step.
     """
     shards, replicas = machines.shards, machines.processes // machines.shards
     if shards == 1:
         return 8 * sizes.total * (replicas - 1) / replicas
-    width = 2 if _computes_in_bf16(config, machines) else 4
-    gathered = width * (2 * (sizes.encoder + sizes.decoder) + sizes.embedding)
+    gathered = machines.width(config) * (2 * (sizes.encoder + sizes.decoder) + sizes.embedding)
     inside = (gathered + 4 * sizes.total) * (shards - 1) / shards
     across = 8 * sizes.total / shards * (replicas - 1) / replicas
     return config.gradient_accumulation_steps * (inside + across)
@@ -180,9 +178,3 @@ def dry_run(
             f"{machines.memory / 2**30:.1f}; lower batch_size, set gradient_checkpointing, or "
             "shard over more devices"
         )
-
-
-def _computes_in_bf16(config: TrainingConfig, machines: Machines) -> bool:
-    if config.mixed_precision == "auto":
-        return machines.accelerator
-    return config.mixed_precision == "bf16"

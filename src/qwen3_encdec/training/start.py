@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, find_executable_batch_size, set_seed
+from accelerate.utils import (
+    DistributedType,
+    find_executable_batch_size,
+    send_to_device,
+    set_seed,
+)
 from transformers import initialization
 from transformers.utils import logging
 
@@ -42,8 +46,7 @@ def start_run(
 ) -> Run:
     """Build a run, or resume it from its newest undamaged checkpoint.
 
-    ``stack`` holds the run's folder until the run ends. Raises InputError for whatever the caller
-    can mend; until all is checked, nothing is written.
+    ``stack`` locks the run's folder. Until all is checked, nothing is written.
     """
     run_dir, show = Path(config.output_dir), accelerator.print
     check_output(run_dir, "training run")
@@ -68,8 +71,7 @@ def start_run(
     heldout = _heldout(config, data, accelerator)
     position = None
     if resumed:
-        position = stream.merge_states([rank["data"] for rank in resumed["ranks"]])
-        position, note = data.adopt(position)
+        position, note = data.adopt(stream.merge_states(resumed["positions"]))
         if note:
             show(note)
     make_batch, loss_options = _objective(config, tokenizer, data.kept_ids)
@@ -86,10 +88,7 @@ def start_run(
     _open_folder(config, accelerator, start)
     for line in data.report():
         show(line)
-    left = f"steps {start + 1:,} to {config.max_steps:,}"
-    if start >= config.max_steps:
-        left = f"already at step {start:,} of {config.max_steps:,}"
-    launch = distributed.describe(accelerator)
+    launch, left = distributed.describe(accelerator), f"step {start:,} of {config.max_steps:,} done"
     show(f"{launch}, {sizes.total:,} parameters, {left}, output {run_dir}")
     saver = checkpoint.Checkpointer(
         run_dir / "checkpoints",
@@ -100,9 +99,6 @@ def start_run(
         config=config,
     )
     before = resumed or {"totals": {}, "guard": None}
-    if resumed:
-        # Restore the generators last; the code above consumes them.
-        checkpoint.load_random_state(resumed, accelerator.process_index)
     return Run(
         config,
         accelerator,
@@ -111,11 +107,14 @@ def start_run(
         loader,
         saver,
         heldout,
-        flops.flops_per_sum(model_config, sizes),
         loss_options,
         start,
         monitor.SpikeGuard(config.spike_sigma, config.spike_window, before["guard"]),
-        monitor.Meter([d.name for d in config.data.denoisers], monitor.Totals(**before["totals"])),
+        monitor.Meter(
+            [denoiser.name for denoiser in config.data.denoisers],
+            flops.flops_per_sum(model_config, sizes),
+            before["totals"],
+        ),
     )
 
 
@@ -126,19 +125,13 @@ def check_data(config: TrainingConfig, sentinels: int, accelerator: Accelerator)
     stream.check_readers(data, accelerator.num_processes, config.num_workers)
     for tracker in config.trackers:
         if importlib.util.find_spec(tracker) is None:
-            raise InputError(
-                f"tracker {tracker} is not installed: pip install {tracker}, or take it out of "
-                "trackers"
-            )
+            raise InputError(f"tracker {tracker} is not installed: pip install {tracker}")
 
 
 def build_state(
     config: TrainingConfig, model_config: Qwen3EncoderDecoderConfig, accelerator: Accelerator
 ) -> TrainingState:
-    """Build the sharded or replicated model and its optimizer.
-
-    Where a checkpoint is to be read, the weights are not initialized: each rank reads its own.
-    """
+    """Build the prepared model and its optimizer, without weights if a checkpoint follows."""
     newest = checkpoint.newest(Path(config.output_dir) / "checkpoints")
     if newest and accelerator.distributed_type != DistributedType.DEEPSPEED:
         with initialization.no_init_weights():
@@ -155,10 +148,9 @@ def build_state(
 
 
 def find_batch_size(config: TrainingConfig, accelerator: Accelerator) -> None:
-    """Print the largest batch_size that takes a whole step on full rows, by halving.
+    """Print the largest batch_size that takes a whole step on full rows, by accelerate's search.
 
-    Writes nothing. Ranks try the same sizes, so that memory runs out on all of them at once. Raises
-    InputError if not even one row fits.
+    Ranks try the same sizes, so that memory runs out on all of them at once.
     """
     model_config, data = load_config(config.model), config.data
     state = build_state(replace(config, output_dir="/nowhere"), model_config, accelerator)
@@ -171,11 +163,7 @@ def find_batch_size(config: TrainingConfig, accelerator: Accelerator) -> None:
         for length in (data.source_length, data.target_length):
             halves = [length // 2, length - length // 2] * rows
             sides.append([ids.integers(model_config.vocab_size, size=n) for n in halves])
-        batch = collate.collate_packed(*sides)
-        batch = {
-            name: value.to(accelerator.device) if isinstance(value, torch.Tensor) else value
-            for name, value in batch.items()
-        }
+        batch = send_to_device(collate.collate_packed(*sides), accelerator.device)
         with state.accumulating(True):
             state.backward(state.model(**batch).loss, True)
         state.step(0.0, 0.0)
@@ -188,9 +176,7 @@ def find_batch_size(config: TrainingConfig, accelerator: Accelerator) -> None:
             raise
         row = f"{data.source_length} + {data.target_length}"
         raise InputError(f"not even one row of {row} tokens fits into memory") from None
-    accelerator.print(
-        f"batch_size={found} fits, by a training step on full rows; nothing was written"
-    )
+    accelerator.print(f"batch_size={found} fits a step on full rows; nothing was written")
 
 
 def _resume(
@@ -203,9 +189,7 @@ def _resume(
     run_dir = Path(config.output_dir)
     newest = checkpoint.newest(run_dir / "checkpoints")
     if newest is None and config.resume is True:
-        raise InputError(
-            f"resume is true but {run_dir} holds no checkpoint; use resume=auto to begin a run"
-        )
+        raise InputError(f"resume is true but {run_dir} holds no checkpoint; use resume=auto")
     if newest and config.resume is False:
         raise InputError(
             f"{run_dir} already holds {newest.name}; use resume=true, or another output_dir"
@@ -216,10 +200,8 @@ def _resume(
     state.synchronize()
     resumed = checkpoint.read_training_state(folder)
     notes = checkpoint.changes_since(resumed, config_to_dict(config), accelerator.num_processes)
-    for sentence in damages.values():
+    for sentence in damages:
         accelerator.print(sentence)
-    if accelerator.is_main_process:
-        checkpoint.set_aside(damages)
     accelerator.print("; ".join([f"resuming from {folder}", *notes]))
     step, before = resumed["step"], resumed.get("lr", float("inf"))
     after = learning_rate(step + 1, config)
@@ -233,7 +215,7 @@ def _resume(
 
 def _heldout(config: TrainingConfig, data: Any, accelerator: Accelerator) -> list[Any]:
     """Choose the held-out texts once, keep them with the run, and corrupt them."""
-    if not config.eval_every:
+    if not (config.eval_every or config.data.heldout_inputs):
         return []
     path = Path(config.output_dir) / "heldout.json"
     with together():
@@ -241,7 +223,7 @@ def _heldout(config: TrainingConfig, data: Any, accelerator: Accelerator) -> lis
             stream.write_heldout(path, data.choose_heldout(config.eval_examples_per_denoiser))
     texts = stream.read_heldout(path)
     data.exclude(texts)
-    return data.heldout_examples(texts)
+    return data.heldout_examples(texts) if config.eval_every else []
 
 
 def _objective(
@@ -251,14 +233,12 @@ def _objective(
     options: dict[str, Any] = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
     if not config.mntp_weight:
         return collate.collate_rows, options
-    options["encoder_loss_weight"] = config.mntp_weight
-    masked = partial(
-        collate.collate_masked_rows,
-        mask_id=collate.mask_token_id(tokenizer),
-        kept_ids=kept_ids,
-        probability=config.mntp_probability,
-    )
-    return masked, options
+    masks: Any = {
+        "mask_id": collate.mask_token_id(tokenizer),
+        "probability": config.mntp_probability,
+    }
+    make_batch = partial(collate.collate_masked_rows, kept_ids=kept_ids, **masks)
+    return make_batch, options | {"encoder_loss_weight": config.mntp_weight}
 
 
 def _open_folder(config: TrainingConfig, accelerator: Accelerator, start: int) -> None:

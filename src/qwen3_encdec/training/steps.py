@@ -18,10 +18,10 @@ from qwen3_encdec.data.stream import RowLoader
 from qwen3_encdec.evaluation.denoising import denoising_losses
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import flops
-from qwen3_encdec.training.checkpoint import Checkpointer, random_state
+from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import STACKS, TrainingState
-from qwen3_encdec.training.monitor import Meter, Progress, SpikeGuard, StopRequest
+from qwen3_encdec.training.monitor import Meter, SpikeGuard, StopRequest, progress_line
 from qwen3_encdec.training.optimization import learning_rate
 
 Batch = dict[str, Any]
@@ -38,8 +38,6 @@ class Run:
     loader: RowLoader
     saver: Checkpointer
     heldout: list[Any]
-    flops_per_sum: np.ndarray
-    """FLOPs for each of `flops.length_sums`."""
     loss_options: dict[str, Any]
     start: int
     guard: SpikeGuard
@@ -55,7 +53,7 @@ class Run:
     def __post_init__(self) -> None:
         self.run_dir = Path(self.config.output_dir)
         self.denoisers = [denoiser.name for denoiser in self.config.data.denoisers]
-        self.progress = Progress(self.start, self.config.max_steps)
+        self.began = time.monotonic()
         self.batches: Iterator[Batch] = iter(self.loader)
         device, processes = self.accelerator.device, self.accelerator.num_processes
         self.peak = flops.peak_flops(device, processes)
@@ -71,14 +69,17 @@ class Run:
             self.data_error = str(error)  # the other ranks learn of it in `agree`
         return time.perf_counter() - began
 
-    def backward(self, tokens: float) -> torch.Tensor:
+    def backward(self, step: int, tokens: float) -> torch.Tensor:
         """Accumulate the gradient of the step's loss over the micro-batches.
 
-        ``tokens`` are the step's target tokens on all ranks. Gradients are averaged over the ranks,
-        so the loss is multiplied by their number. Returns loss sums and token counts by denoiser,
-        (2, denoisers) fp64, on the device.
+        ``tokens`` are the step's target tokens on all ranks; gradients are averaged over the ranks,
+        so the loss is multiplied by their number. A dropout draws by seed, step and rank, so that
+        nothing of it need be saved. Returns loss sums and token counts by denoiser, (2, denoisers)
+        fp64, on the device.
         """
         device = self.accelerator.device
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        torch.manual_seed(self.config.seed + step * processes + rank)
         totals = torch.zeros(2, len(self.denoisers), dtype=torch.float64, device=device)
         batches, self.upcoming = self.upcoming, []
         for index, batch in enumerate(batches):
@@ -89,7 +90,7 @@ class Run:
                 output = self.state.model(
                     **batch, num_items_in_batch=int(tokens), **self.loss_options
                 )
-                self.state.backward(output.loss * self.accelerator.num_processes, last)
+                self.state.backward(output.loss * processes, last)
             token_losses = output.token_losses.detach().flatten().double()
             totals[0].index_add_(0, denoiser, token_losses)
             totals[1].index_add_(0, denoiser, torch.ones_like(token_losses))
@@ -106,10 +107,9 @@ class Run:
             parts += [totals.flatten(), self.state.squared_norms()]
         summed = self.accelerator.reduce(torch.cat(parts), "sum").tolist()
         written, failed, stops, data_errors, *rest = summed
-        losses = torch.tensor(rest[7 : -len(STACKS)], dtype=torch.float64)
         self.saver.settle(int(written), int(failed))
-        squares = rest[-len(STACKS) :]
-        return Report(rest[:7], losses.view(2, -1), squares, bool(stops), bool(data_errors))
+        losses = torch.tensor(rest[7 : -len(STACKS)], dtype=torch.float64).view(2, -1)
+        return Report(rest[:7], losses, rest[-len(STACKS) :], bool(stops), bool(data_errors))
 
     def log_step(self, step: int, rate: float, report: "Report") -> None:
         """Log what the meter has summed up since the last time."""
@@ -135,23 +135,16 @@ class Run:
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint after ``step``."""
-        generators = random_state(self.accelerator.device)
-        self.saver.save(
-            step,
-            {"data": self.position, "random": generators},
-            {
-                "totals": vars(self.meter.totals),
-                "guard": self.guard.state,
-                "lr": learning_rate(max(step, 1), self.config),
-                "heldout_loss": self.heldout_losses.get(step),
-            },
-        )
+        progress = {
+            "totals": self.meter.totals,
+            "guard": self.guard.state,
+            "lr": learning_rate(max(step, 1), self.config),
+            "heldout_loss": self.heldout_losses.get(step),
+        }
+        self.saver.save(step, self.position, progress)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write metrics to metrics.jsonl, to the trackers and, in short, to the terminal.
-
-        What cannot be written is said and stops nothing.
-        """
+        """Write metrics to metrics.jsonl, trackers and terminal; a failure stops nothing."""
         if not self.accelerator.is_main_process:
             return
         try:
@@ -160,7 +153,9 @@ class Run:
             self.accelerator.log(metrics, step=step)
         except Exception as error:  # trackers raise whatever they like
             print(f"warning: step {step} could not be logged: {error}", file=sys.stderr)
-        print(self.progress.line(step, metrics), flush=True)
+        elapsed, done = time.monotonic() - self.began, step - self.start
+        line = progress_line(step, self.config.max_steps, metrics, done, elapsed)
+        print(line, flush=True)
 
 
 @dataclass

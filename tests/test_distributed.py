@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,9 @@ def launch(script: Path, *arguments: str, config: str = "fsdp2", processes: int 
         if not name.startswith(("ACCELERATE", "FSDP"))
     }
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    # A compilation that was killed leaves a lock in the shared folder, on which all later ones wait.
+    extensions = Path(tempfile.gettempdir()) / f"torch-extensions-{os.getpid()}"
+    environment |= {"TORCH_EXTENSIONS_DIR": str(extensions)}
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", *where, str(script), *arguments],
         env=environment,

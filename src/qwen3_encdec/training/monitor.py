@@ -5,12 +5,13 @@ import fcntl
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
 from collections import deque
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError
 
 
 class SpikeGuard:
@@ -93,9 +94,17 @@ def expect_step(seconds: float) -> None:
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """Keep other processes from training in a folder. Raises InputError if one does already."""
+    """Keep other processes from training in a folder. Raises InputError if one does already.
+
+    A folder that was made for a run that ended before it wrote anything is removed again.
+    """
+    existed = run_dir.exists()
     run_dir.mkdir(parents=True, exist_ok=True)
-    with (run_dir / ".lock").open("a+", encoding="utf-8") as file:
+    lock = run_dir / ".lock"
+    with ExitStack() as stack:
+        if not existed:
+            stack.callback(_remove_unused, run_dir)
+        file = stack.enter_context(lock.open("a+", encoding="utf-8"))
         try:
             # A record lock ends with the process and is not inherited by its data workers.
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -109,6 +118,12 @@ def locked(run_dir: Path) -> Iterator[None]:
         file.write(str(os.getpid()))
         file.flush()
         yield
+
+
+def _remove_unused(run_dir: Path) -> None:
+    """Remove a run folder that holds its lock and its provenance alone."""
+    if {path.name for path in run_dir.iterdir()} <= {".lock", PROVENANCE_FILE}:
+        shutil.rmtree(run_dir, ignore_errors=True)
 
 
 TOTALS = ("target_tokens", "source_tokens", "examples")

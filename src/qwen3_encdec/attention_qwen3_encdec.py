@@ -74,7 +74,7 @@ class Varlen:
         return first, last
 
     def _has_kernel(self, states: torch.Tensor) -> bool:
-        """Whether SDPA runs without a mask: torch's kernel on CUDA, a loop over documents on CPU."""
+        """Tell if SDPA runs without a mask: torch's kernel on CUDA, a loop over documents on CPU."""
         if states.device.type == "cpu":
             return not torch.compiler.is_compiling()
         return states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)

@@ -32,7 +32,7 @@ class Dtype(StrEnum):
 
 
 class Pooling(StrEnum):
-    """How token states become one embedding."""
+    """Pooling of token states into one embedding."""
 
     mean = "mean"
     last = "last"
@@ -40,7 +40,7 @@ class Pooling(StrEnum):
 
 
 class Deduplicate(StrEnum):
-    """Which copies are left out of a tokenized corpus."""
+    """Copies to leave out of a tokenized corpus."""
 
     no = "no"
     exact = "exact"

@@ -183,7 +183,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         return config
 
     def to_dict(self) -> dict[str, Any]:
-        """What is saved: fields of this model and of transformers, not what else was set on the
+        """Return what is saved: fields of this model and of transformers, not others set on the
         object.
         """
         known = set(inspect.signature(type(self).__init__).parameters) | _known_to_transformers()

@@ -371,7 +371,7 @@ def _positions(states: torch.Tensor, attention_mask: Any, past: Any) -> torch.Te
 
 
 def _holds_source(cache: Cache) -> bool:
-    """Whether the source's keys and values are in the cache already."""
+    """Tell if the source's keys and values are in the cache already."""
     if torch.compiler.is_compiling():  # lengths of static caches are tensors: remember, not look
         return bool(getattr(cache, "source_length", 0))
     return bool(cache.get_query_offset() > 0)

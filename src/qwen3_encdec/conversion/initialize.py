@@ -86,7 +86,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """Whether both stacks compute what Qwen3 does and both controls fail. NaN does not pass."""
+        """True if both stacks compute what Qwen3 does and both controls fail. NaN does not pass."""
         controls = min(self.encoder_control, self.decoder_control)
         return max(self.encoder, self.decoder) < TOLERANCE and controls > TOLERANCE
 

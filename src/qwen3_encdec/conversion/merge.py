@@ -94,7 +94,7 @@ def soup(
 
 
 def _of_encoder(named: Iterable[tuple[str, T]]) -> Iterator[tuple[str, T]]:
-    """What belongs to tensors, under an encoder's names; the head of a causal model is left out."""
+    """Yield values under an encoder's tensor names; the head of a causal model is left out."""
     for name, value in named:
         if name != "lm_head.weight":
             yield name.removeprefix("model."), value

@@ -1,4 +1,4 @@
-"""What a data config will feed to a model: measured on the stream itself before any training."""
+"""Measure what a data config will feed to a model, on the stream itself, before training."""
 
 import sys
 import time
@@ -18,7 +18,7 @@ from qwen3_encdec.folders import InputError
 
 @dataclass(frozen=True)
 class DenoiserReport:
-    """What one denoiser did:
+    """Figures of one denoiser:
 
     shares of all examples and of all target tokens, lengths as (mean, most).
     """

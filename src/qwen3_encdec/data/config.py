@@ -1,4 +1,4 @@
-"""What to train on: the `data:` section of a training YAML."""
+"""The `data:` section of a training YAML."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -117,7 +117,7 @@ class DataConfig:
 
     @cached_property
     def sources(self) -> list[Source]:
-        """What `mixture` lists, or one source of `inputs`."""
+        """Return the items of `mixture`, or one source of `inputs`."""
         sources: list[Source] = []
         for number, item in enumerate(self.mixture or [{"inputs": self.inputs}]):
             try:

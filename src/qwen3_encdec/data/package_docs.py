@@ -60,7 +60,7 @@ def package_docs(split: Split) -> list[Docstring]:
 
 
 def is_heldout(package: str) -> bool:
-    """Whether a package is held out; depends on its name alone."""
+    """Tell if a package is held out; depends on its name alone."""
     digest = hashlib.sha256(f"{_SPLIT_SALT} {package}".encode()).digest()
     return int.from_bytes(digest[:4]) % _HELDOUT_ONE_IN == 0
 

@@ -54,7 +54,7 @@ _COUNTED = ("documents", "used", "short", "long", "duplicate", "tokens")
 
 @dataclass(frozen=True)
 class Preparation:
-    """What to make of a corpus."""
+    """Settings of a preparation."""
 
     inputs: list[str]
     """As `DataConfig.inputs`."""

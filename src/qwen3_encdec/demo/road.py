@@ -35,7 +35,7 @@ CAUSAL_CONTRASTIVE = "Causal parent + contrastive"
 
 @dataclass(frozen=True)
 class Budget:
-    """How much of everything.
+    """Sizes of every stage.
 
     Steps, not seconds: a slower machine takes longer and computes the same.
     """

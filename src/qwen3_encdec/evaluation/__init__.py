@@ -1,4 +1,4 @@
-"""How good a model is, always beside its baselines:
+"""Scores of a model, always beside its baselines:
 
 denoising loss, retrieval, geometry, and the report.
 """

@@ -429,6 +429,7 @@ def test_bad_inputs(tmp_path):
         read_examples(FinetuneConfig(inputs=[str(tmp_path / "pairs.csv")]))
 
 
+@pytest.mark.slow
 def test_bench_runs_whole_at_toy_size(encoder, parent_folder, tmp_path):
     causal_embedder(parent_folder, tmp_path / "parent")
     words = [word for name, value in QUICK.items() for word in ("--set", f"{name}={value}")]

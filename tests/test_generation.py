@@ -218,7 +218,7 @@ def test_encoder_outputs_are_used_again(model, source):
     assert not calls
 
 
-@pytest.mark.parametrize("length", [5_000, 33_000])
+@pytest.mark.parametrize("length", [5_000, pytest.param(33_000, marks=pytest.mark.slow)])
 def test_sources_longer_than_anything_usual(length):
     torch.manual_seed(0)
     model = Qwen3ForSeq2SeqLM(tiny_config(num_hidden_layers=1)).eval()

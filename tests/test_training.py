@@ -209,7 +209,7 @@ def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
         InputError, match="holds no tokenizer.json; make it with: python scripts/initialize"
     ):
         run_training(small_run(other, corpus))
-    with pytest.raises(InputError, match=r"R1 needs up to \d+ sentinels"):
+    with pytest.raises(InputError, match=r"R2 needs up to \d+ sentinels"):
         run_training(
             small_run(init_folder, corpus, **{"data.source_length": 512, "data.target_length": 512})
         )

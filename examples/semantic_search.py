@@ -22,10 +22,8 @@ def build_index(encoder: TextEncoder, documents: list[Docstring]) -> faiss.Index
 
     at a million documents, faiss.index_factory has faster ones.
     """
-    prompt = "document" if "document" in encoder.prompts else None
-    embeddings = encoder.encode(
-        [document.text for document in documents], prompt_name=prompt, progress=True
-    )
+    texts = [document.text for document in documents]
+    embeddings = encoder.encode(texts, prompt_name="document", progress=True)
     index = faiss.IndexFlatIP(embeddings.shape[1])
     index.add(embeddings)
     return index
@@ -39,8 +37,7 @@ def search(
     number: int = 5,
 ) -> list[tuple[float, Docstring]]:
     """The nearest documents to a query, nearest first, with their cosines."""
-    prompt = "query" if "query" in encoder.prompts else None
-    cosines, places = index.search(encoder.encode([query], prompt_name=prompt), number)
+    cosines, places = index.search(encoder.encode([query], prompt_name="query"), number)
     return [
         (float(cosine), documents[place])
         for cosine, place in zip(cosines[0], places[0], strict=True)

@@ -4,8 +4,7 @@
     python bench/serve.py --quick    # toy size: tests this script, measures nothing
 
 Short queries (8 tokens) and passages (200), each client with a connection of its own that asks for
-one text at a time, over HTTP. The other side is what tutorials show: FastAPI (or Starlette, which
-it is made of, where FastAPI is not installed), one `def` route, `model.encode`. Both have the same
+one text at a time, over HTTP. The other side is what tutorials show: Starlette, one `def` route, `model.encode`. Both have the same
 random weights and dtype, each in a process of its own. Then 10,000 requests, a tenth of them malformed, slow,
 abandoned or too large: every good one must be answered right with memory flat.
 """

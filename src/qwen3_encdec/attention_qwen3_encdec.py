@@ -7,7 +7,8 @@ documents, H query heads, K key/value heads, d head dimension, E hidden size.
 """
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class Varlen:
         longest_query, longest_key: Upper bounds of a document's lengths.
         causal: Bottom-right causal within each document.
         mask: Dense or block mask for the backends that have no variable-length kernel.
+        biases: Bottom-right masks by (queries, keys), made once for all layers, on CPUs.
     """
 
     queries: torch.Tensor
@@ -43,6 +45,21 @@ class Varlen:
     longest_key: int
     causal: bool = False
     mask: Any = None
+    biases: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def lengths(self) -> tuple[list[int], list[int]]:
+        """Documents' numbers of queries and of keys; asked of a CPU only, where nobody waits."""
+        return self.queries.diff().tolist(), self.keys.diff().tolist()
+
+    def bias(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
+        """Return the bottom-right mask of one document, if its attention is causal."""
+        shape = query.shape[2], key.shape[2]
+        if not self.causal or shape[0] == 1:
+            return None
+        if shape not in self.biases:
+            self.biases[shape] = _bottom_right(*shape, query)
+        return self.biases[shape]
 
     def prepare(self, backend: str, states: torch.Tensor, key_length: int) -> None:
         """Make the mask once a forward, if `backend` needs one for [1, N, E] `states`."""
@@ -212,14 +229,17 @@ def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: flo
 
 def _by_document(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
     """Call SDPA document by document, for CPUs."""
+    queries, keys = packed.lengths
     parts = zip(
-        query.split(packed.queries.diff().tolist(), dim=2),
-        key.split(packed.keys.diff().tolist(), dim=2),
-        value.split(packed.keys.diff().tolist(), dim=2),
+        query.split(queries, dim=2),
+        key.split(keys, dim=2),
+        value.split(keys, dim=2),
         strict=True,
     )
     outputs = [
-        _sdpa(q, k, v, None, packed.causal, scaling, dropout) for q, k, v in parts if q.shape[2]
+        _sdpa(q, k, v, packed.bias(q, k), False, scaling, dropout)
+        for q, k, v in parts
+        if q.shape[2]
     ]
     return torch.cat(outputs, dim=1) if outputs else query.transpose(1, 2)
 

@@ -221,7 +221,9 @@ def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
         InputError: there are none, or one is missing or damaged.
     """
     for path in _safetensors_files(folder):
-        yield from _tensors_of(path)
+        with _opened(path) as tensors:
+            for name in tensors.keys():  # noqa: SIM118
+                yield name, tensors.get_tensor(name)
 
 
 def read_averages(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -271,13 +273,6 @@ def _safetensors_files(folder: Path) -> list[Path]:
     else:
         raise InputError(f"{folder} holds no model.safetensors (only safetensors are read)")
     return [folder / file for file in files]
-
-
-def _tensors_of(path: Path, suffix: str = "") -> "Iterator[tuple[str, torch.Tensor]]":
-    with _opened(path) as tensors:
-        for name in tensors.keys():  # noqa: SIM118
-            if name.endswith(suffix):
-                yield name, tensors.get_tensor(name)
 
 
 def _opened(path: Path) -> safe_open:

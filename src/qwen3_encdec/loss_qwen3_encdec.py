@@ -160,7 +160,6 @@ def _form_gradient(
         objective = objective - smoothing * log_probs.mean(1)
     objective = objective.masked_fill(~kept, 0.0).sum()
 
-    weights = scale * kept[:, None]  # (C, 1)
     if torch.compiler.is_compiling():
         # One pass over the logits and one to write the gradient.
         gradient = log_probs.exp() * (1 + 2 * z_loss * log_sum) - smoothing / logits.shape[1]
@@ -174,7 +173,7 @@ def _form_gradient(
     if smoothing:
         gradient -= smoothing / gradient.shape[1]
     gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
-    gradient *= weights
+    gradient *= scale * kept[:, None]
     if not in_place:
         logits.copy_(gradient)
     return losses, objective

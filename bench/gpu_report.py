@@ -31,7 +31,7 @@ from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.ul2 import PRESETS, raw_length
 from qwen3_encdec.folders import package_versions, write_json
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
-from qwen3_encdec.training import flops
+from qwen3_encdec.training import plan
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.layers import FASTEST_FIRST, compile_layers, disagreement, layers_of
 from qwen3_encdec.training.loop import run_training
@@ -100,10 +100,10 @@ class Training:
                 {k: v.to(self.device) if torch.is_tensor(v) else v for k, v in batch.items()}
             )
             sizes = [[len(side) for side in pair] for pair in pairs[number::4]]
-            sums += flops.length_sums(*np.array(sizes).T)
+            sums += plan.length_sums(*np.array(sizes).T)
         self.tokens, self.targets = int(sums[0] + sums[1]), int(sums[1])
-        counted = flops.count_parameters(self.config)
-        self.work = float(flops.flops_per_sum(self.config, counted) @ sums)
+        counted = plan.count_parameters(self.config)
+        self.work = float(plan.flops_per_sum(self.config, counted) @ sums)
         torch.manual_seed(0)
         with self.device:
             self.model = Qwen3ForSeq2SeqLM(self.config).train()
@@ -168,7 +168,8 @@ class Training:
         _synchronize(self.device)
         seconds = (time.perf_counter() - began) / steps
         figures = {"tokens/s": self.tokens / seconds, "TFLOP/s": self.work / seconds / 1e12}
-        if peak := flops.peak_flops(self.device, 1):
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else ""
+        if peak := next((plan.DEVICES[known][0] for known in plan.DEVICES if known in name), None):
             figures["MFU"] = self.work / seconds / peak
             figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
         if profile:

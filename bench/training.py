@@ -40,7 +40,7 @@ def step_seconds(model: Path, run: Path, steps: int, **changes: Any) -> list[flo
     """Return the duration of each optimizer step of a run, checkpoints included."""
     values = {
         "model": model, "output_dir": run, "max_steps": steps, "warmup_steps": 1, "trackers": "[]",
-        "eval_every": 0, "save_every": 0, "log_every": 10, "num_workers": 1, "keep_best": False,
+        "eval_every": 0, "save_every": 0, "log_every": 10, "num_workers": 1,
     } | changes  # fmt: skip
     times, rate = [], loop.learning_rate
 
@@ -83,7 +83,6 @@ def main() -> None:
         modes: dict[str, dict[str, Any]] = {
             "none": {},
             "asynchronous": {"save_every": every},
-            "synchronous": {"save_every": every, "async_checkpoints": False},
         }
         means: dict[str, list[float]] = {mode: [] for mode in modes}
         for number in range(args.rounds):  # in turn: a machine that slows down slows all of them

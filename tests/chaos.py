@@ -6,6 +6,7 @@ takes seconds.
 
 import hashlib
 import json
+import math
 import multiprocessing
 import os
 import random
@@ -13,6 +14,7 @@ import resource
 import signal
 import socket
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +41,7 @@ def rank_process(
 ) -> None:
     """One rank. ``faults`` are the step at which `nan`, `spike` or `hang` happens, and
 
-    slow: seconds that writing tensors takes; block: bytes that share a checksum; full: no file can
-    grow beyond 100 kB; launch: environment that distributes; means: weigh every micro-batch the
+    slow: seconds that writing tensors takes; full: no file can grow beyond 100 kB; launch: environment that distributes; means: weigh every micro-batch the
     same, which is the common mistake.
     """
     log = Path(overrides[-1].partition("=")[2]).with_suffix(f".rank{rank}.log")
@@ -60,10 +61,11 @@ def rank_process(
 
     if faults.get("full"):
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
-    checkpoint.BLOCK = faults.get("block", checkpoint.BLOCK)
     torch.set_num_threads(1)
     now: dict[str, Any] = {"step": 0, "weights": iter(())}
     rate, save, backward = loop.learning_rate, checkpoint.dcp.save, Run.backward
+    reader = checkpoint.dcp.HuggingFaceStorageReader
+    read_data, read = reader.read_data, Counter()
     kind = TrainingState
     if faults.get("launch") in (ZERO2, ZERO3):
         from qwen3_encdec.training.deepspeed import DeepSpeedState as kind
@@ -92,20 +94,26 @@ def rank_process(
             now["weights"] = iter([tokens / (own * len(targets) * world) for own in targets])
         return backward(run, step, tokens)
 
-    def faulty(state, loss, last):
+    def counted(reader, plan, planner):
+        for item in plan.items:
+            stored = reader.storage_data[item.storage_index]
+            read["bytes"] += stored.dtype.itemsize * math.prod(item.lengths)
+        return read_data(reader, plan, planner)
+
+    def faulty(state, loss):
         loss = loss * next(now["weights"], 1.0)
         if now["step"] == faults.get("nan") and rank == 1:
             loss = loss * float("nan")
-        micro_backward(state, loss * 100 if now["step"] == faults.get("spike") else loss, last)
+        micro_backward(state, loss * 100 if now["step"] == faults.get("spike") else loss)
 
     loop.learning_rate, checkpoint.dcp.save = at_step, slowly
-    Run.backward, kind.backward = recorded, faulty
+    Run.backward, kind.backward, reader.read_data = recorded, faulty, counted
     try:
         loop.run_training(load_config(None, overrides))
     except InputError as error:
         print(f"error: {error}", flush=True)
         os._exit(2)
-    print(f"READ {checkpoint.VerifiedReader.bytes_read}", flush=True)
+    print(f"READ {read['bytes']}", flush=True)
     os._exit(0)
 
 

@@ -13,7 +13,7 @@ from experiments.objective import report, run
 
 from qwen3_encdec.data import package_docs
 from qwen3_encdec.evaluation import retrieval
-from qwen3_encdec.training.monitor import StopRequest
+from qwen3_encdec.training.steps import Run
 from tests.test_demo import TEXTS
 
 PLAN = """
@@ -132,7 +132,7 @@ def test_a_training_that_was_asked_to_stop_is_not_done(walked, monkeypatch):
         run.read_plan(root / "plan.yaml", 1.0, [], []), "toy", 0, root / "results", root / "runs"
     )
     with monkeypatch.context() as patch:
-        patch.setattr(StopRequest, "__bool__", lambda self: True)
+        patch.setattr(Run, "asked_to_stop", lambda self: True)
         with pytest.raises(SystemExit):
             unit.train("ul2")
     assert not file.exists()

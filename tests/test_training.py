@@ -252,18 +252,12 @@ def test_what_people_see(init_folder, corpus, tmp_path, capfd):
 
 def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):
     run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    script = (
-        "import fcntl, sys, time; file = open(sys.argv[1], 'w'); fcntl.lockf(file, fcntl.LOCK_EX)"
-    )
-    script += "; file.write('4711'); file.flush(); print('held', flush=True); time.sleep(60)"
-    command = [sys.executable, "-c", script, str(run_dir / ".lock")]
-    (run_dir / "qwen3_encdec.json").write_text('{"kind": "training run"}')
+    script = "import pathlib, sys, time; from qwen3_encdec.training.monitor import lock"
+    script += "; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    command = [sys.executable, "-c", script, str(run_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(
-            InputError, match=r"another run trains in .*run \(process 4711\); stop it"
-        ):
+        with pytest.raises(InputError, match=r"another run trains in .*run; stop that one"):
             run_training(small_run(init_folder, corpus, output_dir=run_dir))
         other.kill()
     assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).exists()
@@ -299,8 +293,8 @@ def test_a_new_level_is_accepted_after_a_while_and_survives_a_restart():
     assert skipped[0]
     assert sum(skipped) <= 3
     assert not any(skipped[5:])
-    again = SpikeGuard(6.0, 16, json.loads(json.dumps(guard.state)))
-    assert again.state == guard.state
+    again = SpikeGuard(6.0, 16, json.loads(json.dumps(list(guard.recent))))
+    assert again.recent == guard.recent
     assert not again.skips(6.0, 1.0)
     assert again.skips(60.0, 1.0)  # a spike is still one
 

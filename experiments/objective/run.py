@@ -311,8 +311,8 @@ class Unit:
         from qwen3_encdec.evaluation.suite import evaluate_denoising
         from qwen3_encdec.folders import load_config, load_tokenizer
         from qwen3_encdec.training.config import TrainingConfig
-        from qwen3_encdec.training.flops import count_parameters, flops_per_sum, length_sums
         from qwen3_encdec.training.loop import train_to_the_end
+        from qwen3_encdec.training.plan import count_parameters, flops_per_sum, length_sums
 
         sizes, ul2, init = self.plan["branch"], self.plan["ul2"], folder / "init"
         layers = round(contestant.decoder_share * self.sizes["num_hidden_layers"])

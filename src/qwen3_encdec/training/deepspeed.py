@@ -3,7 +3,6 @@
 Whole tensors are gathered and written to the files that every other launch writes and reads.
 """
 
-import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -18,25 +17,23 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training.checkpoint import read_tensors_into
+from qwen3_encdec.training import distributed
 from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.distributed import TrainingState
+from qwen3_encdec.training.distributed import Tensors, TrainingState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedState(TrainingState):
-    """`TrainingState` over DeepSpeed's engine."""
+    """`TrainingState` over DeepSpeed's engine, which clips by itself."""
 
-    def __init__(self, model: nn.Module, optimizer: Any, accelerator: Accelerator) -> None:
-        super().__init__(model, optimizer, accelerator)
+    def __init__(self, engine: Any, optimizer: Any, accelerator: Accelerator) -> None:
+        super().__init__(engine, optimizer, accelerator)
+        self.engine = engine
         self._inner = optimizer.optimizer  # torch's own
-        self._rank = accelerator.process_index
         self._zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
-        if self._zero3:
-            self._pieces = optimizer.fp32_partitioned_groups_flat
-        else:
-            self._pieces = optimizer.single_partition_of_fp32_groups
+        own = "fp32_partitioned_groups_flat" if self._zero3 else "single_partition_of_fp32_groups"
+        self._pieces: list[torch.Tensor] = getattr(optimizer, own)
         for piece in self._pieces:
             zeros = {key: torch.zeros_like(piece) for key in _MOMENTS}
             self._inner.state[piece] = {"step": torch.zeros((), device=piece.device), **zeros}
@@ -46,61 +43,84 @@ class DeepSpeedState(TrainingState):
 
     def accumulating(self, last: bool) -> AbstractContextManager:
         """Tell the engine when to reduce."""
-        self.model.set_gradient_accumulation_boundary(last)  # type: ignore[operator]
+        self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
-    def backward(self, loss: torch.Tensor, last: bool) -> None:
+    def backward(self, loss: torch.Tensor) -> None:
         """Add a micro-batch's gradients."""
-        self.model.backward(loss, scale_wrt_gas=False)  # type: ignore[operator]
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def gradients(self) -> Tensors:
+        """Gather the gradients."""
+        from deepspeed.utils import safe_get_full_grad
+
+        return {name: safe_get_full_grad(p) for name, p in self.parameters.items()}
+
+    def step(self, norm: float, max_norm: float) -> None:
+        """Apply the gradients."""
+        self.engine.step()
 
     def discard(self) -> None:
-        """Drop the gradients, by the engine's own way out: a step of gradients that are not finite
-        drops them and changes nothing else.
-        """
-        for gradient in self._gradients(self.parameters.values()):
-            gradient.fill_(float("nan"))
-        self._apply()
+        """Drop the gradients by the engine's own way out: it applies none that are not finite."""
+        from deepspeed.utils import safe_set_full_grad
 
-    def weights(self) -> dict[str, torch.Tensor]:
+        for name, gradient in self.gradients().items():
+            safe_set_full_grad(self.parameters[name], gradient.fill_(float("nan")))
+        self.engine.step()
+
+    def weights(self) -> Tensors:
         """Gather whole weights; each rank keeps the share that it writes."""
         from deepspeed.utils import safe_get_full_fp32_param
 
-        saved = set(self.module.state_dict())
-        buffers = {n: b for n, b in self.module.named_buffers() if n in saved}
-        gathered = ((n, safe_get_full_fp32_param(p)) for n, p in self.parameters.items())
-        return self._share(gathered) | buffers
+        return self._share(
+            (name, safe_get_full_fp32_param(tensor) if name in self.parameters else tensor)
+            for name, tensor in self.saved.items()
+        )
 
-    def optimizer_state(self) -> dict[str, torch.Tensor]:
+    def optimizer_state(self) -> Tensors:
         """Gather whole moments under the keys of torch's AdamW, as `weights` does."""
         return self._share(self._whole_state())
 
-    def read(self, folder: Path) -> None:
-        """Fill the optimizer's pieces from the checkpoint that the weights were loaded from.
+    def first_held(self, tensors: Tensors) -> Tensors:
+        """Return all: no tensor is on two ranks."""
+        return tensors
 
-        One rank reads each tensor and sends it to the others.
+    def read(self, folder: Path) -> None:
+        """Fill the optimizer's pieces; the weights must have been loaded from the same checkpoint.
+
+        Rank 0 reads each tensor and sends it to the others.
         """
-        if folder != self.loaded:
-            raise InputError(f"the weights were loaded from {self.loaded}; rename that folder")
+        loaded = Path(self.module.name_or_path)
+        if folder != loaded:
+            raise InputError(f"the weights were loaded from {loaded}; rename that folder")
+        sums: dict[str, int] = {}
+        for name, parameter in self.parameters.items():
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            whole = {f"{name}.{key}": torch.empty(shape) for key in _MOMENTS}
+            whole[f"{name}.step"] = torch.zeros(())
+            with distributed.together():
+                if dist.get_rank() == 0:
+                    distributed.read_tensors(whole, folder / "state")
+                    sums |= distributed.checksums(whole)
+            for key, tensor in whole.items():
+                sent = tensor.to(parameter.device)
+                dist.broadcast(sent, src=0)
+                self._set(parameter, key.rpartition(".")[2], sent)
+        distributed.verify(sums, folder)
+
+    def _set(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
         from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state
 
-        step = torch.zeros(())
-        for name, parameter in self.parameters.items():
-            whole = torch.empty(getattr(parameter, "ds_shape", parameter.shape))
-            for key in _MOMENTS:
-                value = self._read_and_send(whole, f"{name}.{key}", folder).to(parameter.device)
-                if not self._zero3:
-                    safe_set_full_optimizer_state(parameter, value, key)
-                    continue
-                # DeepSpeed's own setter fails where the last rank's piece is shorter.
-                piece = safe_get_local_optimizer_state(parameter, key)
-                mine = value.flatten()[self._rank * piece.numel() :][: piece.numel()]
-                piece[: mine.numel()] = mine
-            self._read_and_send(step, f"{name}.step", folder)
-        for piece in self._pieces:
-            self._inner.state[piece]["step"].copy_(step)
-
-    def synchronize(self) -> None:
-        """Do nothing: `read` has sent everything."""
+        if key == "step":
+            for piece in self._pieces:
+                self._inner.state[piece]["step"].copy_(value)
+        elif self._zero3:
+            # DeepSpeed's own setter fails where the last rank's piece is shorter.
+            piece = safe_get_local_optimizer_state(parameter, key)
+            mine = value.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
+            piece[: mine.numel()] = mine
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
 
     def _whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -110,51 +130,13 @@ class DeepSpeedState(TrainingState):
                 yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
             yield f"{name}.step", self._inner.state[self._pieces[0]]["step"]
 
-    def _share(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    def _share(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
         """Copy every n-th of the whole tensors, one at a time, to the CPU."""
         kept = {}
         for number, (name, tensor) in enumerate(tensors):
-            if number % self.world_size == self._rank:
+            if number % dist.get_world_size() == dist.get_rank():
                 kept[name] = tensor.detach().to("cpu", copy=True)
         return kept
-
-    def _read_and_send(self, tensor: torch.Tensor, name: str, folder: Path) -> torch.Tensor:
-        error = None
-        if self._rank == 0:
-            try:
-                read_tensors_into({name: tensor}, folder, "state")
-            except InputError as found:
-                error = str(found)
-        errors = [error]
-        dist.broadcast_object_list(errors)
-        if errors[0]:
-            raise InputError(errors[0])
-        device = next(iter(self._pieces)).device
-        sent = tensor.to(device)
-        dist.broadcast(sent, src=0)
-        tensor.copy_(sent)
-        return tensor
-
-    def _apply(self) -> None:
-        self.model.step()  # type: ignore[operator]
-
-    def _gradients(self, parameters: Iterable[nn.Parameter]) -> list[torch.Tensor]:
-        found = []
-        for parameter in parameters:
-            if self._zero3:
-                gradient = self.optimizer.get_local_fp32_grad_for_param(parameter)
-            else:
-                piece: Any = parameter._hp_mapping  # type: ignore[attr-defined]
-                gradient = None
-                if piece is not None:
-                    index = parameter._index_in_param_group  # type: ignore[attr-defined]
-                    gradient = piece.get_lp_grad_fragment(index)
-            if gradient is not None:
-                found.append(gradient)
-        return found
-
-    def _copies(self) -> int:
-        return 1
 
 
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
@@ -164,33 +146,20 @@ def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin
     """
     if not torch.accelerator.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if importlib.util.find_spec("deepspeed") is None:
-        raise InputError(
-            "DeepSpeed is not installed: pip install qwen3-encdec[deepspeed], or launch with FSDP2"
-        )
     plugin = DeepSpeedPlugin()
-    refusal = None
-    if plugin.zero_stage not in (2, 3):
-        refusal = f"the training loop runs ZeRO stages 2 and 3, not {plugin.zero_stage}"
-    elif config.ema_decay:
-        refusal = "ema_decay needs named weights, and DeepSpeed's optimizer has flat pieces"
-    elif mixed_precision != "no":
-        refusal = "under DeepSpeed the loop trains with mixed_precision: no"
-    if refusal:
-        raise InputError(f"{refusal}; launch it with configs/accelerate_fsdp2.yaml")
-    plugin.deepspeed_config |= {
-        "train_micro_batch_size_per_gpu": config.batch_size,
-        "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,
-        "zero_allow_untested_optimizer": True,
-    }
-    if plugin.zero_stage == 3:
-        # Ranks must gather alike, whatever batches they have seen.
-        plugin.deepspeed_config["zero_optimization"] |= {
-            "stage3_prefetch_bucket_size": 0,
-            "stage3_max_reuse_distance": 0,
-            "stage3_param_persistence_threshold": 0,
-        }
+    if plugin.zero_stage not in (2, 3) or config.ema_decay or mixed_precision != "no":
+        raise InputError(
+            "under DeepSpeed the loop runs ZeRO stages 2 and 3 with mixed_precision=no and "
+            "ema_decay=0; launch it with configs/accelerate_fsdp2.yaml"
+        )
+    settings = plugin.deepspeed_config
+    settings["train_micro_batch_size_per_gpu"] = config.batch_size
+    settings["gradient_accumulation_steps"] = 1
+    settings["gradient_clipping"] = config.max_grad_norm
+    settings["zero_allow_untested_optimizer"] = True
+    # Ranks must gather alike, whatever batches they have seen.
+    for name in ("prefetch_bucket_size", "max_reuse_distance", "param_persistence_threshold"):
+        settings["zero_optimization"][f"stage3_{name}"] = 0
     return plugin
 
 
@@ -202,5 +171,5 @@ def prepare_deepspeed(
         import deepspeed
 
         deepspeed.utils.set_z3_leaf_modules(model, [GradientCheckpointingLayer])
-    model, wrapped = accelerator.prepare(model, optimizer)
-    return DeepSpeedState(model, wrapped.optimizer, accelerator)
+    engine, wrapped = accelerator.prepare(model, optimizer)
+    return DeepSpeedState(engine, wrapped.optimizer, accelerator)

@@ -5,12 +5,9 @@ from functools import partial
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import nn
-from torch.utils.checkpoint import (
-    CheckpointPolicy,
-    checkpoint,
-    create_selective_checkpoint_contexts,
-)
+from torch.utils import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -20,12 +17,7 @@ from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig
 
 FASTEST_FIRST = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "flex_attention")
-_LENGTHS = ((37, 13), (5, 21), (64, 9))  # source and target of the documents of the start-up check
-_MATRIX_PRODUCTS = (
-    torch.ops.aten.mm.default,
-    torch.ops.aten.addmm.default,
-    torch.ops.aten.bmm.default,
-)
+_DEAR = ("aten.mm.", "aten.addmm.", "aten.bmm.", "attention", "attn")
 
 
 def layers_of(model: nn.Module) -> list[Any]:
@@ -35,15 +27,20 @@ def layers_of(model: nn.Module) -> list[Any]:
 
 def recompute_layers(model: nn.Module, config: TrainingConfig) -> None:
     """Recompute the layers' activations in the backward pass as ``config`` says."""
-    if not config.gradient_checkpointing:
-        return
-    recompute = partial(checkpoint, use_reentrant=False)
+    recompute = partial(checkpoint.checkpoint, use_reentrant=False)
     if config.gradient_checkpointing == "selective":
-        contexts = partial(create_selective_checkpoint_contexts, _keep_products)
+        contexts = partial(checkpoint.create_selective_checkpoint_contexts, _keep_products)
         recompute = partial(recompute, context_fn=contexts)
     for layer in layers_of(model):
-        layer.gradient_checkpointing = True
+        layer.gradient_checkpointing = bool(config.gradient_checkpointing)
         layer._gradient_checkpointing_func = recompute
+
+
+def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
+    """Keep matrix products and attention, by whichever kernel."""
+    dear = any(word in str(operator) for word in _DEAR)
+    policy = checkpoint.CheckpointPolicy
+    return policy.MUST_SAVE if dear else policy.PREFER_RECOMPUTE
 
 
 def compile_layers(model: nn.Module, config: TrainingConfig, **options: Any) -> None:
@@ -66,63 +63,49 @@ def choose_attention(
 ) -> str:
     """Return the attention implementation to train with, and ``show`` why not a faster one.
 
-    "auto" is the first of `FASTEST_FIRST` that computes what sdpa computes on a small packed batch,
-    or else sdpa, torch's varlen kernel. Raises InputError if the one that is asked for fails.
+    "auto" is the first of `FASTEST_FIRST` that agrees with sdpa, torch's varlen kernel, or else
+    sdpa. Raises InputError if the one that is asked for does not.
     """
     if wanted == "auto" and device.type != "cuda":
         return "sdpa"
     refused: list[str] = []
     for name in FASTEST_FIRST if wanted == "auto" else (wanted,):
-        reason = None if name in ("sdpa", "eager") else disagreement(name, model_config, device)
+        reason = disagreement(name, model_config, device)
         if reason is None:
-            show(f"attention: {name}" + "".join(f"; not {why}" for why in refused))
-            return name
+            break
+        refused.append(f"not {name} ({reason})")
+    else:
         if wanted != "auto":
-            raise InputError(f"attention: {name} cannot be used: {reason}; use attention=auto")
-        refused.append(f"{name} ({reason})")
-    show(f"attention: sdpa; not {'; not '.join(refused)}")
-    return "sdpa"
+            raise InputError(f"attention: {refused[0]}; use attention=auto")
+        name = "sdpa"
+    show("; ".join([f"attention: {name}", *refused]))
+    return name
 
 
 def disagreement(
     name: str, model_config: Qwen3EncoderDecoderConfig, device: torch.device
 ) -> str | None:
     """Return why an implementation is unfit, or None if a small model's loss and gradient agree."""
-    small = Qwen3EncoderDecoderConfig.from_dict(model_config.to_dict())
-    small.vocab_size, small.eos_token_id = 256, 1
-    small.pad_token_id = small.decoder_start_token_id = 0
-    small.num_hidden_layers = small.num_decoder_layers = 1
-    small.num_sentinel_tokens = 10
-    generator = torch.Generator().manual_seed(0)
-    sides = [
-        [torch.randint(2, 200, (pair[side],), generator=generator).numpy() for pair in _LENGTHS]
-        for side in (0, 1)
-    ]
-    batch = {
-        key: value.to(device) if isinstance(value, torch.Tensor) else value
-        for key, value in collate_packed(*sides).items()
-    }
+    sizes = {"vocab_size": 256, "num_hidden_layers": 1, "num_decoder_layers": 1}
+    sizes |= {"num_sentinel_tokens": 10, "eos_token_id": 1, "pad_token_id": 0}
+    sizes |= {"decoder_start_token_id": 0, "attention_dropout": 0.0}
+    settings = model_config.to_dict() | sizes
+    ids = torch.arange(2, 200).numpy()
+    sides = [ids[:37], ids[:5], ids[:64]], [ids[:13], ids[:21], ids[:9]]
+    batch = send_to_device(collate_packed(*sides), device)
     found = []
     try:
         for implementation in ("sdpa", name):
             torch.manual_seed(0)
-            model = Qwen3ForSeq2SeqLM(small).to(device)
+            model = Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderConfig.from_dict(settings)).to(device)
             model.set_attn_implementation(implementation)
             with torch.autocast(device.type, torch.bfloat16):
                 loss: Any = model(**batch).loss
             loss.backward()
-            total = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()])
-            found.append((loss.item(), total.item()))
+            norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
+            found.append(torch.stack([loss.detach(), norm]))
     except Exception as error:  # whatever a missing or unfit package raises
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:120]
-    (reference, norm), (other, other_norm) = found
-    if abs(other / reference - 1) > 0.01 or abs(other_norm / norm - 1) > 0.05:
-        return f"loss {other:.4f} and norm {other_norm:.4f}, sdpa {reference:.4f} and {norm:.4f}"
-    return None
-
-
-def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    """Keep what is dear to compute: matrix products and attention, by whichever kernel."""
-    if operator in _MATRIX_PRODUCTS or "attention" in str(operator) or "attn" in str(operator):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    loss, norm = (found[1] / found[0] - 1).abs().tolist()
+    agrees = loss < 0.01 and norm < 0.05
+    return None if agrees else f"loss {loss:.1%} and gradient {norm:.1%} from those of sdpa"

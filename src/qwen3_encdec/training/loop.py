@@ -9,62 +9,36 @@ import faulthandler
 import gc
 import math
 import time
-from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
-import yaml
-
-from qwen3_encdec.folders import InputError, load_config
-from qwen3_encdec.training import plan, start
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
-from qwen3_encdec.training.distributed import make_accelerator, release, together
-from qwen3_encdec.training.flops import MFU
-from qwen3_encdec.training.monitor import StopRequest, expect_step
+from qwen3_encdec.training.distributed import launched, together
+from qwen3_encdec.training.monitor import expect_step, hearing_sigterm
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
 
 
-def run_training(
-    config: TrainingConfig,
-    *,
-    dry_run: bool = False,
-    devices: str | None = None,
-    qwen3_model: str | None = None,
-    mfu: float = MFU,
-    find_batch_size: bool = False,
-) -> Path:
+def run_training(config: TrainingConfig) -> Path:
     """Train to ``config.max_steps``, or until asked to stop; return the last checkpoint's folder.
 
-    SIGTERM, or a file STOP in ``output_dir``, saves and ends. ``dry_run`` prints the config and the
-    plan, for ``devices`` and the sizes of ``qwen3_model`` or else for those at hand;
-    ``find_batch_size`` prints the largest that fits. Both write nothing. Raises InputError for
-    whatever the caller can mend, including a loss or gradient that is not finite.
+    SIGTERM, or a file STOP in ``output_dir``, saves and ends. Raises InputError for whatever the
+    caller can mend, including a loss or gradient that is not finite.
     """
     config = read_dataclass(TrainingConfig, config_to_dict(config), "TrainingConfig")
-    run_dir = Path(config.output_dir)
-    accelerator = make_accelerator(config, str(run_dir / "trackers"))
-    try:
-        if dry_run:
-            read = plan.qwen3_sizes if qwen3_model else load_config
-            model_config = read(qwen3_model or config.model)
-            start.check_data(config, model_config.num_sentinel_tokens, accelerator)
-            accelerator.print(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
-            machines = plan.machines(accelerator, devices)
-            plan.dry_run(model_config, config, machines, accelerator.print, mfu)
-            return run_dir
+    with launched(config) as accelerator, hearing_sigterm() as sigterm:
         config = replace(config, mixed_precision=accelerator.mixed_precision)
-        if find_batch_size:
-            start.find_batch_size(config, accelerator)
-            return run_dir
-        with ExitStack() as stack:
-            stop = StopRequest(run_dir)
-            stack.enter_context(stop.listening())
-            return _train(start.start_run(config, accelerator, stop, stack))
-    finally:
-        gc.unfreeze()
-        release(accelerator)
+        run = Run(config, accelerator, sigterm)
+        gc.collect()
+        gc.freeze()
+        try:
+            return _train(run)
+        finally:
+            gc.unfreeze()
+            faulthandler.cancel_dump_traceback_later()
+            run.saver.close()
 
 
 def train_to_the_end(config: TrainingConfig) -> Path:
@@ -77,68 +51,61 @@ def train_to_the_end(config: TrainingConfig) -> Path:
 
 def _train(run: Run) -> Path:
     """Run the optimizer steps: the algorithm, with its parts named."""
-    config, state, saver, guard = run.config, run.state, run.saver, run.guard
-    show = run.accelerator.print
+    config, state, saver, show = run.config, run.state, run.saver, run.accelerator.print
     if run.start == 0 and config.eval_every:
         run.evaluate(0)
-    gc.collect()
-    gc.freeze()
     state.model.train()
     expect_step(config.stall_seconds)
     step = run.start
-    try:
-        run.position = run.loader.state_dict()
-        run.fetch()
-        report = run.agree()
-        while step < config.max_steps and not report.stops and not report.data_failed:
-            step, began, counts = step + 1, time.perf_counter(), report.counts
-            rate = learning_rate(step, config)
-            set_learning_rate(state.optimizer, rate)
+    run.fetch()
+    report = run.agree()
+    while step < config.max_steps and not report.stops and not report.data_failed:
+        step, began, counts = step + 1, time.perf_counter(), report.counts
+        rate = learning_rate(step, config)
+        set_learning_rate(state.optimizer, rate)
 
-            totals = run.backward(step, counts[0])
-            position = run.loader.state_dict()
-            waited = run.fetch() if step < config.max_steps else 0.0
-            report = run.agree(totals)
+        totals = run.backward(step, counts[0])
+        position = run.loader.state_dict()
+        waited = run.fetch() if step < config.max_steps else 0.0
+        report = run.agree(totals)
 
-            # Everything is checked before the step can spoil the weights.
-            if not math.isfinite(report.loss + report.norm):
-                if step - 1 > run.start:
-                    run.save(step - 1)
-                    saver.finish()
-                raise InputError(
-                    f"step {step}: loss {report.loss} and gradient norm {report.norm} are not both "
-                    "finite; stopped before the update; try a lower lr or a longer warm-up; the "
-                    f"last checkpoint is {saver.last or 'none'}"
-                )
-            if guard.skips(report.loss, report.norm):
-                state.discard()
-                run.meter.totals["skipped_steps"] += 1
-                show(f"step {step} skipped: loss {report.loss:.4g}, norm {report.norm:.4g}")
-            else:
-                state.step(report.norm, config.max_grad_norm)
+        # Everything is checked before the step can spoil the weights.
+        if not math.isfinite(report.loss + report.norm):
+            if step - 1 > run.start:
+                run.save(step - 1)
+                saver.finish()
+            raise InputError(
+                f"step {step}: loss {report.loss} and gradient norm {report.norm} are not both "
+                "finite; stopped before the update; try a lower lr or a longer warm-up; the last "
+                f"checkpoint is {saver.last or 'none'}"
+            )
+        if run.guard.skips(report.loss, report.norm):
+            state.discard()
+            run.meter.totals["skipped_steps"] += 1
+            show(f"step {step} skipped: loss {report.loss:.4g}, norm {report.norm:.4g}")
+        else:
+            state.step(report.norm, config.max_grad_norm)
 
-            run.position = position
-            run.meter.add(counts, report.losses, time.perf_counter() - began, waited)
-            if step % config.log_every == 0 or step == config.max_steps:
-                run.log_step(step, rate, report)
-            if config.eval_every and (step % config.eval_every == 0 or step == config.max_steps):
-                run.evaluate(step)
-            if config.save_every and step % config.save_every == 0:
-                run.save(step)
-            expect_step(config.stall_seconds)
-        if step > run.start:
+        run.position = position
+        run.meter.add(counts, report.losses, time.perf_counter() - began, waited)
+        last = step == config.max_steps
+        if step % config.log_every == 0 or last:
+            run.log_step(step, rate, report)
+        if config.eval_every and (step % config.eval_every == 0 or last):
+            run.evaluate(step)
+        if config.save_every and step % config.save_every == 0:
             run.save(step)
-        saver.finish()
-        with together():
-            if run.data_error:
-                raise InputError(run.data_error)
-    finally:
-        faulthandler.cancel_dump_traceback_later()
-        saver.close()
+        expect_step(config.stall_seconds)
+    if step > run.start:
+        run.save(step)
+    saver.finish()
+    with together():
+        if run.data_error:
+            raise InputError(run.data_error)
     if report.stops:
         show(f"asked to stop: ended after step {step:,} of {config.max_steps:,}")
         if run.accelerator.is_main_process:
-            run.stop.file.unlink(missing_ok=True)
+            (run.run_dir / "STOP").unlink(missing_ok=True)
     show(f"last checkpoint: {saver.last or 'none'}")
     if step < config.max_steps:
         show("next: the same command, to continue")

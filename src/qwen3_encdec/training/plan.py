@@ -4,27 +4,25 @@ The formulas are those of docs/scaling.md.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
 from transformers import AutoConfig, Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from qwen3_encdec.folders import InputError, resolve_checkpoint
-from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.flops import (
-    DEVICES,
-    MFU,
-    Sizes,
-    count_parameters,
-    flops_per_sum,
-    length_sums,
-    peak_flops,
-)
+from qwen3_encdec.folders import InputError, load_config, resolve_checkpoint
+from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
+from qwen3_encdec.training.config import TrainingConfig, config_to_dict
+from qwen3_encdec.training.distributed import launched
+from qwen3_encdec.training.start import check_settings
 
+MFU = 0.29
+"""Share of an H100's peak that was measured for the 0.6B pair."""
+# Dense bf16 peak in FLOP/s and memory in bytes, from the makers' data sheets.
+DEVICES = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 # Hidden and intermediate sizes, layers, query heads of the dense Qwen3 with 8 KV heads of 128.
 QWEN3 = {
     "0.6B": (1024, 3072, 28, 16),
@@ -34,41 +32,62 @@ QWEN3 = {
     "14B": (5120, 17408, 40, 40),
     "32B": (5120, 25600, 64, 64),
 }
-_CHUNK = 2048  # tokens whose logits exist at a time
 
 
-@dataclass(frozen=True)
-class Machines:
+class Sizes(NamedTuple):
+    """Parameter counts: ``encoder`` and ``decoder`` without the shared ``embedding``."""
+
+    encoder: int
+    decoder: int
+    embedding: int
+
+
+class Machines(NamedTuple):
     """Processes of a run, one a device, and the ``shards`` that divide the states among them.
 
-    1 shard is DDP or one process. ``memory`` (bytes) and ``peak`` (FLOP/s) are of a device.
+    1 shard is DDP or one process. ``memory`` (bytes) and ``peak`` (FLOP/s) are an accelerator's.
     """
 
     processes: int = 1
     shards: int = 1
     memory: float | None = None
     peak: float | None = None
-    accelerator: bool = False
 
-    def width(self, config: TrainingConfig) -> int:
-        """Bytes of a number that is computed with."""
-        bf16 = {"auto": self.accelerator, "bf16": True, "no": False}
-        return 2 if bf16[config.mixed_precision] else 4
+
+def count_parameters(model_config: Qwen3EncoderDecoderConfig) -> Sizes:
+    """Count on the meta device, without allocating a weight."""
+    with torch.device("meta"):
+        model: Any = Qwen3ForSeq2SeqLM(model_config).model
+    embedding, encoder = model.shared.weight.numel(), model.encoder.num_parameters()
+    return Sizes(encoder, model.num_parameters() - encoder - embedding, embedding)
+
+
+def length_sums(source: np.ndarray, target: np.ndarray) -> np.ndarray:
+    """Sum S, T, S^2 and T S + T^2 / 2 over examples of these lengths, (4,) fp64."""
+    s, t = source.astype(np.float64), target.astype(np.float64)
+    return np.array([s.sum(), t.sum(), s @ s, t @ s + t @ t / 2])
+
+
+def flops_per_sum(c: Qwen3EncoderDecoderConfig, sizes: Sizes) -> np.ndarray:
+    """FLOPs of a forward and backward pass for each of `length_sums`, (4,) fp64."""
+    keys_values = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
+    source = sizes.encoder + keys_values * c.num_decoder_layers
+    target = sizes.decoder + sizes.embedding
+    attention = 2 * c.num_attention_heads * c.head_dim
+    layers = c.num_hidden_layers, c.num_decoder_layers
+    return 6.0 * np.array([source, target, attention * layers[0], attention * layers[1]])
 
 
 def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
     """Return the pair's configuration of a Qwen3 by size (0.6B to 32B), folder or hub id."""
     size = re.fullmatch(r"(?:Qwen/)?(?:Qwen3-)?([\d.]+B)(?:-Base)?", name)
-    if not size or size[1] not in QWEN3:
-        source = AutoConfig.from_pretrained(resolve_checkpoint(name))
-    else:
+    if size and size[1] in QWEN3:
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
         sizes = dict(zip(names, QWEN3[size[1]], strict=True))
         source = Qwen3Config(num_key_value_heads=8, head_dim=128, vocab_size=151936, **sizes)
-    try:
-        return Qwen3EncoderDecoderConfig.from_qwen3_config(source)
-    except ValueError as error:
-        raise InputError(f"{name}: {error}") from None
+    else:
+        source = AutoConfig.from_pretrained(resolve_checkpoint(name))
+    return Qwen3EncoderDecoderConfig.from_qwen3_config(source)
 
 
 def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
@@ -76,50 +95,54 @@ def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
 
     Raises InputError for a count or a device that is not known.
     """
-    if devices is not None:
-        match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x(\w+)", devices)
-        if not match or match[3] not in DEVICES:
-            known = ", ".join(DEVICES)
-            raise InputError(f"devices {devices!r} is not COUNTxNAME as in 8xH100; known: {known}")
-        peak, memory = DEVICES[match[3]]
-        return Machines(int(match[2]) * int(match[1] or 1), int(match[2]), memory, peak, True)
-    processes, device = accelerator.num_processes, accelerator.device
-    replicas = getattr(accelerator.parallelism_config, "dp_replicate_size", 1)
-    shards = processes // replicas if accelerator.is_fsdp2 else 1
-    if device.type == "cuda":
-        memory = torch.cuda.get_device_properties(device).total_memory
-        return Machines(processes, shards, memory, peak_flops(device, 1), True)
-    return Machines(processes, shards)
+    if devices is None:
+        processes, device = accelerator.num_processes, accelerator.device
+        replicas = getattr(accelerator.parallelism_config, "dp_replicate_size", 1)
+        shards = processes // replicas if accelerator.is_fsdp2 else 1
+        if device.type != "cuda":
+            return Machines(processes, shards)
+        gpu = torch.cuda.get_device_properties(device)
+        peak = next((DEVICES[name][0] for name in DEVICES if name in gpu.name), None)
+        return Machines(processes, shards, gpu.total_memory, peak)
+    match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x(\w+)", devices)
+    if not match or match[3] not in DEVICES:
+        known = ", ".join(DEVICES)
+        raise InputError(f"devices {devices!r} is not COUNTxNAME as in 8xH100; known: {known}")
+    shards, (peak, size) = int(match[2]), DEVICES[match[3]]
+    return Machines(shards * int(match[1] or 1), shards, size, peak)
+
+
+def width(config: TrainingConfig, machines: Machines) -> int:
+    """Bytes of a number that is computed with."""
+    bf16 = {"auto": machines.memory is not None, "bf16": True, "no": False}
+    return 2 if bf16[config.mixed_precision] else 4
 
 
 def memory(
     c: Qwen3EncoderDecoderConfig, sizes: Sizes, config: TrainingConfig, machines: Machines
 ) -> dict[str, float]:
     """Estimate a process's bytes by purpose at the peak of a step, with rows taken as full."""
-    width, shards = machines.width(config), machines.shards
+    wide, states = width(config, machines), sum(sizes) / machines.shards
     hidden, queries = c.hidden_size, c.num_attention_heads * c.head_dim
     keys = c.num_key_value_heads * c.head_dim
-    products = 2 * hidden + 2 * queries + 2 * keys + 3 * c.intermediate_size
-    norms = 2 * (queries + keys) + 2 * hidden  # inputs and outputs that norms and rotation keep
-    kept = {"full": hidden, True: hidden, "selective": hidden + products}
-    per_token = kept.get(config.gradient_checkpointing, hidden + products + norms)
+    products = 2 * (hidden + queries + keys) + 3 * c.intermediate_size
+    norms = 2 * (hidden + queries + keys)  # inputs and outputs that norms and rotation keep
+    kept = {False: hidden + products + norms, "selective": hidden + products}
+    per_token = kept.get(config.gradient_checkpointing, hidden)
     source = config.batch_size * config.data.source_length
     target = config.batch_size * config.data.target_length
-    encoder = source * c.num_hidden_layers * per_token
-    decoder = target * c.num_decoder_layers * per_token
+    activations = (source * c.num_hidden_layers + target * c.num_decoder_layers) * per_token
     if not config.gradient_checkpointing:
-        decoder += source * c.num_decoder_layers * 3 * keys  # the source's keys and values
-    layer = sizes.decoder / c.num_decoder_layers
-    gathered = width * (2 * layer + sizes.embedding)
-    cast = 2 * (sizes.encoder + sizes.decoder) if width == 2 else 0
+        activations += source * c.num_decoder_layers * 3 * keys  # the source's keys and values
+    gathered = wide * (2 * sizes.decoder / c.num_decoder_layers + sizes.embedding)
+    cast = (4 - wide) * (sizes.encoder + sizes.decoder)
     return {
-        "weights": 4 * sizes.total / shards,
-        "gradients": 4 * sizes.total / shards,
-        "optimizer states": 8 * sizes.total / shards,
-        "average of the weights": 4 * sizes.total / shards if config.ema_decay else 0.0,
-        "gathered or cast weights": gathered if shards > 1 else cast,
-        "activations": width * (encoder + decoder),
-        "logits": (4 + width) * min(_CHUNK, target) * c.vocab_size + 4 * sizes.embedding,
+        "weights": 4 * states,
+        "gradients": 4 * states,
+        "optimizer states": (12 if config.ema_decay else 8) * states,
+        "gathered or cast weights": gathered if machines.shards > 1 else cast,
+        "activations": wide * activations,
+        "logits": (4 + wide) * min(2048, target) * c.vocab_size + 4 * sizes.embedding,
     }
 
 
@@ -130,51 +153,50 @@ def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> f
     sums the shards of replicas too; DDP sums once a step.
     """
     shards, replicas = machines.shards, machines.processes // machines.shards
+    summed = 8 * sum(sizes) / shards * (replicas - 1) / replicas
     if shards == 1:
-        return 8 * sizes.total * (replicas - 1) / replicas
-    gathered = machines.width(config) * (2 * (sizes.encoder + sizes.decoder) + sizes.embedding)
-    inside = (gathered + 4 * sizes.total) * (shards - 1) / shards
-    across = 8 * sizes.total / shards * (replicas - 1) / replicas
-    return config.gradient_accumulation_steps * (inside + across)
+        return summed
+    gathered = width(config, machines) * (2 * sum(sizes) - sizes.embedding)
+    inside = (gathered + 4 * sum(sizes)) * (shards - 1) / shards
+    return config.gradient_accumulation_steps * (inside + summed)
 
 
 def dry_run(
-    c: Qwen3EncoderDecoderConfig,
-    config: TrainingConfig,
-    machines: Machines,
-    show: Callable[[str], object],
-    mfu: float = MFU,
+    config: TrainingConfig, devices: str | None = None, model: str | None = None, mfu: float = MFU
 ) -> None:
-    """Show what the run will cost on these machines, for full rows: figures are upper bounds.
+    """Print the config and what the run costs, for full rows: figures are upper bounds.
 
-    Raises InputError if a device's memory cannot hold it, or for an ``mfu`` that cannot be.
+    ``devices`` and ``model`` are those of `machines` and `qwen3_sizes`, or else those at hand.
+    Raises InputError if a device's memory cannot hold it.
     """
-    if not 0 < mfu <= 1:
-        raise InputError(f"mfu {mfu} is not above 0 and at most 1")
-    sizes, processes, steps = count_parameters(c), machines.processes, config.max_steps
-    rows = config.batch_size * config.gradient_accumulation_steps * processes
+    c = qwen3_sizes(model) if model else load_config(config.model)
+    with launched(config) as accelerator:
+        show, there = accelerator.print, machines(accelerator, devices)
+    check_settings(config, c.num_sentinel_tokens, there.processes)
+    sizes, steps = count_parameters(c), config.max_steps
+    rows = config.batch_size * config.gradient_accumulation_steps * there.processes
     source, target = config.data.source_length, config.data.target_length
     tokens = rows * (source + target)
     work = rows * flops_per_sum(c, sizes) @ length_sums(np.array([source]), np.array([target]))
-    parts = memory(c, sizes, config, machines)
-    needed, sent = sum(parts.values()), communication(sizes, config, machines)
+    parts, sent = memory(c, sizes, config, there), communication(sizes, config, there)
+    needed = sum(parts.values())
     stacks = f"encoder {sizes.encoder:,}, decoder {sizes.decoder:,}"
-    shape = f"{rows:,} rows of {source} + {target}, {processes:,} devices"
-    show(f"parameters        {sizes.total:,} ({stacks}, shared embedding {sizes.embedding:,})")
-    show(f"tokens per step   {tokens:,} ({shape})")
-    show(f"steps             {steps:,}, {tokens * steps:,} tokens")
+    show(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
+    show(f"parameters        {sum(sizes):,} ({stacks}, shared embedding {sizes.embedding:,})")
+    show(f"tokens per step   {tokens:,} ({rows:,} rows of {source} + {target})")
+    show(f"steps             {steps:,} on {there.processes:,} devices, {tokens * steps:,} tokens")
     show(f"FLOPs             {work:.3e} a step, {work * steps:.3e} in all")
     show(f"memory            {needed / 2**30:.2f} GiB a device at its peak:")
     for name, size in parts.items():
         show(f"  {size / 2**30:12.3f} GiB  {name}")
     show(f"communication     {sent / 2**30:.2f} GiB sent a step and device")
-    if machines.peak:
-        seconds = work / (processes * machines.peak * mfu)
+    if there.peak:
+        seconds = work / (there.processes * there.peak * mfu)
         hours = seconds * steps / 3600
         show(f"time              {hours:,.1f} hours, {seconds:.3f} s a step, at {mfu:.0%} MFU")
-    if machines.memory and needed > machines.memory:
+    if there.memory and needed > there.memory:
         raise InputError(
             f"batch_size={config.batch_size} needs {needed / 2**30:.1f} GiB a device and there are "
-            f"{machines.memory / 2**30:.1f}; lower batch_size, set gradient_checkpointing, or "
-            "shard over more devices"
+            f"{there.memory / 2**30:.1f}; lower batch_size, set gradient_checkpointing, or shard "
+            "over more devices"
         )

@@ -2,69 +2,159 @@
 
 import json
 import math
+import shutil
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
+from collections import Counter
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, send_to_device, set_seed
 
-from qwen3_encdec.data.stream import RowLoader
+from qwen3_encdec import folders
+from qwen3_encdec.data import collate, stream
 from qwen3_encdec.evaluation.denoising import denoising_losses
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training import flops
+from qwen3_encdec.training import monitor, plan, start
 from qwen3_encdec.training.checkpoint import Checkpointer
-from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.distributed import STACKS, TrainingState
-from qwen3_encdec.training.monitor import Meter, SpikeGuard, StopRequest, progress_line
+from qwen3_encdec.training.config import TrainingConfig, config_to_dict
+from qwen3_encdec.training.distributed import STACKS, together
 from qwen3_encdec.training.optimization import learning_rate
 
-Batch = dict[str, Any]
+
+class Report(NamedTuple):
+    """Sums over all ranks: the next step's counts, and this step's losses and gradient norms."""
+
+    counts: np.ndarray
+    losses: np.ndarray
+    squares: np.ndarray
+    loss: float
+    norm: float
+    stops: bool
+    data_failed: bool
 
 
-@dataclass
 class Run:
-    """Hold what the steps of a run share; each method is one step of `_train`."""
+    """What the steps of a run share; each method is one step of `loop.run_training`."""
 
-    config: TrainingConfig
-    accelerator: Accelerator
-    stop: StopRequest
-    state: TrainingState
-    loader: RowLoader
-    saver: Checkpointer
-    heldout: list[Any]
-    loss_options: dict[str, Any]
-    start: int
-    guard: SpikeGuard
-    meter: Meter
-    upcoming: list[Batch] = field(default_factory=list)
-    """Micro-batches of the next step."""
-    position: dict[str, Any] = field(default_factory=dict)
-    """Position in the data after the last finished step."""
-    data_error: str | None = None
-    heldout_losses: dict[int, float] = field(default_factory=dict)
-    """Mean held-out loss by step."""
+    def __init__(
+        self, config: TrainingConfig, accelerator: Accelerator, sigterm: threading.Event
+    ) -> None:
+        """Build a run, or resume it from its newest undamaged checkpoint.
 
-    def __post_init__(self) -> None:
-        self.run_dir = Path(self.config.output_dir)
-        self.denoisers = [denoiser.name for denoiser in self.config.data.denoisers]
+        Until all is checked, nothing is written.
+        """
+        self.config, self.accelerator, self.sigterm = config, accelerator, sigterm
+        processes, show = accelerator.num_processes, accelerator.print
+        self.run_dir = folders.check_output(config.output_dir, "training run")
+        model_config = folders.load_config(config.model)
+        tokenizer = folders.load_tokenizer(config.model, model_config)
+        start.check_settings(config, tokenizer.num_sentinel_tokens, processes)
+        data = stream.UL2Data(config.data, tokenizer)
+        with together():  # all ranks have looked before rank 0 writes
+            if accelerator.is_main_process:
+                self.lock = monitor.lock(self.run_dir)
+
+        set_seed(config.seed)
+        self.state, resumed = start.resume(config, model_config, accelerator)
+        self.start: int = resumed["step"]
+        self.heldout = self._heldout(data)
+        position = None
+        if self.start:
+            position, note = data.adopt(stream.merge_states(resumed["positions"]))
+            if note:
+                show(note)
+        self.loss_options = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
+        make_batch: Any = collate.collate_rows
+        if config.mntp_weight:
+            self.loss_options["encoder_loss_weight"] = config.mntp_weight
+            make_batch = partial(
+                collate.collate_masked_rows,
+                kept_ids=data.kept_ids,
+                mask_id=collate.mask_token_id(tokenizer),
+                probability=config.mntp_probability,
+            )
+        self.loader = stream.RowLoader(
+            data,
+            batch_size=config.batch_size,
+            rank=accelerator.process_index,
+            ranks=processes,
+            num_workers=config.num_workers,
+            collate=make_batch,
+            state=position,
+            worker_init_fn=monitor.ignore_sigterm,
+        )
+        self.denoisers = [denoiser.name for denoiser in config.data.denoisers]
+        self.saver = Checkpointer(config, self.state, tokenizer, resumed["folder"])
+        before = resumed["guard"] or {}  # "applied" in earlier versions
+        recent = before.get("recent", before.get("applied", ()))
+        self.guard = monitor.SpikeGuard(config.spike_sigma, config.spike_window, recent)
+        sizes = plan.count_parameters(model_config)
+        peak = processes * (plan.machines(accelerator).peak or 0)
+        per_sum = plan.flops_per_sum(model_config, sizes)
+        self.meter = monitor.Meter(self.denoisers, per_sum, peak, resumed["totals"])
+        self._open_folder()
+        show(*data.report(), sep="\n")
+        kind, device = accelerator.distributed_type.value, accelerator.device.type
+        show(f"{processes} x {device}, {kind}, compute {config.mixed_precision}")
+        show(f"{sum(sizes):,} parameters, {self.start:,} of {config.max_steps:,} steps done")
+
+        self.batches = iter(self.loader)
+        self.upcoming: list[dict[str, Any]] = []  # micro-batches of the next step
+        self.position = self.loader.state_dict()  # after the last finished step
+        self.data_error: str | None = None
+        self.heldout_losses: dict[int, float] = {}
         self.began = time.monotonic()
-        self.batches: Iterator[Batch] = iter(self.loader)
-        device, processes = self.accelerator.device, self.accelerator.num_processes
-        self.peak = flops.peak_flops(device, processes)
+
+    def _heldout(self, data: stream.UL2Data) -> list[Any]:
+        """Choose the held-out texts once, keep them with the run, and corrupt them."""
+        config, path = self.config, self.run_dir / "heldout.json"
+        if not (config.eval_every or config.data.heldout_inputs):
+            return []
+        with together():
+            if self.accelerator.is_main_process and not path.exists():
+                texts = data.choose_heldout(config.eval_examples_per_denoiser)
+                stream.write_heldout(path, texts)
+        texts = stream.read_heldout(path)
+        data.exclude(texts)
+        return data.heldout_examples(texts) if config.eval_every else []
+
+    def _open_folder(self) -> None:
+        """Drop what is from after the point of resumption, and open the trackers."""
+        settings = yaml.safe_dump(config_to_dict(self.config), sort_keys=False)
+        if self.accelerator.is_main_process:
+            for unfinished in self.run_dir.glob("checkpoints/.step-*"):
+                shutil.rmtree(unfinished)
+            (self.run_dir / "config.yaml").write_text(settings, encoding="utf-8")
+            monitor.keep_lines(self.run_dir / "metrics.jsonl", self.start)
+        if self.config.trackers:
+            # Steps that a crash has made a run repeat are shown once.
+            options = {"tensorboard": {"purge_step": self.start + 1}}
+            self.accelerator.init_trackers("qwen3-encdec", {"config": settings}, options)
+
+    def asked_to_stop(self) -> bool:
+        """Tell whether to save and end: at SIGTERM, or a file STOP."""
+        return self.sigterm.is_set() or (self.run_dir / "STOP").exists()
 
     def fetch(self) -> float:
         """Fetch the micro-batches of the next step to the device. Returns the seconds it took."""
-        began = time.perf_counter()
+        began, device = time.perf_counter(), self.accelerator.device
         try:
             for _ in range(self.config.gradient_accumulation_steps):
                 batch = next(self.batches)
-                self.upcoming.append(_move(batch, self.accelerator.device))
+                counts = _counts(batch)
+                for name, value in batch.items():
+                    if device.type == "cuda" and isinstance(value, torch.Tensor):
+                        batch[name] = (
+                            value.pin_memory()
+                        )  # or it is not copied while the host goes on
+                moved = send_to_device(batch, device, non_blocking=True)
+                self.upcoming.append(moved | {"counts": counts})
         except InputError as error:
             self.data_error = str(error)  # the other ranks learn of it in `agree`
         return time.perf_counter() - began
@@ -77,50 +167,53 @@ class Run:
         nothing of it need be saved. Returns loss sums and token counts by denoiser, (2, denoisers)
         fp64, on the device.
         """
-        device = self.accelerator.device
-        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
+        device, rank = self.accelerator.device, self.accelerator.process_index
+        processes = self.accelerator.num_processes
         torch.manual_seed(self.config.seed + step * processes + rank)
         totals = torch.zeros(2, len(self.denoisers), dtype=torch.float64, device=device)
-        batches, self.upcoming = self.upcoming, []
-        for index, batch in enumerate(batches):
-            last = index == len(batches) - 1
+        while self.upcoming:
+            batch = self.upcoming.pop(0)
             denoiser = batch.pop("denoiser").flatten()
             batch.pop("counts")
-            with self.state.accumulating(last):
+            with self.state.accumulating(last=not self.upcoming):
                 output = self.state.model(
                     **batch, num_items_in_batch=int(tokens), **self.loss_options
                 )
-                self.state.backward(output.loss * processes, last)
+                self.state.backward(output.loss * processes)
             token_losses = output.token_losses.detach().flatten().double()
             totals[0].index_add_(0, denoiser, token_losses)
             totals[1].index_add_(0, denoiser, torch.ones_like(token_losses))
         return totals
 
-    def agree(self, totals: torch.Tensor | None = None) -> "Report":
+    def agree(self, totals: torch.Tensor | None = None) -> Report:
         """Sum over all ranks what each knows: the host's one wait for the device in a step."""
-        device = self.accelerator.device
-        flags = [*self.saver.flags(), bool(self.stop), self.data_error is not None]
+        flags = [self.saver.failed, self.asked_to_stop(), self.data_error is not None]
         counts = sum((batch["counts"] for batch in self.upcoming), np.zeros(7))
-        numbers = torch.tensor([*flags, *counts], dtype=torch.float64).to(device)
-        parts = [numbers]
+        parts = [torch.tensor([*flags, *counts], device=self.accelerator.device)]
         if totals is not None:
-            parts += [totals.flatten(), self.state.squared_norms()]
-        summed = self.accelerator.reduce(torch.cat(parts), "sum").tolist()
-        written, failed, stops, data_errors, *rest = summed
-        self.saver.settle(int(written), int(failed))
-        losses = torch.tensor(rest[7 : -len(STACKS)], dtype=torch.float64).view(2, -1)
-        return Report(rest[:7], losses, rest[-len(STACKS) :], bool(stops), bool(data_errors))
+            norms = self.state.squared_norms() / self.accelerator.num_processes
+            parts += [totals.flatten(), norms]
+        summed = self.accelerator.reduce(torch.cat(parts), "sum").cpu()
+        (failed, stops, data_failed), counts = summed[:3].bool(), summed[3:10].numpy()
+        if failed:
+            self.saver.finish()
+        losses, squares = summed[10 : -len(STACKS)].view(2, -1), summed[-len(STACKS) :]
+        loss, norm = losses[0].sum() / losses[1].sum(), squares.sum().sqrt()
+        return Report(
+            counts, losses.numpy(), squares.numpy(), float(loss), float(norm),
+            bool(stops), bool(data_failed),
+        )  # fmt: skip
 
-    def log_step(self, step: int, rate: float, report: "Report") -> None:
+    def log_step(self, step: int, rate: float, report: Report) -> None:
         """Log what the meter has summed up since the last time."""
-        metrics = self.meter.read(self.peak)
+        metrics = self.meter.read()
         metrics |= {"lr": rate, "grad_norm": report.norm, "epoch": self.loader.epoch()}
         for stack, square in zip(STACKS, report.squares, strict=True):
             metrics[f"grad_norm/{stack}"] = math.sqrt(square)
+        corpora: Counter[str] = Counter()
         for counts in gather_object([self.loader.counts()]):
-            for name, count in counts.items():
-                metrics[name] = metrics.get(name, 0) + count
-        self.log(step, metrics)
+            corpora.update(counts)
+        self.log(step, metrics | corpora)
 
     def evaluate(self, step: int) -> None:
         """Log the held-out loss of each denoiser."""
@@ -137,7 +230,7 @@ class Run:
         """Begin to write a checkpoint after ``step``."""
         progress = {
             "totals": self.meter.totals,
-            "guard": self.guard.state,
+            "guard": {"recent": list(self.guard.recent)},
             "lr": learning_rate(max(step, 1), self.config),
             "heldout_loss": self.heldout_losses.get(step),
         }
@@ -154,46 +247,13 @@ class Run:
         except Exception as error:  # trackers raise whatever they like
             print(f"warning: step {step} could not be logged: {error}", file=sys.stderr)
         elapsed, done = time.monotonic() - self.began, step - self.start
-        line = progress_line(step, self.config.max_steps, metrics, done, elapsed)
+        line = monitor.progress_line(step, self.config.max_steps, metrics, done, elapsed)
         print(line, flush=True)
 
 
-@dataclass
-class Report:
-    """Sums over all ranks: the next step's counts, and this step's losses and gradient norms."""
-
-    counts: list[float]
-    """Target tokens, source tokens, examples, and the four `flops.length_sums`."""
-    losses: torch.Tensor
-    squares: list[float]
-    stops: bool
-    data_failed: bool
-
-    @property
-    def loss(self) -> float:
-        """Mean loss in nats per target token."""
-        return float(self.losses[0].sum() / self.losses[1].sum())
-
-    @property
-    def norm(self) -> float:
-        """Global gradient norm."""
-        return math.sqrt(sum(self.squares))
-
-
-def _move(batch: Batch, device: torch.device) -> Batch:
-    """Send a packed batch to the device, after counting on the host what it holds.
-
-    Adds ``counts``: target tokens, source tokens, examples, and the four `flops.length_sums`.
-    """
+def _counts(batch: dict[str, Any]) -> np.ndarray:
+    """Count target tokens, source tokens and examples, and the four `plan.length_sums`, (7,)."""
     source = np.diff(batch["cu_seqlens"].numpy())
     target = np.diff(batch["decoder_cu_seqlens"].numpy())
     targets = int((batch["labels"] != -100).sum())
-    counts = [targets, source.sum(), len(source), *flops.length_sums(source, target)]
-    moved = {"counts": np.array(counts, dtype=np.float64)}
-    for name, value in batch.items():
-        if isinstance(value, torch.Tensor):
-            # Only pinned memory is copied while the host goes on.
-            value = value.pin_memory() if device.type == "cuda" else value
-            value = value.to(device, non_blocking=True)
-        moved[name] = value
-    return moved
+    return np.array([targets, source.sum(), len(source), *plan.length_sums(source, target)])

@@ -221,9 +221,7 @@ def damage(file: Path, how: str) -> None:
 @pytest.mark.parametrize(
     ("part", "how"),
     [
-        ("model.safetensors", "flipped"),
         ("state/shard-00002", "flipped"),
-        ("state/shard-00001", "truncated"),
         ("state/rank-00002-of", "missing"),
         ("state/checks.json", "truncated"),
     ],

@@ -65,6 +65,8 @@ def test_resumed_run_is_the_straight_run(
 ):
     cut = interrupted(straight, tmp_path / "cut")
     wrong = shutil.copytree(cut, tmp_path / "wrong", symlinks=True)
+    with (cut / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')  # a line that a crash has torn does not block
     run_training(small_run(init_folder, corpus, output_dir=cut, num_workers=workers))
     assert f"resuming from {cut}/checkpoints/step-000002" in capsys.readouterr().out
     assert same_run(straight, cut)
@@ -76,12 +78,11 @@ def test_resumed_run_is_the_straight_run(
     assert not same_run(straight, wrong)
 
 
-def test_a_dropout_goes_on_as_it_would_have(init_folder, corpus, straight, tmp_path):
+def test_a_dropout_goes_on_as_it_would_have(init_folder, corpus, tmp_path):
     folder, run = shutil.copytree(init_folder, tmp_path / "model"), tmp_path / "run"
     settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.3}
     (folder / "config.json").write_text(json.dumps(settings))
     run_training(small_run(folder, corpus, output_dir=run, attention="eager"))
-    assert not same_run(straight, run)
     cut = interrupted(run, tmp_path / "cut")
     run_training(small_run(folder, corpus, output_dir=cut, attention="eager"))
     assert same_run(run, cut)
@@ -105,13 +106,6 @@ def test_each_part_of_the_state_matters(init_folder, corpus, straight, tmp_path,
     assert not same_run(straight, cut)
 
 
-def test_a_finished_run_is_left_as_it_is(init_folder, corpus, straight, tmp_path):
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    last = run_training(small_run(init_folder, corpus, output_dir=copy))
-    assert last == copy / "checkpoints/step-000004"
-    assert same_run(straight, copy)
-
-
 def test_checkpoint_is_an_ordinary_model_folder(init_folder, straight):
     folder = straight / "checkpoints/latest"
     model = Qwen3ForSeq2SeqLM.from_pretrained(folder)
@@ -127,18 +121,12 @@ def test_checkpoint_is_an_ordinary_model_folder(init_folder, straight):
         for name, parameter in model.named_parameters():
             assert torch.equal(file.get_tensor(name), parameter)
     assert not torch.equal(before.model.shared.weight, model.model.shared.weight)
-    files = [path for path in straight.rglob("*") if path.is_file()]
-    suffixes = {".json", ".jsonl", ".yaml", ".safetensors", ".jinja", ".py", ""}
-    assert {path.suffix for path in files} <= suffixes
-    assert {path.name for path in files if not path.suffix} == {".lock"}
-    # and in none of them a pickle
-    assert not any(b"\x80\x04" in path.read_bytes()[:2] for path in files)
-    # the model's own code, for where this package is not installed
+    # no pickle, and the model's own code, for where this package is not installed
+    suffixes = {".json", ".safetensors", ".jinja", ".py"}
+    assert {path.suffix for path in folder.rglob("*") if path.is_file()} <= suffixes
     code = {path.stem for path in folder.glob("*.py")}
-    assert all(
-        name.endswith(("_qwen3_encdec", "_qwen3_encoder", "_qwen3_decoder")) for name in code
-    )
     assert {"configuration_qwen3_encdec", "modeling_qwen3_encdec"} <= code
+    assert all("_qwen3_" in name for name in code)
 
 
 def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path, monkeypatch):
@@ -203,7 +191,7 @@ def test_folders_written_before_are_read(init_folder, corpus, straight, tmp_path
     for added in ("lr", "heldout_loss"):
         state.pop(added)
     state["config"] |= {"optimizer": "adamw", "loss_implementation": "chunked"}
-    state["guard"] = {"applied": state["guard"].pop("recent"), "skipped_in_a_row": 0}
+    state["guard"] = {"applied": state.pop("recent"), "skipped_in_a_row": 0}
     (folder / "state/training.json").write_text(json.dumps(state))
     run_training(small_run(init_folder, corpus, output_dir=cut))
     assert same_run(straight, cut)
@@ -216,10 +204,6 @@ def test_settings_may_change_at_a_resume_and_are_said(
     with pytest.raises(InputError, match="the saved position is of another"):
         run_training(small_run(init_folder, corpus, output_dir=cut, **{"data.seed": 7}))
     assert "data.seed 0 -> 7" in capsys.readouterr().out
-    with pytest.raises(InputError, match="step-000002 is there already"):
-        run_training(small_run(init_folder, corpus, output_dir=cut, resume=False))
-    with pytest.raises(InputError, match="holds no checkpoint"):
-        run_training(small_run(init_folder, corpus, output_dir=tmp_path / "new", resume=True))
     config = small_run(init_folder, corpus, output_dir=cut, lr=1e-4, batch_size=4)
     run_training(config)
     assert "batch_size 2 -> 4; lr 0.003 -> 0.0001" in capsys.readouterr().out
@@ -263,14 +247,6 @@ def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     assert (run_dir / "checkpoints/best").resolve().name == "step-000002"
     # one that cannot be deleted costs room and not the run
     assert f"{run_dir}/checkpoints/step-000001 could not be deleted" in capsys.readouterr().out
-
-
-def test_a_torn_line_of_metrics_does_not_block(init_folder, corpus, straight, tmp_path):
-    cut = interrupted(straight, tmp_path / "cut")
-    with (cut / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
-    run_training(small_run(init_folder, corpus, output_dir=cut))
-    assert same_run(straight, cut)
 
 
 def test_tensorboard_shows_each_step_once(init_folder, corpus, tmp_path):

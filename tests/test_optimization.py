@@ -3,12 +3,14 @@
 import os
 import subprocess
 import sys
+from itertools import chain
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from transformers import AttentionInterface
 
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.folders import InputError
@@ -20,7 +22,7 @@ from qwen3_encdec.training.optimization import (
     learning_rate,
     set_learning_rate,
 )
-from tests.conftest import tiny_config
+from tests.conftest import flash_by_hand, tiny_config
 
 
 def packed_batch(seed: int = 0, documents: int = 5) -> dict[str, torch.Tensor]:
@@ -90,12 +92,11 @@ def test_projections_are_decayed_and_gates_learn_faster():
 
 
 def test_every_parameter_of_the_model_is_in_one_group(model):
-    optimizer = build_optimizer(model, TrainingConfig())
+    groups = build_optimizer(model, TrainingConfig()).param_groups
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    grouped = [names[id(p)] for group in optimizer.param_groups for p in group["params"]]
-    assert sorted(grouped) == sorted(names.values())
-    decayed = optimizer.param_groups[0]["params"]
-    assert all(names[id(parameter)].endswith("proj.weight") for parameter in decayed)
+    grouped = [[names[id(parameter)] for parameter in group["params"]] for group in groups]
+    assert sorted(chain(*grouped)) == sorted(names.values())
+    assert all(name.endswith("proj.weight") for name in grouped[0])
 
 
 def test_running_average(model):
@@ -116,7 +117,7 @@ def test_running_average(model):
         torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("how", [True, "full", "selective"])
+@pytest.mark.parametrize("how", ["full", "selective"])
 def test_recomputed_gradients_are_the_same(model, how):
     batch = packed_batch()
     expected = gradients(model.train(), batch)
@@ -219,30 +220,21 @@ def test_recomputation_survives_sharding_and_compiling(tmp_path):
     assert before <= both  # compiled before it is sharded, a layer may lose its recomputation
 
 
-def test_attention_is_chosen_by_what_is_there(monkeypatch):
-    lines = []
-    config = tiny_config()
-    assert choose_attention("auto", config, torch.device("cpu"), lines.append) == "sdpa"
-    assert lines == []
-    # here no flash package is installed, and the log says so
-    cuda = torch.device("cpu")
-    monkeypatch.setattr(layers, "FASTEST_FIRST", ("flash_attention_2", "eager"))
-    with pytest.raises(InputError, match="attention: not flash_attention_2 "):
-        choose_attention("flash_attention_2", config, cuda, lines.append)
-    reason = layers.disagreement("flash_attention_2", config, cuda)
-    assert reason.startswith("ImportError")
-    assert layers.disagreement("eager", config, cuda) is None
+def test_attention_is_chosen_by_what_is_there():
+    lines, cpu = [], torch.device("cpu")
+    # here no flash package is installed, and dropout does not disturb the comparison
+    config = tiny_config(attention_dropout=0.3)
+    assert choose_attention("auto", config, cpu, lines.append) == "sdpa"
+    assert choose_attention("eager", config, cpu, lines.append) == "eager"
+    assert lines == ["attention: eager"]
+    with pytest.raises(InputError, match="attention: not flash_attention_2 .ImportError"):
+        choose_attention("flash_attention_2", config, cpu, lines.append)
 
 
-def test_an_attention_that_computes_something_else_is_refused(monkeypatch):
-    from transformers import AttentionInterface
-
-    from tests.conftest import flash_by_hand
-
+def test_an_attention_that_computes_something_else_is_refused():
     def wrong(*arguments, **options):
         output, weights = flash_by_hand(*arguments, **options)
         return output * 1.5, weights
 
     AttentionInterface.register("wrong", wrong)
-    reason = layers.disagreement("wrong", tiny_config(), torch.device("cpu"))
-    assert reason is not None
+    assert "from those of sdpa" in layers.disagreement("wrong", tiny_config(), torch.device("cpu"))

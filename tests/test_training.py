@@ -170,69 +170,22 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tm
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_a_diverging_run_keeps_its_last_good_checkpoint(init_folder, corpus, tmp_path):
-    config = small_run(
-        init_folder,
-        corpus,
-        output_dir=tmp_path / "run",
-        lr=1e30,
-        warmup_steps=0,
-        save_every=1,
-        eval_every=0,
-    )
-    with pytest.raises(InputError, match=r"step [23]: .*not both finite"):
-        run_training(config)
-    assert (tmp_path / "run/checkpoints/latest/config.json").exists()
-
-
 def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
     with pytest.raises(InputError, match=r"initialize_from_qwen3\.py --qwen3-model"):
         run_training(small_run(tmp_path / "nowhere", corpus))
     other = shutil.copytree(init_folder, tmp_path / "other")
-    settings = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(
-        json.dumps({**settings, "vocab_size": settings["vocab_size"] + 64})
-    )
-    with pytest.raises(InputError, match="the tokenizer has 651 entries and the model 715 rows"):
-        run_training(small_run(other, corpus))
-    (other / "config.json").write_text(json.dumps({**settings, "model_type": "qwen3"}))
-    with pytest.raises(InputError, match="holds a 'qwen3' model"):
-        run_training(small_run(other, corpus))
-    (other / "config.json").write_text(json.dumps(settings))
-    (other / "model.safetensors").write_bytes(
-        (init_folder / "model.safetensors").read_bytes()[:1000]
-    )
+    whole = (other / "model.safetensors").read_bytes()
+    (other / "model.safetensors").write_bytes(whole[:1000])
     with pytest.raises(InputError, match="is truncated, damaged or missing"):
         run_training(small_run(other, corpus))
-    (other / "tokenizer.json").unlink()
-    with pytest.raises(
-        InputError, match="holds no tokenizer.json; make it with: python scripts/initialize"
-    ):
-        run_training(small_run(other, corpus))
+    long = {"data.source_length": 512, "data.target_length": 512}
     with pytest.raises(InputError, match=r"R2 needs up to \d+ sentinels"):
-        run_training(
-            small_run(init_folder, corpus, **{"data.source_length": 512, "data.target_length": 512})
-        )
+        run_training(small_run(init_folder, corpus, **long))
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="was not written by qwen3-encdec"):
         run_training(small_run(init_folder, corpus, output_dir=foreign))
-
-
-def test_the_script_answers_bad_input_with_one_sentence(tmp_path):
-    script = Path(__file__).parents[1] / "scripts/train.py"
-    done = subprocess.run(
-        [sys.executable, script, "bacth_size=3"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert (
-        done.stderr == "error: the command line: unknown key bacth_size; did you mean batch_size?\n"
-    )
 
 
 def test_what_people_see(init_folder, corpus, tmp_path, capfd):
@@ -286,7 +239,7 @@ def test_a_tracker_that_fails_stops_nothing(init_folder, corpus, tmp_path, monke
 
 
 def test_a_new_level_is_accepted_after_a_while_and_survives_a_restart():
-    guard = SpikeGuard(6.0, 16)
+    guard = SpikeGuard(6.0, 16, [])
     noise = np.random.default_rng(0).normal(0, 0.05, 200)
     assert not any(guard.skips(3 + delta, 1.0) for delta in noise[:50])
     skipped = [guard.skips(6 + delta, 1.0) for delta in noise[50:60]]  # a new language

@@ -1,9 +1,6 @@
 """The training config: strict, complete, and clear about what is wrong."""
 
-import ast
-import dataclasses
-import inspect
-import itertools
+import re
 from pathlib import Path
 
 import pytest
@@ -23,11 +20,11 @@ def test_shipped_config_is_complete():
 
 
 def test_config_survives_a_round_trip(tmp_path):
-    changes = ["lr=3e-5", "data.source_length=96", "resume=false", "trackers=[wandb, trackio]"]
+    changes = ["lr=3e-5", "data.source_length=96", "trackers=[wandb, trackio]"]
     config = load_config(SHIPPED, changes)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config_to_dict(config)))
     assert load_config(tmp_path / "config.yaml") == config
-    assert (config.lr, config.data.source_length, config.resume) == (3e-5, 96, False)
+    assert (config.lr, config.data.source_length) == (3e-5, 96)
     assert config.betas == (0.9, 0.95)
 
 
@@ -48,7 +45,7 @@ def test_the_traps_of_yaml_1_1(tmp_path):
         ("lr: .nan", "lr: Input should be a finite number, got nan"),
         ("max_steps: true", "max_steps: Input should be a valid integer, got True"),
         ("batch_size: 0", "batch_size: Input should be greater than or equal to 1, got 0"),
-        ("resume: maybe", "resume: Input should be False, True or 'auto', got 'maybe'"),
+        ("compile: maybe", "compile: Input should be False, True or 'auto', got 'maybe'"),
         ("betas: [0.9]", "betas.1: Field required, got [0.9]"),
         ("trackers: [abacus]", "'trackio' or 'wandb', got 'abacus'"),
         ("warmup_steps: 2000", "warmup_steps must be at most max_steps 1000, got 2000"),
@@ -88,11 +85,7 @@ def test_a_file_that_is_not_there_is_named():
         load_config("nowhere.yaml")
 
 
-def test_every_field_has_its_docstring():
-    body = ast.parse(inspect.getsource(TrainingConfig)).body[0].body
-    documented = {
-        field.target.id
-        for field, text in itertools.pairwise(body)
-        if isinstance(field, ast.AnnAssign) and isinstance(text, ast.Expr)
-    }
-    assert documented == {field.name for field in dataclasses.fields(TrainingConfig)}
+def test_every_setting_has_its_comment():
+    lines = SHIPPED.read_text().splitlines()
+    keys = [line for line in lines if re.match(r" *\w+:", line)]
+    assert [line for line in keys if "#" not in line] == ["data:"]

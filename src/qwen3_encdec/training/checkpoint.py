@@ -1,9 +1,8 @@
 """Write and read checkpoints: model folders that are also exact points to resume from.
 
-docs/formats.md lists their files. Tensors are written by torch.distributed.checkpoint in its
-Hugging Face format, by a thread while training continues; when all ranks have written, rank 0
-renames the folder from ``.step-000100.partial``. On several machines the run's folder must be on a
-file system that they share.
+docs/formats.md lists their files. torch.distributed.checkpoint writes the tensors in its Hugging
+Face format, in a thread while training continues; when all ranks have written, rank 0 renames the
+folder. All machines must share its file system.
 """
 
 import copy
@@ -25,17 +24,14 @@ from qwen3_encdec import folders
 from qwen3_encdec.folders import InputError, read_json, write_json
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
-from qwen3_encdec.training.distributed import TrainingState, checksums, together
+from qwen3_encdec.training.distributed import TrainingState, checksums, first_held, together
 
 _FILE_BYTES = 5e9
 _ONE_FILE = "model.safetensors"
 
 
 class Checkpointer:
-    """Write a run's checkpoints; every rank has one and calls the same methods in the same order.
-
-    ``last`` is the newest complete checkpoint.
-    """
+    """Write a run's checkpoints, ``last`` being the newest; all ranks call the same methods."""
 
     def __init__(
         self, config: TrainingConfig, state: TrainingState, tokenizer: Any, last: Path | None
@@ -52,10 +48,7 @@ class Checkpointer:
         self._made_by = {"versions": folders.package_versions(), "commit": commit}
 
     def save(self, step: int, position: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Copy the state after ``step`` and begin to write it, unless that is done already.
-
-        ``position`` is this rank's in the data.
-        """
+        """Copy the state after ``step`` and begin to write it, unless that is done already."""
         self.finish()
         if self.last is not None and self.last.name == folder_name(step):
             return
@@ -120,7 +113,7 @@ class Checkpointer:
             made_by["step"] = training["step"]
             write_json(partial / folders.PROVENANCE_FILE, made_by)
             write_json(state / "training.json", training)
-        sums = checksums(self.state.first_held(tensors["model"] | tensors["state"]))
+        sums = checksums(first_held(tensors["model"] | tensors["state"]))
         rank = self.state.accelerator.process_index + 1
         name = f"rank-{rank:05d}-of-{self._ranks:05d}.json"
         write_json(state / name, {"data": position, "checksums": sums})
@@ -162,11 +155,10 @@ class Checkpointer:
 
 
 def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
-    """Load the newest undamaged checkpoint and return its training state; every rank calls it.
+    """Load the newest undamaged checkpoint and return its training state, on all ranks.
 
-    Adds its ``folder``, the ranks' ``positions`` in the data, and ``damages``, a sentence about
-    each newer one: damaged, and renamed lest a later step count or replace it. Without any, it is
-    that of step 0. Raises InputError if all are damaged.
+    Newer ones, damaged, are renamed lest a later step count or replace them. Raises InputError if
+    all are damaged.
     """
     damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
@@ -177,16 +169,19 @@ def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
         except InputError as error:
             damages[folder] = f"checkpoint {folder} is damaged: {error}"
             continue
-        for damaged in damages if state.accelerator.is_main_process else ():
+        for damaged, sentence in damages.items() if state.accelerator.is_main_process else ():
+            print(sentence, flush=True)
             aside = damaged.with_name(f"damaged-{damaged.name}")
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(damaged, aside)
+        training = read_json(folder / "state/training.json")
+        if before := training.get("guard"):  # of an earlier version
+            training["recent"] = before.get("recent", before.get("applied"))
         ranks = [read_json(file)["data"] for file in sorted(folder.glob("state/rank-*.json"))]
-        found = {"folder": folder, "positions": ranks, "damages": list(damages.values())}
-        return read_json(folder / "state/training.json") | found
+        return training | {"folder": folder, "positions": ranks}
     if damages:
         raise InputError("; ".join([*damages.values(), "no older checkpoint is left"]))
-    return {"folder": None, "step": 0, "totals": {}, "guard": None}
+    return {"folder": None, "step": 0, "totals": {}, "recent": [], "positions": []}
 
 
 def newest(checkpoints: Path) -> Path | None:
@@ -200,8 +195,7 @@ def changes_since(state: dict[str, Any], config: TrainingConfig, ranks: int) -> 
     now = flatten(config_to_dict(config)) | {"processes": ranks}
     # A setting that did not exist yet is no change.
     changed = [name for name in now if now[name] != before.get(name, now[name])]
-    notes = [f"{name} {before[name]!r} -> {now[name]!r}" for name in changed]
-    return [note for note in notes if not note.startswith(("output_dir", "resume"))]
+    return [f"{n} {before[n]!r} -> {now[n]!r}" for n in changed if n != "output_dir"]
 
 
 def folder_name(step: int) -> str:

@@ -1,6 +1,4 @@
-"""Define the training command apart from the loop, so that ``--help`` and a bad config answer at
-once.
-"""
+"""Define the training command apart from the loop, so that ``--help`` answers at once."""
 
 from pathlib import Path
 from typing import Annotated

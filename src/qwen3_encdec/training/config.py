@@ -1,7 +1,4 @@
-"""Read and check the training configuration: one YAML file and dotted overrides.
-
-What the model is stands in the model folder's config.json, where it runs in the accelerate YAML.
-"""
+"""Read and check the training configuration: one YAML file and dotted overrides."""
 
 import difflib
 from collections.abc import Iterable
@@ -26,96 +23,64 @@ Precision = Annotated[
     Literal["auto", "no", "bf16"],
     BeforeValidator(lambda value: "no" if value is False else value),
 ]
+Tracker = Literal["tensorboard", "trackio", "wandb"]
 Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
-RETIRED = ("async_checkpoints", "eps", "keep_best")
-"""Keys of earlier versions, ignored so that their config.yaml still loads."""
+# Keys of earlier versions, ignored so that their config.yaml still loads.
+_RETIRED = ("async_checkpoints", "eps", "keep_best", "resume")
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """Everything that decides a training run except the model's architecture and the machines."""
+    """A training run but for model and machines; configs/training_config.yaml has the meanings."""
 
     model: str = "./qwen3-encdec-init"
-    """Folder of the encoder-decoder to train, with its tokenizer."""
     output_dir: str = "./runs/ul2"
-    """Folder of the run: config.yaml, metrics.jsonl, trackers and checkpoints/."""
     data: DataConfig = field(default_factory=DataConfig)
-    """Corpus and UL2 settings, see ``data/config.py``."""
 
+    # A step is batch_size rows x accumulation steps x processes.
     max_steps: Count = 1000
-    """Optimizer steps of the whole run; the schedule ends here."""
     batch_size: Count = 8
-    """Rows per micro-batch and per process."""
     gradient_accumulation_steps: Count = 1
-    """Micro-batches per optimizer step and per process."""
 
+    # The step.
     lr: Positive = 1e-4
-    """Peak learning rate."""
     source_gate_lr_multiplier: Positive = 200.0
-    """Learning rate of the source gates as a multiple of lr; they are few and begin at 0."""
     schedule: Literal["wsd", "cosine", "linear"] = "wsd"
-    """wsd holds the peak, then decays linearly; cosine and linear decay after the warm-up."""
     warmup_steps: Natural = 100
-    """Optimizer steps of linear warm-up from 0."""
     decay_fraction: Share = 0.2
-    """wsd only: share of max_steps spent in the final decay."""
     min_lr_ratio: Share = 0.1
-    """Learning rate at max_steps as a share of the peak."""
     weight_decay: NotNegative = 0.1
-    """Weight decay of the projection matrices; norms, gates and the embedding are not decayed."""
     betas: tuple[Share, Share] = (0.9, 0.95)
-    """Decay rates of AdamW's moments."""
     max_grad_norm: NotNegative = 1.0
-    """Global gradient norm to clip to; 0 measures without clipping."""
     ema_decay: Share = 0.0
-    """Decay per step of a running average of the weights, kept in the checkpoints; 0 keeps none."""
 
+    # The loss.
     z_loss: NotNegative = 0.0
-    """Coefficient of the squared log-sum-exp of every target token's logits; 0 is none."""
     label_smoothing: Share = 0.0
-    """Share of the target that is spread over the vocabulary."""
     mntp_weight: NotNegative = 0.0
-    """Weight of masked next-token prediction on the encoder, per masked token; 0 masks nothing."""
     mntp_probability: Share = 0.15
-    """Share of source tokens that mntp_weight masks."""
 
+    # Speed and memory.
     mixed_precision: Precision = "auto"
-    """Compute precision over fp32 master weights; auto is bf16 on an accelerator, no on a CPU."""
     attention: Literal["auto", "sdpa", "eager", "flex_attention", Flash] = "auto"
-    """Attention implementation; auto takes the fastest that is installed and passes a check."""
     gradient_checkpointing: Literal[False, True, "full", "selective"] = False
-    """Recompute layers in the backward pass from their inputs (full, true) or products too."""
     compile: Literal[False, True, "auto"] = "auto"
-    """Compile each layer with torch.compile; auto does so on an accelerator."""
     num_workers: Natural = 1
-    """Data-loading processes per training process."""
     seed: Natural = 0
-    """Seed of the training process; the data has its own."""
 
+    # What is logged and kept, in optimizer steps.
     log_every: Count = 10
-    """Optimizer steps between lines of metrics.jsonl."""
     eval_every: Natural = 500
-    """Optimizer steps between held-out evaluations, also before the first and after the last."""
     eval_examples_per_denoiser: Count = 64
-    """Held-out examples per denoiser, the same in every evaluation."""
     save_every: Natural = 500
-    """Optimizer steps between checkpoints; the last step is always saved; 0 saves only there."""
     keep_last: Natural = 2
-    """Checkpoints kept beside that of the lowest held-out loss; 0 keeps all."""
     keep_every: Natural = 0
-    """Checkpoints of steps divisible by it are never deleted; 0 makes no such exception."""
+    trackers: list[Tracker] = field(default_factory=lambda: ["tensorboard"])
+
+    # Guards.
     spike_sigma: NotNegative = 6.0
-    """Skip a step whose loss or gradient norm is so many deviations above the mean; or 0."""
     spike_window: Count = 128
-    """Steps over which spike_sigma is measured; half of them must be there."""
     stall_seconds: NotNegative = 1800.0
-    """End the process when no step has finished for so long; 0 waits for ever."""
-    resume: Literal[False, True, "auto"] = "auto"
-    """true continues the run in output_dir, false refuses a used folder, auto does what fits."""
-    trackers: list[Literal["tensorboard", "trackio", "wandb"]] = field(
-        default_factory=lambda: ["tensorboard"]
-    )
-    """Trackers by accelerate's names."""
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.max_steps:
@@ -130,10 +95,9 @@ def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> Train
 
 
 def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
-    """Read a YAML and apply overrides such as ``lr=3e-4`` or ``data.source_length=256``.
+    """Read a YAML, or the defaults, and apply overrides such as ``data.source_length=256``.
 
-    ``path`` None starts from the defaults. Raises InputError naming the file or override, the key
-    and the value.
+    Raises InputError naming the file or override, the key and the value.
     """
     values: Any = {} if path is None else read_yaml(path, "config") or {}
     read_dataclass(cls, values, str(path))  # alone first, so that its errors name the file
@@ -151,13 +115,10 @@ def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[st
 
 
 def read_dataclass(cls: type[T], values: Any, origin: str) -> T:
-    """Build a dataclass from parsed YAML.
-
-    Raises InputError naming ``origin`` for an unknown key, a wrong type or a value out of range.
-    """
+    """Build a dataclass from parsed YAML; an InputError names ``origin``, key and value."""
     strict = with_config(ConfigDict(extra="forbid"))(cls)
     if isinstance(values, dict):
-        values = {key: value for key, value in values.items() if key not in RETIRED}
+        values = {key: value for key, value in values.items() if key not in _RETIRED}
     try:
         return TypeAdapter(strict).validate_python(values)
     except ValidationError as error:

@@ -4,7 +4,6 @@ Whole tensors are gathered and written to the files that every other launch writ
 """
 
 import os
-from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,30 +12,31 @@ import torch
 import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
+from deepspeed import utils
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import distributed
 from qwen3_encdec.training.config import TrainingConfig
-from qwen3_encdec.training.distributed import Tensors, TrainingState
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class DeepSpeedState(TrainingState):
+class DeepSpeedState(distributed.TrainingState):
     """`TrainingState` over DeepSpeed's engine, which clips by itself."""
 
     def __init__(self, engine: Any, optimizer: Any, accelerator: Accelerator) -> None:
         super().__init__(engine, optimizer, accelerator)
         self.engine = engine
-        self._inner = optimizer.optimizer  # torch's own
         self._zero3 = hasattr(optimizer, "fp32_partitioned_groups_flat")
         own = "fp32_partitioned_groups_flat" if self._zero3 else "single_partition_of_fp32_groups"
-        self._pieces: list[torch.Tensor] = getattr(optimizer, own)
-        for piece in self._pieces:
-            zeros = {key: torch.zeros_like(piece) for key in _MOMENTS}
-            self._inner.state[piece] = {"step": torch.zeros((), device=piece.device), **zeros}
+        self._moments: list[dict[str, torch.Tensor]] = []
+        for piece in getattr(optimizer, own):
+            moments = {key: torch.zeros_like(piece) for key in _MOMENTS}
+            moments["step"] = torch.zeros((), device=piece.device)
+            optimizer.optimizer.state[piece] = moments  # torch's own optimizer
+            self._moments.append(moments)
         if not self._zero3:
             # It notes where moments are when it has stepped the first group, and misses the others.
             optimizer._lazy_init_hp_params_optimizer_state()
@@ -50,11 +50,10 @@ class DeepSpeedState(TrainingState):
         """Add a micro-batch's gradients."""
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def gradients(self) -> Tensors:
-        """Gather the gradients."""
-        from deepspeed.utils import safe_get_full_grad
-
-        return {name: safe_get_full_grad(p) for name, p in self.parameters.items()}
+    def gradients(self, prefix: str = "") -> list[Any]:
+        """Gather the gradients of parameters of such names."""
+        found = [p for name, p in self.parameters.items() if name.startswith(prefix)]
+        return [utils.safe_get_full_grad(parameter) for parameter in found]
 
     def step(self, norm: float, max_norm: float) -> None:
         """Apply the gradients."""
@@ -62,34 +61,29 @@ class DeepSpeedState(TrainingState):
 
     def discard(self) -> None:
         """Drop the gradients by the engine's own way out: it applies none that are not finite."""
-        from deepspeed.utils import safe_set_full_grad
-
-        for name, gradient in self.gradients().items():
-            safe_set_full_grad(self.parameters[name], gradient.fill_(float("nan")))
+        for parameter, gradient in zip(self.parameters.values(), self.gradients(), strict=True):
+            utils.safe_set_full_grad(parameter, gradient.fill_(float("nan")))
         self.engine.step()
 
-    def weights(self) -> Tensors:
-        """Gather whole weights; each rank keeps the share that it writes."""
-        from deepspeed.utils import safe_get_full_fp32_param
+    def weights(self) -> distributed.Tensors:
+        """Gather whole weights to the CPU of every rank."""
+        whole = super().weights()
+        for name, parameter in self.parameters.items():
+            whole[name] = utils.safe_get_full_fp32_param(parameter).cpu()
+        return whole
 
-        return self._share(
-            (name, safe_get_full_fp32_param(tensor) if name in self.parameters else tensor)
-            for name, tensor in self.saved.items()
-        )
-
-    def optimizer_state(self) -> Tensors:
-        """Gather whole moments under the keys of torch's AdamW, as `weights` does."""
-        return self._share(self._whole_state())
-
-    def first_held(self, tensors: Tensors) -> Tensors:
-        """Return all: no tensor is on two ranks."""
-        return tensors
+    def optimizer_state(self) -> distributed.Tensors:
+        """Gather whole moments, as `weights` does, under the keys of torch's AdamW."""
+        whole = {}
+        for name, parameter in self.parameters.items():
+            for key in _MOMENTS:
+                moment = utils.safe_get_full_optimizer_state(parameter, key)
+                whole[f"{name}.{key}"] = moment.cpu()
+            whole[f"{name}.step"] = self._moments[0]["step"].clone()
+        return whole
 
     def read(self, folder: Path) -> None:
-        """Fill the optimizer's pieces; the weights must have been loaded from the same checkpoint.
-
-        Rank 0 reads each tensor and sends it to the others.
-        """
+        """Fill the optimizer's pieces with what rank 0 reads; the weights are there already."""
         loaded = Path(self.module.name_or_path)
         if folder != loaded:
             raise InputError(f"the weights were loaded from {loaded}; rename that folder")
@@ -102,50 +96,27 @@ class DeepSpeedState(TrainingState):
                 if dist.get_rank() == 0:
                     distributed.read_tensors(whole, folder / "state")
                     sums |= distributed.checksums(whole)
-            for key, tensor in whole.items():
+            for key, tensor in zip((*_MOMENTS, "step"), whole.values(), strict=True):
                 sent = tensor.to(parameter.device)
                 dist.broadcast(sent, src=0)
-                self._set(parameter, key.rpartition(".")[2], sent)
+                self._set(parameter, key, sent)
         distributed.verify(sums, folder)
 
     def _set(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
-        from deepspeed.utils import safe_get_local_optimizer_state, safe_set_full_optimizer_state
-
         if key == "step":
-            for piece in self._pieces:
-                self._inner.state[piece]["step"].copy_(value)
+            for moments in self._moments:
+                moments["step"].copy_(value)
         elif self._zero3:
             # DeepSpeed's own setter fails where the last rank's piece is shorter.
-            piece = safe_get_local_optimizer_state(parameter, key)
+            piece = utils.safe_get_local_optimizer_state(parameter, key)
             mine = value.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
             piece[: mine.numel()] = mine
         else:
-            safe_set_full_optimizer_state(parameter, value, key)
-
-    def _whole_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        from deepspeed.utils import safe_get_full_optimizer_state
-
-        for name, parameter in self.parameters.items():
-            for key in _MOMENTS:
-                yield f"{name}.{key}", safe_get_full_optimizer_state(parameter, key)
-            yield f"{name}.step", self._inner.state[self._pieces[0]]["step"]
-
-    def _share(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> Tensors:
-        """Copy every n-th of the whole tensors, one at a time, to the CPU."""
-        kept = {}
-        for number, (name, tensor) in enumerate(tensors):
-            if number % dist.get_world_size() == dist.get_rank():
-                kept[name] = tensor.detach().to("cpu", copy=True)
-        return kept
+            utils.safe_set_full_optimizer_state(parameter, value, key)
 
 
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
-    """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself.
-
-    Raises InputError for what DeepSpeed cannot do here.
-    """
-    if not torch.accelerator.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself."""
     plugin = DeepSpeedPlugin()
     if plugin.zero_stage not in (2, 3) or config.ema_decay or mixed_precision != "no":
         raise InputError(
@@ -168,8 +139,6 @@ def prepare_deepspeed(
 ) -> DeepSpeedState:
     """Hand a model and its optimizer to DeepSpeed's engine."""
     if os.environ.get("ACCELERATE_DEEPSPEED_ZERO_STAGE") == "3":
-        import deepspeed
-
-        deepspeed.utils.set_z3_leaf_modules(model, [GradientCheckpointingLayer])
+        utils.set_z3_leaf_modules(model, [GradientCheckpointingLayer])
     engine, wrapped = accelerator.prepare(model, optimizer)
     return DeepSpeedState(engine, wrapped.optimizer, accelerator)

@@ -1,8 +1,4 @@
-"""Launch a run on whatever devices there are and hold its model and optimizer.
-
-Accelerate chooses no backend for several processes on a machine without an accelerator: each then
-believes it is alone. Here they use gloo, and processes that have not found each other stop.
-"""
+"""Launch a run on whatever devices there are and hold its model and optimizer."""
 
 import os
 import time
@@ -55,16 +51,16 @@ class TrainingState:
         """Add a micro-batch's gradients, averaged over the ranks by the last one."""
         loss.backward()
 
-    def gradients(self) -> Tensors:
-        """Return the gradients by name, sharded or not."""
-        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+    def gradients(self, prefix: str = "") -> list[Any]:
+        """Return the gradients of parameters of such names, sharded or not."""
+        found = [p.grad for name, p in self.parameters.items() if name.startswith(prefix)]
+        return [gradient for gradient in found if gradient is not None]
 
     def squared_norms(self) -> torch.Tensor:
         """Return the squared gradient norms of the `STACKS`, (3,) fp64, the same on all ranks."""
-        norms, gradients = [], self.gradients()
-        for stack in STACKS.values():
-            own = [g for name, g in gradients.items() if name.startswith(stack)]
-            norm = nn.utils.get_total_norm(own)
+        norms: list[Any] = []
+        for prefix in STACKS.values():
+            norm = nn.utils.get_total_norm(self.gradients(prefix))
             norms.append(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         return torch.stack(norms).double() ** 2
 
@@ -90,14 +86,6 @@ class TrainingState:
         flat: Any = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return {k.removeprefix("state."): v for k, v in flat.items() if k.startswith("state.")}
 
-    def first_held(self, tensors: Tensors) -> Tensors:
-        """Return those that no earlier rank holds too."""
-        first = {}
-        for name, tensor in tensors.items():
-            if all(dist.get_rank(group) == 0 for group in _replicas(tensor)):
-                first[name] = tensor
-        return first
-
     def read(self, folder: Path) -> None:
         """Fill weights and optimizer from a checkpoint: one rank reads a shard and sends it.
 
@@ -107,7 +95,7 @@ class TrainingState:
         if not read_json(folder / "state/training.json")["config"].get("ema_decay"):
             state = {name: tensor for name, tensor in state.items() if name[-4:] != ".ema"}
         for tensors, place in ((self.weights(), folder), (state, folder / "state")):
-            own = self.first_held(tensors)
+            own = first_held(tensors)
             with together():
                 read_tensors(own, place)
             verify(checksums(own), folder)
@@ -116,10 +104,15 @@ class TrainingState:
                     dist.broadcast(_local(tensor), group=group, group_src=0)
 
 
+def first_held(tensors: Tensors) -> Tensors:
+    """Return the tensors, or shards, that no earlier rank holds too."""
+    return {n: t for n, t in tensors.items() if not any(map(dist.get_rank, _replicas(t)))}
+
+
 def read_tensors(tensors: Tensors, folder: Path) -> None:
     """Fill tensors, sharded or not, from safetensors. Raises InputError if that cannot be done."""
-    reader = dcp.HuggingFaceStorageReader(str(folder))
     try:
+        reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(tensors, storage_reader=reader, no_dist=True)
     except (Exception, dcp.CheckpointException) as error:  # safetensors and torch raise many types
         raise InputError(_reason(error)) from None
@@ -164,8 +157,8 @@ def together(group: Any = None, kind: type[BaseException] = InputError) -> Itera
 def launched(config: TrainingConfig) -> Iterator[Accelerator]:
     """Make the accelerator of this launch, and release it: the process may choose another later.
 
-    Weights are fp32, and under FSDP2 gradients are reduced in fp32 and outputs keep their dtype;
-    accelerate's own choice rounds both. Raises InputError for a launch that the loop cannot run.
+    Under FSDP2 gradients are reduced in fp32, which accelerate would round. Raises InputError for a
+    launch that the loop cannot run.
     """
     # Read when CUDA starts: batches of ever new lengths would leave holes.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -182,6 +175,8 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
             raise InputError("training needs fsdp_version: 2 in the accelerate config")
         plugins["fsdp_plugin"] = plugin
     if _uses("DEEPSPEED"):
+        if not torch.accelerator.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when it is imported
         from qwen3_encdec.training.deepspeed import make_plugin
 
         plugins["deepspeed_plugin"] = make_plugin(config, precision)
@@ -228,9 +223,9 @@ def prepare(
 
 
 def allow_distributed_cpu() -> None:
-    """Let accelerate run FSDP, or else DDP, over gloo when a launcher started us without a GPU.
+    """Let accelerate run over gloo when a launcher started us without a GPU.
 
-    Extends ``PartialState._prepare_backend``, a private method, where it finds no backend.
+    By itself it chooses no backend, and each process believes it is alone.
     """
     original = PartialState._prepare_backend
     if original.__module__ == __name__:

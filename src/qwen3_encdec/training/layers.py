@@ -86,7 +86,7 @@ def disagreement(
     name: str, model_config: Qwen3EncoderDecoderConfig, device: torch.device
 ) -> str | None:
     """Return why an implementation is unfit, or None if a small model's loss and gradient agree."""
-    sizes = {"vocab_size": 256, "num_hidden_layers": 1, "num_decoder_layers": 1}
+    sizes: dict[str, Any] = {"vocab_size": 256, "num_hidden_layers": 1, "num_decoder_layers": 1}
     sizes |= {"num_sentinel_tokens": 10, "eos_token_id": 1, "pad_token_id": 0}
     sizes |= {"decoder_start_token_id": 0, "attention_dropout": 0.0}
     settings = model_config.to_dict() | sizes

@@ -52,45 +52,45 @@ def train_to_the_end(config: TrainingConfig) -> Path:
 def _train(run: Run) -> Path:
     """Run the optimizer steps: the algorithm, with its parts named."""
     config, state, saver, show = run.config, run.state, run.saver, run.accelerator.print
-    if run.start == 0 and config.eval_every:
+    step = run.start
+    if step == 0 and config.eval_every:
         run.evaluate(0)
     state.model.train()
     expect_step(config.stall_seconds)
-    step = run.start
     run.fetch()
-    report = run.agree()
-    while step < config.max_steps and not report.stops and not report.data_failed:
-        step, began, counts = step + 1, time.perf_counter(), report.counts
+    goes_on = run.agree()
+    while step < config.max_steps and goes_on:
+        step, began, counts = step + 1, time.perf_counter(), run.counts
         rate = learning_rate(step, config)
         set_learning_rate(state.optimizer, rate)
 
         totals = run.backward(step, counts[0])
         position = run.loader.state_dict()
         waited = run.fetch() if step < config.max_steps else 0.0
-        report = run.agree(totals)
+        goes_on = run.agree(totals)
 
         # Everything is checked before the step can spoil the weights.
-        if not math.isfinite(report.loss + report.norm):
+        if not math.isfinite(run.loss + run.norm):
             if step - 1 > run.start:
                 run.save(step - 1)
                 saver.finish()
             raise InputError(
-                f"step {step}: loss {report.loss} and gradient norm {report.norm} are not both "
-                "finite; stopped before the update; try a lower lr or a longer warm-up; the last "
+                f"step {step}: loss {run.loss} and gradient norm {run.norm} are not both finite; "
+                "stopped before the update; try a lower lr or a longer warm-up; the last "
                 f"checkpoint is {saver.last or 'none'}"
             )
-        if run.guard.skips(report.loss, report.norm):
+        if run.guard.skips(run.loss, run.norm):
             state.discard()
             run.meter.totals["skipped_steps"] += 1
-            show(f"step {step} skipped: loss {report.loss:.4g}, norm {report.norm:.4g}")
+            show(f"step {step} skipped: loss {run.loss:.4g}, norm {run.norm:.4g}")
         else:
-            state.step(report.norm, config.max_grad_norm)
+            state.step(run.norm, config.max_grad_norm)
 
         run.position = position
-        run.meter.add(counts, report.losses, time.perf_counter() - began, waited)
+        run.meter.add(counts, run.losses, time.perf_counter() - began, waited)
         last = step == config.max_steps
         if step % config.log_every == 0 or last:
-            run.log_step(step, rate, report)
+            run.log_step(step, rate)
         if config.eval_every and (step % config.eval_every == 0 or last):
             run.evaluate(step)
         if config.save_every and step % config.save_every == 0:
@@ -102,7 +102,7 @@ def _train(run: Run) -> Path:
     with together():
         if run.data_error:
             raise InputError(run.data_error)
-    if report.stops:
+    if run.stopped:
         show(f"asked to stop: ended after step {step:,} of {config.max_steps:,}")
         if run.accelerator.is_main_process:
             (run.run_dir / "STOP").unlink(missing_ok=True)

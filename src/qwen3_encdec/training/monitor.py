@@ -33,14 +33,13 @@ _SHOWN = {
 
 
 class SpikeGuard:
-    """Detect loss and gradient-norm spikes.
+    """Detect a loss or gradient norm ``sigma`` deviations above the mean of the ``recent`` steps.
 
-    A step is skipped when either lies ``sigma`` standard deviations above the mean of the last
-    ``window`` steps; 0 never skips, and nothing is skipped before half of the window is filled.
-    Skipped values enter the window, ``recent``, so that a new level is accepted after a while.
+    0 never skips, nor does anything before half of the ``window`` is filled. Skipped values enter
+    the window, so that a new level is accepted after a while.
     """
 
-    def __init__(self, sigma: float, window: int, recent: Iterable[list[float]] = ()) -> None:
+    def __init__(self, sigma: float, window: int, recent: Iterable[list[float]]) -> None:
         self.sigma, self.window = sigma, window
         self.recent = deque(recent, maxlen=window)
 
@@ -72,19 +71,13 @@ def ignore_sigterm(worker: int) -> None:
 
 
 def expect_step(seconds: float) -> None:
-    """End the process, non-zero, with its stacks, unless called again in time; 0 waits for ever.
-
-    A collective call waits for ever for a rank that is gone, so only another thread can notice.
-    """
+    """End the process with its stacks unless called again in time: a rank may be gone."""
     if seconds:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Make a run's folder, and keep other processes from it while the returned file is open.
-
-    Raises InputError if one trains in it already.
-    """
+    """Make a run's folder, and keep other processes from it while the returned file is open."""
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / ".lock").open("w")
     try:
@@ -98,21 +91,19 @@ def lock(run_dir: Path) -> TextIO:
 
 
 class Meter:
-    """Sum up the steps between two log lines, and ``totals`` of the run across resumes.
-
-    ``per_sum`` are the FLOPs for each of `plan.length_sums`, ``peak`` all devices' FLOP/s or 0.
-    """
+    """Sum up the steps between two log lines, and ``totals`` of the run across resumes."""
 
     def __init__(
         self, denoisers: list[str], per_sum: np.ndarray, peak: float, totals: dict[str, int]
     ) -> None:
+        # FLOPs for each of `plan.length_sums`, and all devices' FLOP/s, or 0.
         self.denoisers, self.per_sum, self.peak = denoisers, per_sum, peak
         self.totals = dict.fromkeys((*TOTALS, "skipped_steps"), 0) | totals
         self.losses = np.zeros((2, len(denoisers)))
         self.sums = np.zeros(9)
 
     def add(self, counts: np.ndarray, losses: np.ndarray, seconds: float, waited: float) -> None:
-        """Add a step: `Report`'s counts and losses, and ``waited`` seconds without data."""
+        """Add a step: what `Run.agree` has found, and ``waited`` seconds without data."""
         for name, count in zip(TOTALS, counts, strict=False):
             self.totals[name] += int(count)
         self.losses += losses

@@ -11,10 +11,9 @@ from qwen3_encdec.training.config import TrainingConfig
 
 
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
-    """AdamW (fused) over three groups: projection matrices, the rest, and the source gates.
+    """Build AdamW over projection matrices, the rest, and the source gates.
 
-    Only projections have weight decay: of the embedding only rows that occur receive a gradient,
-    and the rare ones would fade. ``ema_decay`` keeps an average as the state ``ema``.
+    Only projections have weight decay: rare rows of the embedding, without gradients, would fade.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices, others, gates = [], [], []

@@ -1,9 +1,7 @@
-"""Plan a run from its sizes alone: parameters, operations, memory, bytes sent and hours.
-
-The formulas are those of docs/scaling.md.
-"""
+"""Plan a run from its sizes alone, by the formulas of docs/scaling.md."""
 
 import re
+from collections import namedtuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,8 +17,7 @@ from qwen3_encdec.training.config import TrainingConfig, config_to_dict
 from qwen3_encdec.training.distributed import launched
 from qwen3_encdec.training.start import check_settings
 
-MFU = 0.29
-"""Share of an H100's peak that was measured for the 0.6B pair."""
+MFU = 0.29  # share of an H100's peak that was measured for the 0.6B pair
 # Dense bf16 peak in FLOP/s and memory in bytes, from the makers' data sheets.
 DEVICES = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
 # Hidden and intermediate sizes, layers, query heads of the dense Qwen3 with 8 KV heads of 128.
@@ -34,24 +31,17 @@ QWEN3 = {
 }
 
 
-class Sizes(NamedTuple):
-    """Parameter counts: ``encoder`` and ``decoder`` without the shared ``embedding``."""
-
-    encoder: int
-    decoder: int
-    embedding: int
+# Parameter counts; the stacks without the shared embedding.
+Sizes = namedtuple("Sizes", ("encoder", "decoder", "embedding"))
 
 
 class Machines(NamedTuple):
-    """Processes of a run, one a device, and the ``shards`` that divide the states among them.
-
-    1 shard is DDP or one process. ``memory`` (bytes) and ``peak`` (FLOP/s) are an accelerator's.
-    """
+    """Processes, one a device; shards that divide the states (1 is DDP); a device's figures."""
 
     processes: int = 1
     shards: int = 1
-    memory: float | None = None
-    peak: float | None = None
+    memory: float | None = None  # bytes
+    peak: float | None = None  # FLOP/s
 
 
 def count_parameters(model_config: Qwen3EncoderDecoderConfig) -> Sizes:
@@ -91,10 +81,7 @@ def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
 
 
 def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
-    """Return the machines of this launch, or ``8xH100`` (8 shards), ``4x8xH100`` (8 of 32, HSDP).
-
-    Raises InputError for a count or a device that is not known.
-    """
+    """Return this launch's machines, or ``8xH100`` (8 shards), ``4x8xH100`` (8 of 32, HSDP)."""
     if devices is None:
         processes, device = accelerator.num_processes, accelerator.device
         replicas = getattr(accelerator.parallelism_config, "dp_replicate_size", 1)
@@ -112,8 +99,7 @@ def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
     return Machines(shards * int(match[1] or 1), shards, size, peak)
 
 
-def width(config: TrainingConfig, machines: Machines) -> int:
-    """Bytes of a number that is computed with."""
+def _width(config: TrainingConfig, machines: Machines) -> int:
     bf16 = {"auto": machines.memory is not None, "bf16": True, "no": False}
     return 2 if bf16[config.mixed_precision] else 4
 
@@ -122,7 +108,7 @@ def memory(
     c: Qwen3EncoderDecoderConfig, sizes: Sizes, config: TrainingConfig, machines: Machines
 ) -> dict[str, float]:
     """Estimate a process's bytes by purpose at the peak of a step, with rows taken as full."""
-    wide, states = width(config, machines), sum(sizes) / machines.shards
+    wide, states = _width(config, machines), sum(sizes) / machines.shards
     hidden, queries = c.hidden_size, c.num_attention_heads * c.head_dim
     keys = c.num_key_value_heads * c.head_dim
     products = 2 * (hidden + queries + keys) + 3 * c.intermediate_size
@@ -147,16 +133,12 @@ def memory(
 
 
 def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> float:
-    """Bytes that a process sends in an optimizer step, with rings.
-
-    FSDP2 gathers layers twice and the matrix once and reduces in fp32, for every micro-batch; HSDP
-    sums the shards of replicas too; DDP sums once a step.
-    """
+    """Bytes that a process sends in an optimizer step, with rings."""
     shards, replicas = machines.shards, machines.processes // machines.shards
     summed = 8 * sum(sizes) / shards * (replicas - 1) / replicas
     if shards == 1:
         return summed
-    gathered = width(config, machines) * (2 * sum(sizes) - sizes.embedding)
+    gathered = _width(config, machines) * (2 * sum(sizes) - sizes.embedding)
     inside = (gathered + 4 * sum(sizes)) * (shards - 1) / shards
     return config.gradient_accumulation_steps * (inside + summed)
 
@@ -164,11 +146,7 @@ def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> f
 def dry_run(
     config: TrainingConfig, devices: str | None = None, model: str | None = None, mfu: float = MFU
 ) -> None:
-    """Print the config and what the run costs, for full rows: figures are upper bounds.
-
-    ``devices`` and ``model`` are those of `machines` and `qwen3_sizes`, or else those at hand.
-    Raises InputError if a device's memory cannot hold it.
-    """
+    """Print what a run costs, for full rows, so at most; an InputError says that it cannot fit."""
     c = qwen3_sizes(model) if model else load_config(config.model)
     with launched(config) as accelerator:
         show, there = accelerator.print, machines(accelerator, devices)

@@ -10,7 +10,6 @@ from accelerate.utils import find_executable_batch_size, send_to_device
 from transformers import initialization
 from transformers.utils import logging
 
-from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.data import collate, stream
 from qwen3_encdec.data.ul2 import check_capacity
 from qwen3_encdec.folders import InputError, load_config, load_model
@@ -31,25 +30,36 @@ def check_settings(config: TrainingConfig, sentinels: int, processes: int) -> No
             raise InputError(f"tracker {tracker} is not installed: pip install {tracker}")
 
 
-def resume(
-    config: TrainingConfig, model_config: Qwen3EncoderDecoderConfig, accelerator: Accelerator
-) -> tuple[TrainingState, dict[str, Any]]:
-    """Build what is trained, and read the newest undamaged checkpoint into it, if there is one.
-
-    Returns what `checkpoint.restore` does, too. Raises InputError if ``config.resume`` differs.
-    """
-    checkpoints, show = Path(config.output_dir) / "checkpoints", accelerator.print
-    newest = checkpoint.newest(checkpoints)
-    if newest is None and config.resume is True:
-        raise InputError(f"resume is true but {checkpoints} holds no checkpoint; use resume=auto")
-    if newest and config.resume is False:
-        raise InputError(f"{newest} is there already; use resume=true, or another output_dir")
-    state = build_state(config, model_config, accelerator, newest)
-    resumed = checkpoint.restore(checkpoints, state)
+def build_state(
+    config: TrainingConfig, accelerator: Accelerator, newest: Path | None = None
+) -> TrainingState:
+    """Build the prepared model and its optimizer, without weights if ``newest`` will be read."""
+    logging.disable_progress_bar()
+    model_config = load_config(newest or config.model)
+    device, show = accelerator.device, accelerator.print
+    attention = layers.choose_attention(config.attention, model_config, device, show)
+    if newest and accelerator.distributed_type != DistributedType.DEEPSPEED:
+        with initialization.no_init_weights():
+            model = Qwen3ForSeq2SeqLM(model_config)
+    else:
+        model = load_model(newest or config.model)
+    model.set_attn_implementation(attention)
+    layers.recompute_layers(model, config)
+    state = prepare(model, build_optimizer(model, config), accelerator)
     layers.compile_layers(state.module, config)
+    return state
+
+
+def resume(
+    config: TrainingConfig, accelerator: Accelerator
+) -> tuple[TrainingState, dict[str, Any]]:
+    """Build what is trained and read the newest undamaged checkpoint, as `checkpoint.restore`."""
+    checkpoints, show = Path(config.output_dir) / "checkpoints", accelerator.print
+    state = build_state(config, accelerator, checkpoint.newest(checkpoints))
+    resumed = checkpoint.restore(checkpoints, state)
     if folder := resumed["folder"]:
         changes = checkpoint.changes_since(resumed, config, accelerator.num_processes)
-        show(*resumed["damages"], "; ".join([f"resuming from {folder}", *changes]), sep="\n")
+        show("; ".join([f"resuming from {folder}", *changes]))
         step, before = resumed["step"], resumed.get("lr", float("inf"))
         after = learning_rate(step + 1, config)
         if step >= config.warmup_steps and after > before * 1.0001:
@@ -60,41 +70,18 @@ def resume(
     return state, resumed
 
 
-def build_state(
-    config: TrainingConfig,
-    model_config: Qwen3EncoderDecoderConfig,
-    accelerator: Accelerator,
-    newest: Path | None = None,
-) -> TrainingState:
-    """Build the prepared model and its optimizer, without weights if ``newest`` will be read."""
-    logging.disable_progress_bar()
-    if newest and accelerator.distributed_type != DistributedType.DEEPSPEED:
-        with initialization.no_init_weights():
-            model = Qwen3ForSeq2SeqLM(load_config(newest))
-    else:
-        model = load_model(newest or config.model)
-    device, show = accelerator.device, accelerator.print
-    attention = layers.choose_attention(config.attention, model_config, device, show)
-    model.set_attn_implementation(attention)
-    layers.recompute_layers(model, config)
-    return prepare(model, build_optimizer(model, config), accelerator)
-
-
 def find_batch_size(config: TrainingConfig) -> None:
-    """Print the largest batch_size that takes a whole step on full rows, by accelerate's search.
-
-    Ranks try the same sizes, so that memory runs out on all of them at once.
-    """
+    """Print the largest batch_size that takes a whole step on full rows, by accelerate's search."""
     with launched(config) as accelerator:
-        model_config, data = load_config(config.model), config.data
-        state = build_state(config, model_config, accelerator)
-        layers.compile_layers(state.module, config)
+        vocabulary, data = load_config(config.model).vocab_size, config.data
+        state = build_state(config, accelerator)
 
+        # Ranks try the same sizes, so that memory runs out on all of them at once.
         @find_executable_batch_size(starting_batch_size=max(config.batch_size, 256))
         def largest(rows: int) -> int:
             sides = []
             for length in (data.source_length, data.target_length):
-                half = np.arange(length // 2) % model_config.vocab_size
+                half = np.arange(length // 2) % vocabulary
                 sides.append([half] * 2 * rows)
             batch = send_to_device(collate.collate_packed(*sides), accelerator.device)
             with state.accumulating(last=True):

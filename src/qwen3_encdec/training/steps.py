@@ -8,7 +8,7 @@ import threading
 import time
 from collections import Counter
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,24 +19,11 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from qwen3_encdec import folders
 from qwen3_encdec.data import collate, stream
 from qwen3_encdec.evaluation.denoising import denoising_losses
-from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import monitor, plan, start
 from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict
 from qwen3_encdec.training.distributed import STACKS, together
 from qwen3_encdec.training.optimization import learning_rate
-
-
-class Report(NamedTuple):
-    """Sums over all ranks: the next step's counts, and this step's losses and gradient norms."""
-
-    counts: np.ndarray
-    losses: np.ndarray
-    squares: np.ndarray
-    loss: float
-    norm: float
-    stops: bool
-    data_failed: bool
 
 
 class Run:
@@ -45,12 +32,9 @@ class Run:
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator, sigterm: threading.Event
     ) -> None:
-        """Build a run, or resume it from its newest undamaged checkpoint.
-
-        Until all is checked, nothing is written.
-        """
+        """Build a run, or resume it; until all is checked, nothing is written."""
         self.config, self.accelerator, self.sigterm = config, accelerator, sigterm
-        processes, show = accelerator.num_processes, accelerator.print
+        processes, self.device = accelerator.num_processes, accelerator.device
         self.run_dir = folders.check_output(config.output_dir, "training run")
         model_config = folders.load_config(config.model)
         tokenizer = folders.load_tokenizer(config.model, model_config)
@@ -61,55 +45,28 @@ class Run:
                 self.lock = monitor.lock(self.run_dir)
 
         set_seed(config.seed)
-        self.state, resumed = start.resume(config, model_config, accelerator)
+        self.state, resumed = start.resume(config, accelerator)
         self.start: int = resumed["step"]
-        self.heldout = self._heldout(data)
-        position = None
-        if self.start:
-            position, note = data.adopt(stream.merge_states(resumed["positions"]))
-            if note:
-                show(note)
-        self.loss_options = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
-        make_batch: Any = collate.collate_rows
-        if config.mntp_weight:
-            self.loss_options["encoder_loss_weight"] = config.mntp_weight
-            make_batch = partial(
-                collate.collate_masked_rows,
-                kept_ids=data.kept_ids,
-                mask_id=collate.mask_token_id(tokenizer),
-                probability=config.mntp_probability,
-            )
-        self.loader = stream.RowLoader(
-            data,
-            batch_size=config.batch_size,
-            rank=accelerator.process_index,
-            ranks=processes,
-            num_workers=config.num_workers,
-            collate=make_batch,
-            state=position,
-            worker_init_fn=monitor.ignore_sigterm,
-        )
-        self.denoisers = [denoiser.name for denoiser in config.data.denoisers]
         self.saver = Checkpointer(config, self.state, tokenizer, resumed["folder"])
-        before = resumed["guard"] or {}  # "applied" in earlier versions
-        recent = before.get("recent", before.get("applied", ()))
-        self.guard = monitor.SpikeGuard(config.spike_sigma, config.spike_window, recent)
+        self.guard = monitor.SpikeGuard(config.spike_sigma, config.spike_window, resumed["recent"])
+        self.denoisers = [denoiser.name for denoiser in config.data.denoisers]
         sizes = plan.count_parameters(model_config)
         peak = processes * (plan.machines(accelerator).peak or 0)
         per_sum = plan.flops_per_sum(model_config, sizes)
         self.meter = monitor.Meter(self.denoisers, per_sum, peak, resumed["totals"])
-        self._open_folder()
-        show(*data.report(), sep="\n")
-        kind, device = accelerator.distributed_type.value, accelerator.device.type
-        show(f"{processes} x {device}, {kind}, compute {config.mixed_precision}")
-        show(f"{sum(sizes):,} parameters, {self.start:,} of {config.max_steps:,} steps done")
-
+        self.heldout = self._heldout(data)
+        self.loader = self._loader(data, tokenizer, resumed["positions"])
         self.batches = iter(self.loader)
         self.upcoming: list[dict[str, Any]] = []  # micro-batches of the next step
         self.position = self.loader.state_dict()  # after the last finished step
         self.data_error: str | None = None
         self.heldout_losses: dict[int, float] = {}
         self.began = time.monotonic()
+        self._open_folder()
+        kind = f"{accelerator.distributed_type.value}, compute {config.mixed_precision}"
+        accelerator.print(*data.report(), sep="\n")
+        accelerator.print(f"{processes} x {self.device.type}, {kind}, {sum(sizes):,} parameters")
+        accelerator.print(f"step {self.start:,} of {config.max_steps:,} done")
 
     def _heldout(self, data: stream.UL2Data) -> list[Any]:
         """Choose the held-out texts once, keep them with the run, and corrupt them."""
@@ -123,6 +80,32 @@ class Run:
         texts = stream.read_heldout(path)
         data.exclude(texts)
         return data.heldout_examples(texts) if config.eval_every else []
+
+    def _loader(self, data: stream.UL2Data, tokenizer: Any, positions: list) -> stream.RowLoader:
+        config, accelerator = self.config, self.accelerator
+        self.loss_options = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
+        options: dict[str, Any] = {}
+        if config.mntp_weight:
+            self.loss_options["encoder_loss_weight"] = config.mntp_weight
+            options["collate"] = partial(
+                collate.collate_masked_rows,
+                kept_ids=data.kept_ids,
+                mask_id=collate.mask_token_id(tokenizer),
+                probability=config.mntp_probability,
+            )
+        if positions:
+            options["state"], note = data.adopt(stream.merge_states(positions))
+            if note:
+                accelerator.print(note)
+        return stream.RowLoader(
+            data,
+            batch_size=config.batch_size,
+            rank=accelerator.process_index,
+            ranks=accelerator.num_processes,
+            num_workers=config.num_workers,
+            worker_init_fn=monitor.ignore_sigterm,
+            **options,
+        )
 
     def _open_folder(self) -> None:
         """Drop what is from after the point of resumption, and open the trackers."""
@@ -143,73 +126,65 @@ class Run:
 
     def fetch(self) -> float:
         """Fetch the micro-batches of the next step to the device. Returns the seconds it took."""
-        began, device = time.perf_counter(), self.accelerator.device
+        began = time.perf_counter()
         try:
             for _ in range(self.config.gradient_accumulation_steps):
-                batch = next(self.batches)
-                counts = _counts(batch)
-                for name, value in batch.items():
-                    if device.type == "cuda" and isinstance(value, torch.Tensor):
-                        batch[name] = (
-                            value.pin_memory()
-                        )  # or it is not copied while the host goes on
-                moved = send_to_device(batch, device, non_blocking=True)
-                self.upcoming.append(moved | {"counts": counts})
-        except InputError as error:
+                self.upcoming.append(_send(next(self.batches), self.device))
+        except folders.InputError as error:
             self.data_error = str(error)  # the other ranks learn of it in `agree`
         return time.perf_counter() - began
 
     def backward(self, step: int, tokens: float) -> torch.Tensor:
         """Accumulate the gradient of the step's loss over the micro-batches.
 
-        ``tokens`` are the step's target tokens on all ranks; gradients are averaged over the ranks,
-        so the loss is multiplied by their number. A dropout draws by seed, step and rank, so that
-        nothing of it need be saved. Returns loss sums and token counts by denoiser, (2, denoisers)
-        fp64, on the device.
+        ``tokens`` are all ranks' target tokens. Gradients are averaged over the ranks, so the loss
+        is multiplied by their number. A dropout draws by seed, step and rank: nothing is saved of
+        it. Returns loss sums and token counts by denoiser, (2, denoisers) fp64, on the device.
         """
-        device, rank = self.accelerator.device, self.accelerator.process_index
-        processes = self.accelerator.num_processes
+        processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         torch.manual_seed(self.config.seed + step * processes + rank)
-        totals = torch.zeros(2, len(self.denoisers), dtype=torch.float64, device=device)
+        options = {"num_items_in_batch": int(tokens), **self.loss_options}
+        totals = torch.zeros(2, len(self.denoisers), dtype=torch.float64, device=self.device)
         while self.upcoming:
             batch = self.upcoming.pop(0)
             denoiser = batch.pop("denoiser").flatten()
             batch.pop("counts")
             with self.state.accumulating(last=not self.upcoming):
-                output = self.state.model(
-                    **batch, num_items_in_batch=int(tokens), **self.loss_options
-                )
+                output = self.state.model(**batch, **options)
                 self.state.backward(output.loss * processes)
             token_losses = output.token_losses.detach().flatten().double()
             totals[0].index_add_(0, denoiser, token_losses)
             totals[1].index_add_(0, denoiser, torch.ones_like(token_losses))
         return totals
 
-    def agree(self, totals: torch.Tensor | None = None) -> Report:
-        """Sum over all ranks what each knows: the host's one wait for the device in a step."""
+    def agree(self, totals: torch.Tensor | None = None) -> bool:
+        """Sum over all ranks what each knows: the host's one wait for the device in a step.
+
+        Sets the next step's counts, and this one's losses and norms. Returns false to end the run.
+        """
         flags = [self.saver.failed, self.asked_to_stop(), self.data_error is not None]
         counts = sum((batch["counts"] for batch in self.upcoming), np.zeros(7))
-        parts = [torch.tensor([*flags, *counts], device=self.accelerator.device)]
+        parts = [torch.tensor([*flags, *counts], dtype=torch.float64, device=self.device)]
         if totals is not None:
             norms = self.state.squared_norms() / self.accelerator.num_processes
             parts += [totals.flatten(), norms]
-        summed = self.accelerator.reduce(torch.cat(parts), "sum").cpu()
-        (failed, stops, data_failed), counts = summed[:3].bool(), summed[3:10].numpy()
+        summed = self.accelerator.reduce(torch.cat(parts), "sum").cpu().numpy()
+        failed, self.stopped, data_failed = summed[:3].astype(bool).tolist()
         if failed:
             self.saver.finish()
-        losses, squares = summed[10 : -len(STACKS)].view(2, -1), summed[-len(STACKS) :]
-        loss, norm = losses[0].sum() / losses[1].sum(), squares.sum().sqrt()
-        return Report(
-            counts, losses.numpy(), squares.numpy(), float(loss), float(norm),
-            bool(stops), bool(data_failed),
-        )  # fmt: skip
+        self.counts, stacks = summed[3:10], len(STACKS)
+        if totals is not None:
+            self.losses = summed[10:-stacks].reshape(2, -1)
+            self.loss = float(self.losses[0].sum() / self.losses[1].sum())
+            self.norms = dict(zip(STACKS, np.sqrt(summed[-stacks:]).tolist(), strict=True))
+            self.norm = math.hypot(*self.norms.values())
+        return not self.stopped and not data_failed
 
-    def log_step(self, step: int, rate: float, report: Report) -> None:
+    def log_step(self, step: int, rate: float) -> None:
         """Log what the meter has summed up since the last time."""
         metrics = self.meter.read()
-        metrics |= {"lr": rate, "grad_norm": report.norm, "epoch": self.loader.epoch()}
-        for stack, square in zip(STACKS, report.squares, strict=True):
-            metrics[f"grad_norm/{stack}"] = math.sqrt(square)
+        metrics |= {"lr": rate, "grad_norm": self.norm, "epoch": self.loader.epoch()}
+        metrics |= {f"grad_norm/{stack}": norm for stack, norm in self.norms.items()}
         corpora: Counter[str] = Counter()
         for counts in gather_object([self.loader.counts()]):
             corpora.update(counts)
@@ -217,11 +192,9 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Log the held-out loss of each denoiser."""
+        model, size = self.state.model, self.config.batch_size
         losses = denoising_losses(
-            self.state.model,
-            self.heldout,
-            denoiser_names=self.denoisers,
-            batch_size=self.config.batch_size,
+            model, self.heldout, denoiser_names=self.denoisers, batch_size=size
         )
         self.heldout_losses[step] = sum(losses.values()) / len(losses)
         self.log(step, {f"eval_loss/{name}": loss for name, loss in losses.items()})
@@ -230,7 +203,7 @@ class Run:
         """Begin to write a checkpoint after ``step``."""
         progress = {
             "totals": self.meter.totals,
-            "guard": {"recent": list(self.guard.recent)},
+            "recent": list(self.guard.recent),
             "lr": learning_rate(max(step, 1), self.config),
             "heldout_loss": self.heldout_losses.get(step),
         }
@@ -251,9 +224,15 @@ class Run:
         print(line, flush=True)
 
 
-def _counts(batch: dict[str, Any]) -> np.ndarray:
-    """Count target tokens, source tokens and examples, and the four `plan.length_sums`, (7,)."""
+def _send(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """Send a packed batch to the device, with ``counts`` of what it holds.
+
+    (7,): target tokens, source tokens, examples, and the four `plan.length_sums`.
+    """
     source = np.diff(batch["cu_seqlens"].numpy())
     target = np.diff(batch["decoder_cu_seqlens"].numpy())
     targets = int((batch["labels"] != -100).sum())
-    return np.array([targets, source.sum(), len(source), *plan.length_sums(source, target)])
+    counts = [targets, source.sum(), len(source), *plan.length_sums(source, target)]
+    if device.type == "cuda":  # only pinned memory is copied while the host goes on
+        batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
+    return send_to_device(batch, device, non_blocking=True) | {"counts": np.array(counts)}

@@ -1,8 +1,6 @@
 """What a dry run says: parameters, operations, memory, bytes sent, hours."""
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -183,18 +181,14 @@ def test_the_table_of_the_documentation_is_what_the_plan_says(model):
         assert row == f"| {model} | {devices} | {figures} |"
 
 
-def train(*arguments: str) -> subprocess.CompletedProcess:
-    script = [sys.executable, str(ROOT / "scripts/train.py")]
-    return subprocess.run([*script, *arguments], capture_output=True, text=True, check=False)
-
-
-def test_planned_without_a_checkpoint_on_disk(tmp_path):
-    recipe = ["--config", str(ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml")]
+def test_planned_without_a_checkpoint_on_disk(run_script, tmp_path):
+    recipe = ["--config", ROOT / "configs/recipes/0.6b-8gpu-fineweb.yaml"]
     plan_it = ["--dry-run", "--devices", "8xH100", "--qwen3-model", "0.6B"]
-    done = train(*recipe, f"output_dir={tmp_path / 'run'}", *plan_it)
-    assert done.returncode == 0, done.stderr
-    assert "parameters        1,036,619,776" in done.stdout
-    assert re.search(r"^time +[\d.]+ hours, .* at 29% MFU$", done.stdout, re.MULTILINE)
+    script = ROOT / "scripts/train.py"
+    code, printed, errors = run_script(script, *recipe, *plan_it, f"output_dir={tmp_path / 'run'}")
+    assert code == 0, errors
+    assert "parameters        1,036,619,776" in printed
+    assert re.search(r"^time +[\d.]+ hours, .* at 29% MFU$", printed, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,6 +21,16 @@ _PAD, _EOS = 151_643, 151_645
 # Fields that transformers writes around any configuration without declaring them.
 _WRITTEN_BY_TRANSFORMERS = {"_name_or_path", "auto_map", "model_type", "quantization_config"}
 
+# What a folder that carries its code can be loaded as, whichever class was saved.
+_CLASSES = {
+    "AutoModel": "modeling_qwen3_encdec.Qwen3EncoderDecoderModel",
+    "AutoModelForSeq2SeqLM": "modeling_qwen3_encdec.Qwen3ForSeq2SeqLM",
+    "AutoModelForSequenceClassification": (
+        "modeling_qwen3_encoder.Qwen3EncoderForSequenceClassification"
+    ),
+    "AutoModelForTokenClassification": "modeling_qwen3_encoder.Qwen3EncoderForTokenClassification",
+}
+
 _SHARED_WITH_QWEN3 = (
     "hidden_size",
     "intermediate_size",
@@ -173,6 +183,8 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     def to_dict(self) -> dict[str, Any]:
         """Return what is saved: declared fields, not others that somebody set on the object."""
         saved = super().to_dict()
+        if "auto_map" in saved:
+            saved["auto_map"] = _CLASSES | saved["auto_map"]
         return {name: value for name, value in saved.items() if name in _field_names()}
 
     def get_text_config(

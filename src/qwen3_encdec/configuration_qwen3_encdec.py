@@ -31,7 +31,7 @@ _CLASSES = {
     "AutoModelForTokenClassification": "modeling_qwen3_encoder.Qwen3EncoderForTokenClassification",
 }
 
-_SHARED_WITH_QWEN3 = (
+SHARED_WITH_QWEN3 = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -228,7 +228,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
                 "this Qwen3 has sliding-window layers; "
                 "merged attention needs full attention in every layer"
             )
-        fields: dict[str, Any] = {name: getattr(config, name) for name in _SHARED_WITH_QWEN3}
+        fields: dict[str, Any] = {name: getattr(config, name) for name in SHARED_WITH_QWEN3}
         fields["rope_parameters"] = dict(config.rope_parameters)
         fields.update({key: value for key, value in changes.items() if value is not None})
         fields.setdefault("num_sentinel_tokens", cls.num_sentinel_tokens)

@@ -88,6 +88,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     model_type = "qwen3_encdec"
     keys_to_ignore_at_inference = ["cache", "token_losses"]  # noqa: RUF012
     default_theta = 1_000_000.0
+    base_model_tp_plan = {}  # noqa: RUF012 - the stacks carry their own
 
     vocab_size: int = 152_036
     num_sentinel_tokens: int = 100
@@ -185,6 +186,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         saved = super().to_dict()
         if "auto_map" in saved:
             saved["auto_map"] = _CLASSES | saved["auto_map"]
+        saved |= {"tie_word_embeddings": True, "is_encoder_decoder": True}
         return {name: value for name, value in saved.items() if name in _field_names()}
 
     def get_text_config(

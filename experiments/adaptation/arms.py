@@ -4,7 +4,7 @@ The project's own decoder is the arm `scaled values, gate` apart from the keys: 
 neutral, so that its source keys are brought to the decoder's size by a scale, as Qwen3's k_norm
 would bring them.
 
-Shapes: T target and S source tokens of a packed batch, H query heads, K key heads, d head dimension.
+Shapes: T target and S source tokens of a packed batch, H query and K key heads, d head dimension.
 """
 
 from dataclasses import dataclass

@@ -13,7 +13,6 @@ committed run and compares.
 
 import argparse
 import fcntl
-import json
 import os
 import shutil
 import signal
@@ -170,7 +169,7 @@ class Training:
         self.optimizer.zero_grad()
         self.tokens += batch["input_ids"].numel() + batch["labels"].numel()
         self.seconds += time.process_time() - began
-        return float(loss)
+        return loss.item()
 
     def measure(self) -> dict[str, Any]:
         """Add a point to the learning curve."""
@@ -228,7 +227,7 @@ def train(run: Run, tokens: int, last: bool, settings: dict[str, Any], arguments
         if training.tokens >= following:
             point = training.measure()
             write_json(results, training.record())
-            print(point["tokens"], f"{loss:.2f}", point["losses"], point["processor seconds"], flush=True)  # fmt: skip
+            print(f"{point['tokens']:,} {loss:.2f} {point['losses']}", flush=True)
         stopping = arguments.stopped or time.monotonic() > arguments.deadline
         if stopping or time.monotonic() - saved > 60 * settings["save_minutes"]:
             training.save(folder)

@@ -1,10 +1,8 @@
-"""The arms of the experiment: what the decoder makes of the source, as changes of its attention.
+"""The arms of the experiment: ways for the source into the decoder, as changes of its attention.
 
-The project's own decoder is the arm `scaled values, gate` apart from the keys: SmolLM2's QK-norm is
-neutral, so that its source keys are brought to the decoder's size by a scale, as Qwen3's k_norm
-would bring them.
-
-Shapes: T target and S source tokens of a packed batch, H query and K key heads, d head dimension.
+SmolLM2's QK-norm is neutral, so that its source keys are several times the decoder's. A scale
+per layer brings them to the decoder's size, as Qwen3's k_norm would. Apart from that, the project's
+own decoder is the arm `scaled values, gate`.
 """
 
 from dataclasses import dataclass
@@ -23,7 +21,7 @@ from qwen3_encdec.attention_qwen3_encdec import (
     reorder_keys,
 )
 from qwen3_encdec.conversion.initialize import TEXTS
-from qwen3_encdec.modeling_qwen3_decoder import PackedKeys, Qwen3MergedAttention
+from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention
 
 
 @dataclass(frozen=True)
@@ -37,11 +35,11 @@ class Arm:
     gate: Literal["none", "head", "layer", "head, keys too"] = "none"
     """Learned factors on the source's values: per key head, or one per layer."""
     merge: Literal["softmax", "bias", "blend", "add"] = "softmax"
-    """How the source enters, with a learned b or g per key head in place of the gate on values:
+    """Combination of both attentions, with a learned b or g per key head in place of the gate:
 
     - softmax: merged attention as it is;
-    - bias: b is added to the source's logits. The same as two attentions merged by their
-      log-sum-exp with b added to the source's;
+    - bias: b is added to the source's logits, which is also what merging two attentions by their
+      log-sum-exp, b added to the source's, computes;
     - blend: (1 - g) attention to the target alone + g merged attention;
     - add: attention to the target alone + g attention to the source alone.
     """
@@ -58,85 +56,52 @@ class Arm:
 
 
 class ArmAttention(Qwen3MergedAttention):
-    """Merged attention as an arm has it; put in place by `install`."""
+    """Merged attention as an arm has it; merges other than softmax take packed batches only."""
 
     arm: Arm
     key_scale: float
 
-    def source_key_value(
-        self, states: torch.Tensor, position_embeddings: Any = None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def source_key_value(self, states: torch.Tensor, position_embeddings: Any = None) -> Any:
         """[1, S, E] encoder states -> key and value [1, K, S, d]."""
         key, value = project_key_value(self, states)
         if position_embeddings is not None:
             key, _ = apply_rotary_pos_emb(key, key, *position_embeddings)
         key, value = key * self.key_scale, value * self.source_scale.to(value.dtype)
         gate = self.source_gate.to(value.dtype)[:, None, None]
-        if self.arm.merge == "softmax":
-            value = value * gate
         if self.arm.gate == "head, keys too":
             key = key * gate
-        return key, value
+        return key, value * gate if self.arm.merge == "softmax" else value
 
     def forward(self, hidden_states, position_embeddings, encoder_hidden_states, **kwargs) -> Any:  # type: ignore[override]
-        """As `Qwen3MergedAttention.forward`; other merges take packed batches only."""
+        """As `Qwen3MergedAttention.forward`."""
         if self.arm.merge == "softmax":
-            return super().forward(
-                hidden_states, position_embeddings, encoder_hidden_states, **kwargs
-            )
+            options = {"encoder_hidden_states": encoder_hidden_states, **kwargs}
+            return super().forward(hidden_states, position_embeddings, **options)
         query = project_query(self, hidden_states)  # (1, H, T, d)
         key, value = project_key_value(self, hidden_states)  # (1, K, T, d)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        source = self.source_key_value(
-            encoder_hidden_states, kwargs.get("encoder_position_embeddings")
-        )
-        packed: PackedKeys = kwargs["packed"]
-        output = getattr(self, f"_{self.arm.merge}")(query, key, value, *source, packed)
-        return self.o_proj(output.flatten(2)), None, None
-
-    def _bias(self, query, key, value, source_key, source_value, packed) -> torch.Tensor:
-        """Add b to the source's logits by one more dimension: b in its keys, 1 in the queries."""
-        one = torch.full_like(query[..., :1], 1 / self.scaling)
-        bias = self.source_gate[:, None, None].expand_as(source_key[..., :1]).to(source_key.dtype)
-        query, source_key = torch.cat([query, one], -1), torch.cat([source_key, bias], -1)
-        query, source_key = F.pad(query, (0, 7)), F.pad(source_key, (0, 7))
-        key, value, source_value = (F.pad(x, (0, 8)) for x in (key, value, source_value))
-        output = self._merged(query, key, value, source_key, source_value, packed)
-        return output[..., : self.head_dim]
-
-    def _blend(self, query, key, value, source_key, source_value, packed) -> torch.Tensor:
-        alone = self._alone(query, key, value, packed)
-        merged = self._merged(query, key, value, source_key, source_value, packed)
-        return alone + self._gate(alone) * (merged - alone)
-
-    def _add(self, query, key, value, source_key, source_value, packed) -> torch.Tensor:
-        alone = self._alone(query, key, value, packed)
-        layout = packed.layout
-        cross = Varlen(
-            queries=layout.queries,
-            keys=layout.keys - layout.queries,
-            longest_query=layout.longest_query,
-            longest_key=layout.longest_key - layout.longest_query,
-        )
-        seen, _ = attend(self, query, source_key, source_value, None, cross)
-        return alone + self._gate(alone) * seen
-
-    def _gate(self, like: torch.Tensor) -> torch.Tensor:
-        """Return g of each query head, [H, 1]."""
-        return self.source_gate.repeat_interleave(self.num_key_value_groups)[:, None].to(like.dtype)
-
-    def _alone(self, query, key, value, packed) -> torch.Tensor:
-        """[1, T, H, d] attention to the target alone: the language model's."""
-        bounds, longest = packed.layout.queries, packed.layout.longest_query
-        own = Varlen(bounds, bounds, longest, longest, causal=True)
-        return attend(self, query, key, value, None, own, causal=True)[0]
-
-    def _merged(self, query, key, value, source_key, source_value, packed) -> torch.Tensor:
-        pairs = (source_key, key.to(source_key.dtype)), (source_value, value)
-        key, value = (
-            reorder_keys(torch.cat(pair, 2), packed.order, packed.inverse) for pair in pairs
-        )
-        return attend(self, query, key, value, None, packed.layout, causal=True)[0]
+        source_key, source_value = self.source_key_value(encoder_hidden_states)
+        packed = kwargs["packed"]
+        targets, longest = packed.layout.queries, packed.layout.longest_query
+        if self.arm.merge == "bias":  # one more dimension: 1 in the queries, b in the source's keys
+            query = torch.cat([query, torch.full_like(query[..., :1], 1 / self.scaling)], -1)
+            bias = self.source_gate[:, None, None].expand_as(source_key[..., :1])
+            source_key, key = torch.cat([source_key, bias], -1), F.pad(key, (0, 1))
+        if self.arm.merge == "add":
+            sources = packed.layout.keys - targets
+            cross = Varlen(targets, sources, longest, packed.layout.longest_key - longest)
+            other, _ = attend(self, query, source_key, source_value, None, cross)
+        else:
+            both = torch.cat([source_key, key], 2), torch.cat([source_value, value], 2)
+            merged = (reorder_keys(x, packed.order, packed.inverse) for x in both)
+            other, _ = attend(self, query, *merged, None, packed.layout)  # (1, T, H, d)
+        if self.arm.merge == "bias":
+            return self.o_proj(other.flatten(2)), None, None
+        own = Varlen(targets, targets, longest, longest, causal=True)
+        alone, _ = attend(self, query, key, value, None, own)
+        gate = self.source_gate.repeat_interleave(self.num_key_value_groups)[:, None]
+        change = other if self.arm.merge == "add" else other - alone
+        return self.o_proj((alone + gate.to(alone.dtype) * change).flatten(2)), None, None
 
 
 def install(model: Any, tokenizer: Any, arm: Arm) -> None:
@@ -166,12 +131,9 @@ def measure_key_scales(model: Any, tokenizer: Any) -> list[float]:
         ids = tokenizer(text, split_special_tokens=True, return_tensors="pt")["input_ids"]
         source, target = ids.to(model.device).tensor_split(2, dim=1)
         encoded = model.model.encoder(source).last_hidden_state
+        hidden = {"encoder_attention_mask": torch.zeros_like(source), "use_cache": False}
         states = decoder(
-            target,
-            encoder_hidden_states=encoded,
-            encoder_attention_mask=torch.zeros_like(source),
-            output_hidden_states=True,
-            use_cache=False,
+            target, encoder_hidden_states=encoded, output_hidden_states=True, **hidden
         ).hidden_states
         for i, layer in enumerate(decoder.layers):
             for j, x in enumerate((layer.input_layernorm(states[i]), encoded)):

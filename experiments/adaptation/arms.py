@@ -34,12 +34,14 @@ class Arm:
     """Scaled to the RMS of the decoder's own, by layer or by one scale on the encoder's states."""
     gate: Literal["none", "head", "layer", "head, keys too"] = "none"
     """Learned factors on the source's values: per key head, or one per layer."""
-    merge: Literal["softmax", "bias", "blend", "add"] = "softmax"
+    merge: Literal["softmax", "bias", "closing", "blend", "add"] = "softmax"
     """Combination of both attentions, with a learned b or g per key head in place of the gate:
 
     - softmax: merged attention as it is;
     - bias: b is added to the source's logits, which is also what merging two attentions by their
       log-sum-exp, b added to the source's, computes;
+    - closing: g from 0 multiplies the source's keys and values, and (1 - g) start is added to its
+      logits;
     - blend: (1 - g) attention to the target alone + g merged attention;
     - add: attention to the target alone + g attention to the source alone.
     """
@@ -68,9 +70,9 @@ class ArmAttention(Qwen3MergedAttention):
             key, _ = apply_rotary_pos_emb(key, key, *position_embeddings)
         key, value = key * self.key_scale, value * self.source_scale.to(value.dtype)
         gate = self.source_gate.to(value.dtype)[:, None, None]
-        if self.arm.gate == "head, keys too":
+        if self.arm.gate == "head, keys too" or self.arm.merge == "closing":
             key = key * gate
-        return key, value * gate if self.arm.merge == "softmax" else value
+        return key, value * gate if self.arm.merge in ("softmax", "closing") else value
 
     def forward(self, hidden_states, position_embeddings, encoder_hidden_states, **kwargs) -> Any:  # type: ignore[override]
         """As `Qwen3MergedAttention.forward`."""
@@ -83,9 +85,13 @@ class ArmAttention(Qwen3MergedAttention):
         source_key, source_value = self.source_key_value(encoder_hidden_states)
         packed = kwargs["packed"]
         targets, longest = packed.layout.queries, packed.layout.longest_query
-        if self.arm.merge == "bias":  # one more dimension: 1 in the queries, b in the source's keys
+        biased = self.arm.merge in ("bias", "closing")
+        if biased:  # one more dimension: 1 in the queries, b in the source's keys
             query = torch.cat([query, torch.full_like(query[..., :1], 1 / self.scaling)], -1)
-            bias = self.source_gate[:, None, None].expand_as(source_key[..., :1])
+            bias = self.source_gate
+            if self.arm.merge == "closing":
+                bias = self.arm.start * (1 - bias)
+            bias = bias[:, None, None].expand_as(source_key[..., :1])
             source_key, key = torch.cat([source_key, bias], -1), F.pad(key, (0, 1))
         if self.arm.merge == "add":
             sources = packed.layout.keys - targets
@@ -95,7 +101,7 @@ class ArmAttention(Qwen3MergedAttention):
             both = torch.cat([source_key, key], 2), torch.cat([source_value, value], 2)
             merged = (reorder_keys(x, packed.order, packed.inverse) for x in both)
             other, _ = attend(self, query, *merged, None, packed.layout)  # (1, T, H, d)
-        if self.arm.merge == "bias":
+        if biased:
             return self.o_proj(other.flatten(2)), None, None
         own = Varlen(targets, targets, longest, longest, causal=True)
         alone, _ = attend(self, query, key, value, None, own)
@@ -118,7 +124,8 @@ def install(model: Any, tokenizer: Any, arm: Arm) -> None:
         if arm.values != "scaled":
             attention.source_scale.fill_(1.0 if arm.values == "raw" else mean)
         gates = attention.source_gate.data[: 1 if arm.gate == "layer" else None]
-        gates = torch.full_like(gates, arm.start if gated else 1.0)
+        first = 0.0 if arm.merge == "closing" else arm.start
+        gates = torch.full_like(gates, first if gated else 1.0)
         attention.source_gate = nn.Parameter(gates, requires_grad=gated)
 
 

@@ -209,7 +209,7 @@ def plot(records: Sequence[Record]) -> str:
                         points.setdefault(tokens or 1024, []).append(score(losses))
                 means = [statistics.fmean(values) for values in points.values()]
                 halves = [interval(values) or 0.0 for values in points.values()]
-                axes.errorbar(list(points), means, halves, None, ".-", color, label=arm)
+                axes.errorbar(list(points), means, halves, fmt=".-", color=color, label=arm)
             axes.set_title(title)
             axes.set_xscale("log", base=2)
             axes.set_xlabel("tokens")

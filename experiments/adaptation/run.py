@@ -35,19 +35,13 @@ import yaml  # noqa: E402
 from experiments.adaptation.arms import Arm, install  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
+from qwen3_encdec import folders  # noqa: E402
 from qwen3_encdec.conversion.initialize import initialize  # noqa: E402
 from qwen3_encdec.data.collate import collate_masked_rows, collate_rows, mask_token_id  # noqa: E402
 from qwen3_encdec.data.config import DataConfig  # noqa: E402
 from qwen3_encdec.data.stream import RowLoader, UL2Data  # noqa: E402
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples  # noqa: E402
 from qwen3_encdec.evaluation.suite import provenance  # noqa: E402
-from qwen3_encdec.folders import (  # noqa: E402
-    load_model,
-    load_tokenizer,
-    new_folder,
-    read_json,
-    write_json,
-)
 from qwen3_encdec.training import optimization  # noqa: E402
 from qwen3_encdec.training.config import TrainingConfig  # noqa: E402
 
@@ -74,8 +68,8 @@ class Training:
     def __init__(self, run: Run, settings: Settings, init: Path, state: Path | None = None) -> None:
         self.run, self.settings = run, settings
         self.arm = Arm(**settings["arms"][run.arm])
-        self.model = load_model(init).float().to(settings["device"])
-        self.tokenizer = load_tokenizer(init)
+        self.model = folders.load_model(init).float().to(settings["device"])
+        self.tokenizer = folders.load_tokenizer(init)
         install(self.model, self.tokenizer, self.arm)
         self.config = TrainingConfig(
             lr=run.lr,
@@ -130,34 +124,29 @@ class Training:
         names = [denoiser.name for denoiser in self.data.config.denoisers]
         with self._precision():
             losses = denoising_losses(self.model, self.heldout, denoiser_names=names)
+        losses = {name: round(loss, 4) for name, loss in losses.items()}
         gates = [layer.self_attn.source_gate.data for layer in self.model.model.decoder.layers]
-        point = {
-            "tokens": self.tokens,
-            "steps": self.step,
-            "processor seconds": round(self.seconds, 1),
-            "losses": {name: round(loss, 4) for name, loss in losses.items()},
-            "gate": [round(float(gate.mean()), 4) for gate in gates],
-        }
-        self.points.append(point)
-        print(f"{self.run.name} {self.tokens:,} {point['losses']}", flush=True)
+        gate = round(float(torch.cat(gates).abs().mean()), 4)
+        point = {"tokens": self.tokens, "steps": self.step, "losses": losses, "mean |gate|": gate}
+        self.points.append(point | {"processor seconds": round(self.seconds, 1)})
+        print(f"{self.run.name} {self.tokens:,} {losses}", flush=True)
 
     def record(self, infill: bool = False) -> dict[str, Any]:
         """Return everything that the report reads; filled gaps too where the arm has a cache."""
-        names = ("device", "precision", "batch_size", "warmup_steps", "data", "heldout")
+        others = ("arms", "queue", "check")
         record = {
             "run": asdict(self.run),
             "arm": asdict(self.arm),
-            "settings": {name: self.settings[name] for name in names},
+            "settings": {k: value for k, value in self.settings.items() if k not in others},
             "data": self.data.fingerprint,
             "tokens": self.tokens,
             "points": self.points,
             "provenance": provenance(threads=torch.get_num_threads()),
         }
         if infill and self.arm.merge == "softmax":
-            number = self.settings["infilled"]
+            gaps = self.heldout, self.settings["infilled"]
             with self._precision():
-                filled = infill_examples(self.model, self.tokenizer, self.heldout, number)
-            record["infilled"] = filled["examples"]
+                record["infilled"] = infill_examples(self.model, self.tokenizer, *gaps)["examples"]
         return record
 
     def save(self, folder: Path) -> None:
@@ -168,13 +157,13 @@ class Training:
             moments = self.optimizer.state.get(parameter, {})
             tensors |= {f"{part} {name}": tensor for part, tensor in moments.items()}
         kept = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "points")}
-        with new_folder(folder, "state") as building:
+        with folders.new_folder(folder, "state") as building:
             save_file(tensors, building / "state.safetensors")
-            write_json(building / "state.json", [kept, self.loader.state_dict()])
+            folders.write_json(building / "state.json", [kept, self.loader.state_dict()])
 
     def _load(self, folder: Path) -> Any:
         """Take over a saved state. Returns the position in the data."""
-        kept, position = read_json(folder / "state.json")
+        kept, position = folders.read_json(folder / "state.json")
         vars(self).update(kept)
         parameters = dict(self.model.named_parameters())
         for key, tensor in load_file(folder / "state.safetensors").items():
@@ -202,13 +191,13 @@ def train(run: Run, tokens: int, last: bool, settings: Settings, arguments: Any)
         following = 2 * power(training.points[-1]["tokens"])
         if training.tokens >= max(following, settings["first_point"]):
             training.measure()
-            write_json(results, training.record())
+            folders.write_json(results, training.record())
         if time.monotonic() - saved > 60 * settings["save_minutes"]:
             training.save(state)
             saved = time.monotonic()
     done = training.tokens >= tokens
     if done:
-        write_json(results, training.record(infill=True))
+        folders.write_json(results, training.record(infill=True))
     if done and last:
         shutil.rmtree(state, ignore_errors=True)
     else:
@@ -245,7 +234,7 @@ def walk(settings: Settings, arguments: Any) -> None:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 continue
-            if not results.exists() or read_json(results)["tokens"] < tokens:
+            if not results.exists() or folders.read_json(results)["tokens"] < tokens:
                 train(run, tokens, last, settings, arguments)
         if time.monotonic() >= arguments.deadline:
             return
@@ -255,7 +244,7 @@ def check(settings: Settings, init: Path, results: Path) -> None:
     """Repeat the beginning of a committed run; exit with 1 if a loss differs by too much."""
     wanted = settings["check"]
     run = Run(wanted["arm"], wanted["lr"], wanted["seed"])
-    committed = read_json(results / f"{run.name}.json")
+    committed = folders.read_json(results / f"{run.name}.json")
     training = Training(run, settings, init)
     if training.data.fingerprint != committed["data"]:
         raise SystemExit("another corpus: other packages are installed, or other versions of them")

@@ -133,6 +133,8 @@ def test_the_tokens_ratio_is_read_off_the_curve():
     assert report.crossing(curve, 7.0) == pytest.approx(2048 * 2**0.5)
     assert report.crossing(curve, 8.5) == 2048
     assert report.crossing(curve, 4.0) is None
+    assert report.crossing(curve, 9.5) == 0
+    assert report.ratio([8192, 8192], [0, 4096]).startswith("there before its first step")
     assert report.ratio([8192, 8192], [2048, 4096]).startswith("2.8 (")
     assert report.ratio([8192], [None]) == "not reached by every seed"
 

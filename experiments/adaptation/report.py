@@ -125,14 +125,14 @@ def ratios(runs: dict[str, dict[int, Record]]) -> list[list[str]]:
 def crossing(curve: dict[int, dict[str, float]], loss: float) -> float | None:
     """Return the tokens at which a curve falls to a loss, interpolated in their logarithm.
 
-    None if it does not; the tokens of the first point, a bound, if it does so before.
+    None if it does not, 0 if it begins there; between the start and the first point, the latter.
     """
-    above: tuple[int, float] | None = None
-    for tokens, losses in sorted(curve.items())[1:]:
+    above = 0, math.inf
+    for tokens, losses in sorted(curve.items()):
         value = mean(losses)
         if value > loss:
             above = tokens, value
-        elif above is None:
+        elif not above[0]:
             return tokens
         else:
             share = (above[1] - loss) / (above[1] - value)
@@ -142,6 +142,8 @@ def crossing(curve: dict[int, dict[str, float]], loss: float) -> float | None:
 
 def ratio(ends: Sequence[int], found: Sequence[float | None]) -> str:
     """Geometric mean over seeds with its interval."""
+    if 0 in found:
+        return f"there before its first step, ends at {min(ends):,} tokens"
     known = [math.log(end / tokens) for end, tokens in zip(ends, found, strict=True) if tokens]
     if not known or len(known) < len(found):
         return "not reached by every seed" if found else "not run"

@@ -65,7 +65,8 @@ def test_arms_agree_where_their_definitions_do(settings, init_folder):
     scaled = start(settings, init_folder, "scaled values")
     for same in ({"merge": "bias"}, {"merge": "blend", "start": 1.0}, {"gate": "head", "start": 1}):
         assert close(scaled, start(settings, init_folder, **same)), same
-    for other in ({"merge": "add", "start": 1.0}, {"values": "raw"}, {"merge": "bias", "start": 1}):
+    others: list[dict] = [{"merge": "add", "start": 1.0}, {"merge": "bias", "start": 1}]
+    for other in (*others, {"values": "raw"}, {"rotated": True}):
         assert not close(scaled, start(settings, init_folder, **other)), other
     own = start(settings, init_folder, keys="raw", gate="head")
     reference = start(settings, init_folder, keys="raw", gate="head")

@@ -13,13 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.models.qwen3.modeling_qwen3 import apply_rotary_pos_emb
 
-from qwen3_encdec.attention_qwen3_encdec import (
-    Varlen,
-    attend,
-    project_key_value,
-    project_query,
-    reorder_keys,
-)
+from qwen3_encdec.attention_qwen3_encdec import Varlen, attend, project_key_value, project_query
 from qwen3_encdec.conversion.initialize import TEXTS
 from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention
 
@@ -62,12 +56,20 @@ class ArmAttention(Qwen3MergedAttention):
 
     arm: Arm
     key_scale: float
+    rotary: tuple[nn.Module]
+    """The decoder's rotary embedding, in a tuple: not a submodule of every layer."""
+    packed: Varlen | None = None
 
-    def source_key_value(self, states: torch.Tensor, position_embeddings: Any = None) -> Any:
+    def source_key_value(self, states: torch.Tensor) -> Any:
         """[1, S, E] encoder states -> key and value [1, K, S, d]."""
         key, value = project_key_value(self, states)
-        if position_embeddings is not None:
-            key, _ = apply_rotary_pos_emb(key, key, *position_embeddings)
+        if self.arm.rotated:
+            positions = torch.arange(states.shape[1], device=states.device)
+            if self.packed is not None:
+                bounds = self.packed.keys - self.packed.queries
+                document = torch.searchsorted(bounds, positions, right=True) - 1
+                positions = positions - bounds[document]
+            key, _ = apply_rotary_pos_emb(key, key, *self.rotary[0](states, positions[None]))
         key, value = key * self.key_scale, value * self.source_scale.to(value.dtype)
         gate = self.source_gate.to(value.dtype)[:, None, None]
         if self.arm.gate == "head, keys too" or self.arm.merge == "closing":
@@ -76,6 +78,7 @@ class ArmAttention(Qwen3MergedAttention):
 
     def forward(self, hidden_states, position_embeddings, encoder_hidden_states, **kwargs) -> Any:  # type: ignore[override]
         """As `Qwen3MergedAttention.forward`."""
+        packed = self.packed = kwargs["packed"]
         if self.arm.merge == "softmax":
             options = {"encoder_hidden_states": encoder_hidden_states, **kwargs}
             return super().forward(hidden_states, position_embeddings, **options)
@@ -83,8 +86,7 @@ class ArmAttention(Qwen3MergedAttention):
         key, value = project_key_value(self, hidden_states)  # (1, K, T, d)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         source_key, source_value = self.source_key_value(encoder_hidden_states)
-        packed = kwargs["packed"]
-        targets, longest = packed.layout.queries, packed.layout.longest_query
+        targets, longest = packed.queries, packed.longest_query
         biased = self.arm.merge in ("bias", "closing")
         if biased:  # one more dimension: 1 in the queries, b in the source's keys
             query = torch.cat([query, torch.full_like(query[..., :1], 1 / self.scaling)], -1)
@@ -94,13 +96,13 @@ class ArmAttention(Qwen3MergedAttention):
             bias = bias[:, None, None].expand_as(source_key[..., :1])
             source_key, key = torch.cat([source_key, bias], -1), F.pad(key, (0, 1))
         if self.arm.merge == "add":
-            sources = packed.layout.keys - targets
-            cross = Varlen(targets, sources, longest, packed.layout.longest_key - longest)
+            sources = packed.keys - targets
+            cross = Varlen(targets, sources, longest, packed.longest_key - longest)
             other, _ = attend(self, query, source_key, source_value, None, cross)
         else:
             both = torch.cat([source_key, key], 2), torch.cat([source_value, value], 2)
-            merged = (reorder_keys(x, packed.order, packed.inverse) for x in both)
-            other, _ = attend(self, query, *merged, None, packed.layout)  # (1, T, H, d)
+            merged = (packed.reorder(x) for x in both)
+            other, _ = attend(self, query, *merged, None, packed)  # (1, T, H, d)
         if biased:
             return self.o_proj(other.flatten(2)), None, None
         own = Varlen(targets, targets, longest, longest, causal=True)
@@ -112,7 +114,6 @@ class ArmAttention(Qwen3MergedAttention):
 
 def install(model: Any, tokenizer: Any, arm: Arm) -> None:
     """Change the decoder of an initialized model (closed gates, measured scales) to the arm's."""
-    model.config.rope_on_encoder_keys = arm.rotated
     attentions = [layer.self_attn for layer in model.model.decoder.layers]
     key_scales = measure_key_scales(model, tokenizer)
     mean = torch.stack([attention.source_scale for attention in attentions]).log().mean().exp()
@@ -120,6 +121,7 @@ def install(model: Any, tokenizer: Any, arm: Arm) -> None:
     for attention, key_scale in zip(attentions, key_scales, strict=True):
         attention.__class__ = ArmAttention
         attention.arm = arm
+        attention.rotary = (model.model.decoder.rotary_emb,)
         attention.key_scale = key_scale if arm.keys == "normalized" else 1.0
         if arm.values != "scaled":
             attention.source_scale.fill_(1.0 if arm.values == "raw" else mean)

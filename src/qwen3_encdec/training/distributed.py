@@ -5,7 +5,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +198,8 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
             )
         yield accelerator
     finally:
-        accelerator.end_training()
+        with suppress(Exception):  # of a tracker
+            accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
         # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process

@@ -36,9 +36,9 @@ def run_training(config: TrainingConfig) -> Path:
         try:
             return _train(run)
         finally:
-            gc.unfreeze()
-            faulthandler.cancel_dump_traceback_later()
             run.saver.close()
+            faulthandler.cancel_dump_traceback_later()
+            gc.unfreeze()
 
 
 def train_to_the_end(config: TrainingConfig) -> Path:

@@ -118,7 +118,10 @@ class Run:
         if self.config.trackers:
             # Steps that a crash has made a run repeat are shown once.
             options = {"tensorboard": {"purge_step": self.start + 1}}
-            self.accelerator.init_trackers("qwen3-encdec", {"config": settings}, options)
+            try:
+                self.accelerator.init_trackers("qwen3-encdec", {"config": settings}, options)
+            except Exception as error:  # trackers raise whatever they like, and stop nothing
+                self.accelerator.print(f"warning: trackers do not work: {error}")
 
     def asked_to_stop(self) -> bool:
         """Tell whether to save and end: at SIGTERM, or a file STOP."""
@@ -217,7 +220,7 @@ class Run:
             with (self.run_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **metrics}) + "\n")
             self.accelerator.log(metrics, step=step)
-        except Exception as error:  # trackers raise whatever they like
+        except Exception as error:
             print(f"warning: step {step} could not be logged: {error}", file=sys.stderr)
         elapsed, done = time.monotonic() - self.began, step - self.start
         line = monitor.progress_line(step, self.config.max_steps, metrics, done, elapsed)

@@ -189,7 +189,8 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(init_folder, corpu
 @pytest.mark.parametrize("launch", [FSDP2, DDP], ids=["FSDP2", "DDP"])
 def test_a_checkpoint_is_read_once_by_all_ranks_together(init_folder, corpus, tmp_path, launch):
     run = tmp_path / "run"
-    written = Life(settings(init_folder, corpus, run, max_steps=2), 2)
+    evaluated = {"eval_every": 2, "eval_examples_per_denoiser": 2}  # just before it is saved
+    written = Life(settings(init_folder, corpus, run, max_steps=2, **evaluated), 2)
     assert written.end() == [0, 0], log(run)
     resumed = Life(settings(init_folder, corpus, run, max_steps=3), 4, launch=launch)
     assert resumed.end() == [0] * 4, log(run)

@@ -78,6 +78,7 @@ class TrainingState:
 
     def weights(self) -> Tensors:
         """Return parameters and persistent buffers by name, the tied matrix once."""
+        self.module.state_dict()  # shards again what an evaluation has left gathered
         return {name: tensor.detach() for name, tensor in self.saved.items()}
 
     def optimizer_state(self) -> Tensors:

@@ -91,7 +91,7 @@ def test_two_processes_train_one_model(init_folder, corpus, tmp_path, config):
     script.write_text(TRAIN)
     settings = overrides(init_folder, corpus, output_dir=run_dir)
     printed = launch(script, *settings, config=config)
-    assert f"2 x cpu, {'FSDP' if sharded else 'MULTI_CPU'}, compute no, " in printed
+    assert f"2 x cpu, {'FSDP2' if sharded else 'DDP'}, compute fp32\n" in printed
     look = json.loads(printed.split("LOOK ")[1].splitlines()[0])
     rows = json.loads((init_folder / "config.json").read_text())["vocab_size"]
     assert look.pop("local rows") == (-(-rows // 2) if sharded else rows)
@@ -112,7 +112,7 @@ def test_two_processes_train_one_model(init_folder, corpus, tmp_path, config):
 def test_the_given_command_without_a_launcher_s_file_for_one_process(init_folder, corpus, tmp_path):
     settings = overrides(init_folder, corpus, output_dir=tmp_path / "run", max_steps=1)
     printed = launch(ROOT / "scripts/train.py", *settings, config="ddp", processes=1)
-    assert "1 x cpu, NO, compute no, " in printed
+    assert "1 x cpu, one process, compute fp32\n" in printed
 
 
 def test_unpatched_accelerate_starts_two_runs(tmp_path):
@@ -177,9 +177,9 @@ def test_what_deepspeed_cannot_do_is_refused(monkeypatch, stage, changes):
 @pytest.mark.parametrize(
     ("config", "processes", "kind"),
     [
-        ("hsdp", 4, "FSDP"),  # two replicas of two shards each
-        pytest.param("deepspeed_zero2", 2, "DEEPSPEED", marks=needs_deepspeed),
-        pytest.param("deepspeed_zero3", 2, "DEEPSPEED", marks=needs_deepspeed),
+        ("hsdp", 4, "FSDP2"),  # two replicas of two shards each
+        pytest.param("deepspeed_zero2", 2, "DeepSpeed", marks=needs_deepspeed),
+        pytest.param("deepspeed_zero3", 2, "DeepSpeed", marks=needs_deepspeed),
     ],
 )
 def test_the_other_files_launch_one_model(init_folder, corpus, tmp_path, config, processes, kind):
@@ -187,7 +187,7 @@ def test_the_other_files_launch_one_model(init_folder, corpus, tmp_path, config,
     settings = overrides(init_folder, corpus, **more)
     script = ROOT / "scripts/train.py"
     printed = launch(script, *settings, config=config, processes=processes)
-    assert f"{processes} x cpu, {kind}, compute no, " in printed
+    assert f"{processes} x cpu, {kind}, compute fp32\n" in printed
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
     alone = small_run(init_folder, corpus, **more)
     torch.testing.assert_close(trace, list(plain_trace(alone, processes)), rtol=1e-5, atol=1e-5)

@@ -63,9 +63,12 @@ class Run:
         self.heldout_losses: dict[int, float] = {}
         self.began = time.monotonic()
         self._open_folder()
-        kind = f"{accelerator.distributed_type.value}, compute {config.mixed_precision}"
+        kinds = {"NO": "one process", "FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}
+        kind = kinds.get(accelerator.distributed_type.value, "DDP")
+        compute = config.mixed_precision.replace("no", "fp32")
         accelerator.print(*data.report(), sep="\n")
-        accelerator.print(f"{processes} x {self.device.type}, {kind}, {sum(sizes):,} parameters")
+        accelerator.print(f"{processes} x {self.device.type}, {kind}, compute {compute}")
+        accelerator.print(f"{sum(sizes):,} parameters, output {self.run_dir}")
         accelerator.print(f"step {self.start:,} of {config.max_steps:,} done")
 
     def _heldout(self, data: stream.UL2Data) -> list[Any]:

@@ -24,8 +24,6 @@ from qwen3_encdec.embedding.encoder import (
     TextEncoder,
     embed_file,
     encoder_folder,
-    quantize,
-    read_texts,
     token_batches,
     write_embeddings,
 )
@@ -89,18 +87,11 @@ def test_no_text_depends_on_its_batch(fp32, budget):
     assert not np.allclose(fp32.encode(TEXTS[::-1], batch_tokens=budget), alone, atol=1e-2)
 
 
-def test_batches_hold_every_text_once_within_the_budget():
+def test_batches_hold_every_text_once_and_about_the_budget():
     lengths = np.array([3, 900, 3, 3, 50, 1, 50, 3])
-    batches = list(token_batches(lengths, 100))
+    batches = token_batches(lengths, 100)
     assert sorted(np.concatenate(batches).tolist()) == list(range(8))
     assert [int(lengths[batch].sum()) for batch in batches] == [900, 100, 13]
-    assert not list(token_batches(np.array([], dtype=np.int64), 5))
-
-
-def test_processes_compute_the_same(fp32):
-    assert np.allclose(
-        fp32.encode(TEXTS, processes=2, batch_tokens=50), fp32.encode(TEXTS), atol=2e-6
-    )
 
 
 def test_dimensions_are_cut_and_normalized_again(fp32, mean_encoder):
@@ -183,7 +174,7 @@ def test_one_text_and_no_texts(fp32):
         (7, "texts must be a str or a list of them, got int"),
         (["a", None], "text 2 is NoneType, not str"),
         (["a", b"b"], "text 2 is bytes, not str"),
-        (["a", "b", "c\ud800"], "text 3 holds the lone surrogate"),
+        (["a"] * 5000 + ["c\ud800"], "text 5001 holds the lone surrogate"),
     ],
 )
 def test_what_is_no_text_is_named(fp32, texts, sentence):
@@ -213,7 +204,7 @@ def test_very_long_text_and_max_tokens(mean_encoder):
     assert len(tokens.ids[0]) == 300
     assert tokens.ids[0][-1] == read_json(mean_encoder / "config.json")["eos_token_id"]
     assert tokens.cut == [True, False]
-    with pytest.raises(InputError, match="max tokens 90000 must lie in 2 ... 32768"):
+    with pytest.raises(InputError, match=r"max tokens 90000 must lie in 2 \.\.\. 32768"):
         TextEncoder(mean_encoder, max_tokens=90_000)
 
 
@@ -265,11 +256,11 @@ def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
     with pytest.raises(
         InputError, match=r"tensor layers.0.mlp.down_proj.weight is \(40, 56\), expected \(40, 64\)"
     ):
-        TextEncoder(folder).encode(TEXTS)
+        TextEncoder(folder)
     weights = shutil.copytree(mean_encoder, tmp_path / "cut") / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="model.safetensors is truncated"):
-        TextEncoder(tmp_path / "cut").encode(TEXTS)
+        TextEncoder(tmp_path / "cut")
 
 
 @pytest.fixture
@@ -353,10 +344,15 @@ def test_int8_ranges_of_no_width_are_refused(mean_encoder, tmp_path, fp32):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["flat.npy", "one.txt"]
 
 
-def test_int8_values_outside_their_ranges_do_not_wrap():
-    ranges = np.array([[-0.1], [0.1]], dtype=np.float32)
-    found = quantize(np.array([[-0.5], [0.0], [0.5]], dtype=np.float32), "int8", ranges)
-    assert found[0] < -120 < found[1] < 120 < found[2]
+def test_int8_values_outside_their_ranges_do_not_wrap(mean_encoder, tmp_path, fp32):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[1:4]))
+    narrow = np.full((2, 40), 0.01, dtype=np.float32) * np.array([[-1], [1]], dtype=np.float32)
+    np.save(tmp_path / "narrow.npy", narrow)
+    options = {"precision": "int8", "ranges": tmp_path / "narrow.npy", "dtype": torch.float32}
+    embed_file(mean_encoder, str(tmp_path / "texts.txt"), tmp_path / "x.npy", **options)
+    found, embeddings = np.load(tmp_path / "x.npy"), fp32.encode(TEXTS[1:4])
+    assert (found[embeddings > 0.01] > 120).all()
+    assert (found[embeddings < -0.01] < -120).all()
 
 
 @pytest.mark.parametrize(
@@ -368,6 +364,8 @@ def test_int8_values_outside_their_ranges_do_not_wrap():
             "precision 'int4' is not one of float32, int8, binary",
         ),
         (("--output", "x.npy", "--input", "nowhere.txt"), "no such file"),
+        (("--output", "x.npy", "--input", "empty.txt"), "empty"),
+        (("--output", "x.npy", "--ranges", "texts.txt"), "only int8 has ranges"),
         (
             ("--output", "x.npy", "--ranges", "texts.txt", "--precision", "int8"),
             "texts.txt cannot be read",
@@ -388,12 +386,6 @@ def test_embed_refuses_and_writes_nothing(
     assert sorted(file.name for file in tmp_path.iterdir()) == ["empty.txt", "texts.txt"]
 
 
-def test_inputs_without_texts(tmp_path):
-    (tmp_path / "empty.txt").write_text("")
-    with pytest.raises(InputError, match="holds no documents|holds no texts|corpus is empty"):
-        read_texts(str(tmp_path / "empty.txt"))
-
-
 def test_a_failed_write_leaves_nothing(tmp_path):
     with pytest.raises(Exception, match="expected"):
         write_embeddings(tmp_path / "x.parquet", np.zeros((3, 2), dtype=np.float32), ["one"])
@@ -401,16 +393,12 @@ def test_a_failed_write_leaves_nothing(tmp_path):
 
 
 def test_similarity_prints_the_matrix(command, mean_encoder):
-    code, out, _ = command(
-        "similarity", "--model", mean_encoder, "One.", "One.", "Another thing\naltogether"
-    )
+    code, out, _ = command("similarity", "--model", mean_encoder, "One.", "One.", "Another thing")
     assert code == 0
-    rows = [line.split() for line in out.splitlines()]
-    assert rows[0] == ["1", "2", "3"]
-    assert rows[1][1:3] == ["1.000", "1.000"]
-    assert rows[2][1:4] == rows[1][1:4]
-    assert float(rows[3][1]) < 0.99
-    assert out.rstrip().endswith("Another thing altogether")
+    rows = np.array([float(cell) for cell in out.replace("[", " ").replace("]", " ").split()])
+    rows = rows.reshape(3, 3)
+    assert np.allclose(rows[:2, :2], 1)
+    assert (rows[2, :2] < 0.99).all()
 
 
 def test_bench_runs_whole_at_toy_size(tmp_path):

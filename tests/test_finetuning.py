@@ -77,7 +77,7 @@ def told(monkeypatch):
             found.update(arguments)
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(finetuning, "_Trainer", Trainer)
+    monkeypatch.setattr(finetuning, "SentenceTransformerTrainer", Trainer)
 
     def call(encoder, output, examples=PAIRS, **changes):
         with pytest.raises(KeyboardInterrupt):
@@ -93,9 +93,6 @@ def test_shipped_configs_have_every_field_and_no_other(name):
     text = (ROOT / f"configs/{name}.yaml").read_text()
     for key in config_to_dict(config):
         assert f"\n{key}: " in text, key
-    changes = ["lr=1e-5", "mine_negatives=3"]
-    changed = load_dataclass(FinetuneConfig, ROOT / f"configs/{name}.yaml", changes)
-    assert changed == replace(config, lr=1e-5, mine_negatives=3)
     with pytest.raises(InputError, match=r"unknown key batchsize; did you mean batch_size\?"):
         load_dataclass(FinetuneConfig, None, ["batchsize=3"])
 
@@ -109,12 +106,6 @@ def test_the_shipped_config_fits_any_width(encoder, tmp_path, told):
     assert finetuning._fitted(config, 1024).lr == 2e-5
     assert finetuning._fitted(config, 1024).matryoshka_dims == [512, 256, 128]
     assert 1e-4 < finetuning._fitted(config, 192).lr < 1e-3
-
-
-def test_a_rest_of_one_pair_is_no_batch(encoder, tmp_path, told):
-    """65 pairs in batches of 64: the loss of the 65th alone would be 0."""
-    arguments = told(encoder, tmp_path / "x", PAIRS[:65], batch_size=64, heldout_pairs=0)["args"]
-    assert arguments.dataloader_drop_last
 
 
 def test_batches_are_full_of_distinct_texts_or_refused(encoder, tmp_path, capsys):
@@ -139,13 +130,13 @@ def test_what_is_not_finite_is_no_finished_encoder(encoder, tmp_path, lr):
 
 
 def test_a_nan_weight_is_caught_where_the_loss_is_not_asked(encoder, tmp_path, monkeypatch):
-    train = finetuning._Trainer.train
+    train = finetuning.SentenceTransformerTrainer.train
 
     def train_and_poison(self, **options):
         train(self, **options)
         next(iter(self.model.parameters())).data[0] = float("nan")
 
-    monkeypatch.setattr(finetuning._Trainer, "train", train_and_poison)
+    monkeypatch.setattr(finetuning.SentenceTransformerTrainer, "train", train_and_poison)
     with pytest.raises(InputError, match=r"weight .*embed_tokens.weight is not finite"):
         finetune(encoder, tmp_path / "out", PAIRS, **QUICK, heldout_pairs=0)
     assert not list(tmp_path.iterdir())
@@ -167,13 +158,14 @@ def test_scores_before_during_and_after_and_the_best_weights_stay(encoder, tmp_p
     assert len([line for line in lines if "loss" in line]) == 10
     assert "step 20 of 20: eval_ndcg@10" in capsys.readouterr().err
     # No held-out text is trained on.
-    full = finetuning._dataset(list(zip(*PAIRS, strict=True)))
+    full = finetuning._dataset(PAIRS)
     train, heldout = finetuning._split(FinetuneConfig(**QUICK), full)
     assert len(heldout) == len(PAIRS) // 10
     assert not {*train["anchor"], *train["positive"]} & {*heldout["anchor"], *heldout["positive"]}
     # A learning rate that ruins the encoder: the weights before the first step are the best ones.
-    worse = finetune(encoder, tmp_path / "worse", PAIRS, **options | {"lr": 0.05})
-    assert worse["heldout"]["best"] >= worse["heldout"]["after"]
+    worse = finetune(encoder, tmp_path / "worse", PAIRS, **QUICK | {"lr": 0.1})["heldout"]
+    assert worse["best"] == worse["before"] > worse["after"]
+    assert not differ(encoder, tmp_path / "worse")
 
 
 def test_the_card_tells_the_scores_and_no_local_path(encoder, tmp_path):
@@ -187,7 +179,7 @@ def test_the_card_tells_the_scores_and_no_local_path(encoder, tmp_path):
 
 
 def test_an_interrupted_finetuning_resumes_to_the_same_weights(encoder, tmp_path, monkeypatch):
-    options = QUICK | {"steps": 8, "save_every": 2, "eval_every": 2, "lr": 1e-3}
+    options = QUICK | {"steps": 8, "eval_every": 2, "lr": 1e-3}
     straight = finetune(encoder, tmp_path / "straight", PAIRS, **options)
     log = finetuning._Watch.on_log
 
@@ -201,9 +193,7 @@ def test_an_interrupted_finetuning_resumes_to_the_same_weights(encoder, tmp_path
         finetune(encoder, tmp_path / "out", PAIRS, **options)
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
-    with pytest.raises(
-        InputError, match="holds an interrupted finetuning: continue it with resume"
-    ):
+    with pytest.raises(InputError, match="holds an interrupted finetuning: resume or delete it"):
         finetune(encoder, tmp_path / "out", PAIRS, **options)
     with pytest.raises(InputError, match="was made with other settings"):
         finetune(encoder, tmp_path / "out", PAIRS, resume=True, **options | {"lr": 1e-4})
@@ -293,13 +283,13 @@ def test_distillation_approaches_its_teacher(encoder, tmp_path):
         first, second = (model.encode(texts) for model in models)
         return float(np.square(first - second).mean())
 
-    teaching = {"teacher": str(tmp_path / "teacher"), "objective": "embed_distill"}
+    teaching = {"teacher": str(tmp_path / "teacher")}
     finetune(encoder, tmp_path / "student", PAIRS, steps=20, lr=1e-3, **options, **teaching)
     assert distance(tmp_path / "student") < 0.7 * distance(encoder)
 
 
 def test_a_wider_teacher_is_met_through_a_projection(encoder):
-    config = FinetuneConfig(objective="embed_distill", teacher="x")
+    config = FinetuneConfig(teacher="x")
     model = SentenceTransformer(str(encoder), device="cpu")
     pair = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
     labels = finetuning._add_labels(pair, model)[0]["label"]
@@ -307,15 +297,6 @@ def test_a_wider_teacher_is_met_through_a_projection(encoder):
     assert finetuning._loss(config, model, pair.add_column("label", [labels])).projection is None
     wider = pair.add_column("label", [np.ones((2, 56)).tolist()])
     assert finetuning._loss(config, model, wider).projection.weight.shape == (56, 40)
-
-
-def test_mined_negatives_are_near_and_never_the_positive(encoder, tmp_path, told):
-    mining = {"mine_negatives": 2, "mining_margin": 0.0, "steps": 25}
-    dataset = told(encoder, tmp_path / "x", **mining)["train_dataset"]
-    assert dataset.column_names == ["anchor", "positive", "negative_1", "negative_2"]
-    assert all(row["positive"] not in (row["negative_1"], row["negative_2"]) for row in dataset)
-    own = dict(PAIRS)
-    assert all(own[row["anchor"]] == row["positive"] for row in dataset)
 
 
 def test_prompts_reach_training_and_the_folder(encoder, tmp_path, told):
@@ -348,18 +329,6 @@ def test_contrastive_options_reach_the_loss(encoder, tmp_path, told):
     assert told(encoder, tmp_path / "x", symmetric=False)["loss"].directions == ("query_to_doc",)
     loss = told(encoder, tmp_path / "x", matryoshka_dims=[10, 20])["loss"]
     assert loss.matryoshka_dims == (40, 20, 10)
-
-
-def test_lora_trains_adapters_and_leaves_an_ordinary_folder(encoder, tmp_path):
-    pytest.importorskip("peft")
-    finetune(encoder, tmp_path / "tuned", PAIRS, **QUICK, lora_rank=3)
-    before, after = weights(encoder), weights(tmp_path / "tuned")
-    assert before.keys() == after.keys()
-    assert torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
-    assert not torch.equal(
-        before["layers.0.self_attn.q_proj.weight"], after["layers.0.self_attn.q_proj.weight"]
-    )
-    assert np.isfinite(TextEncoder(tmp_path / "tuned").encode(["a"])).all()
 
 
 def test_provenance_holds_the_config(encoder, tmp_path):
@@ -396,16 +365,9 @@ def test_examples_of_package_docs():
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"lr": math.inf}, "lr must be above 0 and finite"),
         ({"columns": ["text"]}, "columns must name a query and its document"),
-        ({"objective": "embed_distill"}, "objective embed_distill needs a teacher"),
-        ({"teacher": "x"}, "objective contrastive has no teacher"),
-        (
-            {"objective": "embed_distill", "teacher": "x", "spread_weight": 1.0},
-            "with objective contrastive only",
-        ),
+        ({"teacher": "x", "spread_weight": 1.0}, "do not go with a teacher"),
         ({"matryoshka_dims": [64]}, "must lie in 1 ... 40"),
-        ({"inputs": ["nowhere.jsonl"]}, "input nowhere.jsonl does not exist"),
-        ({"inputs": ["package-docs"], "columns": ["a", "b", "c"]}, "package-docs has pairs"),
-        ({"miner": "nowhere"}, "nowhere is not a sentence-transformers folder"),
+        ({"teacher": "nowhere"}, "nowhere is not a sentence-transformers folder"),
     ],
 )
 def test_bad_settings(encoder, tmp_path, changes, sentence):
@@ -417,16 +379,17 @@ def test_bad_settings(encoder, tmp_path, changes, sentence):
 def test_bad_inputs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"q": "a", "n": 3}) + "\n")
-    with pytest.raises(InputError, match="no column 'd'; there is q, n"):
-        read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", "d"]))
-    with pytest.raises(InputError, match="column 'n' is .*, not a text"):
-        read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", "n"]))
+    for column in ("d", "n"):
+        with pytest.raises(InputError, match=f"no text column '{column}'; there is q, n"):
+            read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", column]))
     path.write_text("{broken\n")
-    with pytest.raises(InputError, match="pairs.jsonl cannot be read"):
-        read_examples(FinetuneConfig(inputs=[str(path)]))
-    (tmp_path / "pairs.csv").write_text("a,b")
-    with pytest.raises(InputError, match="pairs.csv is none of .jsonl"):
-        read_examples(FinetuneConfig(inputs=[str(tmp_path / "pairs.csv")]))
+    for name in (str(path), "nowhere.jsonl", str(tmp_path / "pairs.csv")):
+        with pytest.raises(InputError, match=f"input {name} cannot be read"):
+            read_examples(FinetuneConfig(inputs=[name]))
+    path.write_text(json.dumps({"q": "a", "d": "b", "n": "c"}) + "\n")
+    both = FinetuneConfig(inputs=["package-docs", str(path)], columns=["q", "d", "n"])
+    with pytest.raises(InputError, match="package-docs has pairs"):
+        read_examples(both)
 
 
 @pytest.mark.slow

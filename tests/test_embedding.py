@@ -305,18 +305,12 @@ def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
     assert np.allclose(found, fp32.encode(TEXTS, prompt_name="query", dimensions=8), atol=1e-6)
 
 
-def test_precisions(mean_encoder, tmp_path, fp32):
+def test_precisions(tmp_path, fp32):
     (tmp_path / "texts.txt").write_text("\n".join(text or " " for text in TEXTS))
     embeddings = fp32.encode([text or " " for text in TEXTS])
 
     def embedded(name, **options):
-        embed_file(
-            mean_encoder,
-            str(tmp_path / "texts.txt"),
-            tmp_path / name,
-            dtype=torch.float32,
-            **options,
-        )
+        embed_file(fp32, str(tmp_path / "texts.txt"), tmp_path / name, **options)
         return np.load(tmp_path / name)
 
     assert np.array_equal(
@@ -333,23 +327,23 @@ def test_precisions(mean_encoder, tmp_path, fp32):
     assert np.abs(restored - embeddings).max() <= ((ranges[1] - ranges[0]) / 255).max() + 1e-6
 
 
-def test_int8_ranges_of_no_width_are_refused(mean_encoder, tmp_path, fp32):
+def test_int8_ranges_of_no_width_are_refused(tmp_path, fp32):
     (tmp_path / "one.txt").write_text("a single text\n")
     with pytest.raises(InputError, match="ranges of 1 texts have no width in 40 of 40 dimensions"):
-        embed_file(mean_encoder, str(tmp_path / "one.txt"), tmp_path / "x.npy", precision="int8")
+        embed_file(fp32, str(tmp_path / "one.txt"), tmp_path / "x.npy", precision="int8")
     np.save(tmp_path / "flat.npy", np.zeros((2, 40), dtype=np.float32))
     options = {"precision": "int8", "ranges": tmp_path / "flat.npy"}
     with pytest.raises(InputError, match="flat.npy have no width in 40"):
-        embed_file(mean_encoder, str(tmp_path / "one.txt"), tmp_path / "x.npy", **options)
+        embed_file(fp32, str(tmp_path / "one.txt"), tmp_path / "x.npy", **options)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["flat.npy", "one.txt"]
 
 
-def test_int8_values_outside_their_ranges_do_not_wrap(mean_encoder, tmp_path, fp32):
+def test_int8_values_outside_their_ranges_do_not_wrap(tmp_path, fp32):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS[1:4]))
     narrow = np.full((2, 40), 0.01, dtype=np.float32) * np.array([[-1], [1]], dtype=np.float32)
     np.save(tmp_path / "narrow.npy", narrow)
-    options = {"precision": "int8", "ranges": tmp_path / "narrow.npy", "dtype": torch.float32}
-    embed_file(mean_encoder, str(tmp_path / "texts.txt"), tmp_path / "x.npy", **options)
+    options = {"precision": "int8", "ranges": tmp_path / "narrow.npy"}
+    embed_file(fp32, str(tmp_path / "texts.txt"), tmp_path / "x.npy", **options)
     found, embeddings = np.load(tmp_path / "x.npy"), fp32.encode(TEXTS[1:4])
     assert (found[embeddings > 0.01] > 120).all()
     assert (found[embeddings < -0.01] < -120).all()

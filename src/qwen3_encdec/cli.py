@@ -411,10 +411,11 @@ def embed(
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import torch
 
-    from qwen3_encdec.embedding.encoder import embed_file
+    from qwen3_encdec.embedding.encoder import TextEncoder, embed_file
 
+    torch_dtype = getattr(torch, dtype.value) if dtype else None
     done = embed_file(
-        model,
+        TextEncoder(model, dtype=torch_dtype, max_tokens=max_tokens),
         input,
         output,
         text_column=text_column,
@@ -422,8 +423,6 @@ def embed(
         precision=precision,
         ranges=ranges,
         dimensions=dimensions,
-        max_tokens=max_tokens,
-        dtype=getattr(torch, dtype.value) if dtype else None,
     )
     print(f"{done}\nwrote {output}")
 

@@ -315,7 +315,7 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     if source == "-":
         return [line.rstrip("\r\n") for line in sys.stdin]
     corpus = open_corpus([source], text_column=text_column)
-    texts = [document.content for document in corpus.documents()]
+    texts: list[Any] = [document.content for document in corpus.documents()]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"input {source} holds token ids of prepare-data, not texts")
     return texts
@@ -360,7 +360,7 @@ def write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str] = 
 
 
 def embed_file(
-    model: str | Path,
+    encoder: TextEncoder,
     source: str,
     output: str | Path,
     *,
@@ -369,14 +369,12 @@ def embed_file(
     precision: str = "float32",
     ranges: str | Path | None = None,
     dimensions: int | None = None,
-    max_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
 ) -> str:
-    """Embed the texts of a file into another; returns a one-line summary.
+    """Embed the texts of a file into another, whole or not at all; returns a one-line summary.
 
     int8 writes its ranges beside it, `.ranges.npy`, unless `ranges` are those of an earlier file.
 
-    Raises InputError if a folder, file or setting is wrong; then nothing is written.
+    Raises InputError if a file or setting is wrong.
     """
     output = Path(output)
     if output.suffix not in (".npy", ".parquet"):
@@ -384,7 +382,6 @@ def embed_file(
     if precision not in PRECISIONS or (ranges and precision != "int8"):
         kinds = ", ".join(PRECISIONS)
         raise InputError(f"precision {precision!r} is not one of {kinds}; only int8 has ranges")
-    encoder = TextEncoder(model, dtype=dtype, max_tokens=max_tokens)
     texts = read_texts(source, text_column)
     if not texts:
         raise InputError(f"input {source} holds no texts")
@@ -400,7 +397,8 @@ def embed_file(
     if precision != "float32":
         from sentence_transformers.util.quantization import quantize_embeddings
 
-        embeddings = quantize_embeddings(embeddings, precision, ranges=spans)
+        options: Any = {"precision": precision, "ranges": spans}
+        embeddings = np.asarray(quantize_embeddings(embeddings, **options))
     write_embeddings(output, embeddings, texts)
     cut = f", {encoder.num_cut:,} cut at {encoder.max_tokens:,} tokens" if encoder.num_cut else ""
     kind = str(encoder.dtype).removeprefix("torch.")

@@ -59,11 +59,8 @@ class FinetuneConfig:
     """The same for documents and negatives."""
     max_length: int = 128
     """Tokens per text while training; the folder keeps its own limit for use."""
-
     teacher: str | None = None
-    """sentence-transformers folder to distill from, by its embeddings of the texts; None learns
-    from the pairs, contrastively.
-    """
+    """sentence-transformers folder to distill from; None learns from the pairs, contrastively."""
     temperature: float = 0.05
     """Of the softmax over cosines."""
     symmetric: bool = True
@@ -72,7 +69,6 @@ class FinetuneConfig:
     """Leading dimensions that must serve alone, as numbers or as shares of the width (0.5)."""
     spread_weight: float = 0.0
     """Weight of the spread-out regularizer on each side's embeddings."""
-
     steps: int = 200
     """Optimizer steps."""
     batch_size: int = 64
@@ -120,12 +116,10 @@ def finetune(
 ) -> dict[str, Any]:
     """Train an encoder so that the texts that belong together lie closer than those that do not.
 
-    The output is `encoder_dir` with other weights, prompts where the config has them, a model card
-    and metrics.jsonl; the bidirectional configuration and the layout that serving tools read stay.
-
     Args:
         encoder_dir: A sentence-transformers folder, such as `extract_encoder` writes.
-        output_dir: Where the trained copy goes; checkpoints lie in OUTPUT.training until then.
+        output_dir: Gets a copy of it with trained weights, the config's prompts, a model card and
+            metrics.jsonl. Checkpoints lie in OUTPUT.training until then.
         examples: (query, document) or (query, document, negative, ...) texts, instead of the
             config's `inputs`. They are shuffled and repeated as often as the steps need.
         config: By default `FinetuneConfig()`.
@@ -136,10 +130,8 @@ def finetune(
         `loss` (mean of the last tenth of the steps), `pairs` trained on, and where some are held
         out `heldout`: their nDCG@10 `before`, `after` and at the `best` step, which is kept.
 
-    Raises:
-        InputError: batches cannot be filled with distinct texts, the loss or a weight is not
-            finite, an input cannot be read, settings do not go together, or `encoder_dir` or the
-            teacher is not a sentence-transformers folder.
+    Raises InputError if batches cannot be filled with distinct texts, a value is not finite, an
+    input or folder cannot be read, or settings do not go together.
     """
     config = replace(config or FinetuneConfig(), **changes)
     encoder_dir, output_dir = Path(encoder_dir), check_output(output_dir, "encoder")
@@ -162,10 +154,8 @@ def finetune(
     best = max(scores, key=lambda step: (scores[step], -step), default=config.steps)
     if best == 0:  # the trainer keeps no checkpoint of the weights that it began with
         model = _load(encoder_dir)
-    settings = asdict(config)
-    with new_folder(
-        output_dir, "encoder", finetuned_from=str(encoder_dir), config=settings
-    ) as folder:
+    facts = {"finetuned_from": str(encoder_dir), "config": asdict(config)}
+    with new_folder(output_dir, "encoder", **facts) as folder:
         model.to(saved_dtype).save_pretrained(str(folder), create_model_card=False)
         copy_without_weights(encoder_dir, folder)
         shutil.copy(work / "metrics.jsonl", folder)
@@ -173,10 +163,10 @@ def finetune(
             file = folder / "config_sentence_transformers.json"
             prompts = {"query": config.query_prompt, "document": config.document_prompt}
             write_json(file, {**read_json(file), "prompts": prompts})
-        base = {"base_model": without_path(encoder_dir)}
-        facts = {f"nDCG@10 at step {step}": f"{score:.4f}" for step, score in scores.items()}
-        sections = {"Held-out pairs": facts | {"kept": f"step {best}"}, "Finetuning": settings}
-        write_card(folder, output_dir.resolve().name, base | read_card(encoder_dir), sections)
+        head = {"base_model": without_path(encoder_dir), **read_card(encoder_dir)}
+        held = {f"nDCG@10 at step {step}": f"{score:.4f}" for step, score in scores.items()}
+        sections = {"Held-out pairs": held | {"kept": f"step {best}"}, "Finetuning": asdict(config)}
+        write_card(folder, output_dir.resolve().name, head, sections)
     shutil.rmtree(work)
     loss = [line["loss"] for line in history if "loss" in line][-1]
     result: dict[str, Any] = {"loss": loss, "pairs": len(dataset)}
@@ -294,7 +284,6 @@ def _train(
     """Train in fp32 weights, put the best ones back, and return what the trainer logged."""
     model.float()
     model.max_seq_length = min(config.max_length, model.max_seq_length or config.max_length)
-    accelerated = default_device().type != "cpu"
     every = config.eval_every or max(1, config.steps // 4)
     prompts = dict.fromkeys(set(dataset.column_names) - {"label"}, config.document_prompt)
     prompts["anchor"] = config.query_prompt
@@ -309,9 +298,7 @@ def _train(
         learning_rate=config.lr or 0.0,
         weight_decay=config.weight_decay,
         warmup_steps=config.steps // 10,
-        lr_scheduler_type="linear",
-        bf16=accelerated,
-        use_cpu=not accelerated,
+        bf16=default_device().type != "cpu",
         seed=config.seed,
         logging_steps=max(1, config.steps // 10),
         logging_nan_inf_filter=False,
@@ -326,7 +313,6 @@ def _train(
         save_total_limit=2,
         load_best_model_at_end=bool(heldout),
         metric_for_best_model=SCORE,
-        greater_is_better=True,
     )
     trainer = SentenceTransformerTrainer(
         model=model,
@@ -354,36 +340,29 @@ def read_examples(config: FinetuneConfig) -> Dataset:
     """
     parts = []
     for name in config.inputs:
-        if name == "package-docs":
+        if name != "package-docs":
+            parts.append(_read(name, config.columns))
+        elif len(config.columns) == 2:
             parts.append(_dataset(summary_pairs("train")))
-            continue
-        part = _open(name)
-        for column in config.columns:
-            kind = getattr(part.features.get(column), "dtype", None)
-            if kind not in ("string", "large_string"):
-                there = ", ".join(part.column_names)
-                raise InputError(f"input {name}: no text column {column!r}; there is {there}")
-        part = part.select_columns(config.columns).filter(
-            lambda row: all(text and not text.isspace() for text in row.values())
-        )
-        names = _names(len(config.columns))
-        part = part.rename_columns(dict(zip(config.columns, names, strict=True)))
-        parts.append(part.cast(Features(dict.fromkeys(names, Value("string")))))
-    if any(part.column_names != parts[0].column_names for part in parts):
-        raise InputError("package-docs has pairs: beside it, columns must be two")
+        else:
+            raise InputError("package-docs has pairs: beside it, columns must be two")
     return concatenate_datasets(parts)
 
 
-def _open(name: str) -> Dataset:
+def _read(name: str, columns: list[str]) -> Dataset:
     kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
-    hub_id, _, config = name.partition(":")
+    hub_id, _, subset = name.partition(":")
     try:
         if kind:
-            return load_dataset(kind, data_files=name, split="train")
-        return load_dataset(hub_id, config or None, split="train")
-    except (DatasetsError, OSError, ValueError) as error:
-        reason = str(error.__cause__ or error).strip().partition("\n")[0]
+            part = load_dataset(kind, data_files=name, split="train")
+        else:
+            part = load_dataset(hub_id, subset or None, split="train")
+        part = part.select_columns(columns).cast(Features(dict.fromkeys(columns, Value("string"))))
+    except (DatasetsError, OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"input {name} cannot be read: {reason}") from None
+    part = part.filter(lambda row: all(text and not text.isspace() for text in row.values()))
+    return part.rename_columns(dict(zip(columns, _names(len(columns)), strict=True)))
 
 
 def _names(columns: int) -> list[str]:
@@ -420,43 +399,41 @@ def _add_labels(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
     return dataset.add_column("label", np.stack(columns, axis=1).tolist())
 
 
-class _SpreadContrastive(losses.CachedMultipleNegativesRankingLoss):
+class _Contrastive(losses.CachedMultipleNegativesRankingLoss):
     """The contrastive loss and, on the same cached embeddings, the spread-out regularizer."""
 
-    spread: losses.GlobalOrthogonalRegularizationLoss
+    spread: losses.GlobalOrthogonalRegularizationLoss | None = None
 
-    def calculate_loss(
-        self, reps: list[list[Tensor]], labels: Tensor | None = None, *, with_backward: bool = False
-    ):
-        loss = super().calculate_loss(reps, labels, with_backward=with_backward)
+    def calculate_loss(self, reps: list[list[Tensor]], *args: Any, with_backward: bool = False):
+        loss = super().calculate_loss(reps, *args, with_backward=with_backward)
+        if self.spread is None:
+            return loss
         embeddings = [torch.cat(column) for column in reps]
-        spread = sum(self.spread.compute_loss_from_embeddings(embeddings).values())
+        (spread,) = self.spread.compute_loss_from_embeddings(embeddings).values()
         if with_backward:
             spread.backward()
-        return loss + spread.detach() if with_backward else loss + spread
+        return loss + (spread.detach() if with_backward else spread)
 
 
 def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) -> nn.Module:
     width = model.get_embedding_dimension() or 0
-    loss: nn.Module
+    loss: Any
     options: dict[str, Any] = {
         "scale": 1 / config.temperature,
         "directions": ("query_to_doc", "doc_to_query")[: 1 + config.symmetric],
         "partition_mode": "per_direction",
     }
-    cached = {**options, "mini_batch_size": config.mini_batch_size or config.batch_size}
     if config.teacher is not None:
         labels = len(dataset[0]["label"][0])
         loss = losses.EmbedDistillLoss(model, projection_dim=None if labels == width else labels)
-    elif config.spread_weight:
-        loss = _SpreadContrastive(model, **cached)
-        loss.spread = losses.GlobalOrthogonalRegularizationLoss(
-            model, mean_weight=None, second_moment_weight=config.spread_weight, aggregation="sum"
-        )
-    elif config.mini_batch_size:
-        loss = losses.CachedMultipleNegativesRankingLoss(model, **cached)
+    elif config.mini_batch_size or config.spread_weight:
+        size = config.mini_batch_size or config.batch_size
+        loss = _Contrastive(model, mini_batch_size=size, **options)
     else:
         loss = losses.MultipleNegativesRankingLoss(model, **options)
+    if config.spread_weight:
+        weights = {"mean_weight": None, "second_moment_weight": config.spread_weight}
+        loss.spread = losses.GlobalOrthogonalRegularizationLoss(model, aggregation="sum", **weights)
     if config.matryoshka_dims:
         dims = sorted({*map(int, config.matryoshka_dims), width}, reverse=True)
         loss = losses.MatryoshkaLoss(model, loss, dims)

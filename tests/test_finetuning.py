@@ -362,16 +362,16 @@ def test_examples_of_package_docs():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"lr": math.inf}, "lr must be above 0 and finite"),
-        ({"columns": ["text"]}, "columns must name a query and its document"),
+        ({"steps": 0}, "steps\n.* greater than 0"),
+        ({"lr": math.inf}, "lr\n.* finite"),
+        ({"columns": ["text"]}, "columns\n.* at least 2 items"),
         ({"teacher": "x", "spread_weight": 1.0}, "do not go with a teacher"),
         ({"matryoshka_dims": [64]}, "must lie in 1 ... 40"),
         ({"teacher": "nowhere"}, "nowhere is not a sentence-transformers folder"),
     ],
 )
 def test_bad_settings(encoder, tmp_path, changes, sentence):
-    with pytest.raises(InputError, match=sentence):
+    with pytest.raises(ValueError, match=sentence):
         finetune(encoder, tmp_path / "out", **{**QUICK, **changes})
     assert not list(tmp_path.iterdir())
 

@@ -82,7 +82,10 @@ def read_layout(folder: Path) -> Layout:
     mode = pooling.get("pooling_mode") or "+".join(flags)
     if mode not in POOLING.values() or not pooling.get("include_prompt", True):
         raise InputError(f"{folder} pools in another way than {', '.join(POOLING)}")
-    limit = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
+    transformer = read_json(folder / "sentence_bert_config.json")
+    if transformer.get("do_lower_case"):
+        raise InputError(f"{folder} lowers the case of its texts, which is not supported")
+    limit = transformer.get("max_seq_length")
     if limit is None:  # since 6.0 it is the tokenizer's alone
         limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
     config = read_json(folder / "config.json")

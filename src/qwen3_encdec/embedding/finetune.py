@@ -10,14 +10,16 @@ import math
 import shutil
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetsError
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic.dataclasses import dataclass
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -41,6 +43,7 @@ from qwen3_encdec.folders import (
 )
 
 SCORE = "eval_ndcg@10"
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 @dataclass(frozen=True)
@@ -51,58 +54,46 @@ class FinetuneConfig:
     """package-docs (summary line and body of docstrings), .jsonl or .parquet files, hub datasets
     (ORG/NAME:CONFIG).
     """
-    columns: list[str] = field(default_factory=lambda: ["anchor", "positive"])
+    columns: Annotated[list[str], Field(min_length=2)] = field(
+        default_factory=lambda: ["anchor", "positive"]
+    )
     """Text columns of files and hub datasets: a query, its document, then hard negatives."""
     query_prompt: str = ""
     """Put before every query, here and, through the written folder, wherever the model is used."""
     document_prompt: str = ""
     """The same for documents and negatives."""
-    max_length: int = 128
+    max_length: PositiveInt = 128
     """Tokens per text while training; the folder keeps its own limit for use."""
     teacher: str | None = None
     """sentence-transformers folder to distill from; None learns from the pairs, contrastively."""
-    temperature: float = 0.05
+    temperature: Positive = 0.05
     """Of the softmax over cosines."""
     symmetric: bool = True
     """Tell a document from the other queries too, not only a query from the other documents."""
     matryoshka_dims: list[float] = field(default_factory=list)
     """Leading dimensions that must serve alone, as numbers or as shares of the width (0.5)."""
-    spread_weight: float = 0.0
+    spread_weight: NonNegativeFloat = 0.0
     """Weight of the spread-out regularizer on each side's embeddings."""
-    steps: int = 200
+    steps: PositiveInt = 200
     """Optimizer steps."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Field(ge=2)] = 64
     """Pairs per step; each is a negative for the others, so all their texts are distinct."""
-    mini_batch_size: int = 0
+    mini_batch_size: NonNegativeInt = 0
     """Pairs in memory at once (GradCache, for one more forward pass); 0 is all."""
-    lr: float | None = None
+    lr: Positive | None = None
     """Peak learning rate after a tenth of linear warm-up, then linear decay; by default 2e-5 from
     width 1024 on, and more for narrower encoders: 2e-5 x (1024 / width)^2, at most 1e-3.
     """
-    weight_decay: float = 0.0
+    weight_decay: NonNegativeFloat = 0.0
     """Of AdamW."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    heldout_pairs: int = 256
+    heldout_pairs: NonNegativeInt = 256
     """Pairs kept out of training for the score, at most a tenth of all; 0 scores nothing."""
-    eval_every: int = 0
+    eval_every: NonNegativeInt = 0
     """Steps between scores and checkpoints; 0 is a quarter of the steps."""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """Of the choice and order of the pairs."""
-
-    def __post_init__(self) -> None:
-        """Raise InputError for values out of range and settings that do not go together."""
-        least = {"max_length": 1, "steps": 1, "batch_size": 2}
-        for name, value in vars(self).items():
-            if name in ("lr", "temperature") and value is not None:
-                if not 0 < value < math.inf:
-                    raise InputError(f"{name} must be above 0 and finite, got {value!r}")
-            elif type(value) in (int, float) and not value >= least.get(name, 0):
-                raise InputError(f"{name} must be at least {least.get(name, 0)}, got {value!r}")
-        if len(self.columns) < 2:
-            raise InputError(f"columns must name a query and its document, got {self.columns!r}")
-        if self.teacher and (self.mini_batch_size or self.spread_weight):
-            raise InputError("mini_batch_size and spread_weight do not go with a teacher")
 
 
 def finetune(
@@ -137,6 +128,8 @@ def finetune(
     encoder_dir, output_dir = Path(encoder_dir), check_output(output_dir, "encoder")
     model = _load(encoder_dir)
     config = _fitted(config, model.get_embedding_dimension() or 0)
+    if config.teacher and (config.mini_batch_size or config.spread_weight):
+        raise InputError("mini_batch_size and spread_weight do not go with a teacher")
     full = read_examples(config) if examples is None else _dataset(examples)
     dataset, heldout = _split(config, full)
     _check_batches(config, dataset)

@@ -161,7 +161,7 @@ class TextEncoder:
                 raise InputError(f"text {number} is {type(text).__name__}, not str")
             if not text.isascii() and (found := _SURROGATE.search(text)):
                 raise InputError(
-                    f"text {number} holds the lone surrogate {ascii(found[0])}, which is not "
+                    f"text {number} holds the lone surrogate {found[0]!a}, which is not "
                     "Unicode text"
                 )
         encodings = self.tokenizer.encode_batch_fast([prompt + text for text in texts])

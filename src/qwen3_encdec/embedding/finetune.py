@@ -395,7 +395,7 @@ def _add_labels(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
 class _Contrastive(losses.CachedMultipleNegativesRankingLoss):
     """The contrastive loss and, on the same cached embeddings, the spread-out regularizer."""
 
-    spread: losses.GlobalOrthogonalRegularizationLoss | None = None
+    spread: losses.GlobalOrthogonalRegularizationLoss | None
 
     def calculate_loss(self, reps: list[list[Tensor]], *args: Any, with_backward: bool = False):
         loss = super().calculate_loss(reps, *args, with_backward=with_backward)
@@ -422,11 +422,11 @@ def _loss(config: FinetuneConfig, model: SentenceTransformer, dataset: Dataset) 
     elif config.mini_batch_size or config.spread_weight:
         size = config.mini_batch_size or config.batch_size
         loss = _Contrastive(model, mini_batch_size=size, **options)
+        weights: Any = {"mean_weight": None, "second_moment_weight": config.spread_weight}
+        spread = losses.GlobalOrthogonalRegularizationLoss
+        loss.spread = spread(model, aggregation="sum", **weights) if config.spread_weight else None
     else:
         loss = losses.MultipleNegativesRankingLoss(model, **options)
-    if config.spread_weight:
-        weights = {"mean_weight": None, "second_moment_weight": config.spread_weight}
-        loss.spread = losses.GlobalOrthogonalRegularizationLoss(model, aggregation="sum", **weights)
     if config.matryoshka_dims:
         dims = sorted({*map(int, config.matryoshka_dims), width}, reverse=True)
         loss = losses.MatryoshkaLoss(model, loss, dims)

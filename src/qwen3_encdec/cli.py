@@ -324,9 +324,7 @@ def finetune(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted call (needs save_every).")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call.")] = False,
 ) -> None:
     """Make an embedding model of an encoder, by sentence-transformers' losses on pairs of texts."""
     from qwen3_encdec.embedding.finetune import FinetuneConfig

@@ -114,7 +114,7 @@ def finetune(
         examples: (query, document) or (query, document, negative, ...) texts, instead of the
             config's `inputs`. They are shuffled and repeated as often as the steps need.
         config: By default `FinetuneConfig()`.
-        resume: Continue from the newest checkpoint of an interrupted call with the same settings.
+        resume: Continue a call that did not end, from its newest checkpoint, with its settings.
         changes: Fields of the config to replace.
 
     Returns:
@@ -140,7 +140,7 @@ def finetune(
     saved_dtype = model.dtype
     try:
         history = _train(config, model, dataset, heldout, work, resume)
-    except Exception:
+    except InputError:  # after anything else the checkpoints stay
         shutil.rmtree(work)
         raise
     scores = {line["step"]: line[SCORE] for line in history if SCORE in line}

@@ -145,8 +145,8 @@ def finetune(
         raise
     scores = {line["step"]: line[SCORE] for line in history if SCORE in line}
     best = max(scores, key=lambda step: (scores[step], -step), default=config.steps)
-    if best == 0:  # the trainer keeps no checkpoint of the weights that it began with
-        model = _load(encoder_dir)
+    if scores:
+        model = _load(work / f"checkpoint-{best}" if best else encoder_dir)
     facts = {"finetuned_from": str(encoder_dir), "config": asdict(config)}
     with new_folder(output_dir, "encoder", **facts) as folder:
         model.to(saved_dtype).save_pretrained(str(folder), create_model_card=False)
@@ -274,7 +274,7 @@ def _train(
     work: Path,
     resume: bool,
 ) -> list[dict[str, Any]]:
-    """Train in fp32 weights, put the best ones back, and return what the trainer logged."""
+    """Train in fp32 weights, and return what the trainer logged."""
     model.float()
     model.max_seq_length = min(config.max_length, model.max_seq_length or config.max_length)
     every = config.eval_every or max(1, config.steps // 4)
@@ -304,8 +304,7 @@ def _train(
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
-        load_best_model_at_end=bool(heldout),
-        metric_for_best_model=SCORE,
+        metric_for_best_model=SCORE,  # its checkpoint is never deleted
     )
     trainer = SentenceTransformerTrainer(
         model=model,

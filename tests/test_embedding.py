@@ -299,11 +299,13 @@ def test_precisions(tmp_path, fp32):
 
 def test_int8_ranges_of_no_width_are_refused(tmp_path, fp32):
     (tmp_path / "one.txt").write_text("a single text\n")
-    with pytest.raises(InputError, match="ranges of 1 texts have no width in 40 of 40 dimensions"):
+    with pytest.raises(InputError, match="ranges of 1 texts are not two finite rows of 40"):
         embed_file(fp32, str(tmp_path / "one.txt"), tmp_path / "x.npy", precision="int8")
     np.save(tmp_path / "flat.npy", np.zeros((2, 40), dtype=np.float32))
     options = {"precision": "int8", "ranges": tmp_path / "flat.npy"}
-    with pytest.raises(InputError, match="flat.npy have no width in 40"):
+    with pytest.raises(
+        InputError, match="flat.npy are not two finite rows of 40, the second one larger"
+    ):
         embed_file(fp32, str(tmp_path / "one.txt"), tmp_path / "x.npy", **options)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["flat.npy", "one.txt"]
 

@@ -333,15 +333,12 @@ def int8_ranges(embeddings: np.ndarray, file: str | Path | None = None) -> np.nd
         ranges = np.load(file) if file else np.stack([embeddings.min(0), embeddings.max(0)])
     except (OSError, ValueError) as error:
         raise InputError(f"ranges {file} cannot be read: {error}") from None
-    origin = file or f"of {len(embeddings):,} texts"
-    if ranges.shape != (2, embeddings.shape[1]):
-        raise InputError(f"int8 ranges {origin} of shape {ranges.shape} do not fit these vectors")
-    flat = int((~(ranges[1] > ranges[0]) | ~np.isfinite(ranges).all(0)).sum())
-    if flat:
-        raise InputError(
-            f"int8 ranges {origin} have no width in {flat} of {ranges.shape[1]} dimensions; embed "
-            "more texts, or name the --ranges of a larger file"
-        )
+    width = embeddings.shape[1]
+    fit = ranges.shape == (2, width) and np.isfinite(ranges).all()
+    if not fit or not (ranges[1] > ranges[0]).all():
+        origin = file or f"of {len(embeddings):,} texts"
+        wanted = f"two finite rows of {width}, the second one larger throughout"
+        raise InputError(f"int8 ranges {origin} are not {wanted}; embed more texts for them")
     return ranges
 
 

@@ -122,7 +122,9 @@ def extract_encoder(
         report = ExtractionReport(names, parameters, *_verify(folder, config, encoder.state_dict()))
         worst = max(report.transformers, report.sentence_transformers)
         if not worst < TOLERANCE < report.causal_control:
-            raise InputError(f"{checkpoint}: stock tools misread the extracted encoder: {report}")
+            raise InputError(
+                f"{checkpoint}: stock tools do not read the extracted encoder: {report}"
+            )
     return report
 
 

@@ -43,8 +43,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # in fp32 is about 1e-6.
 TOLERANCE = 1e-4
 TEXTS = (
-    "The committee met on Tuesday to discuss the new proposal. After two hours of debate, it decided"
-    " to postpone the vote until every member had read the report.",
+    "The committee met on Tuesday to discuss the new proposal. After two hours of debate, it"
+    " decided to postpone the vote until every member had read the report.",
     "def read_lines(path):\n    with open(path) as file:\n        return [line.strip() for line in"
     " file if line.strip()]\n\nPrint the number of lines that are not empty.",
     "Water boils at a lower temperature on a mountain, because the pressure of the air is lower"

@@ -58,7 +58,7 @@ class Layout:
     default_prompt: str | None
 
     def prompt(self, name: str | None = None) -> str:
-        """Return the prompt of a name or role, by default the folder's own; InputError if unknown."""
+        """Return the prompt of a name or role, by default the folder's own, or raise InputError."""
         name = self.default_prompt if name is None else name
         if name is not None and name not in self.prompts:
             names = ", ".join(self.prompts)
@@ -260,7 +260,7 @@ def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Indices of texts computed together, longest first: about `budget` tokens, or one long text."""
+    """Indices of texts computed together, longest first: about `budget` tokens, or one text."""
     order = np.argsort(-lengths, kind="stable")
     batch = (lengths[order].cumsum() - 1) // budget
     return np.split(order, np.flatnonzero(np.diff(batch)) + 1)

@@ -178,11 +178,11 @@ def initialize(
     trained = sum(not token.startswith("<|reserved_") for token in tokens)
     with new_folder(output_dir, "encoder-decoder", source=str(qwen3_model), dtype=dtype) as folder:
         with no_init_weights():
-            model = Qwen3ForSeq2SeqLM(config).to(DTYPES[dtype]).eval()
+            model = Qwen3ForSeq2SeqLM(config).eval()
         copied, dropped = _fill(model, source, picks, trained, seed)
         scales = set_source_scales(model, tokenizer) if source_gate else []
         model.generation_config.max_length = None
-        model.save_pretrained(folder)
+        model.to(DTYPES[dtype]).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         parameters = sum(p.numel() for p in model.parameters())
         untied = parameters + 2 * model.model.shared.weight.numel()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
 
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.folders import InputError, read_yaml
@@ -116,11 +116,10 @@ def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[st
 
 def read_dataclass(cls: type[T], values: Any, origin: str) -> T:
     """Build a dataclass from parsed YAML; an InputError names ``origin``, key and value."""
-    strict = with_config(ConfigDict(extra="forbid"))(cls)
     if isinstance(values, dict):
         values = {key: value for key, value in values.items() if key not in _RETIRED}
     try:
-        return TypeAdapter(strict).validate_python(values)
+        return TypeAdapter(cls).validate_python(values, extra="forbid")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     if isinstance(own := first.get("ctx", {}).get("error"), InputError):

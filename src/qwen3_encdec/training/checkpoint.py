@@ -242,8 +242,14 @@ def _heldout_loss(folder: Path) -> float:
 
 
 def _link(link: Path, folder: Path) -> None:
-    """Point a symbolic link at a folder, without a moment in which there is none."""
+    """Point a symbolic link at a folder, without a moment in which there is none.
+
+    A copied run may hold a folder in its place, and some file systems have no links.
+    """
     temporary = link.with_name(f".{link.name}")
-    temporary.unlink(missing_ok=True)
-    temporary.symlink_to(folder.name)
-    os.replace(temporary, link)
+    try:
+        temporary.unlink(missing_ok=True)
+        temporary.symlink_to(folder.name)
+        os.replace(temporary, link)
+    except OSError as error:
+        print(f"{link} could not be pointed at {folder.name}: {error.strerror}", flush=True)

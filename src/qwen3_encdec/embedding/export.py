@@ -114,11 +114,11 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
         cosines, blind = cosine(found, expected), cosine(causal, expected)
         report = ExportReport(
             form,
-            cosine=cosines[:16].min(),
+            cosine=float(cosines[:16].min()),
             limit=kind.cosine,
-            difference=np.abs(found - expected)[:16].max(),
-            causal=blind[:16].min(),
-            decomposed=cosines[16:].min(),
+            difference=float(np.abs(found - expected)[:16].max()),
+            causal=float(blind[:16].min()),
+            decomposed=float(cosines[16:].min()),
         )
         # A control that comes close would mean that the texts cannot tell causal from
         # bidirectional.

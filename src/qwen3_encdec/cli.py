@@ -473,7 +473,7 @@ def serve(
     from qwen3_encdec.embedding.encoder import TextEncoder
 
     try:
-        from qwen3_encdec.embedding.serve import Limits, bind, make_server
+        from qwen3_encdec.embedding.serve import Limits, make_server
     except ModuleNotFoundError as error:
         install = "pip install 'qwen3-encdec[serve]'"
         raise InputError(f"serve needs the package {error.name}: {install}") from None
@@ -481,10 +481,9 @@ def serve(
     torch_dtype = getattr(torch, dtype.value) if dtype else None
     encoder = TextEncoder(model, dtype=torch_dtype, max_tokens=max_tokens)
     limits = Limits(queue_tokens=queue_tokens, answer_seconds=timeout)
-    listening, url = bind(host, port)
-    server = make_server(encoder, limits)
-    print(f"{url}/v1/embeddings", flush=True)
-    server.run([listening])
+    server = make_server(encoder, host, port, limits)
+    print(f"{server.url}/v1/embeddings", flush=True)
+    server.run()
 
 
 @app.command()

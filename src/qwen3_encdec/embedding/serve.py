@@ -244,8 +244,29 @@ async def refuse(request: Request, error: Exception) -> Response:
     return JSONResponse({"error": body}, status, headers)
 
 
-def bind(host: str, port: int) -> tuple[socket.socket, str]:
-    """Listen, and the address; port 0 takes a free one. Raises InputError if it cannot be had."""
+class Server(uvicorn.Server):
+    """A bound server: `run()` serves at `url` until a signal or until `should_exit` is set."""
+
+    def __init__(self, config: uvicorn.Config, listening: socket.socket) -> None:
+        super().__init__(config)
+        self.listening = listening
+        host, port = listening.getsockname()[:2]
+        self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+    def run(self, sockets: list[socket.socket] | None = None) -> None:
+        """Serve."""
+        super().run(sockets or [self.listening])
+
+
+def make_server(
+    encoder: TextEncoder, host: str = "127.0.0.1", port: int = 8000, limits: Limits | None = None
+) -> Server:
+    """Bind a server that does not run yet; port 0 takes a free one.
+
+    Raises:
+        InputError: the address cannot be had, or the encoder is damaged.
+    """
+    bounds = limits or Limits()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=2048)
@@ -253,20 +274,14 @@ def bind(host: str, port: int) -> tuple[socket.socket, str]:
         raise InputError(f"cannot listen on {host}:{port}: {error}") from None
     # asyncio sets it on sockets made with proto=IPPROTO_TCP only; accepted ones inherit it.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    port = listening.getsockname()[1]
-    return listening, f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def make_server(encoder: TextEncoder, limits: Limits) -> uvicorn.Server:
-    """A server that does not run yet: `run([socket])`. Raises InputError if a folder is damaged."""
-    encoder.model  # noqa: B018
 
     class Punctual(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         # Close a connection whose first request has no whole head in time.
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.loop.call_later(limits.read_seconds, lambda: self.cycle or transport.close())
+            self.loop.call_later(bounds.read_seconds, lambda: self.cycle or transport.close())
 
+    encoder.model  # noqa: B018
+    app = Service(encoder, bounds, os.environ.get(API_KEY)).app
     options: Any = {"log_config": None, "limit_concurrency": 4096, "timeout_graceful_shutdown": 10}
-    app = Service(encoder, limits, os.environ.get(API_KEY)).app
-    return uvicorn.Server(uvicorn.Config(app, http=Punctual, **options))
+    return Server(uvicorn.Config(app, http=Punctual, **options), listening)

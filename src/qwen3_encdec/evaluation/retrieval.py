@@ -137,9 +137,8 @@ def relevant_ranks(
     the strictly better ones would call a model perfect that gives every text the same embedding.
 
     Args:
-        queries: [Q, d] floats; they need not be normalized, and a zero row is similar to nothing
-            (cosine 0).
-        documents: [N, d] floats.
+        queries, documents: [Q, d] and [N, d] floats, normalized here; a zero row is similar to
+            nothing (cosine 0).
         relevant: [Q] integers, index of each query's document.
         also: All right documents of each query: the others are left out of its ranking.
         chunk: Queries whose similarities, [chunk, N] fp32, exist at a time.

@@ -1,9 +1,8 @@
-"""One evaluation for each kind of folder: denoising for an encoder-decoder, retrieval, mteb and
-geometry for an encoder.
+"""One evaluation for each kind of folder: denoising for an encoder-decoder, retrieval and mteb for
+an encoder.
 
-Every embedder, baselines first, goes through the same function in the same run, each text with the
-prompt of its role. A baseline or task whose package is missing is reported as not run, with what to
-install.
+Every embedder, baselines first, goes through the same function in the same run. A baseline or task
+whose package is missing is reported as not run, with what to install.
 """
 
 import os
@@ -41,14 +40,10 @@ from qwen3_encdec.folders import (
 def evaluate_denoising(
     folders: Mapping[str, str | Path], *, num_examples: int = 64, data: DataConfig | None = None
 ) -> dict[str, Any]:
-    """`denoising` (nats per target token, by label and denoiser) and the `infill` of the last
-    folder.
+    """`denoising`, nats per target token by label and denoiser, and `infill` of the last folder.
 
     `infill` holds `infill_examples` of the first denoiser, and `by_denoiser` the share of exactly
-    filled gaps of each that leaves gaps.
-
-    Raises:
-        InputError: a folder holds no encoder-decoder, or there is too little held-out text.
+    filled gaps of each that leaves gaps. Raises InputError as `load_model` and `heldout_examples`.
     """
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
@@ -82,21 +77,18 @@ def evaluate_retrieval(
     Args:
         encoders: Folders by name.
         parent: The causal Qwen3, folder or hub id, for three of the baselines.
-        tasks: By default retrieval in the docstrings of held-out packages.
+        tasks: By default retrieval in the docstrings of held-out packages, of `num_queries`.
         mteb: Names of mteb's tasks and benchmarks, such as "MTEB(eng, v2)".
-        num_queries: Most queries of the default task.
-        seed: Chooses them.
+        seed: Chooses the queries.
         outside: Score TF-IDF and MiniLM as well.
 
     Returns:
-        `tasks` (by name `metric`, `size` and `scores`: by embedder `score`, `low`, `high`),
-        `tasks_not_run` and `not_run` (what each task, each baseline that could not run would need);
-        if package-docs is among the tasks, `retrieval` (scores and geometry by embedder),
+        `tasks` (by name `metric`, `size` and `scores` by embedder), `tasks_not_run` and `not_run`
+        (what each would need); of package-docs, `retrieval` (scores and geometry by embedder),
         `num_queries` and `num_documents`.
 
     Raises:
-        InputError: a folder cannot be loaded, a task's name is unknown, or no installed package is
-            held out.
+        InputError: a folder cannot be loaded or a task's name is unknown.
     """
     chosen = [package_retrieval(num_queries, seed)] if tasks is None else list(tasks)
     tasks_not_run: dict[str, str] = {}
@@ -142,44 +134,45 @@ def _loaders(
     encoders: Mapping[str, str | Path], parent: str | Path | None, outside: bool
 ) -> dict[str, Callable[[], Any]]:
     """Embedders by name, not loaded yet; TF-IDF is another one for each task."""
-    loaders: dict[str, Callable[[], Any]] = {}
-    if outside:
-        loaders = {baselines.TFIDF: lambda: None, baselines.MINILM: baselines.minilm}
 
     def read(**options: Any) -> Embedder:
         if parent is None:
             raise NotRun("name the parent's folder")
         return baselines.parent(resolve_checkpoint(parent), **options)
 
-    loaders[baselines.CAUSAL_MEAN] = partial(read, pooling="mean")
-    loaders[baselines.CAUSAL_LAST] = partial(read, pooling="lasttoken")
-    loaders[baselines.UNMASKED_MEAN] = partial(read, pooling="mean", causal=False)
-    return loaders | {name: partial(baselines.encoder, path) for name, path in encoders.items()}
+    own = {name: partial(baselines.encoder, folder) for name, folder in encoders.items()}
+    parents = {
+        baselines.CAUSAL_MEAN: partial(read, pooling="mean"),
+        baselines.CAUSAL_LAST: partial(read, pooling="lasttoken"),
+        baselines.UNMASKED_MEAN: partial(read, pooling="mean", causal=False),
+    }
+    others = {baselines.TFIDF: lambda: None, baselines.MINILM: baselines.minilm}
+    return {**(others if outside else {}), **parents, **own}
 
 
 class MtebTask:
     """One task of mteb, scored by mteb, which gives no interval.
 
-    In mteb's retrieval the order of the results decides a tie, so that a model which cannot tell
-    texts apart scores above zero.
+    In its retrieval the order of the results decides a tie, so that a model which cannot tell texts
+    apart scores above zero.
     """
 
     def __init__(self, task: Any) -> None:
         self.task, self.name, self.metric = task, task.metadata.name, task.metadata.main_score
+        self.size = len(task.eval_splits) * len(task.hf_subsets)
         self.max_tokens = 512
         self.corpus: list[str] = []  # not known beforehand: TF-IDF is not run
-        self.size = len(task.eval_splits) * len(task.hf_subsets)
 
     def measure(self, embed: Embed) -> dict[str, float]:
         """`score`. Raises NotRun if the data cannot be had."""
         import mteb
 
-        if not self.task.data_loaded:
-            try:
+        try:
+            if not self.task.data_loaded:
                 self.task.load_data()
-            except Exception as error:  # the hub client raises a dozen unrelated types
-                reason = str(error).strip().partition("\n")[0]
-                raise NotRun(f"its data cannot be loaded: {reason}") from None
+        except Exception as error:  # the hub client raises a dozen unrelated types
+            reason = str(error).strip().partition("\n")[0]
+            raise NotRun(f"its data cannot be loaded: {reason}") from None
         results = mteb.evaluate(mteb_model(embed), self.task, cache=None, show_progress_bar=False)
         return {"score": float(results.task_results[0].get_score())}
 
@@ -187,9 +180,7 @@ class MtebTask:
 def mteb_tasks(name: str) -> list[Task]:
     """The tasks of a benchmark, such as "MTEB(eng, v2)", or one task, such as "STSBenchmark".
 
-    Raises:
-        NotRun: mteb is not installed.
-        InputError: mteb knows neither.
+    Raises NotRun if mteb is not installed, InputError if it knows neither.
     """
     try:
         import mteb
@@ -214,7 +205,7 @@ def mteb_model(embed: Embed) -> Any:
         mteb_model_meta = ModelMeta.create_empty(facts)
 
         def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
-            role = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
+            role = None if prompt_type is None else prompt_type.value
             return embed([text for batch in inputs for text in batch["text"]], role)
 
     return Encoder()
@@ -224,12 +215,7 @@ def provenance(*, started: float | None = None, **facts: Any) -> dict[str, Any]:
     """Facts that a number must carry: command, commit, versions, hardware, and `seconds` since
     `started` (monotonic).
     """
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if match := re.search(r"model name\s*: (.*)", text):
-            cpu = match[1]
-    hardware = f"{cpu}, {os.cpu_count()} cores"
+    hardware = f"{_processor()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
     found: dict[str, Any] = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
@@ -239,6 +225,12 @@ def provenance(*, started: float | None = None, **facts: Any) -> dict[str, Any]:
     if started is not None:
         found["seconds"] = round(time.monotonic() - started, 1)
     return found | {"versions": {"python": platform.python_version(), **package_versions()}}
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def _embed(

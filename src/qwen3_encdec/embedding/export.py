@@ -44,29 +44,28 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Form(NamedTuple):
-    """How to make a form of an encoder folder in another folder, and to open it in its runtime."""
+    """How to write an encoder folder in another form and to open that in its own runtime, the least
+    cosine that is right, and the packages it needs with the extra that installs them.
+    """
 
     write: Callable[[Path, Path], None]
     read: Callable[[Path], Embed]
     cosine: float
-    """Least cosine to our own encoder in fp32, for the worst of the texts."""
     packages: tuple[str, ...]
     extra: str
-    """The extra of this package that installs them."""
 
 
 class ExportReport(NamedTuple):
-    """Distance of the exported runtime to our own encoder, for the worst of the texts."""
+    """Cosine and largest difference of the exported runtime to our own encoder, for the worst of
+    the texts; the control, cosine of reading the weights causally; cosine of texts that are not NFC.
+    """
 
     form: str
     cosine: float
     limit: float
     difference: float
-    """Largest of any entry of a normalized embedding."""
     causal: float
-    """The control: cosine that reading the same weights causally would give."""
     decomposed: float
-    """Cosine of texts that are not NFC: below `limit`, normalize them before this reader."""
 
     def __str__(self) -> str:
         line = (
@@ -97,35 +96,27 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
     kind = FORMS[form]
     check_packages(form, kind.packages, kind.extra)
     check_output(output_dir, "exported encoder")
-    facts = {"form": form, "source": str(model)}
-    with (
-        encoder_folder(model) as encoder,
-        new_folder(output_dir, "exported encoder", **facts) as folder,
-    ):
+    output = new_folder(output_dir, "exported encoder", form=form, source=str(model))
+    with encoder_folder(model) as encoder, output as folder:
         kind.write(encoder, folder)
-        ours = TextEncoder(encoder, dtype=torch.float32, device="cpu")
-        layout = ours.layout
-        texts = sample_texts(AutoTokenizer.from_pretrained(encoder), 16, min(256, ours.max_tokens))
-        texts += [unicodedata.normalize("NFD", text) for text in NOT_NFC]
-        prompt = "" if layout.default_prompt is None else layout.prompt()
-        expected = ours.encode(texts)
-        found = kind.read(folder)([prompt + text for text in texts])[:, : expected.shape[1]]
-        causal = causal_embeddings(encoder, texts)[:, : expected.shape[1]]
-        cosines, blind = cosine(found, expected), cosine(causal, expected)
-        report = ExportReport(
-            form,
-            cosine=float(cosines[:16].min()),
-            limit=kind.cosine,
-            difference=float(np.abs(found - expected)[:16].max()),
-            causal=float(blind[:16].min()),
-            decomposed=float(cosines[16:].min()),
-        )
-        # A control that comes close would mean that the texts cannot tell causal from
-        # bidirectional.
-        close = report.cosine >= kind.cosine
-        if not close or 1 - report.causal < 10 * (1 - kind.cosine):
+        report = _compare(encoder, folder, form)
+        # A control that comes close would mean that the texts cannot tell one from the other.
+        if report.cosine < kind.cosine or 1 - report.causal < 10 * (1 - kind.cosine):
             raise InputError(f"{model} as {form} does not embed as our encoder does: {report}")
     return report
+
+
+def _compare(encoder: Path, folder: Path, form: str) -> ExportReport:
+    ours = TextEncoder(encoder, dtype=torch.float32, device="cpu")
+    texts = sample_texts(AutoTokenizer.from_pretrained(encoder), 16, min(256, ours.max_tokens))
+    texts += [unicodedata.normalize("NFD", text) for text in NOT_NFC]
+    expected, prompt = ours.encode(texts), ours.layout.prompt()
+    found = FORMS[form].read(folder)([prompt + text for text in texts])[:, : expected.shape[1]]
+    causal = causal_embeddings(encoder, texts)[:, : expected.shape[1]]
+    cosines, blind = cosine(found, expected), cosine(causal, expected)
+    difference = float(np.abs(found - expected)[:16].max())
+    least = [float(values.min()) for values in (cosines[:16], blind[:16], cosines[16:])]
+    return ExportReport(form, least[0], FORMS[form].cosine, difference, *least[1:])
 
 
 def check_packages(form: str, packages: tuple[str, ...], extra: str) -> None:
@@ -201,17 +192,11 @@ def _write_onnx(encoder: Path, output: Path, int8: bool = False) -> None:
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    names = ["input_ids", "attention_mask"]
+    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
     file = output / "onnx" / "model.onnx"
     file.parent.mkdir()
-    save_onnx(
-        file,
-        model,
-        kwargs=dict(zip(names, (torch.zeros_like(mask), mask), strict=True)),
-        input_names=names,
-        output_names=["last_hidden_state"],
-        dynamic_shapes=dict.fromkeys(names, shape),
-    )
+    options: Any = {"input_names": list(inputs), "output_names": ["last_hidden_state"]}
+    save_onnx(file, model, kwargs=inputs, dynamic_shapes=dict.fromkeys(inputs, shape), **options)
     if int8:
         _to_8_bits(file)
     config = read_json(output / "config.json")
@@ -306,8 +291,9 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
     for name, tensor in read_tensors(encoder):
         values = tensor.float().numpy()
         # As llama.cpp: vectors stay whole, rows that do not divide into blocks of 32 are F16.
-        blocks = kind != "Q8_0" or values.shape[-1] % 32 == 0
-        dtype = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind if blocks else "F16"]
+        dtype = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind]
+        if dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
+            dtype = gguf.GGMLQuantizationType.F16
         target = names.get_name(f"model.{name}", try_suffixes=(".weight",))
         writer.add_tensor(target, gguf.quantize(values, dtype), raw_dtype=dtype)
     writer.write_header_to_file()

@@ -31,9 +31,7 @@ INPUTS, STEPS = 32, 24
 
 
 class PairReport(NamedTuple):
-    """Agreement of greedy decoding in onnxruntime with our own; `blind` is the control: tokens that
-    agree when the decoder's mask hides the source.
-    """
+    """Tokens equal to our own, all and, the control, with the source hidden from the decoder."""
 
     tokens: int
     equal: int
@@ -46,12 +44,14 @@ class PairReport(NamedTuple):
         )
 
 
-class _Encoder(torch.nn.Module):
-    """Ids and mask [B, S] to the source's keys and values in every decoder layer."""
-
+class _Graph(torch.nn.Module):
     def __init__(self, model: Any):
         super().__init__()
         self.model = model.model
+
+
+class _Encoder(_Graph):
+    """Ids and mask [B, S] to the source's keys and values in every decoder layer."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
         states = self.model.encoder(input_ids, attention_mask).last_hidden_state
@@ -59,20 +59,10 @@ class _Encoder(torch.nn.Module):
         return [part for layer in layers for part in layer.self_attn.source_key_value(states)]
 
 
-class _Decoder(torch.nn.Module):
+class _Decoder(_Graph):
     """One token [B, 1] behind a cache to logits [B, V] and the grown cache."""
 
-    def __init__(self, model: Any):
-        super().__init__()
-        self.model = model.model
-
-    def forward(
-        self,
-        token: torch.Tensor,
-        position: torch.Tensor,
-        mask: torch.Tensor,
-        past: list[torch.Tensor],
-    ) -> list[torch.Tensor]:
+    def forward(self, token: Any, position: Any, mask: Any, past: Any) -> list[torch.Tensor]:
         decoder, states = self.model.decoder, self.model.shared(token)
         rotary = decoder.rotary_emb(states, position)
         cache = DynamicCache(zip(past[::2], past[1::2], strict=True))
@@ -87,8 +77,7 @@ def export_pair(model: str | Path, output_dir: str | Path) -> PairReport:
     """Export an encoder-decoder to ONNX and verify greedy decoding token by token.
 
     Raises:
-        InputError: `model` is not an encoder-decoder, a package
-            is missing, or a token differs.
+        InputError: `model` is not an encoder-decoder, a package is missing, or a token differs.
     """
     check_packages(PAIR, ONNX_PACKAGES, "onnx")
     check_output(output_dir, "exported pair")
@@ -143,25 +132,12 @@ def _write(model: Any, folder: Path) -> None:
 
 
 def decode(
-    folder: Path,
-    ids: np.ndarray,
-    mask: np.ndarray,
-    config: Any,
-    *,
-    steps: int = STEPS,
-    hide_source: bool = False,
+    folder: Path, ids: Any, mask: Any, config: Any, steps: int = STEPS, hide_source: bool = False
 ) -> np.ndarray:
-    """Decode greedily in onnxruntime.
+    """Decode ids under a mask, [B, S] int64, greedily in onnxruntime.
 
-    Args:
-        folder: With encoder.onnx and decoder.onnx.
-        ids, mask: [B, S] int64.
-        config: Special ids of the model.
-        steps: Tokens to decode.
-        hide_source: The control: mask the source in the decoder.
-
-    Returns:
-        [B, steps] int64; behind a row's EOS there is padding.
+    `config` has the special ids; `hide_source` is the control. Returns [B, steps] int64, behind a
+    row's EOS padding.
     """
     from onnxruntime import InferenceSession
 

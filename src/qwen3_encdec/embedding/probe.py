@@ -25,9 +25,11 @@ from qwen3_encdec.embedding.export import cosine, sample_texts
 from qwen3_encdec.folders import InputError
 
 Embed = Callable[[list[str]], np.ndarray]
-_WORDS = """river window bread teacher market silver garden yellow engine letter winter bridge doctor
-music paper summer stone kitchen island captain forest mirror pocket number village carpet hammer
-finger dinner shadow button monkey castle farmer ticket ladder butter camera planet rabbit""".split()  # noqa: SIM905
+_WORDS = """
+river window bread teacher market silver garden yellow engine letter winter bridge
+doctor music paper summer stone kitchen island captain forest mirror pocket number
+village carpet hammer finger dinner shadow button monkey castle farmer ticket ladder
+""".split()  # noqa: SIM905
 
 
 class Verdict(NamedTuple):
@@ -149,8 +151,8 @@ def compare(embed: Embed, folder: Path) -> Verdict:
     other = max(value for reading, value in cosines.items() if not reading.startswith(attention))
     right = f"bidirectional, {layout.pooling}, with EOS"
     evidence = (
-        f"{folder} read as {best!r} gives cosine {cosines[best]:.4f} to the answers, read correctly "
-        f"{cosines[right]:.4f}; the other attention {other:.4f}"
+        f"{folder} read as {best!r} gives cosine {cosines[best]:.4f} to the answers, "
+        f"read correctly {cosines[right]:.4f}; the other attention {other:.4f}"
     )
     # 8-bit weights leave .999; a chance match closer than this is another model.
     if cosines[best] < 0.98 or 1 - other < 3 * (1 - cosines[best]):

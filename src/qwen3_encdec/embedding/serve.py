@@ -90,58 +90,79 @@ def write_answer(encoder: TextEncoder, ask: Ask, tokens: Tokens, rows: np.ndarra
     return json.dumps(answer).encode()
 
 
+class Waiting(NamedTuple):
+    """One text of a request; they are computed in the order of their turns."""
+
+    turn: int
+    number: int
+    ids: np.ndarray
+    row: asyncio.Future
+
+
 class Batcher:
     """Form batches of the texts of all requests and compute them in one thread."""
 
     def __init__(self, encoder: TextEncoder, queue_tokens: int, counts: dict[str, float]) -> None:
         self.encoder, self.queue_tokens, self.counts = encoder, queue_tokens, counts
-        self._texts: list[tuple[int, int, np.ndarray, asyncio.Future]] = []  # a heap, by turn
-        self._turn, self._number = 0, itertools.count()
+        self._waiting: list[Waiting] = []  # a heap
+        self._turn = 0
+        self._numbers = itertools.count()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._computing: asyncio.Task | None = None
 
     async def embed(self, ids: list[np.ndarray]) -> np.ndarray:
         """[texts, E] float32 of a request. Raises HTTPException 429 if too many tokens wait."""
-        waiting, tokens = self.counts["queue_tokens"], sum(map(len, ids))
+        tokens = sum(map(len, ids))
+        waiting = self.counts["queue_tokens"]
         if waiting and waiting + tokens > self.queue_tokens:
             raise HTTPException(429, f"{waiting:,.0f} tokens wait", {"Retry-After": "2"})
         self.counts["queue_tokens"] += tokens
-        rows: list[asyncio.Future] = [asyncio.Future() for _ in ids]
-        for turn, (text, row) in enumerate(zip(ids, rows, strict=True), self._turn):
-            heappush(self._texts, (turn, next(self._number), text, row))
+        texts = [
+            Waiting(turn, next(self._numbers), text, asyncio.Future())
+            for turn, text in enumerate(ids, self._turn)
+        ]
+        for text in texts:
+            heappush(self._waiting, text)
         if self._computing is None or self._computing.done():
             self._computing = asyncio.create_task(self._compute())
-        return np.stack(await asyncio.gather(*rows))
+        return np.stack(await asyncio.gather(*(text.row for text in texts)))
 
     async def _compute(self) -> None:
         """Compute batch after batch until no text waits."""
+        loop = asyncio.get_running_loop()
         while batch := self._take():
-            ids = [text for text, _ in batch]
+            ids = [text.ids for text in batch]
             began = time.perf_counter()
-            forward = self._thread.submit(lambda ids: self.encoder.forward(ids).cpu().numpy(), ids)
             try:
-                rows: Any = await asyncio.wrap_future(forward)
+                rows = await loop.run_in_executor(self._thread, self._forward, ids)
             except Exception as error:
                 rows = [error] * len(ids)
             self.counts["model_seconds_total"] += time.perf_counter() - began
             self.counts["tokens_total"] += sum(map(len, ids))
             self.counts["batches_total"] += 1
-            for (_, future), row in zip(batch, rows, strict=True):
-                if not future.done():
-                    failed = isinstance(row, Exception)
-                    (future.set_exception if failed else future.set_result)(row)
+            for text, row in zip(batch, rows, strict=True):
+                if text.row.done():
+                    continue
+                if isinstance(row, Exception):
+                    text.row.set_exception(row)
+                else:
+                    text.row.set_result(row)
 
-    def _take(self) -> list[tuple[np.ndarray, asyncio.Future]]:
+    def _forward(self, ids: list[np.ndarray]) -> Any:
+        return self.encoder.forward(ids).cpu().numpy()
+
+    def _take(self) -> list[Waiting]:
         """As many texts, in turn, as a batch holds; those of requests that ended are dropped."""
-        batch: list[tuple[np.ndarray, asyncio.Future]] = []
+        batch: list[Waiting] = []
         room = self.encoder.batch_tokens
-        while self._texts and (not batch or len(self._texts[0][2]) <= room):
-            self._turn, _, text, row = heappop(self._texts)
-            self.counts["queue_tokens"] -= len(text)
-            if not row.done():
-                batch.append((text, row))
-                room -= len(text)
-        return sorted(batch, key=lambda item: -len(item[0]))  # as in offline batches
+        while self._waiting and (not batch or len(self._waiting[0].ids) <= room):
+            text = heappop(self._waiting)
+            self._turn = text.turn
+            self.counts["queue_tokens"] -= len(text.ids)
+            if not text.row.done():
+                batch.append(text)
+                room -= len(text.ids)
+        return sorted(batch, key=lambda text: -len(text.ids))  # as in offline batches
 
 
 class Service:

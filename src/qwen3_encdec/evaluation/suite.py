@@ -122,7 +122,7 @@ def evaluate_retrieval(
             metrics["tasks"][task.name] = facts
             if task.name == PACKAGE_DOCS:
                 metrics |= {"num_queries": task.size, "num_documents": len(task.corpus)}
-                metrics["retrieval"] = {name: _details(row) for name, row in rows.items()}
+                metrics["retrieval"] = dict(zip(rows, map(_details, rows.values()), strict=True))
     return metrics
 
 

@@ -65,7 +65,13 @@ def read_ask(encoder: TextEncoder, body: bytes) -> tuple[Ask, Tokens]:
         ask = Ask.model_validate_json(body)
     except ValidationError as error:
         last = error.errors(include_context=False)[-1]
-        raise InputError(": ".join([*map(str, last["loc"]), last["msg"]])) from None
+        message = ": ".join([*map(str, last["loc"]), last["msg"]])
+        if len(last["loc"]) > 2 and isinstance(last["input"], int | list):
+            message = (
+                "input holds token ids, which are taken as texts only: another model's would embed "
+                "wrongly (LangChain: check_embedding_ctx_length=False)"
+            )
+        raise InputError(message) from None
     encoder.check_dimensions(ask.dimensions)
     texts = [ask.input] if isinstance(ask.input, str) else ask.input
     return ask, encoder.tokenize(texts, encoder.layout.prompt(ask.prompt_name))

@@ -44,8 +44,8 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Form(NamedTuple):
-    """How to write an encoder folder in another form and to open that in its own runtime, the least
-    cosine that is right, and the packages it needs with the extra that installs them.
+    """Functions that write an encoder folder in this form and open it in its own runtime, the least
+    right cosine, and the packages needed with the extra that installs them.
     """
 
     write: Callable[[Path, Path], None]

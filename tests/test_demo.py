@@ -158,7 +158,7 @@ def test_finetune_keeps_the_encoder_bidirectional_and_the_control_causal(
 @pytest.mark.parametrize(
     ("folder", "pairs", "sentence"),
     [
-        ("encoder", PAIRS[:5], "5 pairs are less than one batch of 8"),
+        ("encoder", PAIRS[:5], "column anchor has 5 distinct texts, and a batch of 8"),
         ("missing", PAIRS, "not a sentence-transformers folder"),
     ],
 )

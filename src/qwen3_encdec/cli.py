@@ -127,8 +127,6 @@ def extract(
     max_seq_length: Annotated[
         int | None, typer.Option(help="Tokens after which a text is cut [512].")
     ] = None,
-    license: Annotated[str, typer.Option(help="For the model card.")] = "apache-2.0",
-    language: Annotated[str, typer.Option(help="For the model card, codes by commas.")] = "en",
 ) -> None:
     """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
     from qwen3_encdec.conversion.extract import extract_encoder
@@ -140,8 +138,6 @@ def extract(
         average_last=average_last,
         ema=ema,
         max_seq_length=max_seq_length,
-        license=license,
-        language=language,
     )
     print(f"{report}\nwrote {output_dir}")
 
@@ -328,9 +324,7 @@ def finetune(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
     ] = None,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted call (needs save_every).")
-    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call.")] = False,
 ) -> None:
     """Make an embedding model of an encoder, by sentence-transformers' losses on pairs of texts."""
     from qwen3_encdec.embedding.finetune import FinetuneConfig
@@ -360,19 +354,18 @@ def soup(
     weights: Annotated[
         str | None, typer.Option(help="Share of each model, as 0.7,0.3; default: equal.")
     ] = None,
-    method: Annotated[str, typer.Option(help="linear, or slerp of two.")] = "linear",
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Retrieval of every input and the result.")
     ] = False,
 ) -> None:
-    """Average the weights of several encoders, or go part of the way from one to another."""
+    """Average the weights of several encoders."""
     from qwen3_encdec.conversion import merge as merging
 
     try:
         shares = None if weights is None else [float(share) for share in weights.split(",")]
     except ValueError:
         raise InputError(f"weights {weights!r} are not numbers with commas between them") from None
-    merging.soup(model, output, weights=shares, method=method)
+    merging.soup(model, output, weights=shares)
     print(f"wrote {output}")
     if evaluate:
         from qwen3_encdec.reports.evaluation import compare_soup
@@ -411,18 +404,16 @@ def embed(
         int | None, typer.Option(help="Tokens after which a text is cut.")
     ] = None,
     dtype: ComputeDtype = None,
-    processes: Annotated[
-        int, typer.Option(min=1, help="Processes; on a CPU they share its cores.")
-    ] = 1,
 ) -> None:
     """Texts of a file to embeddings in another, in their order."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     import torch
 
-    from qwen3_encdec.embedding.encoder import embed_file
+    from qwen3_encdec.embedding.encoder import TextEncoder, embed_file
 
+    torch_dtype = getattr(torch, dtype.value) if dtype else None
     done = embed_file(
-        model,
+        TextEncoder(model, dtype=torch_dtype, max_tokens=max_tokens),
         input,
         output,
         text_column=text_column,
@@ -430,9 +421,6 @@ def embed(
         precision=precision,
         ranges=ranges,
         dimensions=dimensions,
-        max_tokens=max_tokens,
-        dtype=getattr(torch, dtype.value) if dtype else None,
-        processes=processes,
     )
     print(f"{done}\nwrote {output}")
 
@@ -444,9 +432,13 @@ def similarity(
     prompt_name: PromptName = None,
 ) -> None:
     """Print the cosines of texts with each other."""
-    from qwen3_encdec.embedding.encoder import TextEncoder, similarity_table
+    import numpy as np
+    from sentence_transformers.util import cos_sim
 
-    print(similarity_table(TextEncoder(model), texts, prompt_name))
+    from qwen3_encdec.embedding.encoder import TextEncoder
+
+    embeddings = TextEncoder(model).encode(texts, prompt_name=prompt_name)
+    print(np.round(cos_sim(embeddings, embeddings).numpy(), 3))
 
 
 @app.command()

@@ -57,7 +57,7 @@ class Form(NamedTuple):
 
 class ExportReport(NamedTuple):
     """Cosine and largest difference of the exported runtime to our own encoder, for the worst of
-    the texts; the control, cosine of reading the weights causally; cosine of texts that are not NFC.
+    the texts; cosine of reading the weights causally (the control), and of texts that are not NFC.
     """
 
     form: str

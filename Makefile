@@ -65,7 +65,7 @@ test-extras: $(VENV)/extras ## what else needs rensa or faiss
 BENCHMARKS := PYTHONPATH=$(abspath $(VENV))/extras-benchmarks
 $(VENV)/extras-benchmarks: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps mteb==2.26.24 pytrec-eval-terrier==0.5.11 \
-		polars==2.1.0 polars-runtime-32==2.1.0 wordllama==0.4.0.post1 toml==0.10.2 gensim==4.4.0
+		polars==2.1.0 polars-runtime-32==2.1.0 gensim==4.4.0
 	touch $@
 
 WORDNET := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qwen3-encdec/wordnet

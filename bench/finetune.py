@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from qwen3_encdec.embedding.finetune import FinetuneConfig, finetune
 from qwen3_encdec.evaluation import baselines
-from qwen3_encdec.evaluation.retrieval import package_retrieval, retrieval_scores
+from qwen3_encdec.evaluation.retrieval import package_retrieval, rank_scores, relevant_ranks
 from qwen3_encdec.folders import read_json, write_json
 from qwen3_encdec.training.config import load_dataclass
 
@@ -76,7 +76,7 @@ def measure(folder: Path, width: int, most: int) -> dict[str, float]:
 
 
 def _score(queries: np.ndarray, documents: np.ndarray, relevant: np.ndarray) -> float:
-    return retrieval_scores(queries, documents, relevant)["ndcg@10"]
+    return rank_scores(relevant_ranks(queries, documents, relevant))["ndcg@10"]
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def test_openai(encoder, url, monkeypatch):  # noqa: F811
     assert client.models.retrieve("mean").id == "mean"
     with pytest.raises(openai.BadRequestError, match="must lie in 1 ... 40"):
         client.embeddings.create(model="mean", input="a", dimensions=4000)
-    with pytest.raises(openai.NotFoundError, match="there is no model"):
+    with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")
     monkeypatch.setenv("QWEN3_ENCDEC_API_KEY", "secret")
     with running(encoder) as guarded:

@@ -58,16 +58,15 @@ def serve(answer):
 
 
 def stock(folder, **options):
-    """Text Embeddings Inference's route and OpenAI's, around sentence-transformers."""
+    """OpenAI's route around sentence-transformers."""
     model = SentenceTransformer(str(folder), device="cpu", **options)
+    return serve(lambda path, request: answer_with(model.encode(request["input"])))
 
-    def answer(path, request):
-        if path == "/embed":
-            return model.encode(request["inputs"]).tolist()
-        rows = enumerate(model.encode(request["input"]).tolist())
-        return {"data": [{"index": index, "embedding": row} for index, row in rows][::-1]}
 
-    return serve(answer)
+def answer_with(vectors):
+    """OpenAI's answer, its rows in another order."""
+    rows = enumerate(np.asarray(vectors).tolist())
+    return {"data": [{"index": index, "embedding": row} for index, row in rows][::-1]}
 
 
 CAUSAL = {"config_kwargs": {"is_causal": True}}
@@ -81,7 +80,7 @@ def test_our_server_is_bidirectional(encoder, monkeypatch):
             assert check_endpoint(url, model).kind == "bidirectional"
 
 
-@pytest.mark.parametrize("path", ["", "/v1", "/v1/embeddings", "/embed"])
+@pytest.mark.parametrize("path", ["", "/v1", "/v1/embeddings"])
 def test_a_causal_server_is_told_from_a_bidirectional_one(encoder, path):
     for options, kind in (({}, "bidirectional"), (CAUSAL, "causal")):
         with stock(encoder, **options) as url:
@@ -108,9 +107,9 @@ def test_a_wrong_pooling_and_another_model_are_not_called_right(encoder, tmp_pat
     assert verdict.kind == "misread"
     assert "read as 'bidirectional, lasttoken, with EOS'" in verdict.evidence
     generator = np.random.default_rng(0)
-    with serve(lambda path, request: {"data": [
-        {"index": i, "embedding": generator.standard_normal(40).tolist()} for i in range(len(request["input"]))
-    ]}) as url:  # fmt: skip
+    with serve(
+        lambda path, request: answer_with(generator.standard_normal((len(request["input"]), 40)))
+    ) as url:
         assert check_endpoint(url, encoder).kind == "unknown"
         assert check_endpoint(url).kind in ("unknown", "bidirectional")
 
@@ -121,13 +120,13 @@ def test_a_real_bidirectional_model_is_not_called_causal():
     its positions differ in weight, and that is not taken for causality.
     """
     embed = baselines.minilm()
-    with serve(lambda path, request: np.asarray(embed(request["inputs"])).tolist()) as url:
-        assert check_endpoint(f"{url}/embed").kind in ("unknown", "bidirectional")
+    with serve(lambda path, request: answer_with(embed(request["input"]))) as url:
+        assert check_endpoint(url).kind in ("unknown", "bidirectional")
 
 
 def test_what_does_not_answer_with_embeddings_is_named(encoder):
     for url in ("127.0.0.1:1", "ftp://127.0.0.1"):
-        with pytest.raises(InputError, match="is not an http address"):
+        with pytest.raises(InputError, match="does not answer as an HTTP server does: "):
             check_endpoint(url)
     with pytest.raises(InputError, match="does not answer as an HTTP server does: "):
         check_endpoint("http://127.0.0.1:9")
@@ -142,7 +141,7 @@ def test_what_does_not_answer_with_embeddings_is_named(encoder):
     ):
         with (
             serve(lambda path, request, answer=answer: answer) as url,
-            pytest.raises(InputError, match="embeddings|array"),
+            pytest.raises(InputError, match="does not answer 192 texts with embeddings"),
         ):
             check_endpoint(url)
 
@@ -173,9 +172,9 @@ def test_a_port_that_is_no_http_and_a_cut_answer_are_named(said):
 
 def test_another_models_width_is_named_and_a_shorter_one_is_judged(encoder):
     rng = np.random.default_rng(0)
-    with serve(lambda path, request: rng.random((len(request["inputs"]), 768)).tolist()) as url:
+    with serve(lambda path, request: answer_with(rng.random((len(request["input"]), 768)))) as url:
         with pytest.raises(InputError, match="answers with 768 dimensions, .* has 40: it serves"):
-            check_endpoint(url + "/embed", encoder)
+            check_endpoint(url, encoder)
     with stock(encoder, truncate_dim=20) as url:
         assert check_endpoint(url, encoder).kind == "bidirectional"
 

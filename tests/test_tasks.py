@@ -117,16 +117,6 @@ def test_an_unknown_task_is_named():
 # Scores
 
 
-def test_retrieval_counts_ties_against_the_model():
-    texts = [f"w{i} {'x' * i}" for i in range(20)]
-    task = tasks.Retrieval("copy", texts, texts, np.arange(20))
-    assert task.measure(bags)["score"] == 1.0
-    worst = {"score": 0, "low": 0, "high": 0, "mrr": 0.05, "ndcg@10": 0, "r@1": 0}
-    assert task.measure(constant) == pytest.approx(worst)
-    swapped = tasks.Retrieval("swapped", texts, texts, np.roll(np.arange(20), 1))
-    assert swapped.measure(bags)["score"] == 0.0
-
-
 def test_a_probe_reads_what_is_there_and_nothing_else():
     rng = np.random.default_rng(0)
     words = {0: "cold wind rain", 1: "bread soup cheese", 2: "wheel road engine"}
@@ -276,10 +266,8 @@ def test_a_hub_task_without_its_data_is_tried_once_and_not_run(monkeypatch):
         raise OSError("no network\nand a long story")
 
     monkeypatch.setattr(type(mteb.get_task("STSBenchmark")), "load_data", fail)
-    for baseline in ("wordllama", "minilm"):
-        monkeypatch.setattr(
-            baselines, baseline, lambda: lambda texts, max_tokens=0, role=None: bags(texts)
-        )
+    embedder = lambda texts, max_tokens=0, role=None: bags(texts)  # noqa: E731
+    monkeypatch.setattr(baselines, "minilm", lambda: embedder)
     metrics = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
     assert metrics["tasks_not_run"] == {"STSBenchmark": "its data cannot be loaded: no network"}
     assert len(tried) == 1

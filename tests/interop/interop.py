@@ -126,7 +126,7 @@ def main() -> int:
                 encoder, dtype=torch.float32, attn_implementation=implementation
             ).eval()
             return lambda: embed_padded(
-                encoder, lambda ids, mask: model(ids, mask).last_hidden_state, 8, texts
+                encoder, lambda ids, mask: model(ids, mask).last_hidden_state, texts
             )
 
         def environment(name: str) -> Rows:

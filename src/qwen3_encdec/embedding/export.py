@@ -8,34 +8,25 @@
 
 ONNX folders also get the small files: tokenizer, pooling, prompts, length limit. GGUF carries
 tokenizer, pooling and length limit itself, but its readers do not normalize text: what is not NFC
-embeds wrongly there. The report measures that, and the README beside the file says it.
+embeds wrongly there. The report measures that.
 """
 
 import importlib.util
-import json
 import logging
-import tempfile
 import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, Qwen3Config
 
 from qwen3_encdec.conversion.extract import pool
-from qwen3_encdec.embedding.encoder import (
-    TextEncoder,
-    encoder_folder,
-    load_encoder,
-    read_layout,
-    states_under,
-)
+from qwen3_encdec.embedding.encoder import TextEncoder, encoder_folder, read_layout
 from qwen3_encdec.folders import (
     InputError,
     check_output,
@@ -48,53 +39,42 @@ from qwen3_encdec.folders import (
 
 Embed = Callable[[list[str]], np.ndarray]
 """Texts -> [N, E] float32, normalized."""
+NOT_NFC = ("Übergröße für Äpfel", "crème brûlée à la façon", "Việt Nam đẹp", "naïve coöperation")
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
-# One protobuf message ends at 2 GiB: weights of larger models go to a file beside it.
-_LARGEST_ONNX = 1_900_000_000
 
-
-@dataclass(frozen=True)
-class Form:
-    """One form of an encoder: how to write and read it, and how close it must come."""
+class Form(NamedTuple):
+    """Functions that write an encoder folder in this form and open it in its own runtime, the least
+    right cosine, and the packages needed with the extra that installs them.
+    """
 
     write: Callable[[Path, Path], None]
-    """Makes it of an encoder folder (first) in another (second)."""
     read: Callable[[Path], Embed]
-    """Opens it in its own runtime."""
     cosine: float
-    """Least cosine to our own encoder in fp32, for the worst of the texts."""
     packages: tuple[str, ...]
-    """Needed to write and to read it."""
     extra: str
-    """The extra of this package that installs them."""
 
 
-@dataclass(frozen=True)
-class ExportReport:
-    """Distance of the exported runtime to our own encoder: the worst of `texts`."""
+class ExportReport(NamedTuple):
+    """Cosine and largest difference of the exported runtime to our own encoder, for the worst of
+    the texts; cosine of reading the weights causally (the control), and of texts that are not NFC.
+    """
 
     form: str
-    megabytes: float
-    texts: int
     cosine: float
-    difference: float
-    """Largest of any entry of a normalized embedding."""
-    causal: float
-    """The control: cosine that reading the same weights causally would give."""
-    decomposed: float
-    """Cosine of texts that are not NFC: below `limit`, normalize them before this reader."""
     limit: float
+    difference: float
+    causal: float
+    decomposed: float
 
     def __str__(self) -> str:
         line = (
-            f"{self.form}: {self.megabytes:.1f} MB; {self.texts} texts in padded batches: cosine "
-            f">= {self.cosine:.7f} (limit {self.limit}), difference <= {self.difference:.1e}; "
-            f"read causally {self.causal:.4f}; texts that are not NFC {self.decomposed:.4f}"
+            f"{self.form}: cosine >= {self.cosine:.7f} (limit {self.limit}), difference <= "
+            f"{self.difference:.1e}; read causally {self.causal:.4f}; texts that are not NFC "
+            f"{self.decomposed:.4f}"
         )
         if self.decomposed < self.limit:
-            line += (
-                "\nits readers do not normalize text: convert texts to NFC before embedding them"
-            )
+            line += "\nits readers do not normalize text: convert texts to NFC before embedding"
         return line
 
 
@@ -116,19 +96,27 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
     kind = FORMS[form]
     check_packages(form, kind.packages, kind.extra)
     check_output(output_dir, "exported encoder")
-    facts = {"form": form, "source": str(model)}
-    with (
-        encoder_folder(model) as encoder,
-        new_folder(output_dir, "exported encoder", **facts) as folder,
-    ):
+    output = new_folder(output_dir, "exported encoder", form=form, source=str(model))
+    with encoder_folder(model) as encoder, output as folder:
         kind.write(encoder, folder)
-        report = _compare(encoder, folder, form, kind)
-        # A control that comes close would mean that the texts cannot tell causal from
-        # bidirectional.
-        close = report.cosine >= kind.cosine
-        if not close or 1 - report.causal < 10 * (1 - kind.cosine):
+        report = _compare(encoder, folder, form)
+        # A control that comes close would mean that the texts cannot tell one from the other.
+        if report.cosine < kind.cosine or 1 - report.causal < 10 * (1 - kind.cosine):
             raise InputError(f"{model} as {form} does not embed as our encoder does: {report}")
     return report
+
+
+def _compare(encoder: Path, folder: Path, form: str) -> ExportReport:
+    ours = TextEncoder(encoder, dtype=torch.float32, device="cpu")
+    texts = sample_texts(AutoTokenizer.from_pretrained(encoder), 16, min(256, ours.max_tokens))
+    texts += [unicodedata.normalize("NFD", text) for text in NOT_NFC]
+    expected, prompt = ours.encode(texts), ours.layout.prompt()
+    found = FORMS[form].read(folder)([prompt + text for text in texts])[:, : expected.shape[1]]
+    causal = causal_embeddings(encoder, texts)[:, : expected.shape[1]]
+    cosines, blind = cosine(found, expected), cosine(causal, expected)
+    difference = float(np.abs(found - expected)[:16].max())
+    least = [float(values.min()) for values in (cosines[:16], blind[:16], cosines[16:])]
+    return ExportReport(form, least[0], FORMS[form].cosine, difference, *least[1:])
 
 
 def check_packages(form: str, packages: tuple[str, ...], extra: str) -> None:
@@ -139,48 +127,17 @@ def check_packages(form: str, packages: tuple[str, ...], extra: str) -> None:
             raise InputError(f"{form} needs the package {package}: {install}")
 
 
-def _compare(encoder: Path, folder: Path, form: str, kind: Form) -> ExportReport:
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    texts = sample_texts(tokenizer, 16, min(256, read_layout(encoder).max_tokens))
-    decomposed = [unicodedata.normalize("NFD", text) for text in NOT_NFC]
-    ours = TextEncoder(encoder, dtype=torch.float32, device="cpu")
-    prompt = "" if ours.layout.default_prompt is None else ours.layout.prompt()
-    expected = ours.encode(texts)
-    embed = kind.read(folder)
-    found = embed([prompt + text for text in texts])
-    others = embed([prompt + text for text in decomposed])
-    files = [file.stat().st_size for file in folder.rglob("*") if file.is_file()]
-    return ExportReport(
-        form,
-        sum(files) / 1e6,
-        len(texts),
-        cosine=least_cosine(found, expected),
-        difference=float(np.abs(found[:, : expected.shape[1]] - expected).max()),
-        causal=least_cosine(causal_embeddings(encoder, texts), expected),
-        decomposed=least_cosine(others, ours.encode(decomposed)),
-        limit=kind.cosine,
-    )
-
-
-def least_cosine(found: np.ndarray, expected: np.ndarray) -> float:
-    """The least cosine of rows, over the leading dimensions that `expected` has."""
-    found = found[:, : expected.shape[1]]
+def cosine(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
+    """[N], of the rows of two arrays [N, E]."""
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-    return float(((found * expected).sum(-1) / norms).min())
+    return (found * expected).sum(-1) / norms
 
 
 def causal_embeddings(folder: Path, texts: list[str]) -> np.ndarray:
     """[N, E] float32, normalized: the control, `folder` read as a causal model."""
-    encoder = load_encoder(folder)
-
-    def states(ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        return states_under(encoder, ids, causal=True)
-
-    return embed_padded(folder, states, 1, texts)
-
-
-NOT_NFC = ("Übergröße für Äpfel", "crème brûlée à la façon", "Việt Nam đẹp", "naïve coöperation")
-"""Texts whose letters carry marks, to be decomposed."""
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
+    model.config.is_causal = True
+    return embed_padded(folder, lambda ids, mask: model(ids, mask).last_hidden_state, texts)
 
 
 def sample_texts(
@@ -190,14 +147,9 @@ def sample_texts(
     log scale, shuffled.
     """
     rng = np.random.default_rng(seed)
-    words = []
-    for token in rng.permutation(len(tokenizer)):
-        text = tokenizer.decode([int(token)])
-        word = text.removeprefix(" ")
-        if word != text and word.isalpha() and unicodedata.is_normalized("NFC", word):
-            words.append(word)
-        if len(words) == 2000:
-            break
+    tokens = tokenizer.batch_decode(rng.permutation(len(tokenizer))[:, None])
+    words = [text[1:] for text in tokens if text[:1] == " " and text[1:].isalpha()]
+    words = [word for word in words if unicodedata.is_normalized("NFC", word)][:2000]
     # EOS is one token; a word without its space before it, as the first one stands, may take more.
     lengths = np.geomspace(1, longest - 8, number).round().astype(int)
     return [" ".join(rng.choice(words, length)) for length in rng.permutation(lengths)]
@@ -205,52 +157,28 @@ def sample_texts(
 
 @torch.inference_mode()
 def embed_padded(
-    folder: Path,
-    states: Callable[[torch.Tensor, torch.Tensor], Any],
-    batch_size: int,
-    texts: list[str],
+    folder: Path, states: Callable[[torch.Tensor, torch.Tensor], Any], texts: list[str]
 ) -> np.ndarray:
     """Tokenize and pool as the folder says, around a function of ids and mask, [B, S] int64, to
     states [B, S, E].
     """
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    pooling = read_json(folder / "1_Pooling" / "config.json")["pooling_mode"]
+    tokenizer, pooling = AutoTokenizer.from_pretrained(folder), read_layout(folder).pooling
     rows = []
-    for start in range(0, len(texts), batch_size):
-        batch = tokenizer(
-            texts[start : start + batch_size], padding=True, truncation=True, return_tensors="pt"
-        )
-        output = states(batch["input_ids"], batch["attention_mask"])
-        rows.append(pool(torch.as_tensor(output), batch["attention_mask"], pooling))
+    for start in range(0, len(texts), 8):
+        part = texts[start : start + 8]
+        batch = tokenizer(part, padding=True, truncation=True, return_tensors="pt")
+        mask = batch["attention_mask"]
+        rows.append(pool(torch.as_tensor(states(batch["input_ids"], mask)), mask, pooling))
     return torch.cat(rows).numpy()
 
 
-class _States(torch.nn.Module):
-    """Stock transformers' encoder: ids and mask [B, S] to states [B, S, E]."""
-
-    def __init__(self, folder: Path):
-        super().__init__()
-        self.model = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa"
-        )
-        self.eval()
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        return self.model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-
-
 class _Int8Embedding(torch.nn.Module):
-    """A table of bytes with one scale a row; onnxruntime's own, one for all, costs ten times the
-    error.
-    """
+    """A table of bytes with a scale for each row; onnxruntime quantizes no lookup to 8 bits."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
-        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
-        self.scale: torch.Tensor
-        self.table: torch.Tensor
-        self.register_buffer("scale", scale)
-        self.register_buffer("table", (weight / scale).round().to(torch.int8))
+        self.scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
+        self.table = (weight / self.scale).round().to(torch.int8)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return self.table[ids] * self.scale[ids]
@@ -258,97 +186,69 @@ class _Int8Embedding(torch.nn.Module):
 
 def _write_onnx(encoder: Path, output: Path, int8: bool = False) -> None:
     copy_without_weights(encoder, output)
-    states = _States(encoder)
+    model = AutoModel.from_pretrained(encoder, dtype=torch.float32).eval()
     if int8:
-        states.model.embed_tokens = _Int8Embedding(states.model.embed_tokens.weight.detach())
+        model.embed_tokens = _Int8Embedding(model.embed_tokens.weight.detach())
     mask = torch.ones(2, 8, dtype=torch.long)
     mask[1, 5:] = 0
     shape = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
-    model = to_onnx(
-        states,
-        (torch.zeros_like(mask), mask),
-        ["input_ids", "attention_mask"],
-        ["last_hidden_state"],
-        (shape, shape),
-    )
-    file = output / "onnx" / ("model_quantized.onnx" if int8 else "model.onnx")
-    if save_onnx(_eight_bits(model) if int8 else model, file):
-        config = read_json(output / "config.json")
-        config["transformers.js_config"] = {"use_external_data_format": {file.name: 1}}
-        write_json(output / "config.json", config)
-
-
-def to_onnx(
-    module: torch.nn.Module,
-    inputs: tuple,
-    input_names: list[str],
-    output_names: list[str],
-    dynamic_shapes: Any,
-) -> Any:
-    """Export a module through torch.export; an onnx_ir model."""
-    with _quiet():
-        program = torch.onnx.export(
-            module,
-            inputs,
-            input_names=input_names,
-            output_names=output_names,
-            dynamic_shapes=dynamic_shapes,
-            verbose=False,
-        )
-    assert program is not None
-    return program.model
-
-
-def save_onnx(model: Any, file: Path) -> bool:
-    """Save a model; True if its weights were so large that they went into a file beside it."""
-    import onnx_ir
-
-    file.parent.mkdir(exist_ok=True)
-    size = sum(tensor.const_value.nbytes for tensor in model.graph.initializers.values())
-    large = size > _LARGEST_ONNX
-    onnx_ir.save(model, file, external_data=f"{file.name}_data" if large else None)
-    return large
+    inputs = {"input_ids": torch.zeros_like(mask), "attention_mask": mask}
+    file = output / "onnx" / "model.onnx"
+    file.parent.mkdir()
+    options: Any = {"input_names": list(inputs), "output_names": ["last_hidden_state"]}
+    save_onnx(file, model, kwargs=inputs, dynamic_shapes=dict.fromkeys(inputs, shape), **options)
+    if int8:
+        _to_8_bits(file)
+    config = read_json(output / "config.json")
+    config["transformers.js_config"] = {"use_external_data_format": True}
+    write_json(output / "config.json", config)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silence exporters, which log every node."""
     logging.disable(logging.WARNING)
-    try:
-        with warnings.catch_warnings(action="ignore"):
-            yield
-    finally:
-        logging.disable(logging.NOTSET)
+    with warnings.catch_warnings(action="ignore"):
+        yield
+    logging.disable(logging.NOTSET)
 
 
-def _eight_bits(model: Any) -> Any:
+def save_onnx(file: Path, module: torch.nn.Module, args: tuple = (), **options: Any) -> None:
+    """Export a module by `torch.onnx.export`, its weights beside the file: one ends at 2 GiB."""
+    import onnx_ir
+
+    with quiet():
+        program = torch.onnx.export(module, args, verbose=False, **options)
+    assert program is not None
+    onnx_ir.save(program.model, file, external_data=f"{file.name}_data")
+
+
+def _to_8_bits(file: Path) -> None:
     """8-bit weights with a scale for every 32, and integer products, as llama.cpp's q8_0."""
     import onnx
-    import onnx_ir
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
-    with tempfile.TemporaryDirectory() as scratch:
-        # Through a file, because a message of more than 2 GiB cannot be made.
-        onnx_ir.save(model, whole := Path(scratch) / "model.onnx", external_data="weights")
-        quantizer = MatMulNBitsQuantizer(
-            onnx.load(whole), bits=8, block_size=32, is_symmetric=True, accuracy_level=4
-        )
-        with _quiet():
-            quantizer.process()
-    return onnx_ir.from_proto(quantizer.model.model)
+    options = {"bits": 8, "block_size": 32, "is_symmetric": True, "accuracy_level": 4}
+    quantizer = MatMulNBitsQuantizer(onnx.load(file), **options)
+    with quiet():
+        quantizer.process()
+    for written in file.parent.iterdir():
+        written.unlink()
+    name = "model_quantized.onnx"
+    data = {"save_as_external_data": True, "location": f"{name}_data"}
+    onnx.save(quantizer.model.model, file.parent / name, **data)
 
 
 def _read_onnx(name: str, folder: Path) -> Embed:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(
-        folder / "onnx" / name, providers=["CPUExecutionProvider"]
-    )
+    file, providers = folder / "onnx" / name, ["CPUExecutionProvider"]
+    session = onnxruntime.InferenceSession(file, providers=providers)
 
     def states(ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
         return session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
 
-    return partial(embed_padded, folder, states, 8)
+    return partial(embed_padded, folder, states)
 
 
 def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
@@ -357,51 +257,13 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
     """
     import gguf
 
-    arch = gguf.MODEL_ARCH.QWEN3
-    layout = read_layout(encoder)
-    with _quiet():
-        writer = gguf.GGUFWriter(output / f"model-{kind.lower()}.gguf", gguf.MODEL_ARCH_NAMES[arch])
-    file_type = "ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"
-    writer.add_name(output.name)
-    writer.add_file_type(gguf.LlamaFileType[file_type])
-    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
-    config = Qwen3Config.from_pretrained(encoder)
-    _add_sizes(writer, config, encoder)
-    # Readers take the context length for the limit of a text.
-    writer.add_context_length(layout.max_tokens)
-    writer.add_causal_attention(False)
-    pooling = {"mean": "MEAN", "lasttoken": "LAST", "cls": "CLS"}[layout.pooling]
-    writer.add_pooling_type(gguf.PoolingType[pooling])
-    _add_tokenizer(writer, AutoTokenizer.from_pretrained(encoder), config.vocab_size)
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    for name, tensor in read_tensors(encoder):
-        target = names.get_name(f"model.{name}", try_suffixes=(".weight",))
-        values = tensor.float().numpy()
-        # As llama.cpp: vectors stay whole, rows that do not divide into blocks of 32 are F16.
-        dtype = gguf.GGMLQuantizationType[kind if values.ndim > 1 else "F32"]
-        if dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
-            dtype = gguf.GGMLQuantizationType.F16
-        writer.add_tensor(target, gguf.quantize(values, dtype), raw_dtype=dtype)
-    with _quiet():
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_tensors_to_file()
-        writer.close()
-    prompts = json.dumps(layout.prompts, ensure_ascii=False)
-    (output / "README.md").write_text(
-        f"An encoder for llama.cpp: {layout.pooling} pooling, at most {layout.max_tokens} tokens a "
-        "text (start the server with `--embedding` and a batch that holds a whole text).\n\n"
-        "GGUF readers do not normalize text: convert texts to Unicode NFC before embedding them.\n"
-        f"They do not know prompts either: put them before the texts yourself: {prompts}\n",
-        encoding="utf-8",
-    )
-
-
-def _add_sizes(writer: Any, config: Qwen3Config, encoder: Path) -> None:
-    rope = config.rope_parameters
+    config, layout = Qwen3Config.from_pretrained(encoder), read_layout(encoder)
+    rope: Any = config.rope_parameters
     if rope["rope_type"] != "default":
         raise InputError(f"{encoder}: rope_type {rope['rope_type']} cannot be written as GGUF")
-    writer.add_vocab_size(config.vocab_size)
+    writer = gguf.GGUFWriter(output / f"model-{kind.lower()}.gguf", "qwen3")
+    writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
+    writer.add_context_length(layout.max_tokens)  # readers take it for the limit of a text
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -411,23 +273,33 @@ def _add_sizes(writer: Any, config: Qwen3Config, encoder: Path) -> None:
     writer.add_value_length(config.head_dim)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(rope["rope_theta"])
+    writer.add_causal_attention(False)
+    pooling = {"mean": "MEAN", "lasttoken": "LAST", "cls": "CLS"}[layout.pooling]
+    writer.add_pooling_type(gguf.PoolingType[pooling])
 
-
-def _add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
-    import gguf
-
-    backend = json.loads(tokenizer.backend_tokenizer.to_str())
-    special = {token["id"] for token in backend["added_tokens"]}
-    kinds = [gguf.TokenType.CONTROL if i in special else gguf.TokenType.NORMAL for i in range(size)]
+    tokenizer, ids = AutoTokenizer.from_pretrained(encoder), range(config.vocab_size)
+    special, types = set(tokenizer.added_tokens_decoder), gguf.TokenType
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("qwen2")
-    writer.add_token_list(tokenizer.convert_ids_to_tokens(range(size)))
-    writer.add_token_types(kinds)
-    writer.add_token_merges([" ".join(pair) for pair in backend["model"]["merges"]])
-    writer.add_pad_token_id(tokenizer.pad_token_id)
-    writer.add_eos_token_id(tokenizer.eos_token_id)
-    writer.add_add_bos_token(False)
-    writer.add_add_eos_token(True)
+    writer.add_token_list(tokenizer.convert_ids_to_tokens(ids))
+    writer.add_token_types([types.CONTROL if i in special else types.NORMAL for i in ids])
+    vocabulary = gguf.SpecialVocab(encoder, load_merges=True)
+    vocabulary.add_special_token = {"bos": False, "eos": True}
+    vocabulary.add_to_gguf(writer, quiet=True)
+
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
+    for name, tensor in read_tensors(encoder):
+        values = tensor.float().numpy()
+        # As llama.cpp: vectors stay whole, rows that do not divide into blocks of 32 are F16.
+        dtype = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind]
+        if dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
+            dtype = gguf.GGMLQuantizationType.F16
+        target = names.get_name(f"model.{name}", try_suffixes=(".weight",))
+        writer.add_tensor(target, gguf.quantize(values, dtype), raw_dtype=dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def llama_cpp_server(folder: Path) -> Any:
@@ -456,21 +328,12 @@ def _read_gguf(folder: Path) -> Embed:
     return embed
 
 
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+_onnx, _gguf = (ONNX_PACKAGES, "onnx"), (("gguf", "xllamacpp"), "gguf")
+_to_int8, _from_int8 = partial(_write_onnx, int8=True), partial(_read_onnx, "model_quantized.onnx")
 FORMS = {
-    "onnx": Form(_write_onnx, partial(_read_onnx, "model.onnx"), 0.99999, ONNX_PACKAGES, "onnx"),
-    "onnx-int8": Form(
-        partial(_write_onnx, int8=True),
-        partial(_read_onnx, "model_quantized.onnx"),
-        0.999,
-        ONNX_PACKAGES,
-        "onnx",
-    ),
+    "onnx": Form(_write_onnx, partial(_read_onnx, "model.onnx"), 0.99999, *_onnx),
+    "onnx-int8": Form(_to_int8, _from_int8, 0.999, *_onnx),
+    "gguf": Form(partial(_write_gguf, "F32"), _read_gguf, 0.99999, *_gguf),
+    "gguf-f16": Form(partial(_write_gguf, "F16"), _read_gguf, 0.9999, *_gguf),
+    "gguf-q8_0": Form(partial(_write_gguf, "Q8_0"), _read_gguf, 0.999, *_gguf),
 }
-for _name, _kind, _cosine in (
-    ("gguf", "F32", 0.99999),
-    ("gguf-f16", "F16", 0.9999),
-    ("gguf-q8_0", "Q8_0", 0.999),
-):
-    _write = partial(_write_gguf, _kind)
-    FORMS[_name] = Form(_write, _read_gguf, _cosine, ("gguf", "xllamacpp"), "gguf")

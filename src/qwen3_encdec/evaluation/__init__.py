@@ -1,4 +1,1 @@
-"""Scores of a model, always beside its baselines:
-
-denoising loss, retrieval, geometry, and the report.
-"""
+"""Scores of a model, always beside its baselines."""

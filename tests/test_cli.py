@@ -227,7 +227,7 @@ def test_output_folder_that_is_not_ours(
     monkeypatch, refused, command, parent_folder, init_folder, tmp_path
 ):
     monkeypatch.setattr(
-        "qwen3_encdec.demo.road.train_causal_parent", None
+        "qwen3_encdec.demo.pipeline.train_causal_parent", None
     )  # refused before any work begins
     thesis = tmp_path / "thesis"
     thesis.mkdir()

@@ -286,6 +286,7 @@ def evaluate(
 ) -> None:
     """Evaluate beside the baselines: denoising loss and infilling, or retrieval and geometry."""
     from qwen3_encdec.reports import evaluation as suite
+    from qwen3_encdec.reports.scores import score_text
 
     metrics = suite.evaluate(
         model,
@@ -298,7 +299,7 @@ def evaluate(
         num_examples=num_examples,
         seed=seed,
     )
-    print(suite.summary(metrics))
+    print(score_text(metrics))
     print(f"wrote {output}")
 
 
@@ -540,8 +541,8 @@ def demo(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of every stage.")] = 0,
 ) -> None:
-    """Walk the whole road on the docstrings of the installed packages, in minutes on a CPU."""
-    from qwen3_encdec.demo.road import run_demo
+    """Run the whole pipeline on the docstrings of the installed packages, in minutes on a CPU."""
+    from qwen3_encdec.demo.pipeline import run_demo
 
     run_demo(output, qwen3_model=qwen3_model, seed=seed)
 

@@ -196,7 +196,7 @@ def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
     with pytest.raises(InputError, match="the tokenizer has 651 entries and the model 715 rows"):
         run_training(small_run(other, corpus))
     (other / "config.json").write_text(json.dumps({**settings, "model_type": "qwen3"}))
-    with pytest.raises(InputError, match="holds a 'qwen3' model"):
+    with pytest.raises(InputError, match="this is a 'qwen3' model"):
         run_training(small_run(other, corpus))
     (other / "config.json").write_text(json.dumps(settings))
     (other / "model.safetensors").write_bytes(

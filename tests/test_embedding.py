@@ -263,7 +263,7 @@ def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
         TextEncoder(folder)
     folder = damaged(mean_encoder, tmp_path / "b", "config.json", intermediate_size=64)
     with pytest.raises(
-        InputError, match=r"tensor layers.0.mlp.down_proj.weight is \(40, 56\), expected \(40, 64\)"
+        InputError, match=r"layers.0.mlp.down_proj.weight is \(40, 56\), expected \(40, 64\)"
     ):
         TextEncoder(folder).encode(TEXTS)
     weights = shutil.copytree(mean_encoder, tmp_path / "cut") / "model.safetensors"

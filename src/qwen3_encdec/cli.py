@@ -52,6 +52,7 @@ Deduplicate = Literal["no", "exact", "minhash"]
 ComputeDtype = Annotated[Dtype | None, Option(help="Default: bfloat16 where it is native.")]
 Seed = Annotated[int, Option(help="Seed of everything random.")]
 Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a key.")]
+PushTo = Annotated[str | None, Option(metavar="ORG/NAME", help="Upload the folder, private.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 
 
@@ -125,6 +126,7 @@ def extract(
     average_last: Annotated[int, Option(help="Average the newest N checkpoints.")] = 1,
     ema: Annotated[bool, Option("--ema", help="Take the running average of ema_decay.")] = False,
     max_length: MaxLength = None,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
     from qwen3_encdec.conversion.extract import extract_encoder
@@ -138,6 +140,7 @@ def extract(
         max_seq_length=max_length,
     )
     print(f"{report}\nwrote {output}")
+    _push(output, push_to_hub)
 
 
 @app.command(cls=Command)
@@ -249,6 +252,7 @@ def finetune(
     config: Annotated[Path | None, Option(help="YAML, as configs/finetune.yaml.")] = None,
     settings: Settings = None,
     resume: Annotated[bool, Option("--resume", help="Continue (needs save_every).")] = False,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Make an embedding model of an encoder, by sentence-transformers' losses on pairs of texts."""
     from qwen3_encdec.embedding import finetune as finetuning
@@ -261,6 +265,7 @@ def finetune(
         listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
         print(f"nDCG@10 of held-out pairs: {listed} (kept)")
     print(f"wrote {output}")
+    _push(output, push_to_hub)
 
 
 @app.command(cls=Command)
@@ -406,6 +411,21 @@ def _torch_dtype(name: str | None) -> Any:
     return getattr(torch, name) if name else None
 
 
+def _push(folder: Path, repository: str | None) -> None:
+    """Upload a folder as a private repository, if one is named."""
+    if repository is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        commit = HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} could not be uploaded to {repository}: {reason}") from None
+    print(f"uploaded {commit.commit_url}")
+
+
 def run(command: Callable[..., None]) -> None:
     """Run one command as a script, with the errors of the command line."""
     script = Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -428,8 +448,8 @@ def _guard(application: Typer) -> None:
         sentence = str(error).strip().splitlines()[-1]
         _fail(sentence.removeprefix(f"{InputError.__module__}.InputError: "))
     except ModuleNotFoundError as error:
-        extras = "qwen3-encdec[training,evaluation,serve]"
-        _fail(f"this command needs the package {error.name}: pip install '{extras}'")
+        extras = "pip install -e '.[training,evaluation,serve]'"
+        _fail(f"this command needs the package {error.name}; in a checkout: {extras}")
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left", file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,7 @@
 """Errors that a user can mend, atomic output folders, and models and tokenizers read from folders.
 
-Outputs are built beside their destination and renamed into place, so a failure leaves nothing
-behind. A folder without `qwen3_encdec.json` is somebody else's and is never replaced. torch and
-transformers are imported where they are used: `--help` and a wrong setting need neither.
+A folder without `qwen3_encdec.json` is somebody else's and is never replaced. torch is imported
+where it is used: `--help` and a wrong setting need neither it nor transformers.
 """
 
 import json
@@ -27,12 +26,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROVENANCE_FILE = "qwen3_encdec.json"
+INITIALIZE_COMMAND = "python scripts/initialize_from_qwen3.py --model HUB_ID --output FOLDER"
 TRAIN_COMMAND = (
     "accelerate launch --config_file configs/accelerate_fsdp2.yaml "
     "scripts/train.py --config configs/training_config.yaml"
-)
-INITIALIZE_COMMAND = (
-    "python scripts/initialize_from_qwen3.py --model FOLDER_OR_HUB_ID --output ./qwen3-encdec-init"
 )
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "sentence-transformers")
 M = TypeVar("M", bound="PreTrainedModel")
@@ -94,11 +91,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def check_output(output: str | Path, kind: str | None = None) -> Path:
-    """Refuse a destination that may not be written: call it before any work begins.
-
-    An absent folder, an empty one and one of ours are fine; with `kind`, only one of that kind.
-    Raises InputError otherwise.
-    """
+    """Raise InputError unless a folder is absent, empty, or ours and, if given, of that `kind`."""
     output = Path(output)
     if output.is_file():
         raise InputError(f"output {output} is a file; name a folder")
@@ -152,10 +145,7 @@ def copy_without_weights(source: Path, folder: Path) -> None:
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
-    """Return the folder of a checkpoint, downloading it if `name` is a hub id.
-
-    Raises InputError if it is neither, or the folder holds no `config.json`.
-    """
+    """The folder of a checkpoint, downloaded if `name` is a hub id. InputError if neither."""
     folder = Path(name)
     if (folder / "config.json").exists():
         return folder
@@ -169,10 +159,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise InputError(
-            f"checkpoint {name} is no local folder and could not be fetched from the hub: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name} could not be fetched from the hub: {reason}") from None
 
 
 def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -192,10 +180,7 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
 
 def read_averages(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (name, tensor) of the running average that training with `ema_decay` keeps.
-
-    Raises InputError if there is none, or a file is damaged.
-    """
+    """Yield (name, tensor) of the running average of `ema_decay`. Raises InputError without one."""
     import torch
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
@@ -240,12 +225,8 @@ def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
 def load_tokenizer(
     folder: str | Path, config: "qwen3_encdec.Qwen3EncoderDecoderConfig | None" = None
 ) -> "qwen3_encdec.Qwen3EncoderDecoderTokenizer":
-    """Read the tokenizer of a folder; with `config`, check that the model has as many rows.
-
-    Raises InputError if it is missing, cannot be read, or the sizes differ.
-    """
-    build = f"qwen3-encdec tokenizer --output {folder}"
-    command = INITIALIZE_COMMAND if config else build
+    """Read a tokenizer. Raises InputError if it does not load, or has not `config`'s size."""
+    command = INITIALIZE_COMMAND if config else f"qwen3-encdec tokenizer --output {folder}"
     folder = _require(folder, "tokenizer.json", "tokenizer", command)
     try:
         tokenizer = qwen3_encdec.Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
@@ -284,10 +265,7 @@ def load_whole(
     dtype: "torch.dtype",
     key_mapping: dict[str, str] | None = None,
 ) -> M:
-    """Read a model as `from_pretrained` does, but never fill a gap at random.
-
-    Raises InputError if a tensor is missing, unknown or of another shape, or a file is damaged.
-    """
+    """Read a model as `from_pretrained` does, but raise InputError for a gap or a damaged file."""
     tensor_shapes(folder)  # names a damaged file, which transformers does not
     checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = kind.from_pretrained(

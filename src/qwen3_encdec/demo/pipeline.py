@@ -2,7 +2,6 @@
 
 import time
 from contextlib import redirect_stdout
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,35 +21,20 @@ from qwen3_encdec.reports.scores import score_text
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.loop import train_to_the_end
 
-
-@dataclass(frozen=True)
-class Budget:
-    """Sizes of the stages; a slower machine takes longer and computes the same.
-
-    The dictionaries are arguments of `train_causal_parent`, `DataConfig`, `TrainingConfig` and
-    `finetune`; `num_ranks` is how much of Qwen3's BPE a nano parent keeps.
-    """
-
-    num_ranks: int
-    parent: dict[str, Any]
-    data: dict[str, Any]
-    ul2: dict[str, Any]
-    contrastive: dict[str, Any]
-    heldout_texts: int
-    num_queries: int
-
-
-NANO = Budget(
-    num_ranks=8192,
-    parent={"hidden_size": 192, "num_hidden_layers": 4, "steps": 600},
-    data={"source_length": 256, "target_length": 128},
-    ul2={"max_steps": 600, "warmup_steps": 30, "batch_size": 4, "lr": 2e-3},
-    contrastive={"steps": 160, "batch_size": 32, "max_length": 64, "lr": 2e-3},
-    heldout_texts=64,
-    num_queries=1000,
-)
-"""Minutes on two cores."""
-CHECKPOINT = replace(NANO, ul2=NANO.ul2 | {"lr": 1e-4}, contrastive=NANO.contrastive | {"lr": 2e-5})
+NANO: dict[str, Any] = {
+    "num_ranks": 8192,
+    "parent": {"hidden_size": 192, "num_hidden_layers": 4, "steps": 600},
+    "data": {"source_length": 256, "target_length": 128},
+    "ul2": {"max_steps": 600, "warmup_steps": 30, "batch_size": 4, "lr": 2e-3},
+    "contrastive": {"steps": 160, "batch_size": 32, "max_length": 64, "lr": 2e-3},
+    "heldout_texts": 64,
+    "num_queries": 1000,
+}
+"""Minutes on two cores: entries of Qwen3's BPE, arguments of `train_causal_parent`, `DataConfig`,
+`TrainingConfig` and `finetune`, held-out texts of each denoiser, and retrieval queries.
+"""
+CHECKPOINT = NANO | {"ul2": NANO["ul2"] | {"lr": 1e-4}}
+CHECKPOINT["contrastive"] = NANO["contrastive"] | {"lr": 2e-5}
 """For a parent that knows something already: the learning rates of a fine-tuning."""
 
 
@@ -58,7 +42,7 @@ def run_demo(
     output_dir: str | Path = "runs/demo",
     *,
     qwen3_model: str | Path | None = None,
-    budget: Budget | None = None,
+    budget: dict[str, Any] | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """Run every stage and leave its folder, metrics.json and report.html in `output_dir`.
@@ -82,7 +66,7 @@ def run_demo(
             started=started,
             seed=seed,
             qwen3_model=str(qwen3_model or "nano"),
-            budget=asdict(budget),
+            budget=budget,
         )
         write_json(root / "metrics.json", metrics)
         curves = read_curves(root / "ul2" / "metrics.jsonl")
@@ -92,7 +76,9 @@ def run_demo(
     return metrics
 
 
-def _run_stages(root: Path, given: Path | None, budget: Budget, seed: int) -> dict[str, Any]:
+def _run_stages(
+    root: Path, given: Path | None, budget: dict[str, Any], seed: int
+) -> dict[str, Any]:
     """Run all stages from a given parent, or one of our own, and return the metrics."""
     clock = _Clock()
     texts, pairs = [document.text for document in package_docs("train")], summary_pairs("train")
@@ -100,27 +86,27 @@ def _run_stages(root: Path, given: Path | None, budget: Budget, seed: int) -> di
 
     parent = given or root / "parent"
     if given is None:
-        tokenizer = parent_tokenizer(budget.num_ranks)
+        tokenizer = parent_tokenizer(budget["num_ranks"])
         result = train_causal_parent(
-            parent, tokenizer=tokenizer, texts=texts, seed=seed, **budget.parent
+            parent, tokenizer=tokenizer, texts=texts, seed=seed, **budget["parent"]
         )
         clock.lap("parent", f"a nano Qwen3 with a loss of {result['loss']:.3f} nats a token")
 
     report = initialize(parent, root / "init", seed=seed)
     clock.lap("initialize", f"encoder-decoder of {report.parameters:,} parameters, verified")
 
-    data = DataConfig(**budget.data, seed=seed)
-    steps = budget.ul2["max_steps"]
+    data = DataConfig(**budget["data"], seed=seed)
+    steps = budget["ul2"]["max_steps"]
     config = TrainingConfig(
         model=str(root / "init"),
         output_dir=str(root / "ul2"),
         data=data,
         log_every=max(1, steps // 50),
         eval_every=max(1, steps // 4),
-        eval_examples_per_denoiser=budget.heldout_texts,
+        eval_examples_per_denoiser=budget["heldout_texts"],
         save_every=0,
         seed=seed,
-        **budget.ul2,
+        **budget["ul2"],
     )
     with (root / "ul2.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
         checkpoint = train_to_the_end(config)
@@ -134,13 +120,13 @@ def _run_stages(root: Path, given: Path | None, budget: Budget, seed: int) -> di
     tuned = {"Causal parent + contrastive": "parent-embedder", CONTRASTIVE: "encoder"}
     for name, folder in tuned.items():
         encoders[name] = root / f"{folder}-contrastive"
-        finetune(root / folder, encoders[name], pairs, seed=seed, **budget.contrastive)
-    clock.lap("contrastive", f"{budget.contrastive['steps']} steps, encoder and causal parent")
+        finetune(root / folder, encoders[name], pairs, seed=seed, **budget["contrastive"])
+    clock.lap("contrastive", "encoder and causal parent, on the same pairs")
 
     folders = {"initialization": root / "init", "trained": checkpoint}
-    metrics = evaluate_denoising(folders, num_examples=budget.heldout_texts, data=data)
+    metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=data)
     metrics |= evaluate_retrieval(
-        encoders, parent=parent, num_queries=budget.num_queries, seed=seed
+        encoders, parent=parent, num_queries=budget["num_queries"], seed=seed
     )
     clock.lap("evaluate", f"{metrics['num_documents']:,} documents of held-out packages")
     return metrics | {"seconds": clock.seconds}

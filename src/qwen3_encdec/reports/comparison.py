@@ -122,28 +122,21 @@ def _draw_curves(lines: Mapping[str, Points], label: str, axes: Axes) -> None:
 
 def _infilling(runs: Sequence[Run]) -> page.Section:
     shares: dict[str, dict[str, str]] = {}
-    answers: dict[tuple[str, str], list[tuple[str, str]]] = {}
+    examples = []
     for run in runs:
-        infill = run.metrics.get("infill", {"examples": []})
+        infill = run.metrics.get("infill", {})
         rates = infill.get("by_denoiser", {})
         shares[run.name] = {name: f"{share:.1%}" for name, share in rates.items()}
-        for example in infill["examples"]:
-            gap = example["source"], example["expected"]
-            answers.setdefault(gap, []).append((run.name, example["generated"]))
-    examples = [
-        [("source", source), ("expected", expected), *filled]
-        for (source, expected), filled in list(answers.items())[:5]
-    ]
+        for example in infill.get("examples", [])[:5]:
+            examples.append([("run", run.name), *example.items()])
     note = "Share of gaps that greedy decoding fills exactly, and examples."
     return page.Section("Infilling", note, page.grid("Denoiser", shares), fields=examples)
 
 
 def _facts(run: Run) -> list[tuple[str, str]]:
-    facts: dict[str, Any] = {"folder": run.folder, "kind": run.kind}
+    facts = {"run": run.name, "folder": run.folder, "kind": run.kind}
     if trained := [record for record in run.curves if "target_tokens" in record]:
         tokens = trained[-1]["source_tokens"] + trained[-1]["target_tokens"]
         facts |= {"steps": f"{trained[-1]['step']:,}", "tokens": f"{tokens:,}"}
-    for name, value in run.metrics.get("provenance", {}).items():
-        pairs = value.items() if isinstance(value, Mapping) else ()
-        facts[name] = ", ".join(f"{key} {item}" for key, item in pairs) or value
-    return [("run", run.name), *((name, str(value)) for name, value in facts.items())]
+    facts |= run.metrics.get("provenance", {})
+    return [(name, str(value)) for name, value in facts.items()]

@@ -41,8 +41,6 @@ def evaluate(
         num_queries: Most queries of each task; `seed` chooses them.
         num_examples: Held-out texts under each denoiser.
         data: Data of the encoder-decoder's training; by default package-docs.
-
-    Raises InputError where `model_dir` cannot be read or `output_dir` may not be written.
     """
     check_output(output_dir, "evaluation")
     logging.disable_progress_bar()

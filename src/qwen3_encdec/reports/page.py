@@ -31,8 +31,6 @@ STYLE: Any = {
 }  # fmt: skip
 Table = tuple[list[str], list[list[str]]]
 """Header and rows."""
-Fields = Sequence[tuple[str, str]]
-"""Names and texts."""
 
 
 @dataclass
@@ -43,7 +41,7 @@ class Section:
     note: str = ""
     table: Table | None = None
     figures: Sequence[Markup] = ()
-    fields: Sequence[Fields] = ()
+    fields: Sequence[Sequence[tuple[str, str]]] = ()
     """A list for each example or run."""
 
 

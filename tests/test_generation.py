@@ -187,7 +187,9 @@ def test_a_cache_is_used_or_refused_but_never_dropped(model, source):
         output = model(**source, decoder_input_ids=ids[:, 3:], cache=cache_now, **options)
         torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
     model.train().gradient_checkpointing_enable()
-    refused = pytest.raises(ValueError, match="a cache cannot be used with gradient checkpointing")
+    refused = pytest.raises(
+        ValueError, match="a cache cannot be used with .* gradient checkpointing"
+    )
     with torch.enable_grad(), refused:
         model(**source, decoder_input_ids=ids[:, 3:], cache=cache)
 

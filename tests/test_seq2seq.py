@@ -126,32 +126,18 @@ def test_the_tensor_parallel_plan_names_what_is_there(kind):
     assert model.tp_plan.keys() <= modules
 
 
-def test_rope_on_encoder_keys_is_off_and_can_be_turned_on(model):
+def test_the_decoder_sees_a_set_of_source_states(model):
+    """Encoder keys are not rotated: the order of the states does not matter to the decoder."""
     inputs = batch()
-    torch.manual_seed(0)
-    rotated = Qwen3ForSeq2SeqLM(tiny_config(rope_on_encoder_keys=True)).eval()
-    assert all(
-        torch.equal(a, b) for a, b in zip(model.parameters(), rotated.parameters(), strict=True)
-    )
-    assert abs(rotated(**inputs).loss - model(**inputs).loss) > 1e-4
-    torch.testing.assert_close(
-        rotated(**inputs).loss, plain_loss(rotated, inputs), atol=1e-5, rtol=0
-    )
-    # the order of the source now matters to the decoder, which is what the ablation asks about
     order = torch.tensor([4, 0, 2, 1, 3, 5, 8, 6, 7])
-    for m, matters in ((model, False), (rotated, True)):
-        states = m.get_encoder()(inputs["input_ids"]).last_hidden_state
-        ids = inputs["input_ids"][:, :3]
-        straight, permuted = (
-            m(encoder_outputs=(s,), decoder_input_ids=ids).logits
-            for s in (states, states[:, order])
-        )
-        assert ((straight - permuted).abs().max() > 1e-4) == matters
-    source = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    generated = [
-        rotated.generate(**source, max_new_tokens=6, use_cache=use) for use in (True, False)
-    ]
-    assert torch.equal(*generated)
+    states = model.get_encoder()(inputs["input_ids"]).last_hidden_state
+    ids = inputs["input_ids"][:, :3]
+    straight, permuted, other = (
+        model(encoder_outputs=(s,), decoder_input_ids=ids).logits
+        for s in (states, states[:, order], states.flip(0))
+    )
+    torch.testing.assert_close(straight, permuted, atol=1e-5, rtol=0)
+    assert (straight - other).abs().max() > 1e-3  # control: other states
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)

@@ -221,7 +221,7 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(several, tmp_
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "qwen3_encdec.json does not exist"),
+        ({}, "qwen3_encdec.json cannot be read"),
         ({PROVENANCE_FILE: '{"kind": "encoder"}'}, "has neither metrics.json nor"),
         ({PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "1\n2\n"}, "is not a JSON object"),
     ],

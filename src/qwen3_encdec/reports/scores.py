@@ -36,18 +36,17 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
             for embedder, scores in retrieval.items():
                 for name, score in scores.items():
                     cells.setdefault(name, {})[embedder] = f"{score:.3f}"
-            note, fields = RETRIEVAL_NOTE.format(**metrics), [_not_run(metrics["not_run"])]
-            title = f"Retrieval and geometry{suffix}"
-            sections.append(Section(title, note, grid("Embedder", cells), fields=fields))
+            note, title = RETRIEVAL_NOTE.format(**metrics), f"Retrieval and geometry{suffix}"
+            sections.append(Section(title, note, grid("Embedder", cells)))
         for embedder, column in _task_scores(metrics.get("tasks", {})).items():
             if tasks.setdefault(embedder, column) != column:  # of another model or sample
                 tasks[embedder + suffix] = column
-        reasons |= metrics.get("tasks_not_run", {})
+        reasons |= metrics.get("not_run", {}) | metrics.get("tasks_not_run", {})
     if losses:
         sections.insert(0, Section("Denoising", DENOISING_NOTE, grid("Denoiser", losses)))
     if tasks or reasons:
-        fields = [_not_run(reasons)]
-        sections.append(Section("Tasks", TASKS_NOTE, grid("Task", tasks), fields=fields))
+        fields = [(name, f"not run: {reason}") for name, reason in reasons.items()]
+        sections.append(Section("Tasks", TASKS_NOTE, grid("Task", tasks), fields=[fields]))
     return sections
 
 
@@ -76,7 +75,3 @@ def _task_scores(tasks: Mapping[str, Any]) -> dict[str, dict[str, str]]:
                 text += f" ±{(score['high'] - score['low']) / 2:.3f}".replace("±0", "±")
             cells.setdefault(embedder, {})[f"{name} ({task['metric']}, {task['size']:,})"] = text
     return cells
-
-
-def _not_run(reasons: Mapping[str, str]) -> list[tuple[str, str]]:
-    return [(name, f"not run: {reason}") for name, reason in reasons.items()]

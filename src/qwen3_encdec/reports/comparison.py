@@ -99,14 +99,14 @@ def _lines(runs: Sequence[Run], key: str) -> dict[str, Points]:
     lines: dict[str, Points] = {}
     for run in runs:
         for record in run.curves:
-            parts = {name: value for name, value in record.items() if name.startswith(f"{key}/")}
-            values = {name.partition("/")[2]: value for name, value in parts.items() if value}
+            known = {name: value for name, value in record.items() if value is not None}
+            values = {name: known[name] for name in known if name.startswith(f"{key}/")}
+            if len(runs) > 1 and values:
+                known.setdefault(key, sum(values.values()) / len(values))
             if len(runs) > 1 or not values:
-                mean = sum(values.values()) / len(values) if values else None
-                values = {run.name: record.get(key, mean)}
-            for line, value in values.items():
-                if value is not None:
-                    lines.setdefault(line, []).append((record["step"], value))
+                values = {f"{key}/{run.name}": known[key]} if key in known else {}
+            for name, value in values.items():
+                lines.setdefault(name.removeprefix(f"{key}/"), []).append((record["step"], value))
     return lines
 
 

@@ -166,15 +166,6 @@ def test_generation_starts_from_a_padded_prompt(model, source):
             assert torch.equal(together[row, -5:], alone[0, -5:])
 
 
-@pytest.mark.parametrize("wrong", ["checkpointing", "training"])
-def test_generation_in_training_mode_gives_the_tokens_of_evaluation(model, source, wrong):
-    expected = model.generate(**source, max_new_tokens=6)
-    model.train()
-    if wrong == "checkpointing":
-        model.gradient_checkpointing_enable()
-    assert torch.equal(model.generate(**source, max_new_tokens=6), expected)
-
-
 @torch.no_grad()
 def test_a_cache_is_used_or_refused_but_never_dropped(model, source):
     ids = torch.randint(0, 300, (3, 5), generator=torch.Generator().manual_seed(1))

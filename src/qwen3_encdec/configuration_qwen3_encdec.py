@@ -31,7 +31,7 @@ _CLASSES = {
     "AutoModelForTokenClassification": "modeling_qwen3_encoder.Qwen3EncoderForTokenClassification",
 }
 
-_SHARED_WITH_QWEN3 = (
+SHARED_WITH_QWEN3 = (
     "hidden_size",
     "intermediate_size",
     "num_hidden_layers",
@@ -88,6 +88,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     model_type = "qwen3_encdec"
     keys_to_ignore_at_inference = ["cache", "token_losses"]  # noqa: RUF012
     default_theta = 1_000_000.0
+    base_model_tp_plan = {}  # noqa: RUF012 - the stacks carry their own
 
     vocab_size: int = 152_036
     num_sentinel_tokens: int = 100
@@ -185,6 +186,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         saved = super().to_dict()
         if "auto_map" in saved:
             saved["auto_map"] = _CLASSES | saved["auto_map"]
+        saved |= {"tie_word_embeddings": True, "is_encoder_decoder": True}
         return {name: value for name, value in saved.items() if name in _field_names()}
 
     def get_text_config(
@@ -228,7 +230,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
                 "this Qwen3 has sliding-window layers; "
                 "merged attention needs full attention in every layer"
             )
-        fields: dict[str, Any] = {name: getattr(config, name) for name in _SHARED_WITH_QWEN3}
+        fields: dict[str, Any] = {name: getattr(config, name) for name in SHARED_WITH_QWEN3}
         fields["rope_parameters"] = dict(config.rope_parameters)
         fields.update({key: value for key, value in changes.items() if value is not None})
         fields.setdefault("num_sentinel_tokens", cls.num_sentinel_tokens)

@@ -15,7 +15,7 @@ from qwen3_encdec.reports.page import Section, denoiser_color, figure
 def write_page(analysis: Analysis, file: Path, settings: Mapping[str, Any]) -> None:
     """Write the page; `settings` are listed at its foot."""
     figures = [
-        figure(partial(_draw_shares, analysis), "Share of target tokens; lines: nominal examples."),
+        figure(partial(_draw_shares, analysis), "Share of target tokens by denoiser."),
         figure(partial(_draw_lengths, analysis), "Lengths of examples."),
     ]
     note = "Nominal values in brackets; lengths are mean and most."
@@ -29,10 +29,11 @@ def write_page(analysis: Analysis, file: Path, settings: Mapping[str, Any]) -> N
 
 
 def _draw_shares(analysis: Analysis, axes: Axes) -> None:
-    for number, report in enumerate(analysis.denoisers):
-        axes.bar(report.name, report.target_share, color=denoiser_color(report.name))
-        axes.hlines(report.nominal_share, number - 0.4, number + 0.4, linestyles="dashed")
-    axes.set(xlabel="denoiser", ylabel="share")
+    _, targets, _, numbers = analysis.sizes.T
+    for number, denoiser in enumerate(analysis.denoisers):
+        share = targets[numbers == number].sum() / targets.sum()
+        axes.bar(denoiser.name, share, color=denoiser_color(denoiser.name))
+    axes.set(xlabel="denoiser", ylabel="share of target tokens")
 
 
 def _draw_lengths(analysis: Analysis, axes: Axes) -> None:

@@ -58,9 +58,9 @@ test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantiz
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py tests/test_model_properties.py -q $(PARALLEL)
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
 
-test-extras: $(VENV)/extras ## what else needs peft, rensa or faiss
+test-extras: $(VENV)/extras ## what else needs rensa or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_preparation.py -q
-	$(EXTRAS) $(BIN)/python -m pytest tests/test_finetuning.py tests/test_examples.py -k "lora or semantic" -q
+	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k semantic -q
 
 BENCHMARKS := PYTHONPATH=$(abspath $(VENV))/extras-benchmarks
 $(VENV)/extras-benchmarks: $(VENV)/.installed Makefile

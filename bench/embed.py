@@ -19,13 +19,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.util.quantization import quantize_embeddings
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.data.package_docs import summary_pairs
-from qwen3_encdec.embedding.encoder import TextEncoder, int8_ranges, quantize
+from qwen3_encdec.embedding.encoder import TextEncoder, int8_ranges
 from qwen3_encdec.embedding.export import FORMS, export_encoder, sample_texts
 from qwen3_encdec.evaluation.suite import provenance
 from qwen3_encdec.folders import InputError, write_json
@@ -137,11 +138,12 @@ def recall(folder: Path, most: int) -> dict[str, float]:
         return np.argsort(-(asked @ vectors.T), axis=1, kind="stable")[:, :10]
 
     def bits(vectors: np.ndarray) -> np.ndarray:
-        codes = (quantize(vectors, "binary").astype(np.int16) + 128).astype(np.uint8)
+        codes = (quantize_embeddings(vectors, "binary").astype(np.int16) + 128).astype(np.uint8)
         return np.unpackbits(codes, axis=1) * 2.0 - 1
 
     spans = int8_ranges(documents)
-    restored = (quantize(documents, "int8", spans) + 128.0) * (spans[1] - spans[0]) / 255 + spans[0]
+    codes = quantize_embeddings(documents, "int8", ranges=spans)
+    restored = (codes + 128.0) * (spans[1] - spans[0]) / 255 + spans[0]
     shuffled = documents[np.random.default_rng(0).permutation(len(documents))]
     expected = nearest(documents)
     found = {

@@ -1,6 +1,5 @@
 """Soups against longhand averages, and what may not be merged."""
 
-import math
 import shutil
 
 import numpy as np
@@ -11,7 +10,7 @@ from transformers import AutoModel
 
 from qwen3_encdec import cli
 from qwen3_encdec.conversion.extract import extract_encoder
-from qwen3_encdec.conversion.merge import slerp, soup
+from qwen3_encdec.conversion.merge import soup
 from qwen3_encdec.demo.parent import causal_embedder
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.finetune import finetune
@@ -53,54 +52,17 @@ def small_files(folder):
 
 def test_linear_is_the_weighted_mean(encoders, tmp_path):
     soup(encoders, tmp_path / "soup", weights=[1, 3, 4])
-    merged, (a, b, c) = weights(tmp_path / "soup"), map(weights, encoders)
+    soup(encoders, tmp_path / "equal")
+    merged, equal = weights(tmp_path / "soup"), weights(tmp_path / "equal")
+    a, b, c = map(weights, encoders)
     for name in merged:
-        assert torch.allclose(
-            merged[name], a[name] / 8 + b[name] * 3 / 8 + c[name] / 2, atol=1e-6
-        ), name
-    assert not torch.allclose(
-        merged["embed_tokens.weight"], (a["embed_tokens.weight"] + b["embed_tokens.weight"]) / 2
-    )
+        expected = a[name] / 8 + b[name] * 3 / 8 + c[name] / 2
+        assert torch.allclose(merged[name], expected, atol=1e-6), name
+        assert torch.allclose(equal[name], (a[name] + b[name] + c[name]) / 3, atol=1e-6), name
+    assert not torch.allclose(merged["embed_tokens.weight"], equal["embed_tokens.weight"])
     assert small_files(tmp_path / "soup") == small_files(encoders[0])
     assert read_json(tmp_path / "soup" / PROVENANCE_FILE)["weights"] == [1 / 8, 3 / 8, 1 / 2]
     assert np.isfinite(TextEncoder(tmp_path / "soup").encode(["It loads."])).all()
-
-
-def test_equal_weights_by_default_and_none_for_a_zero(encoders, tmp_path):
-    soup(encoders, tmp_path / "equal")
-    merged, parts = weights(tmp_path / "equal"), [weights(folder) for folder in encoders]
-    assert torch.allclose(
-        merged["norm.weight"], sum(part["norm.weight"] for part in parts) / 3, atol=1e-6
-    )
-    soup(encoders, tmp_path / "second", weights=[0, 1, 0])
-    assert all(
-        torch.equal(value, parts[1][name]) for name, value in weights(tmp_path / "second").items()
-    )
-
-
-def test_slerp_follows_the_arc():
-    a, b = torch.tensor([2.0, 0.0]), torch.tensor([0.0, 2.0])
-    angle = math.pi / 2 * 0.25
-    assert torch.allclose(
-        slerp(a, b, 0.25), torch.tensor([2 * math.cos(angle), 2 * math.sin(angle)]), atol=1e-6
-    )
-    assert not torch.allclose(slerp(a, b, 0.25), torch.lerp(a, b, 0.25), atol=0.1)
-    assert torch.allclose(slerp(a, 3 * a, 0.5), 2 * a)  # parallel
-    assert torch.equal(slerp(a, torch.zeros(2), 0.5), slerp(a, torch.zeros(2), 0.5))
-    generator = torch.Generator().manual_seed(0)
-    x, y = torch.randn(2, 5, 7, generator=generator)
-    assert torch.allclose(slerp(x, y, 0.0), x, atol=1e-5)
-    assert torch.allclose(slerp(x, y, 1.0), y, atol=1e-5)
-    half = slerp(x / x.norm(), y / y.norm(), 0.5)
-    assert half.norm() == pytest.approx(1, abs=1e-5)
-
-
-def test_slerp_of_folders(encoders, tmp_path):
-    soup(encoders[1:], tmp_path / "soup", weights=[0.3, 0.7], method="slerp")
-    merged, (a, b) = weights(tmp_path / "soup"), map(weights, encoders[1:])
-    assert all(
-        torch.allclose(merged[name], slerp(a[name], b[name], 0.7), atol=1e-6) for name in merged
-    )
 
 
 def test_causal_parent_is_merged_but_for_the_sentinels(encoders, parent_folder, tmp_path):
@@ -117,9 +79,8 @@ def test_causal_parent_is_merged_but_for_the_sentinels(encoders, parent_folder, 
         parent_folder, tmp_path / "embedder"
     )  # the same weights under an encoder's names
     soup([encoders[1], tmp_path / "embedder"], tmp_path / "same", weights=[1, 1])
-    assert all(
-        torch.equal(value, merged[name]) for name, value in weights(tmp_path / "same").items()
-    )
+    same = weights(tmp_path / "same")
+    assert all(torch.equal(value, merged[name]) for name, value in same.items())
 
 
 def test_dtype_is_the_first_models(encoders, tmp_path):
@@ -136,8 +97,6 @@ def test_dtype_is_the_first_models(encoders, tmp_path):
         ({"weights": [1, 2]}, "must be 3 numbers of 0 or more"),
         ({"weights": [1, -1, 1]}, "must be 3 numbers of 0 or more"),
         ({"weights": [0, 0, 0]}, "not all 0"),
-        ({"method": "slerp"}, "'slerp' with 3 models"),
-        ({"method": "median"}, "'median' with 3 models"),
     ],
 )
 def test_bad_settings(encoders, tmp_path, options, sentence):
@@ -158,25 +117,24 @@ def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tm
         write_json(folder / file, {**read_json(folder / file), **changes})
         return folder
 
-    assert "at least two" in refused(encoders[0])
-    assert "the first model must be one" in refused(parent_folder, encoders[0])
-    assert "holds no Qwen3" in refused(encoders[0], init_folder)
-    assert "does not exist" in refused(encoders[0], tmp_path / "nowhere")
-    assert "rms_norm_eps is 0.1, not" in refused(
-        encoders[0], changed("config.json", rms_norm_eps=0.1)
-    )
+    first = encoders[0]
+    assert "at least two" in refused(first)
+    assert "the first model must be one" in refused(parent_folder, first)
+    assert "holds no Qwen3" in refused(first, init_folder)
+    assert "does not exist" in refused(first, tmp_path / "nowhere")
+    differs = "in more than its weights: "
+    assert f"{differs}rms_norm_eps" in refused(first, changed("config.json", rms_norm_eps=0.1))
     pooling = changed("1_Pooling/config.json", pooling_mode="cls")
-    assert "pools in another way" in refused(encoders[0], pooling)
+    assert f"{differs}pooling" in refused(first, pooling)
     tokenizer = read_json(encoders[1] / "tokenizer.json")["model"]
-    other = changed(
-        "tokenizer.json", model={**tokenizer, "vocab": {**tokenizer["vocab"], "!": 999}}
-    )
-    assert "another vocabulary" in refused(encoders[0], other)
+    vocabulary = {**tokenizer["vocab"], "!": 999}
+    other = changed("tokenizer.json", model={**tokenizer, "vocab": vocabulary})
+    assert f"{differs}vocabulary" in refused(first, other)
     cut = shutil.copytree(encoders[1], tmp_path / "cut")
     tensors = weights(cut)
     tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:-3].contiguous()
     save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
-    assert "tensor embed_tokens.weight is" in refused(encoders[0], cut)
+    assert f"{differs}embed_tokens.weight" in refused(first, cut)
 
 
 def test_command_evaluates_every_input_and_the_result(

@@ -169,7 +169,7 @@ class Unit:
             self._encoder(name, encoder)
             record["before"] = self._evaluate({name: encoder})
             tuned = encoder.with_name(f"{encoder.name}-contrastive")
-            settings = {**self.plan["contrastive"], "mixed_precision": "no", "seed": self.seed}
+            settings = {**self.plan["contrastive"], "seed": self.seed}
             began = time.monotonic()
             record["contrastive"] = finetune(encoder, tuned, summary_pairs("train"), **settings)
             record["contrastive"]["seconds"] = round(time.monotonic() - began, 1)

@@ -20,7 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
 # torch 2.11 takes fewer key heads than query heads without the argument.
-_GQA: Any = {"enable_gqa"} & inspect.signature(varlen_attn).parameters.keys()
+_NAMES = {"enable_gqa"} & inspect.signature(varlen_attn).parameters.keys()
+_GQA: Any = dict.fromkeys(_NAMES, True)
 
 
 @dataclass
@@ -220,7 +221,7 @@ def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: flo
         packed.longest_key,
         scale=scaling,
         window_size=(-1, 0) if packed.causal else (-1, -1),
-        **dict.fromkeys(_GQA, True),
+        **_GQA,
     )
     return output[None]
 

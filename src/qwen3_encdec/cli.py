@@ -251,7 +251,7 @@ def finetune(
     output: Output,
     config: Annotated[Path | None, Option(help="YAML, as configs/finetune.yaml.")] = None,
     settings: Settings = None,
-    resume: Annotated[bool, Option("--resume", help="Continue (needs save_every).")] = False,
+    resume: Annotated[bool, Option("--resume", help="Continue an interrupted call.")] = False,
     push_to_hub: PushTo = None,
 ) -> None:
     """Make an embedding model of an encoder, by sentence-transformers' losses on pairs of texts."""
@@ -305,10 +305,10 @@ def embed(
 ) -> None:
     """Embed the texts of a file into another, in their order."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    from qwen3_encdec.embedding.encoder import embed_file
+    from qwen3_encdec.embedding.encoder import TextEncoder, embed_file
 
     done = embed_file(
-        model,
+        TextEncoder(model, dtype=_torch_dtype(dtype), max_tokens=max_length),
         input,
         output,
         text_column=text_column,
@@ -316,8 +316,6 @@ def embed(
         precision=precision,
         ranges=ranges,
         dimensions=dimensions,
-        max_tokens=max_length,
-        dtype=_torch_dtype(dtype),
     )
     print(f"{done}\nwrote {output}")
 

@@ -131,7 +131,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
 class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     """The encoder-decoder with its language-model head, which is the embedding itself.
 
-        Arguments of `forward`:
+    Arguments of `forward`:
         input_ids: [B, S] int64 source; packed, [1, M].
         attention_mask: [B, S], 1 real and 0 padding; none in a packed batch.
         position_ids: [B, S], from 0 along the row by default; packed, [1, M].

@@ -4,16 +4,22 @@ Names of files and folders are cut to their last part, so that no local path is 
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
+from huggingface_hub import metadata_load, metadata_save
 
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, read_yaml
+from qwen3_encdec.folders import PROVENANCE_FILE, read_json
 
-LICENSE, LANGUAGE = "apache-2.0", "en"
-"""Those of Qwen3's dense checkpoints and of package-docs."""
+_METADATA = {
+    # Those of Qwen3's dense checkpoints and of package-docs.
+    "license": "apache-2.0",
+    "language": ["en"],
+    "library_name": "sentence-transformers",
+    "pipeline_tag": "sentence-similarity",
+    "tags": ["qwen3", "ul2", "feature-extraction", "text-embeddings"],
+}
 _USE = """## Use
 
 ```python
@@ -30,126 +36,55 @@ It attends in both directions, which transformers reads from 5.2 on; older ones 
 
 def write_card(
     folder: Path,
-    *,
     name: str,
-    base_model: str,
-    license: str = LICENSE,
-    language: str | Sequence[str] = LANGUAGE,
-    sections: Sequence[tuple[str, Mapping[str, Any]]] = (),
+    metadata: Mapping[str, Any],
+    sections: Mapping[str, Mapping[str, Any]],
 ) -> None:
-    """Write README.md into a folder.
+    """Write README.md into an encoder folder under construction.
 
     Args:
-        folder: An encoder folder under construction.
-        name: Its title.
-        base_model: A hub id, or the last part of a folder's name.
-        license: An identifier that the hub knows.
-        language: Codes, in a list or by commas.
-        sections: Title and facts of each part below the usage.
+        folder: The folder.
+        name: The title.
+        metadata: For a hub: `base_model`, and what differs from the usual license and language.
+        sections: Facts by the title of their section.
     """
-    codes = language.split(",") if isinstance(language, str) else language
-    head = {
-        "license": license,
-        "base_model": base_model,
-        "library_name": "sentence-transformers",
-        "pipeline_tag": "sentence-similarity",
-        "language": [code.strip() for code in codes],
-        "tags": ["qwen3", "ul2", "feature-extraction", "text-embeddings"],
-    }
-    blocks = [
-        f"---\n{yaml.safe_dump(head, sort_keys=False)}---",
-        f"# {name}",
-        _USE.format(name=name),
-    ]
-    blocks.append(f"## The folder\n\n{_facts(_folder_facts(folder))}")
-    blocks += [f"## {title}\n\n{_facts(facts)}" for title, facts in sections]
-    (folder / "README.md").write_text("\n\n".join(blocks) + "\n", encoding="utf-8")
+    parts = [f"# {name}", _USE.format(name=name)]
+    for title, facts in sections.items():
+        lines = [f"- {key}: `{_public(value)}`".replace("\n", " ") for key, value in facts.items()]
+        parts.append("\n".join([f"## {title}\n", *lines]))
+    file = folder / "README.md"
+    file.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    metadata_save(file, {**_METADATA, **metadata})
 
 
 def read_card(folder: Path) -> dict[str, Any]:
     """The metadata of a folder's card; empty where there is none."""
     file = folder / "README.md"
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    match = re.match(r"---\n(.*?)\n---\n", text, re.DOTALL)
-    try:
-        head = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
-        head = None
-    return head if isinstance(head, dict) else {}
+    return (metadata_load(file) or {}) if file.is_file() else {}
 
 
 def base_of(checkpoint: Path) -> str:
     """The base checkpoint behind an encoder-decoder: a hub id if it came from a hub.
 
-    A run records the folder that it began with, and that folder what it was made of. Of a local
-    folder the last part of its name remains.
+    A checkpoint records the folder that its run began with, and that folder what it was made of.
     """
-    source, seen = str(checkpoint), set()
-    while (folder := Path(source)).is_dir() and source not in seen:
-        seen.add(source)
-        made_of = _made_of(folder)
-        if made_of is None:
-            break
-        source = made_of
+    source = str(checkpoint)
+    for _ in range(9):  # folders made of each other
+        file = Path(source) / PROVENANCE_FILE
+        record = read_json(file) if file.is_file() else {}
+        source = record.get("source") or record.get("model") or source
     return without_path(source)
-
-
-def _made_of(folder: Path) -> str | None:
-    for place in (folder, *folder.parents[:2]):
-        if (place / "config.yaml").is_file():
-            settings = read_yaml(place / "config.yaml", "configuration")
-            if isinstance(settings, dict) and settings.get("model"):
-                return str(settings["model"])
-        if place == folder and (folder / PROVENANCE_FILE).is_file():
-            try:
-                source = read_json(folder / PROVENANCE_FILE).get("source")
-            except InputError:
-                source = None
-            if source:
-                return str(source)
-    return None
 
 
 def without_path(name: str | Path) -> str:
     """A hub id as it is; of a path its last part."""
-    text = str(name)
-    if (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", text)
-        and not text.startswith(".")
-        and not Path(text).exists()
-    ):
-        return text
-    return Path(text).name or text
+    is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not Path(name).exists()
+    return str(name) if is_hub_id else Path(name).name
 
 
-def public(value: Any) -> Any:
-    """A value with the absolute paths in it cut to their last part."""
-    if isinstance(value, Mapping):
-        return {key: public(each) for key, each in value.items()}
+def _public(value: Any) -> Any:
+    """A value with the local paths in it cut to their last part."""
     if isinstance(value, list | tuple):
-        return [public(each) for each in value]
+        return [_public(each) for each in value]
     local = isinstance(value, str | Path) and str(value).startswith(("/", "~", "./", "../"))
     return Path(value).name if local else value
-
-
-def _folder_facts(folder: Path) -> dict[str, Any]:
-    config = read_json(folder / "config.json")
-    settings = read_json(folder / "config_sentence_transformers.json")
-    layers, width = config["num_hidden_layers"], config["hidden_size"]
-    longest = read_json(folder / "sentence_bert_config.json").get("max_seq_length")
-    return {
-        "dimensions": width,
-        "layers": layers,
-        "pooling": read_json(folder / "1_Pooling" / "config.json").get("pooling_mode"),
-        "longest text": f"{longest} tokens" if longest else "the tokenizer's limit",
-        "prompts": settings.get("prompts") or "none",
-    }
-
-
-def _facts(facts: Mapping[str, Any]) -> str:
-    lines = []
-    for key, value in facts.items():
-        text = " ".join(str(public(value)).split())
-        fence = "``" if "`" in text else "`"
-        lines.append(f"- {key}: {fence}{text}{fence}")
-    return "\n".join(lines) or "not recorded"

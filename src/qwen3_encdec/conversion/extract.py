@@ -6,7 +6,7 @@ causal", and an old reader that knows none of them must refuse rather than embed
 - `"is_causal": false` for transformers >= 5.2, vLLM and llama.cpp;
 - `"use_bidirectional_attention": true` for Text Embeddings Inference;
 - `"requirements"` in `config_sentence_transformers.json`, which stops sentence-transformers on
-transformers < 5.2;
+  transformers < 5.2;
 - `rope_theta` at the top level beside `rope_parameters`, and one `eos_token_id`, for older readers;
 - the legacy sentence-transformers layout, which every version of it and of Text Embeddings
   Inference reads.
@@ -14,9 +14,10 @@ transformers < 5.2;
 The tokenizer appends `<|im_end|>`, as every source ended in training.
 """
 
+import math
 import re
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,7 +25,7 @@ from tokenizers import processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from qwen3_encdec.conversion.card import LANGUAGE, LICENSE, base_of, write_card
+from qwen3_encdec.conversion.card import base_of, write_card
 from qwen3_encdec.folders import (
     TRAIN_COMMAND,
     InputError,
@@ -39,21 +40,16 @@ from qwen3_encdec.folders import (
 )
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
-# As sentence-transformers calls them, and the flags by which its older versions and other readers
-# know them.
+# As sentence-transformers calls them, and the flags by which older readers know them.
 POOLING = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
 POOLING_FLAGS = {
-    "cls": "cls_token",
-    "mean": "mean_tokens",
-    "max": "max_tokens",
-    "sqrt": "mean_sqrt_len_tokens",
-    "weightedmean": "weightedmean_tokens",
-    "lasttoken": "lasttoken",
-}
+    "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
+    "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken",
+}  # fmt: skip
 _SHARED_FIELDS = (
     "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings",
-    "initializer_range", "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout", "pad_token_id",
+    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range",
+    "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout", "pad_token_id",
 )  # fmt: skip
 # Largest difference allowed to our own encoder, relative to the largest state, in fp32.
 TOLERANCE = 1e-4
@@ -61,26 +57,22 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """Largest relative differences of the extracted folder to our own encoder on a padded batch.
-
-    `transformers` is the worst of eager and sdpa, `sentence_transformers` that of the pooled
-    embeddings (None: not installed), `causal_control` what reading the folder causally would give.
+    """Largest relative differences of the extracted folder to our own encoder on a padded batch:
+    of the states, of the pooled embeddings, and of what a causal reader would make of it.
     """
 
     averaged: list[str]
     parameters: int
     transformers: float
-    sentence_transformers: float | None
+    sentence_transformers: float
     causal_control: float
 
     def __str__(self) -> str:
-        pooled = (
-            "not run" if self.sentence_transformers is None else f"{self.sentence_transformers:.1e}"
-        )
         return (
             f"encoder of {', '.join(self.averaged)}: {self.parameters:,} parameters\n"
             f"stock transformers differs by {self.transformers:.1e}, sentence-transformers by "
-            f"{pooled}; read causally it would differ by {self.causal_control:.1e} (limit {TOLERANCE:.0e})"
+            f"{self.sentence_transformers:.1e}; read causally it would differ by "
+            f"{self.causal_control:.1e} (limit {TOLERANCE:.0e})"
         )
 
 
@@ -92,28 +84,20 @@ def extract_encoder(
     average_last: int = 1,
     ema: bool = False,
     max_seq_length: int | None = None,
-    license: str = LICENSE,
-    language: str = LANGUAGE,
 ) -> ExtractionReport:
     """Write the encoder of a checkpoint as a standalone text-embedding model.
 
     Args:
-        checkpoint: An encoder-decoder folder, one `step-*` checkpoint of a run, or a run folder
-            (its newest).
+        checkpoint: An encoder-decoder folder, a `step-*` checkpoint, or a run folder (its newest).
         output_dir: Written beside and renamed into place.
-        pooling: `"mean"`, `"last"` or `"cls"`, what sentence-transformers makes a sentence of.
-        average_last: Average the weights of the newest N checkpoints of the run, up to
-            `checkpoint`.
+        pooling: `"mean"`, `"last"` or `"cls"`.
+        average_last: Average the weights of the newest N checkpoints, up to `checkpoint`.
         ema: Take the running average that training kept, not the weights.
-        max_seq_length: Tokens after which a text is cut; by default 512, or the model's positions
-            if there are fewer.
-        license: For the model card, an identifier of the hub.
-        language: For the model card, codes by commas.
+        max_seq_length: Tokens after which a text is cut; by default at most 512.
 
     Raises:
-        InputError: no encoder-decoder checkpoint there, too few to average, damaged files, an
-            unknown pooling, a length out of range, or a folder that stock transformers or
-            sentence-transformers does not read as our encoder.
+        InputError: no such checkpoints, damaged files, an unknown pooling, a length out of range,
+            or a folder that stock tools do not read as our encoder.
     """
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")
@@ -121,36 +105,25 @@ def extract_encoder(
     folders = checkpoints_to_average(Path(checkpoint), average_last)
     config = load_config(folders[-1])
     longest = config.max_position_embeddings
-    max_seq_length = min(512, longest) if max_seq_length is None else max_seq_length
-    if not 2 <= max_seq_length <= longest:
-        raise InputError(f"max-seq-length {max_seq_length} must lie in 2 ... {longest}")
+    length = min(512, longest) if max_seq_length is None else max_seq_length
+    if not 2 <= length <= longest:
+        raise InputError(f"max-seq-length {length} must lie in 2 ... {longest}")
     names = [f"{folder.name} (ema)" if ema else folder.name for folder in folders]
-    with new_folder(
-        output_dir, "encoder", source=str(checkpoint), averaged=names, pooling=pooling
-    ) as folder:
-        encoder = _stock_encoder(
-            config, _average_encoder(folders, read_averages if ema else read_tensors)
-        )
+    facts = {"source": str(checkpoint), "averaged": names, "pooling": pooling}
+    with new_folder(output_dir, "encoder", **facts) as folder:
+        encoder = _stock_encoder(config, _average(folders, ema), folders[-1])
         encoder.save_pretrained(folder)
-        _write_config(folder, config)
-        _write_tokenizer(folder, folders[-1], max_seq_length)
-        _write_sentence_transformers_layout(folder, config, pooling, max_seq_length)
-        base = base_of(folders[-1])
-        made = {"base": base, "checkpoints": ", ".join(names), "pooling": pooling}
-        write_card(
-            folder,
-            name=output_dir.resolve().name,
-            base_model=base,
-            license=license,
-            language=language,
-            sections=[("How it was made", made)],
-        )
+        _write_tokenizer(folder, folders[-1], length)
+        _write_small_files(folder, config, POOLING[pooling], length)
+        made = {"base": base_of(folders[-1]), "checkpoints": ", ".join(names), "pooling": pooling}
+        head = {"base_model": made["base"]}
+        write_card(folder, output_dir.resolve().name, head, {"How it was made": made})
         parameters = sum(p.numel() for p in encoder.parameters())
         report = ExtractionReport(names, parameters, *_verify(folder, config, encoder.state_dict()))
-        worst = max(report.transformers, report.sentence_transformers or 0.0)
-        if not (worst < TOLERANCE < report.causal_control):
+        worst = max(report.transformers, report.sentence_transformers)
+        if not worst < TOLERANCE < report.causal_control:
             raise InputError(
-                f"{checkpoint}: stock tools do not read the extracted encoder: {asdict(report)}"
+                f"{checkpoint}: stock tools do not read the extracted encoder: {report}"
             )
     return report
 
@@ -158,32 +131,23 @@ def extract_encoder(
 def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
     """The newest `average_last` checkpoint folders up to `checkpoint`, oldest first.
 
-    Raises:
-        InputError: there is no checkpoint, or fewer than asked for.
+    Raises InputError if there is no checkpoint, or fewer than asked for.
     """
-    if average_last < 1:
-        raise InputError(f"average-last {average_last} is not at least 1")
     if not checkpoint.is_dir():
         raise InputError(f"checkpoint {checkpoint} does not exist; train one with: {TRAIN_COMMAND}")
+    parent, last = checkpoint, math.inf
     if (checkpoint / "config.json").exists():
-        parent, last = checkpoint.parent, checkpoint
-    else:
-        parent = checkpoint / "checkpoints" if (checkpoint / "checkpoints").is_dir() else checkpoint
-        if not _steps(parent):
-            raise InputError(f"{checkpoint} holds neither a config.json nor checkpoints/step-*")
-        last = max(_steps(parent), key=_step)
-    if average_last == 1:
-        return [last]
-    found = sorted((folder for folder in _steps(parent) if _step(folder) <= _step(last)), key=_step)
-    if len(found) < average_last:
-        raise InputError(
-            f"average-last {average_last}: there are only {len(found)} checkpoints up to {last}"
-        )
+        if average_last == 1:
+            return [checkpoint]
+        parent, last = checkpoint.parent, _step(checkpoint)
+    elif (checkpoint / "checkpoints").is_dir():
+        parent = checkpoint / "checkpoints"
+    found = sorted((path for path in parent.iterdir() if 0 <= _step(path) <= last), key=_step)
+    if not found:
+        raise InputError(f"{checkpoint} holds neither a config.json nor checkpoints/step-*")
+    if not 1 <= average_last <= len(found):
+        raise InputError(f"average-last {average_last}: there are only {len(found)} checkpoints")
     return found[-average_last:]
-
-
-def _steps(parent: Path) -> list[Path]:
-    return [folder for folder in parent.glob("step-*") if re.fullmatch(r"step-\d+", folder.name)]
 
 
 def _step(folder: Path) -> int:
@@ -191,162 +155,124 @@ def _step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _average_encoder(
-    folders: list[Path], read: Callable[[Path], Iterator[tuple[str, torch.Tensor]]]
-) -> dict[str, torch.Tensor]:
-    """Mean of the encoders' tensors, in fp32 where there are several."""
+def _average(folders: Sequence[Path], ema: bool) -> dict[str, torch.Tensor]:
+    """Mean of the encoders' tensors, in fp32 where there are several, under stock names."""
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
-        for name, tensor in read(folder):
-            target = (
-                "embed_tokens.weight"
-                if name == "model.shared.weight"
-                else name.removeprefix("model.encoder.")
-            )
-            if target == name:
+        for name, tensor in read_averages(folder) if ema else read_tensors(folder):
+            name = name.replace("model.shared.", "model.encoder.embed_tokens.")
+            if not name.startswith("model.encoder."):
                 continue
-            if len(folders) == 1:
-                mean[target] = tensor
-            else:
-                mean[target] = mean.get(target, 0) + tensor.float() / len(folders)
+            name = name.removeprefix("model.encoder.")
+            if len(folders) > 1:
+                tensor = mean.get(name, 0) + tensor.float() / len(folders)
+            mean[name] = tensor
     return mean
 
 
 def _stock_encoder(
-    config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor]
+    config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor], source: Path
 ) -> Qwen3Model:
+    fields = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    eos = config.eos_token_id
     stock = Qwen3Config(
-        **{name: getattr(config, name) for name in _SHARED_FIELDS}, is_causal=False, use_cache=False
+        **fields,
+        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        is_causal=False,
+        use_bidirectional_attention=True,
+        use_cache=False,
+        tie_word_embeddings=True,
     )
     with torch.device("meta"):
         encoder = Qwen3Model(stock)
-    expected = {name for name, _ in encoder.named_parameters()}
-    if expected != set(tensors):
-        raise InputError(
-            f"the checkpoint lacks tensors of the encoder: {sorted(expected ^ set(tensors))[:3]}"
-        )
+    if unfit := sorted(encoder.state_dict().keys() ^ tensors.keys()):
+        raise InputError(f"{source} lacks tensors of the encoder: {', '.join(unfit[:3])}")
     encoder.load_state_dict(tensors, assign=True)
     return encoder
 
 
-def _write_config(folder: Path, config: Qwen3EncoderDecoderConfig) -> None:
-    eos = config.eos_token_id
-    written = read_json(folder / "config.json")
-    written.update(
-        architectures=["Qwen3Model"],
-        model_type="qwen3",
-        is_causal=False,
-        use_bidirectional_attention=True,
-        use_cache=False,
-        eos_token_id=eos[0] if isinstance(eos, list) else eos,
-        rope_theta=written["rope_parameters"]["rope_theta"],
-        tie_word_embeddings=True,
-    )
-    write_json(folder / "config.json", written)
-
-
-def _write_tokenizer(folder: Path, source: Path, max_seq_length: int) -> None:
+def _write_tokenizer(folder: Path, source: Path, length: int) -> None:
     tokenizer = load_tokenizer(source)
+    eos = tokenizer.eos_token
     backend = tokenizer.backend_tokenizer
     backend.post_processor = processors.TemplateProcessing(
-        single=f"$A {tokenizer.eos_token}",
-        pair=f"$A {tokenizer.eos_token} $B {tokenizer.eos_token}",
-        special_tokens=[(tokenizer.eos_token, tokenizer.eos_token_id)],
+        single=f"$A {eos}",
+        pair=f"$A {eos} $B {eos}",
+        special_tokens=[(eos, tokenizer.eos_token_id)],
     )
     PreTrainedTokenizerFast(
         tokenizer_object=backend,
         pad_token=tokenizer.pad_token,
-        eos_token=tokenizer.eos_token,
-        model_max_length=max_seq_length,
+        eos_token=eos,
+        model_max_length=length,
         padding_side="right",
         clean_up_tokenization_spaces=False,
         model_input_names=["input_ids", "attention_mask"],
     ).save_pretrained(folder)
 
 
-def _write_sentence_transformers_layout(
-    folder: Path, config: Qwen3EncoderDecoderConfig, pooling: str, max_seq_length: int
+def _write_small_files(
+    folder: Path, config: Qwen3EncoderDecoderConfig, pooling: str, length: int
 ) -> None:
-    modules = [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
-    write_json(
-        folder / "modules.json",
-        [
+    """Complete config.json, and add the legacy sentence-transformers layout."""
+    stock = read_json(folder / "config.json")
+    flags = {f"pooling_mode_{flag}": name == pooling for name, flag in POOLING_FLAGS.items()}
+    modules = {"Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    files = {
+        "config.json": stock | {"rope_theta": stock["rope_parameters"]["rope_theta"]},
+        "modules.json": [
             {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for i, (path, kind) in enumerate(modules)
+            for i, (kind, path) in enumerate(modules.items())
         ],
-    )
-    write_json(
-        folder / "sentence_bert_config.json",
-        {"max_seq_length": max_seq_length, "do_lower_case": False},
-    )
-    write_json(
-        folder / "config_sentence_transformers.json",
-        {
+        "sentence_bert_config.json": {"max_seq_length": length, "do_lower_case": False},
+        "config_sentence_transformers.json": {
             "model_type": "SentenceTransformer",
             "prompts": {"query": "", "document": ""},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine",
             "requirements": {"transformers": ">=5.2.0"},
         },
-    )
-    for path, _ in modules[1:]:
-        (folder / path).mkdir()
-    write_json(
-        folder / "1_Pooling" / "config.json",
-        {
+        "1_Pooling/config.json": {
             "word_embedding_dimension": config.hidden_size,
-            "pooling_mode": POOLING[pooling],
-            **{
-                f"pooling_mode_{flag}": mode == POOLING[pooling]
-                for mode, flag in POOLING_FLAGS.items()
-            },
+            "pooling_mode": pooling,
+            **flags,
             "include_prompt": True,
         },
-    )
-    write_json(folder / "2_Normalize" / "config.json", {})
+        "2_Normalize/config.json": {},
+    }
+    for name, content in files.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        write_json(folder / name, content)
 
 
 @torch.no_grad()
 def _verify(
     folder: Path, config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor]
-) -> tuple[float, float | None, float]:
-    """Differences of stock transformers, of sentence-transformers, and of the causal control, on a
-    padded batch.
-    """
+) -> tuple[float, float, float]:
+    """Differences of stock transformers, sentence-transformers and the causal control."""
+    from sentence_transformers import SentenceTransformer
+
     ours = Qwen3EncoderModel(config).eval()
     own = {f"encoder.{name}": tensor.float() for name, tensor in tensors.items()}
     own["shared.weight"] = own.pop("encoder.embed_tokens.weight")
     ours.load_state_dict(own)
-    texts = [
-        "One.",
-        "A sentence of a few more words, to be padded against.",
-        "def f(x):\n    return x + 1",
-    ]
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    texts = ["One.", "A sentence of a few more words, to be padded.", "def f(x):\n    return x + 1"]
+    batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     kept = batch["attention_mask"].bool()
     reference = ours(**batch).last_hidden_state
 
-    def stock(implementation: str, **changes) -> torch.Tensor:
-        model = AutoModel.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=implementation, **changes
-        )
-        return model.eval()(**batch).last_hidden_state
-
-    def difference(states: torch.Tensor) -> float:
+    def difference(backend: str, **changes) -> float:
+        options = {"dtype": torch.float32, "attn_implementation": backend, **changes}
+        model = AutoModel.from_pretrained(folder, **options)
+        states = model.eval()(**batch).last_hidden_state
         return float(((states - reference)[kept]).abs().max() / reference[kept].abs().max())
 
-    transformers = max(difference(stock(implementation)) for implementation in ("eager", "sdpa"))
-    causal = difference(stock("sdpa", is_causal=True))
-    try:
-        from sentence_transformers import SentenceTransformer
-    except ImportError:
-        return transformers, None, causal
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
     pooled = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
-    pooling = read_json(folder / "1_Pooling" / "config.json")["pooling_mode"]
-    expected = pool(reference, batch["attention_mask"], pooling)
-    return transformers, float((pooled - expected).abs().max()), causal
+    mode = read_json(folder / "1_Pooling/config.json")["pooling_mode"]
+    error = float((pooled - pool(reference, batch["attention_mask"], mode)).abs().max())
+    worst = max(difference("eager"), difference("sdpa"))
+    return worst, error, difference("sdpa", is_causal=True)
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
@@ -354,11 +280,10 @@ def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor
 
     `pooling` is `"mean"`, `"lasttoken"` or `"cls"`, as sentence-transformers spells it.
     """
+    lengths = mask.sum(1)
     if pooling == "mean":
-        pooled = (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        pooled = (states * mask[..., None]).sum(1) / lengths[:, None]
     else:
-        last = (
-            mask.sum(1) - 1 if pooling == "lasttoken" else torch.zeros(len(mask), dtype=torch.long)
-        )
-        pooled = states[torch.arange(len(mask)), last]
+        index = lengths - 1 if pooling == "lasttoken" else torch.zeros_like(lengths)
+        pooled = states[torch.arange(len(mask)), index]
     return torch.nn.functional.normalize(pooled, dim=-1)

@@ -1,24 +1,24 @@
 """Embed texts with our own encoder, in packed batches that hold no padding.
 
 Weights, tokenizer, pooling, prompts, length limit and width are those that sentence-transformers
-reads from the folder, so embeddings of both can stand in one index. Tokenization runs
-ahead of the model; batches are packed on the CPU and results stay on the device until a chunk ends.
+reads from the folder, so embeddings of both can stand in one index. Tokenization runs ahead of the
+model; batches are packed on the CPU and results stay on the device until a chunk ends.
 """
 
 import itertools
-import multiprocessing
-import os
+import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from accelerate.utils import recursively_apply, send_to_device
@@ -28,13 +28,14 @@ from transformers import Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
+from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
-SUFFIXES = (".npy", ".parquet")
 PRECISIONS = ("float32", "int8", "binary")
 _CHUNK = 4096
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokens(NamedTuple):
@@ -57,45 +58,41 @@ class Layout:
     default_prompt: str | None
 
     def prompt(self, name: str | None = None) -> str:
-        """Return the prompt of a name, else the folder's default one; a role is a name as well.
-
-        Raises:
-            InputError: no prompt has that name.
-        """
+        """Return the prompt of a name or role, by default the folder's own, or raise InputError."""
         name = self.default_prompt if name is None else name
-        if name is None:
-            return ""
-        if name not in self.prompts:
-            known_names = ", ".join(self.prompts) or "none"
-            raise InputError(f"prompt {name!r} is not one of the model's: {known_names}")
-        return self.prompts[name]
+        if name is not None and name not in self.prompts:
+            names = ", ".join(self.prompts)
+            raise InputError(f"prompt {name!r} is not one of the model's: {names}")
+        return "" if name is None else self.prompts[name]
 
 
 def read_layout(folder: Path) -> Layout:
     """Read an encoder folder as sentence-transformers does, whichever version wrote it.
 
-    Before 6.0 the length limit is `max_seq_length` of `sentence_bert_config.json`; since then it is
-    the tokenizer's `model_max_length` alone.
-
-    Raises:
-        InputError: a file is broken, or a module or pooling is not one of ours.
+    Raises InputError if a file is broken, or a module or pooling is not one of ours.
     """
     modules = read_json(folder / "modules.json")
     kinds = [module["type"].rpartition(".")[2] for module in modules]
-    if kinds not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+    if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         listed = ", ".join(kinds)
         raise InputError(f"{folder} has the modules {listed}; only pooling and normalization work")
-    config = read_json(folder / "config.json")
+    pooling = read_json(folder / modules[1]["path"] / "config.json")
+    # Before 5.3: one flag a mode.
+    flags = [mode for mode, flag in POOLING_FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
+    mode = pooling.get("pooling_mode") or "+".join(flags)
+    if mode not in POOLING.values() or not pooling.get("include_prompt", True):
+        raise InputError(f"{folder} pools in another way than {', '.join(POOLING)}")
     transformer = read_json(folder / "sentence_bert_config.json")
-    settings = read_json(folder / "config_sentence_transformers.json")
-    longest = config["max_position_embeddings"]
-    limit = transformer.get("max_seq_length")
-    if limit is None and (folder / "tokenizer_config.json").is_file():
-        limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
     if transformer.get("do_lower_case"):
         raise InputError(f"{folder} lowers the case of its texts, which is not supported")
+    limit = transformer.get("max_seq_length")
+    if limit is None:  # since 6.0 it is the tokenizer's alone
+        limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
+    config = read_json(folder / "config.json")
+    settings = read_json(folder / "config_sentence_transformers.json")
+    longest = config["max_position_embeddings"]
     return Layout(
-        pooling=_read_pooling(folder / modules[1]["path"]),
+        pooling=mode,
         normalize=kinds[-1] == "Normalize",
         max_tokens=int(min(limit or longest, longest)),
         width=config["hidden_size"],
@@ -105,34 +102,17 @@ def read_layout(folder: Path) -> Layout:
     )
 
 
-def _read_pooling(folder: Path) -> str:
-    pooling = read_json(folder / "config.json")
-    mode = pooling.get("pooling_mode")
-    if mode is None:  # before 5.3: one flag a mode
-        on = [mode for mode, flag in POOLING_FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
-        mode = on[0] if len(on) == 1 else on
-    if mode not in POOLING.values() or not pooling.get("include_prompt", True):
-        raise InputError(f"{folder} pools in another way than {', '.join(POOLING)}")
-    return mode
-
-
 class TextEncoder:
-    """An encoder folder as a function from texts to embeddings.
+    """An encoder folder as a function from texts to embeddings; `num_cut` counts texts it cut.
 
     Args:
         folder: Written by `extract_encoder`, `finetune` or sentence-transformers. Of an
             encoder-decoder (a folder, checkpoint or run) the encoder is extracted, mean-pooled.
-        dtype: None is bfloat16 where the device computes it natively, else float32.
+        dtype: By default bfloat16 where the device computes it natively, else float32.
         device: By default the accelerator, else the CPU.
         max_tokens: Tokens after which a text is cut; by default the folder's own limit.
 
-    Attributes:
-        layout: Pooling, prompts, limits of the folder.
-        num_cut: Texts that `encode` has cut so far.
-
-    Raises:
-        InputError: `folder` is neither, is causal or damaged, or has modules besides pooling and
-            normalization.
+    Raises InputError if `folder` is neither, is causal or damaged.
     """
 
     def __init__(
@@ -144,29 +124,22 @@ class TextEncoder:
         max_tokens: int | None = None,
     ) -> None:
         self.name = Path(folder).resolve().name
-        self._opened = ExitStack()  # an extracted encoder lives as long as this object
-        self.folder = self._opened.enter_context(encoder_folder(folder))
         self.device = torch.device(device or default_device())
         self.dtype = dtype or (torch.bfloat16 if _computes_bfloat16(self.device) else torch.float32)
-        self.layout = read_layout(self.folder)
+        self.num_cut = 0
+        with encoder_folder(folder) as path:
+            self.layout = read_layout(path)
+            try:
+                self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
+            except Exception as error:  # `tokenizers` raises bare exceptions
+                raise InputError(f"{path}: the tokenizer cannot be read: {error}") from None
+            self.model = load_encoder(path, self.dtype).to(self.device)
         self.max_tokens = self.layout.max_tokens if max_tokens is None else max_tokens
-        longest = read_json(self.folder / "config.json")["max_position_embeddings"]
+        longest = self.model.config.max_position_embeddings
         if not 2 <= self.max_tokens <= longest:
-            raise InputError(
-                f"max tokens {self.max_tokens} must lie in 2 ... {longest}, the model's positions"
-            )
-        try:
-            self.tokenizer = Tokenizer.from_file(str(self.folder / "tokenizer.json"))
-        except Exception as error:  # `tokenizers` raises bare exceptions
-            raise InputError(f"{self.folder}: the tokenizer cannot be read: {error}") from None
+            raise InputError(f"max tokens {self.max_tokens} must lie in 2 ... {longest}")
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
-        self.num_cut = 0
-
-    @cached_property
-    def model(self) -> Qwen3EncoderModel:
-        """The encoder, loaded on first use. Raises InputError as `load_encoder`."""
-        return load_encoder(self.folder, self.dtype).to(self.device)
 
     @property
     def dimensions(self) -> int:
@@ -175,41 +148,28 @@ class TextEncoder:
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a batch that suit the device.
-
-        On a CPU larger activations leave the cache and cost page faults.
-        """
+        """Tokens of a batch that suit the device: larger ones leave a CPU's cache."""
         return 1024 if self.device.type == "cpu" else 32_768
 
-    def tokenize(self, texts: Sequence[str], prompt: str = "") -> Tokens:
+    def tokenize(self, texts: Sequence[str], prompt: str = "", first: int = 1) -> Tokens:
         """Token ids of texts behind a prompt, cut at `max_tokens`; safe to call from any thread.
 
-        Raises:
-            InputError: something is not a text, or a text has no tokens at all.
+        Raises InputError by the number of the text, from `first` on, if one is not Unicode text.
         """
-        for number, text in enumerate(texts, 1):
+        for number, text in enumerate(texts, first):
             if not isinstance(text, str):
                 raise InputError(f"text {number} is {type(text).__name__}, not str")
-        try:
-            encodings = self.tokenizer.encode_batch_fast([prompt + text for text in texts])
-        except (TypeError, ValueError, UnicodeError):
-            self._refuse_surrogates(texts)
-            raise
+            if not text.isascii() and (found := _SURROGATE.search(text)):
+                raise InputError(
+                    f"text {number} holds the lone surrogate {found[0]!a}, which is not "
+                    "Unicode text"
+                )
+        encodings = self.tokenizer.encode_batch_fast([prompt + text for text in texts])
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
-        for number, tokens in enumerate(ids, 1):
+        for number, tokens in enumerate(ids, first):
             if not len(tokens):
                 raise InputError(f"text {number} is empty and the tokenizer appends no EOS")
         return Tokens(ids, [bool(encoding.overflowing) for encoding in encodings])
-
-    def _refuse_surrogates(self, texts: Sequence[str]) -> None:
-        for number, text in enumerate(texts, 1):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                found = ascii(text[error.start])
-                raise InputError(
-                    f"text {number} holds the lone surrogate {found}, which is not Unicode text"
-                ) from None
 
     def encode(
         self,
@@ -218,48 +178,45 @@ class TextEncoder:
         prompt_name: str | None = None,
         dimensions: int | None = None,
         batch_tokens: int | None = None,
-        processes: int = 1,
         progress: bool = False,
     ) -> np.ndarray:
-        """Embed texts.
+        """Embed texts: [texts, dimensions] float32 in their order, or [dimensions] of one text.
 
         Args:
             texts: One text, or any number of them.
-            prompt_name: Of the folder's prompts; every folder has `"query"` and `"document"`, the
-                two roles. By default its default prompt, if it has one.
+            prompt_name: One of the folder's prompts or a role, `"query"` or `"document"`.
             dimensions: Keep this many leading dimensions (Matryoshka), normalized again.
-            batch_tokens: Most tokens of a batch that holds more than one text.
-            processes: Each has the model and its share of the cores, or its own accelerator.
-            progress: Draw a bar on standard error.
+            batch_tokens: Tokens that are computed together, about.
+            progress: Draw a bar on a terminal.
 
-        Returns:
-            [texts, dimensions] float32 in the order of `texts`; [dimensions] of one text.
-
-        Raises:
-            InputError: a text is not a str, no such prompt, or more dimensions than there are.
+        Raises InputError if a text is not a str, or there is no such prompt or width.
         """
         if isinstance(texts, str):
             return self.encode([texts], prompt_name=prompt_name, dimensions=dimensions)[0]
-        if texts is None or not isinstance(texts, Iterable):
+        if not isinstance(texts, Iterable):
             raise InputError(f"texts must be a str or a list of them, got {type(texts).__name__}")
         texts = list(texts)
-        prompt = self.layout.prompt(prompt_name)
+        prompt = itertools.repeat(self.layout.prompt(prompt_name))
         self.check_dimensions(dimensions)
-        budget = batch_tokens or self.batch_tokens
+        numbers = itertools.count(1, _CHUNK)
+        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
         parts = [np.empty((0, dimensions or self.dimensions), dtype=np.float32)]
-        bar = tqdm(total=len(texts), unit="text", unit_scale=True, disable=not progress)
-        with bar, _forwards(self, processes) as forward:
-            for tokens in self._chunks(texts, prompt):
+        bar = tqdm(total=len(texts), unit="text", disable=None if progress else True)
+        with bar, ThreadPoolExecutor(1) as ahead:
+            for tokens in ahead.map(self.tokenize, chunks, prompt, numbers):
                 self.num_cut += sum(tokens.cut)
-                parts.append(self.cut_to(_embed_chunk(tokens.ids, budget, forward), dimensions))
+                embeddings = self._embed(tokens.ids, batch_tokens or self.batch_tokens)
+                parts.append(self.cut_to(embeddings, dimensions))
                 bar.update(len(tokens.ids))
         return np.concatenate(parts)
 
-    def _chunks(self, texts: Sequence[str], prompt: str) -> Iterator[Tokens]:
-        """Tokenize chunk by chunk, in a thread that runs ahead of the model."""
-        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
-        with ThreadPoolExecutor(1) as ahead:
-            yield from ahead.map(self.tokenize, chunks, itertools.repeat(prompt))
+    def _embed(self, ids: Sequence[np.ndarray], budget: int) -> np.ndarray:
+        """[N, E] float32 of one chunk of texts; the device is waited for once, at the end."""
+        batches = token_batches(np.array([len(text) for text in ids]), budget)
+        rows = torch.cat([self.forward([ids[i] for i in batch]) for batch in batches])
+        embeddings = np.empty(rows.shape, dtype=np.float32)
+        embeddings[np.concatenate(batches)] = rows.cpu().numpy()
+        return embeddings
 
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise InputError unless an embedding has that many dimensions."""
@@ -267,130 +224,53 @@ class TextEncoder:
             raise InputError(f"dimensions {dimensions} must lie in 1 ... {self.layout.width}")
 
     def cut_to(self, embeddings: np.ndarray, dimensions: int | None) -> np.ndarray:
-        """Cut [N, E] embeddings.
-
-        To the folder's own `truncate_dim` without a new norm, as sentence-transformers does; to
-        `dimensions` that a caller asks for, normalized again.
+        """Cut [N, E] embeddings: to `dimensions`, normalized again; by default to the folder's own
+        `truncate_dim`, without a new norm, as sentence-transformers does.
         """
-        if dimensions is None:
-            return embeddings[:, : self.dimensions]
-        embeddings = embeddings[:, :dimensions]
-        if not self.layout.normalize:
-            return embeddings
-        return embeddings / np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
+        kept = embeddings[:, : dimensions or self.dimensions]
+        if dimensions is None or not self.layout.normalize:
+            return kept
+        return kept / np.linalg.norm(kept, axis=1, keepdims=True).clip(min=1e-12)
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[np.ndarray]) -> torch.Tensor:
-        """Embed the tokens of texts that are computed together.
-
-        Args:
-            ids: Token ids of each text, int32.
-
-        Returns:
-            [texts, E] float32 on the device: nothing here waits for it.
-        """
-        lengths = torch.tensor([len(text) for text in ids])
-        ends = lengths.cumsum(0)
-        batch = pack(ids)
-        batch |= {"lengths": lengths, "last": ends - 1, "first": ends - lengths}
+        """Embed one batch of texts' int32 ids: [texts, E] float32 on the device, not waited for."""
+        batch = pack(ids) | {"lengths": torch.tensor([len(text) for text in ids])}
         if self.device.type != "cpu":
             batch = recursively_apply(torch.Tensor.pin_memory, batch)
         batch = send_to_device(batch, self.device, non_blocking=True)
-        lengths, last, first = (batch.pop(name) for name in ("lengths", "last", "first"))
+        lengths = batch.pop("lengths")
         states = self.model(**batch).last_hidden_state.flatten(0, 1)  # (M, E)
+        ends = lengths.cumsum(0)
         if self.layout.pooling == "mean":
             pooled = torch.segment_reduce(states.float(), "mean", lengths=lengths, unsafe=True)
         else:
-            pooled = states[last if self.layout.pooling == "lasttoken" else first].float()
+            last = self.layout.pooling == "lasttoken"
+            pooled = states[ends - 1 if last else ends - lengths].float()
         return F.normalize(pooled, dim=-1) if self.layout.normalize else pooled
 
 
 def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Make a batch of texts on the CPU: packed, or a plain [B, S] one where lengths are equal.
-
-    Args:
-        ids: Token ids of each text, int32.
-
-    Returns:
-        Arguments of `Qwen3EncoderModel`.
-    """
-    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    row = torch.from_numpy(np.concatenate(ids)).long()
-    if (lengths == lengths[0]).all():
-        return {"input_ids": row.view(len(ids), -1)}
-    bounds = np.concatenate([[0], lengths.cumsum()])
-    positions = np.arange(len(row)) - bounds[:-1].repeat(lengths)
-    return {
-        "input_ids": row[None],
-        "position_ids": torch.from_numpy(positions)[None],
-        "cu_seqlens": torch.from_numpy(bounds).int(),
-        "max_seqlen": int(lengths.max()),
-    }
+    """Arguments of `Qwen3EncoderModel` for texts' ids: [B, S] if lengths are equal, else packed."""
+    if len({len(text) for text in ids}) == 1:
+        return {"input_ids": torch.from_numpy(np.stack(ids)).long()}
+    batch = collate_packed(ids, [ids[0][:0]] * len(ids))
+    names = ("input_ids", "position_ids", "cu_seqlens", "max_seqlen")
+    return {name: batch[name] for name in names}
 
 
-def _embed_chunk(ids: Sequence[np.ndarray], budget: int, forward: Any) -> np.ndarray:
-    """[N, E] float32 of one chunk of texts; the device is waited for once, at the end."""
-    lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-    batches = list(token_batches(lengths, budget))
-    rows = torch.cat(list(forward([[ids[i] for i in batch] for batch in batches])))
-    embeddings = np.empty(rows.shape, dtype=np.float32)
-    embeddings[np.concatenate(batches)] = rows.cpu().numpy()
-    return embeddings
-
-
-@contextmanager
-def _forwards(encoder: TextEncoder, processes: int) -> Iterator[Any]:
-    """A function from batches to their embeddings, in this process or in several others."""
-    if processes == 1:
-        yield lambda batches: map(encoder.forward, batches)
-        return
-    context = multiprocessing.get_context("spawn")
-    ranks = context.SimpleQueue()
-    for rank in range(processes):
-        ranks.put(rank)
-    arguments = (encoder.folder, encoder.dtype, encoder.device.type, processes, ranks)
-    with ProcessPoolExecutor(
-        processes, context, initializer=_start_worker, initargs=arguments
-    ) as pool:
-        yield lambda batches: map(torch.from_numpy, pool.map(_forward_in_worker, batches))
-
-
-_WORKER: list[TextEncoder] = []
-
-
-def _start_worker(folder: Path, dtype: torch.dtype, device: str, processes: int, ranks) -> None:
-    if device == "cpu":
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // processes))
-    else:
-        device = f"{device}:{ranks.get() % torch.accelerator.device_count()}"
-    _WORKER.append(TextEncoder(folder, dtype=dtype, device=device))
-
-
-def _forward_in_worker(ids: Sequence[np.ndarray]) -> np.ndarray:
-    return _WORKER[0].forward(ids).cpu().numpy()
-
-
-def token_batches(lengths: np.ndarray, budget: int) -> Iterator[np.ndarray]:
-    """Indices of texts that are computed together, longest first: at most `budget` tokens, at
-    least one text.
-    """
+def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
+    """Indices of texts computed together, longest first: about `budget` tokens, or one text."""
     order = np.argsort(-lengths, kind="stable")
-    start = tokens = 0
-    for position, length in enumerate(lengths[order]):
-        if tokens and tokens + length > budget:
-            yield order[start:position]
-            start, tokens = position, 0
-        tokens += length
-    if len(order):
-        yield order[start:]
+    batch = (lengths[order].cumsum() - 1) // budget
+    return np.split(order, np.flatnonzero(np.diff(batch)) + 1)
 
 
 @contextmanager
 def encoder_folder(model: str | Path) -> Iterator[Path]:
     """Yield an encoder folder; of an encoder-decoder a temporary one, and say so on stderr.
 
-    Raises:
-        InputError: `model` is neither.
+    Raises InputError if `model` is neither.
     """
     folder = Path(model)
     config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
@@ -398,39 +278,28 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
     if kind == Qwen3EncoderDecoderConfig.model_type or (folder / "checkpoints").is_dir():
         with tempfile.TemporaryDirectory() as scratch:
             extract_encoder(folder, encoder := Path(scratch) / "encoder")
-            said = f"{folder} is an encoder-decoder: using its encoder, mean-pooled"
-            print(said, file=sys.stderr)
+            note = f"{folder} is an encoder-decoder: using its encoder, mean-pooled"
+            print(note, file=sys.stderr)
             yield encoder
-        return
-    bidirectional = kind == "qwen3" and config.get("is_causal", True) is False
-    if not bidirectional or not (folder / "modules.json").is_file():
+    elif (
+        kind == "qwen3" and config.get("is_causal") is False and (folder / "modules.json").is_file()
+    ):
+        yield folder
+    else:
         raise InputError(f"{folder} is not an encoder folder; make one with: qwen3-encdec extract")
-    yield folder
-
-
-ENCODER_NAMES = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
-"""Names of an encoder folder's tensors, as patterns, to those of `Qwen3EncoderModel`."""
 
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3EncoderModel:
-    """Load our own encoder with the weights of an encoder folder.
-
-    Raises InputError as `load_whole`.
-    """
+    """Load our own encoder with an encoder folder's weights. Raises InputError as `load_whole`."""
     stock = Qwen3Config.from_pretrained(folder)
-    config = Qwen3EncoderDecoderConfig.from_qwen3_config(
-        stock,
-        vocab_size=stock.vocab_size,
-        num_sentinel_tokens=0,
-        pad_token_id=stock.pad_token_id,
-    )
-    return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=ENCODER_NAMES).eval()
+    same = {"vocab_size": stock.vocab_size, "pad_token_id": stock.pad_token_id}
+    config = Qwen3EncoderDecoderConfig.from_qwen3_config(stock, num_sentinel_tokens=0, **same)
+    names = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
+    return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=names).eval()
 
 
 def states_under(encoder: Qwen3EncoderModel, ids: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Last hidden states, [B, S, E], of [B, S] ids without padding; causal is the control, another
-    reader's mistake.
-    """
+    """Last hidden states [B, S, E] of [B, S] ids without padding; a causal mask is the control."""
     size = ids.shape[1]
     seen = torch.ones(len(ids), 1, size, size, dtype=torch.bool, device=ids.device)
     mask = seen.tril() if causal else seen
@@ -445,86 +314,53 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 
 def read_texts(source: str, text_column: str = "text") -> list[str]:
-    """Texts of a .txt, .jsonl or .parquet file (.gz and .zst too), a folder, a hub dataset, or `-`,
-    the lines of stdin.
-
-    Raises:
-        InputError: it cannot be read, holds no texts, or none in that column.
-    """
+    """Texts of a file, a folder, a hub dataset, or of `-`, the lines of standard input."""
     if source == "-":
-        texts = [line.rstrip("\r\n") for line in sys.stdin]
-    else:
-        corpus = open_corpus([source], text_column=text_column)
-        texts = []
-        for document in corpus.documents():
-            if not isinstance(document.content, str):
-                raise InputError(f"input {source} holds token ids of prepare-data, not texts")
-            texts.append(document.content)
-    if not texts:
-        raise InputError(f"input {source} holds no texts")
+        return [line.rstrip("\r\n") for line in sys.stdin]
+    corpus = open_corpus([source], text_column=text_column)
+    texts: list[Any] = [document.content for document in corpus.documents()]
+    if not all(isinstance(text, str) for text in texts):
+        raise InputError(f"input {source} holds token ids of prepare-data, not texts")
     return texts
 
 
-def quantize(
-    embeddings: np.ndarray, precision: str, ranges: np.ndarray | None = None
-) -> np.ndarray:
-    """Quantize [N, d] float32 into sentence-transformers' own formats.
+def int8_ranges(embeddings: np.ndarray, file: str | Path | None = None) -> np.ndarray:
+    """Least and largest value of each dimension, [2, d] float32, or those of an earlier file.
 
-    int8 is [N, d] over each dimension's `ranges` [2, d], values outside them clipped (they would
-    wrap around); binary is [N, d / 8].
+    Raises InputError if they do not fit, or one has no width: what int8 makes of it is noise.
     """
-    from sentence_transformers.util.quantization import quantize_embeddings
-
-    if ranges is not None:
-        embeddings = np.clip(embeddings, *ranges)
-    options: Any = {"precision": precision, "ranges": ranges}
-    return np.asarray(quantize_embeddings(embeddings, **options))
-
-
-def int8_ranges(embeddings: np.ndarray) -> np.ndarray:
-    """Least and largest value of each dimension, [2, d] float32.
-
-    Raises InputError if one of them has no width: what int8 makes of it is noise.
-    """
-    ranges = np.stack([embeddings.min(0), embeddings.max(0)])
-    check_ranges(ranges, f"of {len(embeddings):,} texts")
+    try:
+        ranges = np.load(file) if file else np.stack([embeddings.min(0), embeddings.max(0)])
+    except (OSError, ValueError) as error:
+        raise InputError(f"ranges {file} cannot be read: {error}") from None
+    width = embeddings.shape[1]
+    fit = ranges.shape == (2, width) and np.isfinite(ranges).all()
+    if not fit or not (ranges[1] > ranges[0]).all():
+        origin = file or f"of {len(embeddings):,} texts"
+        wanted = f"two finite rows of {width}, the second one larger throughout"
+        raise InputError(f"int8 ranges {origin} are not {wanted}; embed more texts for them")
     return ranges
 
 
-def check_ranges(ranges: np.ndarray, origin: str) -> None:
-    """Raise InputError unless int8 ranges are finite and every dimension has some width."""
-    flat = int((~(ranges[1] > ranges[0]) | ~np.isfinite(ranges).all(0)).sum())
-    if flat:
-        raise InputError(
-            f"int8 ranges {origin} have no width in {flat} of {ranges.shape[1]} dimensions; "
-            "embed more texts, or name the ranges of a larger file with --ranges"
-        )
-
-
-def write_embeddings(path: str | Path, embeddings: np.ndarray, texts: Iterable[str]) -> None:
+def write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str] = ()) -> None:
     """Write .npy, or .parquet with the columns `text` and `embedding`: whole, or not at all."""
-    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    building = path.with_name(f".{path.name}.partial")
     try:
-        with building.open("wb") as file:
-            if path.suffix == ".npy":
+        if path.suffix == ".parquet":
+            flat = pa.array(embeddings.ravel())
+            vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
+            pq.write_table(pa.table({"text": texts, "embedding": vectors}), building)
+        else:
+            with building.open("wb") as file:
                 np.save(file, embeddings)
-            else:
-                import pyarrow as pa
-                import pyarrow.parquet as pq
-
-                flat = pa.array(embeddings.ravel())
-                vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
-                columns = {"text": pa.array(texts, pa.string()), "embedding": vectors}
-                pq.write_table(pa.table(columns), file)
-        os.replace(building, path)
+        building.replace(path)
     finally:
         building.unlink(missing_ok=True)
 
 
 def embed_file(
-    model: str | Path,
+    encoder: TextEncoder,
     source: str,
     output: str | Path,
     *,
@@ -533,69 +369,37 @@ def embed_file(
     precision: str = "float32",
     ranges: str | Path | None = None,
     dimensions: int | None = None,
-    max_tokens: int | None = None,
-    dtype: torch.dtype | None = None,
-    processes: int = 1,
 ) -> str:
-    """Embed a file of texts into another file; int8 writes its ranges beside it, as `.ranges.npy`.
+    """Embed the texts of a file into another, whole or not at all; returns a one-line summary.
 
-    `ranges` are those of an earlier file, so that both can be searched together. Returns a
-    one-line summary.
+    int8 writes its ranges beside it, `.ranges.npy`, unless `ranges` are those of an earlier file.
 
-    Raises:
-        InputError: a folder, file or setting is wrong (see `TextEncoder`, `read_texts`); nothing
-            is written.
+    Raises InputError if a file or setting is wrong.
     """
     output = Path(output)
-    if output.suffix not in SUFFIXES or output.is_dir():
-        raise InputError(f"output {output} must be a file ending in {' or '.join(SUFFIXES)}")
-    if precision not in PRECISIONS:
-        raise InputError(f"precision {precision!r} is not one of {', '.join(PRECISIONS)}")
-    encoder = TextEncoder(model, dtype=dtype, max_tokens=max_tokens)
-    encoder.check_dimensions(dimensions)
-    width = dimensions or encoder.dimensions
-    spans = _read_ranges(ranges, width, precision) if ranges is not None else None
+    if output.suffix not in (".npy", ".parquet"):
+        raise InputError(f"output {output} must be a file ending in .npy or .parquet")
+    if precision not in PRECISIONS or (ranges and precision != "int8"):
+        kinds = ", ".join(PRECISIONS)
+        raise InputError(f"precision {precision!r} is not one of {kinds}; only int8 has ranges")
     texts = read_texts(source, text_column)
+    if not texts:
+        raise InputError(f"input {source} holds no texts")
     embeddings = encoder.encode(
-        texts,
-        prompt_name=prompt_name,
-        dimensions=dimensions,
-        processes=processes,
-        progress=sys.stderr.isatty(),
+        texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
     )
-    if precision == "int8" and spans is None:
-        spans = int8_ranges(embeddings)
-        write_embeddings(output.with_suffix(".ranges.npy"), spans, [])
+    spans = None
+    if precision == "int8":
+        spans = int8_ranges(embeddings, ranges)
+        embeddings = embeddings.clip(*spans)  # values outside would wrap around
+        if not ranges:
+            write_embeddings(output.with_suffix(".ranges.npy"), spans)
     if precision != "float32":
-        embeddings = quantize(embeddings, precision, spans)
+        from sentence_transformers.util.quantization import quantize_embeddings
+
+        options: Any = {"precision": precision, "ranges": spans}
+        embeddings = np.asarray(quantize_embeddings(embeddings, **options))
     write_embeddings(output, embeddings, texts)
     cut = f", {encoder.num_cut:,} cut at {encoder.max_tokens:,} tokens" if encoder.num_cut else ""
     kind = str(encoder.dtype).removeprefix("torch.")
     return f"{len(texts):,} texts in {kind}{cut}: {embeddings.shape} {precision}"
-
-
-def _read_ranges(file: str | Path, width: int, precision: str) -> np.ndarray:
-    try:
-        ranges = np.load(file)
-    except (OSError, ValueError) as error:
-        raise InputError(f"ranges {file} cannot be read: {error}") from None
-    if ranges.shape != (2, width) or precision != "int8":
-        raise InputError(
-            f"ranges {file} of shape {ranges.shape} do not fit {width} dimensions in {precision}"
-        )
-    check_ranges(ranges, f"in {file}")
-    return ranges
-
-
-def similarity_table(
-    encoder: TextEncoder, texts: Sequence[str], prompt_name: str | None = None
-) -> str:
-    """Cosines of all pairs of texts, as lines for a terminal."""
-    embeddings = encoder.encode(list(texts), prompt_name=prompt_name)
-    embeddings /= np.linalg.norm(embeddings, axis=1, keepdims=True).clip(min=1e-12)
-    lines = ["    " + "".join(f"{number:>7}" for number in range(1, len(texts) + 1))]
-    for number, row in enumerate(embeddings @ embeddings.T):
-        cosines = "".join(f"{cosine:7.3f}" for cosine in row)
-        label = " ".join(texts[number].split())[:60]
-        lines.append(f"{number + 1:>4}{cosines}   {label}")
-    return "\n".join(lines)

@@ -8,6 +8,7 @@ environment is `Hub.environment()`; the suite's own process stays offline.
     root/datasets/ORG/NAME@v1/...    revision v1 of it
 """
 
+import base64
 import hashlib
 import json
 import os
@@ -24,6 +25,7 @@ _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _API = re.compile(
     rf"/api/(?P<kind>models|datasets)/{_REPO}(/(?P<call>revision|tree|paths-info|refs)(/(?P<rest>.*))?)?"
 )
+_UPLOAD = re.compile(rf"/api/models/{_REPO}/(?P<call>preupload|commit)/main")
 _FILE = re.compile(rf"/((?P<kind>datasets)/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _DATE = "2026-01-01T00:00:00.000Z"
 
@@ -125,6 +127,15 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         if self.hub.fail_every and len(self.hub.requests) % self.hub.fail_every == 0:
             return self._send(503, b"try again")
+        if path == "/api/validate-yaml":
+            return self._json({"warnings": [], "errors": []})
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            repo = f"{wanted['organization']}/{wanted['name']}"
+            (self.hub.root / "models" / repo).mkdir(parents=True, exist_ok=True)
+            return self._json({"url": f"{self.hub.url}/{repo}"})
+        if upload := _UPLOAD.fullmatch(path):
+            return self._upload(upload["repo"], upload["call"], body)
         call = _API.fullmatch(path) or _FILE.fullmatch(path)
         if call is None:
             return self._send(404, b"no such route")
@@ -162,6 +173,21 @@ class _Handler(BaseHTTPRequestHandler):
         about = {"private": False, "disabled": False, "downloads": 0, "likes": 0, "gated": gated}
         dates = {"lastModified": _DATE, "createdAt": _DATE}
         return self._json(info | about | dates | {"siblings": siblings})
+
+    def _upload(self, repo: str, call: str, body: bytes) -> None:
+        if self.hub.token not in self.headers.get("Authorization", ""):
+            return self._fail(401, "Unauthorized", "no token")
+        if call == "preupload":
+            files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
+                     for file in json.loads(body)["files"]]  # fmt: skip
+            return self._json({"files": files})
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                path = self.hub.root / "models" / repo / line["value"]["path"]
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(base64.b64decode(line["value"]["content"]))
+        url = f"{self.hub.url}/{repo}/commit/main"
+        return self._json({"commitUrl": url, "commitOid": "0" * 40, "pullRequestUrl": None})
 
     def _paths(self, body: bytes) -> list[str]:
         if "json" in self.headers.get("Content-Type", ""):

@@ -1,7 +1,4 @@
-"""The command line as its users meet it:
-
-results, and one sentence with exit code 2 for what they can mend.
-"""
+"""The command line: results, and one sentence with exit code 2 for errors a user can mend."""
 
 import json
 import shutil
@@ -11,21 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from qwen3_encdec import cli
+from qwen3_encdec import __version__, cli
 
 ROOT = Path(__file__).parent.parent
-COMMANDS = (
-    "tokenizer", "initialize", "prepare-data", "train", "extract", "evaluate", "demo",
-    "finetune", "soup", "embed", "similarity", "serve",
-)  # fmt: skip
 
 
 @pytest.fixture
 def command(monkeypatch, capsys):
-    """Run `qwen3-encdec ...` in this process;
-
-    returns (exit code, standard output, standard error).
-    """
+    """Run `qwen3-encdec ...` in this process; returns (exit code, stdout, stderr)."""
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["qwen3-encdec", *map(str, arguments)])
@@ -39,10 +29,7 @@ def command(monkeypatch, capsys):
 
 @pytest.fixture
 def refused(command, tmp_path):
-    """Run a command that must be refused:
-
-    exit code 2, one sentence, no traceback, nothing new in `tmp_path`.
-    """
+    """Run a command that must be refused: code 2, one sentence, nothing new in `tmp_path`."""
 
     def call(*arguments) -> str:
         before = sorted(tmp_path.rglob("*"))
@@ -65,13 +52,6 @@ def training_yaml(tmp_path, init_folder, **changes) -> Path:
     return path
 
 
-@pytest.mark.parametrize("name", COMMANDS)
-def test_help_is_readable(command, name):
-    code, out, _ = command(name, "--help")
-    assert code == 0
-    assert "Usage" in out
-
-
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
 def test_scripts_are_thin_and_answer_help(script, run_script):
     path = ROOT / "scripts" / script
@@ -87,7 +67,7 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
         "tokenizer", "--output", folder, "--num-ranks", 512, "--num-sentinel-tokens", 100
     )
     assert code == 0
-    assert "740 tokens, sentinels 640 ... 739" in out
+    assert "740 tokens, the last 100 are sentinels" in out
     corpus = tmp_path / "corpus.jsonl"
     lines = [
         json.dumps({"text": f"Document {i} tells of {'many ' * (i % 50)}things."})
@@ -95,27 +75,21 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
     ]
     corpus.write_text("\n".join(lines))
     code, out, _ = command(
-        "prepare-data",
-        "--tokenizer",
-        folder,
-        "--input",
-        corpus,
-        "--analyze-only",
-        "--show",
-        1,
-        "--num-examples",
-        100,
+        *("prepare-data", "--tokenizer", folder, "--input", corpus, "--analyze-only"),
+        *("--show", 1, "--num-examples", 100, "--output", tmp_path / "page"),
     )
     assert code == 0
     for expected in ("R1", "X2", "S", "tokens/s", "<extra_id_0>", "things"):
         assert expected in " ".join(out.split())
+    prepare = ("prepare-data", "--tokenizer", folder, "--input", corpus, "--analyze-only")
+    prepare += ("--output", tmp_path / "page")
+    figures = json.loads(command(*prepare, "--json")[1])
+    assert [row["Denoiser"] for row in figures["denoisers"]] == ["R1", "R2", "X1", "X2", "S"]
     own = tmp_path / "own.yaml"
     own.write_text(
         "- {name: far apart, mean_span: 2, corruption: 0.1}\n- {name: tail, mean_span: null, corruption: 0.5}"
     )
-    code, out, _ = command(
-        "prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own, "--show", 1
-    )
+    code, out, _ = command(*prepare, "--preset", own, "--show", 1)
     assert code == 0
     assert "far apart" in out
     assert "R1" not in out
@@ -125,26 +99,33 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
         ("- {name: a, span: 3}", "span"),
     ):
         own.write_text(text)
-        code, _, error = command(
-            "prepare-data", "--tokenizer", folder, "--input", corpus, "--preset", own
-        )
+        code, _, error = command(*prepare, "--preset", own)
         assert code == 2
         assert expected in error
         assert "Traceback" not in error
 
 
-def test_initialize_then_extract(command, parent_folder, tmp_path):
-    code, out, _ = command(
-        "initialize", "--qwen3-model", parent_folder, "--output-dir", tmp_path / "init"
-    )
+@pytest.mark.parametrize("former", [False, True])
+def test_initialize_then_extract(command, parent_folder, tmp_path, former):
+    init, encoder = tmp_path / "init", tmp_path / "encoder"
+    qwen3, checkpoint, output = ("--model",) * 2 + ("--output",)
+    if former:
+        qwen3, checkpoint, output = "--qwen3-model", "--checkpoint", "--output-dir"
+    code, out, _ = command("initialize", qwen3, parent_folder, output, init)
     assert code == 0
     assert "verified on the saved folder" in out
-    code, out, _ = command(
-        "extract", "--checkpoint", tmp_path / "init", "--output-dir", tmp_path / "encoder"
-    )
+    code, out, _ = command("extract", checkpoint, init, output, encoder)
     assert code == 0
     assert "read causally it would differ" in out
-    assert (tmp_path / "encoder" / "modules.json").exists()
+    assert (encoder / "modules.json").exists()
+    texts = ("a text", "a text", "another one")
+    cosines = json.loads(command("similarity", "--model", encoder, *texts, "--json")[1])
+    assert cosines[0] == pytest.approx([1, 1, cosines[2][0]], abs=1e-5)
+    assert command("extract", checkpoint, init, "--max-tokens=9", output, encoder)[0] == 2
+
+
+def test_version(command):
+    assert command("--version")[:2] == (0, f"qwen3-encdec {__version__}\n")
 
 
 def test_unknown_yaml_key(refused, init_folder, tmp_path):
@@ -157,48 +138,20 @@ def test_unknown_yaml_key(refused, init_folder, tmp_path):
 def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_folder, tmp_path):
     nowhere = tmp_path / "nowhere"
     assert "scripts/initialize_from_qwen3.py" in refused("train", f"model={nowhere}")
-    assert "scripts/train.py" in refused(
-        "extract", "--checkpoint", nowhere, "--output-dir", tmp_path / "x"
-    )
-    assert "does not exist" in refused(
-        "initialize", "--qwen3-model", nowhere, "--output-dir", tmp_path / "x"
-    )
+    assert "scripts/train.py" in refused("extract", "--model", nowhere, "--output", tmp_path / "x")
+    assert "does not exist" in refused("initialize", "--model", nowhere, "--output", tmp_path / "x")
     assert "does not exist" in refused("evaluate", "--model", nowhere, "--output", tmp_path / "x")
-    assert "does not exist" in refused("demo", "--qwen3-model", nowhere, "--output", tmp_path / "x")
+    assert "does not exist" in refused("demo", "--model", nowhere, "--output", tmp_path / "x")
     assert "qwen3-encdec tokenizer --output" in refused("prepare-data", "--tokenizer", nowhere)
 
 
-@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
-def test_checkpoint_that_is_no_dense_qwen3(refused, parent_folder, tmp_path, kind):
-    folder = shutil.copytree(parent_folder, tmp_path / "other")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "model_type": kind}))
-    message = refused("initialize", "--qwen3-model", folder, "--output-dir", tmp_path / "out")
-    assert f"holds a '{kind}' model, which is not a dense Qwen3" in message
-
-
-def test_truncated_safetensors(refused, parent_folder, init_folder, tmp_path):
-    for source, arguments in (
-        (parent_folder, ("initialize", "--output-dir", tmp_path / "out", "--qwen3-model")),
-        (init_folder, ("extract", "--output-dir", tmp_path / "out", "--checkpoint")),
-        (init_folder, ("evaluate", "--output", tmp_path / "out", "--model")),
-    ):
-        folder = shutil.copytree(source, tmp_path / arguments[0])
-        weights = folder / "model.safetensors"
-        weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-        assert "model.safetensors is truncated" in refused(*arguments, folder)
-    path = training_yaml(
-        tmp_path, tmp_path / "extract", data={"source_length": 64, "target_length": 64}
-    )
-    assert "model.safetensors is truncated" in refused("train", "--config", path)
-
-
-def test_tokenizer_and_model_of_different_sizes(refused, command, init_folder, tmp_path):
-    folder = shutil.copytree(init_folder, tmp_path / "mixed")
-    command("tokenizer", "--output", tmp_path / "other", "--num-ranks", 600)
-    shutil.copy(tmp_path / "other" / "tokenizer.json", folder)
-    message = refused("train", "--config", training_yaml(tmp_path, folder))
-    assert "the tokenizer has 740 entries and the model 651 rows" in message
+def test_truncated_safetensors(refused, init_folder, tmp_path):
+    folder = shutil.copytree(init_folder, tmp_path / "cut")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    for command in ("extract", "evaluate"):
+        message = refused(command, "--model", folder, "--output", tmp_path / "out")
+        assert "model.safetensors is truncated" in message
 
 
 def test_more_spans_than_sentinels(refused, init_folder, tmp_path):
@@ -227,7 +180,7 @@ def test_output_folder_that_is_not_ours(
     monkeypatch, refused, command, parent_folder, init_folder, tmp_path
 ):
     monkeypatch.setattr(
-        "qwen3_encdec.demo.road.train_causal_parent", None
+        "qwen3_encdec.demo.pipeline.train_causal_parent", None
     )  # refused before any work begins
     thesis = tmp_path / "thesis"
     thesis.mkdir()
@@ -236,8 +189,8 @@ def test_output_folder_that_is_not_ours(
     path = training_yaml(tmp_path, init_folder, output_dir=str(thesis), data=corpus)
     for arguments in (
         ("tokenizer", "--num-ranks", 300, "--output", thesis),
-        ("initialize", "--qwen3-model", parent_folder, "--output-dir", thesis),
-        ("extract", "--checkpoint", init_folder, "--output-dir", thesis),
+        ("initialize", "--model", parent_folder, "--output", thesis),
+        ("extract", "--model", init_folder, "--output", thesis),
         ("evaluate", "--model", init_folder, "--output", thesis),
         ("train", "--config", path),
         ("demo", "--output", thesis),

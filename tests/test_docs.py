@@ -53,7 +53,7 @@ def test_commands_and_options_exist(page):
 
 
 def test_a_wrong_command_would_be_found():
-    assert unknown_words("```\nqwen3-encdec extract --checkpoint a --pool mean\nqwen3-encdec extrakt\n```") == [
+    assert unknown_words("```\nqwen3-encdec extract --model a --pool mean\nqwen3-encdec extrakt\n```") == [
         "extract --pool", "extrakt",
     ]  # fmt: skip
 

@@ -15,7 +15,7 @@ SAYS = {
     "own_denoiser": ["[R-words]", "[X-halves]", "[S-late]", "<extra_id_0>"],
     "own_dataset": ["examples in 200 rows", "texts that training never sees"],
     "own_backend": ["losses: ", "e-0", "generated: equal"],
-    "whole_road": ["stock transformers differs by", "1.0000, "],
+    "pipeline": ["stock transformers differs by", "1.0000, "],
 }
 
 

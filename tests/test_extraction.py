@@ -176,7 +176,7 @@ def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):
         InputError, match="nowhere does not exist; train one with: accelerate launch"
     ):
         extract_encoder(tmp_path / "nowhere", out)
-    with pytest.raises(InputError, match="holds a 'qwen3' model, not an encoder-decoder"):
+    with pytest.raises(InputError, match="this is a 'qwen3' model, not an encoder-decoder"):
         extract_encoder(parent_folder, out)
     with pytest.raises(InputError, match="pooling 'max' is not one of mean, last, cls"):
         extract_encoder(init_folder, out, pooling="max")

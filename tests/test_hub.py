@@ -173,3 +173,26 @@ def test_a_hub_dataset_that_is_not_there(hub, tmp_path):
     hub.gone.add("org/texts")
     (line,) = read(hub, tmp_path, 1, "0:1:1")
     assert line.startswith("InputError: input 'org/texts': no such file, and no hub dataset could")
+
+
+def test_an_encoder_is_pushed_and_read_back(hub, init_folder, tmp_path):
+    def extract(repository: str, token: str) -> subprocess.CompletedProcess:
+        command = [
+            *(sys.executable, "-c", "from qwen3_encdec.cli import main; main()", "extract"),
+            *("--model", init_folder, "--output", tmp_path / "encoder"),
+            *("--push-to-hub", repository),
+        ]
+        environment = hub.environment(tmp_path / "cache", HF_TOKEN=token)
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    done = extract("org/encoder", hub.token)
+    assert f"uploaded {hub.url}/org/encoder" in done.stdout, done.stderr
+    code = """
+from transformers import AutoModel
+print(type(AutoModel.from_pretrained("org/encoder")).__name__)
+"""
+    assert client(hub, tmp_path / "other", code).splitlines()[-1] == "Qwen3Model"
+    refused = extract("org/encoder", "wrong")
+    assert refused.returncode == 2
+    assert "could not be uploaded to org/encoder: " in refused.stderr
+    assert (tmp_path / "encoder" / "config.json").exists()  # the folder is there to be uploaded

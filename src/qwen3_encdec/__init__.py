@@ -1,41 +1,21 @@
-"""Qwen3 as an encoder-decoder: merged attention, UL2 training, and a text encoder to take out.
+"""Qwen3 as an encoder-decoder, trained on UL2, with a text encoder to take out.
 
-Importing the package costs nothing: torch and transformers are loaded on first use of a class, so
-that a command answers `--help` and a wrong setting at once. The classes are registered with
-transformers' Auto classes as soon as either are loaded, whichever comes first.
+torch and transformers load on first use of a class; the Auto classes then know this model.
 """
 
 import sys
-from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-    from .modeling_qwen3_encdec import Qwen3EncoderDecoderModel, Qwen3ForSeq2SeqLM
-    from .modeling_qwen3_encoder import (
-        Qwen3Encoder,
-        Qwen3EncoderForSequenceClassification,
-        Qwen3EncoderForTokenClassification,
-        Qwen3EncoderModel,
-    )
-    from .tokenization_qwen3_encdec import Qwen3EncoderDecoderTokenizer
+if TYPE_CHECKING:  # as transformers does; each module has an __all__
+    from .configuration_qwen3_encdec import *  # noqa: F403
+    from .modeling_qwen3_encdec import *  # noqa: F403
+    from .modeling_qwen3_encoder import *  # noqa: F403
+    from .tokenization_qwen3_encdec import *  # noqa: F403
 
 __version__ = "0.1.0"
-
-__all__ = [
-    "Qwen3Encoder",
-    "Qwen3EncoderDecoderConfig",
-    "Qwen3EncoderDecoderModel",
-    "Qwen3EncoderDecoderTokenizer",
-    "Qwen3EncoderForSequenceClassification",
-    "Qwen3EncoderForTokenClassification",
-    "Qwen3EncoderModel",
-    "Qwen3ForSeq2SeqLM",
-]
 
 _MODULE_OF = {
     "Qwen3Encoder": "modeling_qwen3_encoder",
@@ -47,8 +27,9 @@ _MODULE_OF = {
     "Qwen3EncoderModel": "modeling_qwen3_encoder",
     "Qwen3ForSeq2SeqLM": "modeling_qwen3_encdec",
 }
-_OURS = {f"{__name__}.{module}" for module in _MODULE_OF.values()}
+__all__ = list(_MODULE_OF)
 _AUTO = {f"transformers.models.auto.{kind}_auto" for kind in ("configuration", "modeling")}
+_REGISTERED = _AUTO | {f"{__name__}.{module}" for module in _MODULE_OF.values()}
 
 
 def __getattr__(name: str) -> Any:
@@ -58,15 +39,11 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return [*globals(), *__all__]
 
 
 def _register() -> None:
-    """Register the classes with transformers' Auto classes.
-
-    `register_for_auto_class` makes `save_pretrained` write the files of the classes beside the
-    weights and name them in config.json: a folder loads where this package is not installed.
-    """
+    """Register the classes with the Auto classes, and their files to be saved with a model."""
     import transformers as hf
 
     this = sys.modules[__name__]
@@ -86,36 +63,28 @@ def _register() -> None:
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Calls `_register` once, when modules of ours or Auto classes have been imported.
-
-    It waits for the outermost import to end: until then modules that `_register` needs may be half
-    executed.
-    """
+    """Calls `_register` when an outermost import ends that has loaded our or the Auto classes."""
 
     depth = 0
 
-    def find_spec(
-        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
-    ) -> ModuleSpec | None:
-        """Find the module as Python would, and count its execution."""
-        if fullname not in _OURS and not fullname.startswith("transformers."):
+    def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
+        if fullname not in _REGISTERED and not fullname.startswith("transformers."):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
-        if spec is None or spec.loader is None:
-            return spec
-        execute = spec.loader.exec_module
+        if spec and spec.loader:
+            execute = spec.loader.exec_module
 
-        def exec_module(module: ModuleType) -> None:
-            self.depth += 1
-            try:
-                execute(module)
-            finally:
-                self.depth -= 1
-            if self.depth == 0 and self in sys.meta_path and sys.modules.keys() & (_OURS | _AUTO):
-                sys.meta_path.remove(self)
-                _register()
+            def exec_module(module: Any) -> None:
+                self.depth += 1
+                try:
+                    execute(module)
+                finally:
+                    self.depth -= 1
+                if not self.depth and self in sys.meta_path and _REGISTERED & sys.modules.keys():
+                    sys.meta_path.remove(self)
+                    _register()
 
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+            spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 

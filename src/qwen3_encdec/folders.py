@@ -1,11 +1,7 @@
-"""Model, tokenizer and output folders: errors a user can mend, atomic writes, checked reads.
+"""Errors that a user can mend, atomic output folders, and models and tokenizers read from folders.
 
-Outputs are built beside their destination and renamed into place, so a failure leaves nothing
-behind. Each folder that this project writes holds a `qwen3_encdec.json` that says how it came to
-be; a folder without it is somebody else's and is never replaced. What is read is checked as a
-whole: a missing tensor is an error, never random.
-
-torch and transformers are imported where they are used: `--help` and a wrong setting need neither.
+A folder without `qwen3_encdec.json` is somebody else's and is never replaced. torch is imported
+where it is used: `--help` and a wrong setting need neither it nor transformers.
 """
 
 import json
@@ -14,8 +10,8 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -23,87 +19,67 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import yaml
 from safetensors import SafetensorError, safe_open
 
+import qwen3_encdec
+
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from qwen3_encdec import (
-        Qwen3EncoderDecoderConfig,
-        Qwen3EncoderDecoderTokenizer,
-        Qwen3ForSeq2SeqLM,
-    )
-
 PROVENANCE_FILE = "qwen3_encdec.json"
+INITIALIZE_COMMAND = "python scripts/initialize_from_qwen3.py --model HUB_ID --output FOLDER"
 TRAIN_COMMAND = (
     "accelerate launch --config_file configs/accelerate_fsdp2.yaml "
     "scripts/train.py --config configs/training_config.yaml"
 )
-INITIALIZE_COMMAND = (
-    "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID "
-    "--output-dir ./qwen3-encdec-init"
-)
-_PACKAGES = (
-    *("qwen3-encdec", "torch", "transformers", "accelerate", "datasets"),
-    "sentence-transformers",
-)
+PACKAGES = ("torch", "transformers", "accelerate", "datasets", "sentence-transformers")
 M = TypeVar("M", bound="PreTrainedModel")
 
 
 class InputError(ValueError):
-    """Something the caller can mend.
-
-    The command line prints it as one sentence and exits with 2.
-    """
+    """An error the caller can mend: the command line prints one sentence and exits with 2."""
 
 
 def default_device() -> "torch.device":
-    """The accelerator that is there, else the CPU; every command computes on it.
-
-    A build of torch for CUDA names `cuda` on a machine without a GPU too, unless asked to check.
-    """
+    """The accelerator that is there, else the CPU."""
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results; absent ones are left out."""
-    versions = {}
-    for name in _PACKAGES:
-        try:
+    """Installed versions of the packages that decide results."""
+    versions = {"qwen3-encdec": qwen3_encdec.__version__}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            continue
     return versions
 
 
 def describe_source(*options: str) -> str | None:
     """`git describe` of this package's checkout, with -dirty if files differ; None without one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", *options]
-    try:
+    with suppress(OSError, subprocess.CalledProcessError):
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
+    return None
 
 
 def read_json(path: str | Path) -> Any:
     """Parse a JSON file. Raises InputError naming the file if it is absent or broken."""
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid JSON: {error}") from None
+    return _parse(path, json.loads, "JSON")
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """Parse a YAML file. Raises InputError, calling it a `what`, if it is absent or broken."""
+    """Parse a YAML file, a `what`. Raises InputError as `read_json`."""
+    return _parse(path, yaml.safe_load, f"YAML {what}")
+
+
+def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:
     try:
-        return yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
-        raise InputError(f"cannot read the {what} {path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise InputError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, yaml.YAMLError) as error:
+        raise InputError(f"{path} is not valid {form}: {' '.join(str(error).split())}") from None
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -115,25 +91,17 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def check_output(output: str | Path, kind: str | None = None) -> Path:
-    """Refuse a destination that we may not write: call it before any work begins.
-
-    An absent folder, an empty folder and a folder of ours are fine; with `kind`, only one of that
-    kind, so that an encoder never replaces a run. Raises InputError otherwise.
-    """
+    """Raise InputError unless a folder is absent, empty, or ours and, if given, of that `kind`."""
     output = Path(output)
-    if output.exists() and not output.is_dir():
+    if output.is_file():
         raise InputError(f"output {output} is a file; name a folder")
-    ours = (output / PROVENANCE_FILE).exists()
-    if output.is_dir() and any(output.iterdir()) and not ours:
-        raise InputError(
-            f"output folder {output} exists and was not written by qwen3-encdec; "
-            "name another folder or empty it first"
-        )
-    found = read_json(output / PROVENANCE_FILE).get("kind") if ours else kind
-    if kind is not None and found != kind:
-        raise InputError(
-            f"output folder {output} holds a {found}, not a {kind}; name another folder"
-        )
+    if not output.exists() or not any(output.iterdir()):
+        return output
+    if not (output / PROVENANCE_FILE).exists():
+        raise InputError(f"output {output} was not written by qwen3-encdec; name another folder")
+    found = read_json(output / PROVENANCE_FILE).get("kind")
+    if kind and kind != found:
+        raise InputError(f"output {output} holds a {found}, not a {kind}; name another folder")
     return output
 
 
@@ -141,37 +109,29 @@ def check_output(output: str | Path, kind: str | None = None) -> Path:
 def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Path]:
     """Build a folder beside `output` and rename it into place when the block ends.
 
-    `kind` (`"tokenizer"`, `"encoder-decoder"`, `"encoder"`, ...) and `provenance` are recorded in
-    its `qwen3_encdec.json`. After an exception the unfinished folder is removed and `output` is as
-    it was.
+    `kind` (`"tokenizer"`, `"encoder"`, ...) and `provenance` are recorded in its
+    `qwen3_encdec.json`. After an exception the unfinished folder is gone and `output` is as it was.
     """
     output = check_output(output, kind)
     output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(
-        tempfile.mkdtemp(prefix=f".{output.name}.", suffix=".partial", dir=output.parent)
-    )
+    building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
     try:
         yield building
         facts = {"kind": kind, **provenance, "versions": package_versions()}
         write_json(building / PROVENANCE_FILE, facts)
-        _give_modes(building)
+        _apply_umask(building)
+        replaced = building.with_suffix(".replaced")
         if output.exists():
-            replaced = building.with_suffix(".replaced")
             os.rename(output, replaced)
-            os.rename(building, output)
-            shutil.rmtree(replaced)
-        else:
-            os.rename(building, output)
+        os.rename(building, output)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
 
 
-def _give_modes(folder: Path) -> None:
-    """Give every file the mode that the umask gives to new ones.
-
-    safetensors makes its own 0600, and a server under another user could not read them.
-    """
+def _apply_umask(folder: Path) -> None:
+    """Give every file the mode of a new one; safetensors makes its own 0600."""
     mode = (folder / PROVENANCE_FILE).stat().st_mode & 0o666
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
@@ -185,151 +145,94 @@ def copy_without_weights(source: Path, folder: Path) -> None:
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
-    """Return the folder of a checkpoint, fetching it from the hub if `name` is no folder.
-
-    Raises:
-        InputError: it is neither, or the folder holds no `config.json`.
-    """
+    """The folder of a checkpoint, downloaded if `name` is a hub id. InputError if neither."""
     folder = Path(name)
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise InputError(f"{folder} holds no config.json; it is not a checkpoint folder")
+    if (folder / "config.json").exists():
         return folder
-    if (
-        folder.is_file()
-        or str(name).startswith(".")
-        or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name))
-    ):
+    if folder.exists():
+        raise InputError(f"{folder} holds no config.json; it is not a checkpoint folder")
+    if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
         raise InputError(f"checkpoint {name} does not exist")
     from huggingface_hub import snapshot_download
 
+    files = ["*.json", "*.safetensors", "*.txt"]
     try:
-        return Path(
-            snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.txt"])
-        )
+        return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        raise InputError(
-            f"checkpoint {name} is no local folder and could not be fetched from the hub: "
-            f"{str(error).strip().splitlines()[0]}"
-        ) from None
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name} could not be fetched from the hub: {reason}") from None
 
 
 def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (name, tensor) of a checkpoint's safetensors files, one at a time.
+    """Yield (name, tensor) of a checkpoint, one at a time. Raises InputError if it is damaged."""
+    for tensors in _safetensors(folder):
+        for name in tensors.keys():  # noqa: SIM118
+            yield name, tensors.get_tensor(name)
 
-    Raises:
-        InputError: there are none, or one is missing or damaged.
-    """
-    for path in _safetensors_files(folder):
-        with _opened(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                yield name, tensors.get_tensor(name)
+
+def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Shapes of a checkpoint's tensors, from the headers. Raises InputError as `read_tensors`."""
+    return {
+        name: tuple(tensors.get_slice(name).get_shape())
+        for tensors in _safetensors(folder)
+        for name in tensors.keys()  # noqa: SIM118
+    }
 
 
 def read_averages(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (name, tensor) of the running average that training with `ema_decay` keeps.
-
-    Raises:
-        InputError: there is none, or a file is damaged.
-    """
+    """Yield (name, tensor) of the running average of `ema_decay`. Raises InputError without one."""
     import torch
     from torch.distributed.checkpoint import HuggingFaceStorageReader, load
 
-    reader = HuggingFaceStorageReader(str(folder / "state"))
     try:
-        metadata = reader.read_metadata() if (folder / "state").is_dir() else None
-        stored: dict[str, Any] = metadata.state_dict_metadata if metadata else {}
-        averages = {name: torch.empty(s.size) for name, s in stored.items() if name[-4:] == ".ema"}
+        reader = HuggingFaceStorageReader(str(folder / "state"))
+        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+        averages = {name: torch.empty(stored[name].size) for name in stored if name[-4:] == ".ema"}
         load(averages, storage_reader=reader, no_dist=True)
     except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / 'state'} is truncated or damaged: {error}") from None
+        raise InputError(f"{folder / 'state'} is missing or damaged: {error}") from None
     if not averages:
-        raise InputError(
-            f"{folder} holds no running average of the weights; train with ema_decay=0.999"
-        )
+        raise InputError(f"{folder} holds no running average; train with ema_decay=0.999")
     for name, average in averages.items():
         yield name.removesuffix(".ema"), average
 
 
-def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes by name of a checkpoint's tensors, from the headers alone.
-
-    Raises InputError as `read_tensors`.
-    """
-    shapes: dict[str, tuple[int, ...]] = {}
-    for path in _safetensors_files(folder):
-        with _opened(path) as tensors:
-            for name in tensors.keys():  # noqa: SIM118
-                shapes[name] = tuple(tensors.get_slice(name).get_shape())
-    return shapes
-
-
-def _safetensors_files(folder: Path) -> list[Path]:
+def _safetensors(folder: Path) -> Iterator[safe_open]:
     index = folder / "model.safetensors.index.json"
+    files = {"model.safetensors"}
     if index.exists():
-        files = sorted(set(read_json(index)["weight_map"].values()))
-    elif (folder / "model.safetensors").exists():
-        files = ["model.safetensors"]
-    else:
+        files = set(read_json(index)["weight_map"].values())
+    elif not (folder / "model.safetensors").exists():
         raise InputError(f"{folder} holds no model.safetensors (only safetensors are read)")
-    return [folder / file for file in files]
+    for file in sorted(files):
+        try:
+            tensors = safe_open(folder / file, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{folder / file} is truncated, damaged or missing: {error}") from None
+        with tensors:
+            yield tensors
 
 
-def _opened(path: Path) -> safe_open:
+def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
+    """Read an encoder-decoder's configuration. Raises InputError if it is missing or another's."""
+    folder = _require(folder, "config.json", "model folder", INITIALIZE_COMMAND)
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path} is truncated, damaged or missing: {error}") from None
-
-
-def load_config(folder: str | Path) -> "Qwen3EncoderDecoderConfig":
-    """Read the configuration of an encoder-decoder folder.
-
-    Raises:
-        InputError: the folder is missing (names the command that makes one), or holds another kind
-            of model.
-    """
-    folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        missing = "holds no config.json" if folder.is_dir() else "does not exist"
-        raise InputError(f"model folder {folder} {missing}; make it with: {INITIALIZE_COMMAND}")
-    from qwen3_encdec import Qwen3EncoderDecoderConfig
-
-    kind = read_json(folder / "config.json").get("model_type")
-    if kind != Qwen3EncoderDecoderConfig.model_type:
-        raise InputError(
-            f"{folder} holds a {kind!r} model, not an encoder-decoder of this project; "
-            "scripts/initialize_from_qwen3.py makes one of a dense Qwen3"
-        )
-    try:
-        return Qwen3EncoderDecoderConfig.from_pretrained(folder)
-    except ValueError as error:
+        return qwen3_encdec.Qwen3EncoderDecoderConfig.from_pretrained(folder)
+    except (ValueError, OSError) as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 
 def load_tokenizer(
-    folder: str | Path, config: "Qwen3EncoderDecoderConfig | None" = None
-) -> "Qwen3EncoderDecoderTokenizer":
-    """Read the tokenizer of a folder; with `config`, check that the model has as many rows.
-
-    Raises:
-        InputError: there is none (names the command that makes one), it cannot be read, or the
-            sizes differ.
-    """
-    folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        missing = "holds no tokenizer.json" if folder.is_dir() else "does not exist"
-        command = (
-            f"qwen3-encdec tokenizer --output {folder}" if config is None else INITIALIZE_COMMAND
-        )
-        raise InputError(f"tokenizer {folder} {missing}; make it with: {command}")
-    from qwen3_encdec import Qwen3EncoderDecoderTokenizer
-
+    folder: str | Path, config: "qwen3_encdec.Qwen3EncoderDecoderConfig | None" = None
+) -> "qwen3_encdec.Qwen3EncoderDecoderTokenizer":
+    """Read a tokenizer. Raises InputError if it does not load, or has not `config`'s size."""
+    command = INITIALIZE_COMMAND if config else f"qwen3-encdec tokenizer --output {folder}"
+    folder = _require(folder, "tokenizer.json", "tokenizer", command)
     try:
-        tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
+        tokenizer = qwen3_encdec.Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises bare exceptions
         raise InputError(f"{folder} holds a tokenizer that cannot be read: {error}") from None
-    if config is not None and len(tokenizer) != config.vocab_size:
+    if config and len(tokenizer) != config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {len(tokenizer):,} entries and the model "
             f"{config.vocab_size:,} rows; save the model with its own tokenizer"
@@ -337,52 +240,41 @@ def load_tokenizer(
     return tokenizer
 
 
-def load_model(folder: str | Path, dtype: "torch.dtype | None" = None) -> "Qwen3ForSeq2SeqLM":
-    """Read the encoder-decoder of a folder whole, in fp32 or `dtype`.
+def _require(folder: str | Path, file: str, thing: str, command: str) -> Path:
+    folder = Path(folder)
+    if not (folder / file).is_file():
+        missing = f"holds no {file}" if folder.is_dir() else "does not exist"
+        raise InputError(f"{thing} {folder} {missing}; make it with: {command}")
+    return folder
 
-    Raises:
-        InputError: as `load_config` and `load_whole`.
-    """
+
+def load_model(
+    folder: str | Path, dtype: "torch.dtype | None" = None
+) -> "qwen3_encdec.Qwen3ForSeq2SeqLM":
+    """Read an encoder-decoder, in fp32 or `dtype`. Raises as `load_config` and `load_whole`."""
     import torch
 
-    from qwen3_encdec import Qwen3ForSeq2SeqLM
-
     config = load_config(folder)
-    return load_whole(Qwen3ForSeq2SeqLM, Path(folder), config, dtype or torch.float32)
+    return load_whole(qwen3_encdec.Qwen3ForSeq2SeqLM, Path(folder), config, dtype or torch.float32)
 
 
 def load_whole(
     kind: type[M],
     folder: Path,
-    config: "Qwen3EncoderDecoderConfig",
+    config: "qwen3_encdec.Qwen3EncoderDecoderConfig",
     dtype: "torch.dtype",
     key_mapping: dict[str, str] | None = None,
 ) -> M:
-    """Read a model whose tensors are all in the folder; transformers would fill gaps at random.
-
-    Args:
-        key_mapping: Patterns of the folder's tensor names and what the model calls them.
-
-    Raises:
-        InputError: a tensor is missing, too many or of another shape, or a file is damaged.
-    """
-    import torch
-
-    def rename(name: str) -> str:
-        for pattern, replacement in (key_mapping or {}).items():
-            name = re.sub(pattern, replacement, name)
-        return name
-
-    with torch.device("meta"):
-        expected = {name: tuple(t.shape) for name, t in kind(config).state_dict().items()}
-    shapes = tensor_shapes(folder)
-    names = {rename(name): name for name in shapes}
-    for name in sorted(expected.keys() | names.keys()):
-        if name not in names:
-            raise InputError(f"{folder}: tensor {name} is missing")
-        found, shape = shapes[names[name]], expected.get(name)
-        if found != shape:
-            raise InputError(f"{folder}: tensor {names[name]} is {found}, expected {shape}")
-    return kind.from_pretrained(
-        folder, config=config, dtype=dtype, key_mapping=key_mapping, local_files_only=True
+    """Read a model as `from_pretrained` does, but raise InputError for a gap or a damaged file."""
+    tensor_shapes(folder)  # names a damaged file, which transformers does not
+    checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
+    model, info = kind.from_pretrained(
+        folder, config=config, dtype=dtype, key_mapping=key_mapping, **checks
     )
+    faults = [f"{name} is missing" for name in info["missing_keys"]]
+    faults += [f"{name} is not one of the model's" for name in info["unexpected_keys"]]
+    for name, found, expected in info["mismatched_keys"]:
+        faults.append(f"{name} is {tuple(found)}, expected {tuple(expected)}")
+    if faults:
+        raise InputError(f"{folder}: tensor {min(faults)}")
+    return model

@@ -63,7 +63,7 @@ Rows = Callable[[], np.ndarray]
 
 
 def make_encoder(root: Path) -> Path:
-    """A nano encoder by the package's own road, for texts of up to 2,048 tokens."""
+    """A nano encoder by the package's own pipeline, for texts of up to 2,048 tokens."""
     tokenizer = parent_tokenizer(4096)
     torch.manual_seed(0)
     config = Qwen3Config(

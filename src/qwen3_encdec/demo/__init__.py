@@ -1,1 +1,1 @@
-"""The whole road at nano size, from a causal parent that it trains itself to a report."""
+"""The whole pipeline at nano size, from a causal parent that it trains itself to a report."""

@@ -1,6 +1,4 @@
-"""A nano Qwen3, pre-trained causally, so that the road has a parent to adapt where no checkpoint
-can be downloaded.
-"""
+"""A nano Qwen3, pre-trained causally: a parent to adapt where no checkpoint can be downloaded."""
 
 import json
 from collections.abc import Iterable
@@ -16,21 +14,16 @@ from transformers import (
     Qwen2Tokenizer,
     Qwen3Config,
     Qwen3ForCausalLM,
-    Qwen3Model,
+    get_cosine_with_min_lr_schedule_with_warmup,
+    set_seed,
 )
-from transformers import set_seed as seed_everything
 
 from qwen3_encdec.folders import InputError, default_device, new_folder
-from qwen3_encdec.loss_qwen3_encdec import chunked_cross_entropy
 from qwen3_encdec.tokenization_qwen3_encdec import CONTROL_TOKENS, EOS_TOKEN, qwen3_backend
-from qwen3_encdec.training import optimization
-from qwen3_encdec.training.config import TrainingConfig
 
 
 def parent_tokenizer(num_ranks: int | None = None) -> Qwen2Tokenizer:
-    """Qwen3's own tokenizer without sentinels, as its folders hold it, the BPE cut after
-    `num_ranks` entries.
-    """
+    """Qwen3's own tokenizer without sentinels, the BPE cut after `num_ranks` entries."""
     bpe = json.loads(qwen3_backend(num_ranks).to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
     tokenizer.add_tokens(list(CONTROL_TOKENS), special_tokens=True)
@@ -41,12 +34,7 @@ def parent_tokenizer(num_ranks: int | None = None) -> Qwen2Tokenizer:
 def nano_config(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_hidden_layers: int = 4
 ) -> Qwen3Config:
-    """A small Qwen3 with the traits that break careless code: heads wider than hidden / heads,
-    spare rows, grouped KV.
-
-    As in a real checkpoint the matrix is padded to a multiple of 128 rows beyond the tokenizer's
-    entries.
-    """
+    """A small Qwen3 with a real one's traits: wide heads, grouped KV, spare rows in the matrix."""
     return Qwen3Config(
         vocab_size=-(-len(tokenizer) // 128) * 128,
         hidden_size=hidden_size,
@@ -78,23 +66,18 @@ def train_causal_parent(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Pre-train a nano Qwen3 on next tokens and save it as an ordinary Qwen3 folder with its
-    tokenizer.
-
-    Documents are joined by `<|endoftext|>`, cut into blocks of `block_size` tokens and read once in an order that
-    depends on `seed` alone. fp32: at this size casting costs a CPU more than bf16 products save.
+    """Pre-train a nano Qwen3 on next tokens and save it as an ordinary Qwen3 folder.
 
     Returns:
-        `loss` (mean nats per token of the last tenth of the steps), `tokens` read and number of
-        `parameters`.
+        `loss` (mean of the last tenth of the steps, nats per token), `tokens` and `parameters`.
 
     Raises:
         InputError: `texts` holds less than one block.
     """
-    seed_everything(seed)
+    set_seed(seed)
     model = Qwen3ForCausalLM(nano_config(tokenizer, hidden_size, num_hidden_layers))
     blocks = token_blocks(texts, tokenizer, steps * batch_size, block_size, seed)
-    losses = fit(model.model, blocks, steps=steps, batch_size=batch_size, lr=lr)
+    losses = fit(model, blocks, blocks, steps=steps, batch_size=batch_size, lr=lr)
     result = {
         "loss": float(np.mean(losses[-max(1, steps // 10) :])),
         "tokens": steps * batch_size * block_size,
@@ -107,91 +90,58 @@ def train_causal_parent(
 
 
 def fit(
-    body: Qwen3Model,
-    blocks: np.ndarray,
+    model: Qwen3ForCausalLM,
+    input_ids: np.ndarray,
+    labels: np.ndarray,
     *,
     steps: int,
     batch_size: int,
     lr: float,
-    mask_id: int | None = None,
-    mask_share: float = 0.2,
 ) -> list[float]:
-    """Train a Qwen3 body, whose head is its embedding, on token blocks (N, block_size) in their
-    order.
+    """Train on rows (N, T) in their order and return each step's loss; a label of -100 is skipped.
 
-    Without `mask_id` the loss is that of each next token; with it masked next-token prediction
-    (arXiv 2404.05961): a share of the tokens is masked, and the state before each of them predicts
-    it. AdamW, linear warm-up, cosine to a tenth. Returns the loss of each step, in nats per
-    predicted token; the body is on the CPU again.
+    Adam, linear warm-up, cosine to a tenth. The model is on the CPU afterwards.
     """
-    schedule = TrainingConfig(lr=lr, max_steps=steps, warmup_steps=steps // 20, schedule="cosine")
-    body.to(default_device()).train()
-    optimizer = optimization.build_optimizer(body, schedule)
+    model.to(default_device()).train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95))
+    schedule = get_cosine_with_min_lr_schedule_with_warmup(
+        optimizer, steps // 20, steps, min_lr_rate=0.1
+    )
+    inputs, targets = (torch.from_numpy(ids).long().to(model.device) for ids in (input_ids, labels))
     losses = []
-    for step in tqdm(range(steps), desc="causal" if mask_id is None else "masked", disable=None):
-        rows = np.arange(step * batch_size, (step + 1) * batch_size) % len(blocks)
-        input_ids = torch.from_numpy(blocks[rows]).long().to(body.device)  # (B, block_size)
-        asked = torch.ones_like(input_ids, dtype=torch.bool)
-        if mask_id is not None:
-            asked = torch.from_numpy(
-                np.random.default_rng(step).random(input_ids.shape) < mask_share
-            ).to(body.device)
-        seen = input_ids if mask_id is None else input_ids.masked_fill(asked, mask_id)
-        states = body(input_ids=seen, use_cache=False).last_hidden_state
-        asked = asked[:, 1:]
-        loss, _ = chunked_cross_entropy(
-            states[:, :-1][asked], body.embed_tokens.weight, input_ids[:, 1:][asked]
-        )
+    for step in tqdm(range(steps), desc="causal", disable=None):
+        rows = torch.arange(step * batch_size, (step + 1) * batch_size) % len(inputs)
+        loss = model(input_ids=inputs[rows], labels=targets[rows]).loss
         loss.backward()
-        for group in optimizer.param_groups:
-            group["lr"] = optimization.learning_rate(step + 1, schedule)
-        torch.nn.utils.clip_grad_norm_(body.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
+        schedule.step()
         optimizer.zero_grad()
         losses.append(loss.item())
-    body.to("cpu")
+    model.to("cpu")
     return losses
 
 
 def token_blocks(
-    texts: Iterable[str],
-    tokenizer: PreTrainedTokenizerFast,
-    num_blocks: int,
-    block_size: int,
-    seed: int,
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, most: int, size: int, seed: int
 ) -> np.ndarray:
-    """Token blocks (at most num_blocks, block_size) int32;
-
-    no more text is tokenised than they need.
-    """
-    documents = list(texts)
-    order = np.random.default_rng(seed).permutation(len(documents))
-    needed, pieces, count = num_blocks * block_size, [], 0
-    for start in range(0, len(order), 1000):
-        batch = [documents[i] for i in order[start : start + 1000]]
-        for ids in tokenizer(batch, split_special_tokens=True)["input_ids"]:
-            pieces.append(np.array([*ids, tokenizer.pad_token_id], dtype=np.int32))
-            count += len(ids) + 1
-        if count >= needed:
+    """Blocks (at most `most`, size) of shuffled texts with `<|endoftext|>` between."""
+    ids: list[int] = []
+    for text in np.random.default_rng(seed).permutation(np.array(list(texts), dtype=object)):
+        ids += [*tokenizer.encode(text, split_special_tokens=True), tokenizer.pad_token_id]
+        if len(ids) >= most * size:
             break
-    available = min(num_blocks, count // block_size)
-    if not available:
-        raise InputError(f"the corpus has {count} tokens, less than one block of {block_size}")
-    return np.concatenate(pieces)[: available * block_size].reshape(available, block_size)
+    count = min(most, len(ids) // size)
+    if not count:
+        raise InputError(f"the corpus has {len(ids)} tokens, less than one block of {size}")
+    return np.array(ids[: count * size], np.int32).reshape(count, size)
 
 
 def causal_embedder(parent: str | Path, output_dir: str | Path) -> None:
-    """The parent as it is, mean-pooled, as a sentence-transformers folder:
-
-    the control of the contrastive stage.
-    """
-    transformer = Transformer(
-        str(parent),
-        model_kwargs={"dtype": torch.float32},
-        processor_kwargs={"padding_side": "right"},
-    )
+    """Save the parent as it is, mean-pooled, as a sentence-transformers folder."""
+    right, fp32 = {"padding_side": "right"}, {"dtype": torch.float32}
+    transformer = Transformer(str(parent), model_kwargs=fp32, processor_kwargs=right)
     pooling = Pooling(transformer.get_embedding_dimension(), "mean")
+    model = SentenceTransformer(modules=[transformer, pooling, Normalize()])
     with new_folder(output_dir, "causal embedder", source=str(parent)) as folder:
-        SentenceTransformer(modules=[transformer, pooling, Normalize()]).save_pretrained(
-            str(folder), create_model_card=False
-        )
+        model.save_pretrained(str(folder), create_model_card=False)

@@ -298,14 +298,6 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encod
     return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=names).eval()
 
 
-def states_under(encoder: Qwen3EncoderModel, ids: torch.Tensor, causal: bool) -> torch.Tensor:
-    """Last hidden states [B, S, E] of [B, S] ids without padding; a causal mask is the control."""
-    size = ids.shape[1]
-    seen = torch.ones(len(ids), 1, size, size, dtype=torch.bool, device=ids.device)
-    mask = seen.tril() if causal else seen
-    return encoder(input_ids=ids, attention_mask=mask).last_hidden_state
-
-
 def _computes_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)

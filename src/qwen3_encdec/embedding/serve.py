@@ -308,7 +308,6 @@ def make_server(
             super().connection_made(transport)
             self.loop.call_later(bounds.read_seconds, lambda: self.cycle or transport.close())
 
-    encoder.model  # noqa: B018
     app = Service(encoder, bounds, os.environ.get(API_KEY)).app
     options: Any = {"log_config": None, "limit_concurrency": 4096, "timeout_graceful_shutdown": 10}
     return Server(uvicorn.Config(app, http=Punctual, **options), listening)

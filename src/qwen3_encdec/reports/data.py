@@ -1,85 +1,42 @@
 """The page of a data config's analysis."""
 
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.axes import Axes
 
 from qwen3_encdec.data.analysis import Analysis
 from qwen3_encdec.reports import page
 from qwen3_encdec.reports.page import Section, denoiser_color, figure
 
-_EXAMPLES, _TARGETS = page.COLORS[5], page.COLORS[6]
 
-
-def write_page(analysis: Analysis, file: Path, settings: dict[str, Any]) -> None:
+def write_page(analysis: Analysis, file: Path, settings: Mapping[str, Any]) -> None:
     """Write the page; `settings` are listed at its foot."""
-    drawn = [
-        figure(draw, analysis, caption, 2.6)
-        for draw, caption in (
-            (_draw_shares, "Share of examples and of target tokens by denoiser; ticks: nominal."),
-            (_draw_lengths, "Source lengths (filled) and target lengths (outlined) in tokens."),
-            (_draw_spans, "Sentinels per example by denoiser."),
-            (_draw_fills, "Filled share of the rows' source and target budgets."),
-        )
+    figures = [
+        figure(partial(_draw_shares, analysis), "Share of target tokens by denoiser."),
+        figure(partial(_draw_lengths, analysis), "Lengths of examples."),
     ]
     note = "Nominal values in brackets; lengths are mean and most."
     sections = [
-        Section("", examples=[analysis.totals]),
-        Section("Denoisers", note, analysis.table, drawn),
-        Section("Examples", examples=[[("", text)] for text in analysis.shown]),
+        Section("", fields=[analysis.totals]),
+        Section("Denoisers", note, analysis.table, figures),
+        Section("Examples", fields=[[("", text) for text in analysis.shown]]),
+        Section("Settings", fields=[[(name, str(value)) for name, value in settings.items()]]),
     ]
-    footer = [[(name, str(value)) for name, value in settings.items()]]
-    page.write_page(file, "What UL2 makes of the corpus", sections, footer)
+    page.write_page(file, "What UL2 makes of the corpus", sections)
 
 
-def _draw_shares(axes: Axes, analysis: Analysis) -> None:
-    at = np.arange(len(analysis.denoisers))
-    axes.bar(
-        at - 0.2,
-        [d.example_share for d in analysis.denoisers],
-        0.38,
-        label="examples",
-        color=_EXAMPLES,
-    )
-    axes.bar(
-        at + 0.2,
-        [d.target_share for d in analysis.denoisers],
-        0.38,
-        label="target tokens",
-        color=_TARGETS,
-    )
-    axes.hlines(
-        [d.nominal_share for d in analysis.denoisers], at - 0.4, at, color="C6", linewidth=2
-    )
-    axes.set_xticks(at, [d.name for d in analysis.denoisers])
-    axes.set(xlabel="denoiser", ylabel="share")
-    axes.legend()
+def _draw_shares(analysis: Analysis, axes: Axes) -> None:
+    _, targets, _, numbers = analysis.sizes.T
+    for number, denoiser in enumerate(analysis.denoisers):
+        share = targets[numbers == number].sum() / targets.sum()
+        axes.bar(denoiser.name, share, color=denoiser_color(denoiser.name))
+    axes.set(xlabel="denoiser", ylabel="share of target tokens")
 
 
-def _draw_lengths(axes: Axes, analysis: Analysis) -> None:
-    bins = np.linspace(0, analysis.sizes[:, :2].max(), 40).tolist()
-    axes.hist(analysis.sizes[:, 0], bins, alpha=0.6, label="source")
-    axes.hist(analysis.sizes[:, 1], bins, histtype="step", label="target")
+def _draw_lengths(analysis: Analysis, axes: Axes) -> None:
+    axes.hist(analysis.sizes[:, :2], 40, histtype="step", label=["source", "target"])
     axes.set(xlabel="tokens", ylabel="examples", yscale="log")
     axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.legend()
-
-
-def _draw_spans(axes: Axes, analysis: Analysis) -> None:
-    of_each = [analysis.sizes[analysis.sizes[:, 3] == i, 2] for i in range(len(analysis.denoisers))]
-    counts = [each if len(each) else [0] for each in of_each]
-    drawn = axes.boxplot(counts, whis=(0, 100), showfliers=False, patch_artist=True)
-    for box, denoiser in zip(drawn["boxes"], analysis.denoisers, strict=True):
-        box.set_facecolor(denoiser_color(denoiser.name))
-    axes.set_xticks(np.arange(len(of_each)) + 1, [d.name for d in analysis.denoisers])
-    axes.set(xlabel="denoiser", ylabel="sentinels")
-
-
-def _draw_fills(axes: Axes, analysis: Analysis) -> None:
-    bins = np.linspace(0, 1, 41).tolist()
-    axes.hist(analysis.fills[:, 0], bins, alpha=0.6, label="source")
-    axes.hist(analysis.fills[:, 1], bins, alpha=0.6, label="target")
-    axes.set(xlabel="filled share of the budget", ylabel="rows")
-    axes.legend()

@@ -1,72 +1,77 @@
-"""Tables of evaluations: denoising, retrieval and tasks."""
+"""Score tables of evaluations, for pages and for a terminal."""
 
+import io
 from collections.abc import Mapping
 from typing import Any
 
-from qwen3_encdec.reports.page import Table
+from rich.console import Console
+from rich.table import Table
 
-SCORES = {"mrr": "MRR", "ndcg@10": "nDCG@10", "r@1": "R@1"}
-GEOMETRY = {
-    "alignment": "Alignment",
-    "uniformity": "Uniformity",
-    "mean_cosine": "Mean cosine",
-    "effective_rank": "Eff. rank",
-}
+from qwen3_encdec.reports.page import Section, grid
+
+DENOISING_NOTE = "Mean loss on held-out text, in nats per target token; lower is better."
+RETRIEVAL_NOTE = (
+    "{num_queries:,} summary lines of docstrings, each looking for its body among "
+    "{num_documents:,} of held-out packages. Ties count against the model. Lower is better for "
+    "alignment and uniformity; higher for the rest."
+)
 TASKS_NOTE = (
     "Score and half the width of its 95 % interval (bootstrap over queries, texts or documents). "
-    "In brackets the metric and how many answers it is made of."
+    "In brackets the metric and the number of answers."
 )
 
 
-def retrieval_table(
-    retrieval: Mapping[str, Mapping[str, float]], not_run: Mapping[str, str]
-) -> Table:
-    """Header and rows of the scores and geometry by embedder; one that was not run has its reason
-    as the only cell.
-    """
-    digits = {"uniformity": ".2f", "effective_rank": ".1f"}
-
-    def cell(row: Mapping[str, float], key: str) -> str:
-        return format(row[key], digits.get(key, ".3f")) if key in row else "–"
-
-    rows = [
-        [name, *(cell(row, key) for key in (*SCORES, *GEOMETRY))] for name, row in retrieval.items()
-    ]
-    rows += [[name, f"not run: {reason}"] for name, reason in not_run.items()]
-    return ["Embedder", *SCORES.values(), *GEOMETRY.values()], rows
-
-
-def tasks_table(tasks: Mapping[str, Mapping[str, Any]], not_run: Mapping[str, str]) -> Table:
-    """Header and rows of the scores by task and embedder, with half the width of their 95 %
-    intervals.
-    """
-    embedders = list(dict.fromkeys(name for task in tasks.values() for name in task["scores"]))
-
-    def cell(score: Mapping[str, float] | None) -> str:
-        if score is None:
-            return "–"
-        found = f"{score['score']:.3f}"
-        if "low" in score:
-            half = f"{(score['high'] - score['low']) / 2:.3f}"
-            found += f" ±{half.removeprefix('0')}"
-        return found
-
-    rows = [
-        [
-            f"{name} ({task['metric']}, {task['size']:,})",
-            *(cell(task["scores"].get(column)) for column in embedders),
-        ]
-        for name, task in tasks.items()
-    ]
-    rows += [[name, f"not run: {reason}"] for name, reason in not_run.items()]
-    return ["Task", *(embedders or ["Score"])], rows
+def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
+    """Denoising, retrieval and tasks out of the metrics.json of runs by name."""
+    losses: dict[str, dict[str, str]] = {}
+    tasks: dict[str, dict[str, str]] = {}
+    reasons: dict[str, str] = {}
+    sections = []
+    for run, metrics in runs.items():
+        suffix = f" ({run})" if len(runs) > 1 else ""
+        for label, values in metrics.get("denoising", {}).items():
+            losses[label + suffix] = {name: f"{loss:.3f}" for name, loss in values.items()}
+        if retrieval := metrics.get("retrieval"):
+            cells: dict[str, dict[str, str]] = {}
+            for embedder, scores in retrieval.items():
+                for name, score in scores.items():
+                    cells.setdefault(name, {})[embedder] = f"{score:.3f}"
+            note, title = RETRIEVAL_NOTE.format(**metrics), f"Retrieval and geometry{suffix}"
+            sections.append(Section(title, note, grid("Embedder", cells)))
+        for embedder, column in _task_scores(metrics.get("tasks", {})).items():
+            if tasks.setdefault(embedder, column) != column:  # of another model or sample
+                tasks[embedder + suffix] = column
+        reasons |= metrics.get("not_run", {}) | metrics.get("tasks_not_run", {})
+    if losses:
+        sections.insert(0, Section("Denoising", DENOISING_NOTE, grid("Denoiser", losses)))
+    if tasks or reasons:
+        fields = [(name, f"not run: {reason}") for name, reason in reasons.items()]
+        sections.append(Section("Tasks", TASKS_NOTE, grid("Task", tasks), fields=[fields]))
+    return sections
 
 
-def denoising_table(denoising: Mapping[str, Mapping[str, float]]) -> Table:
-    """Header and rows of the losses by denoiser."""
-    names = list(dict.fromkeys(name for losses in denoising.values() for name in losses))
-    rows = [
-        [name, *(f"{losses[name]:.3f}" if name in losses else "–" for losses in denoising.values())]
-        for name in names
-    ]
-    return ["Denoiser", *denoising], rows
+def score_text(metrics: Mapping[str, Any]) -> str:
+    """The tables of one run for a terminal."""
+    text = io.StringIO()
+    console = Console(file=text, width=160, markup=False, highlight=False)
+    for section in score_sections({"": metrics}):
+        header, rows = section.table or ([], [])
+        table = Table(*header, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+        for fields in section.fields:
+            console.print(*(f"{name}  {reason}" for name, reason in fields), sep="\n")
+    return text.getvalue().rstrip()
+
+
+def _task_scores(tasks: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+    """Cells by embedder, then by task with its metric and size."""
+    cells: dict[str, dict[str, str]] = {}
+    for name, task in tasks.items():
+        for embedder, score in task["scores"].items():
+            text = f"{score['score']:.3f}"
+            if "low" in score:
+                text += f" ±{(score['high'] - score['low']) / 2:.3f}".replace("±0", "±")
+            cells.setdefault(embedder, {})[f"{name} ({task['metric']}, {task['size']:,})"] = text
+    return cells

@@ -1,7 +1,6 @@
-"""From a causal Qwen3 to embeddings in Python: every arrow of the road is one function. A minute,
-at toy size.
+"""From a causal Qwen3 to embeddings in Python: each stage is one function. A minute, at toy size.
 
-    python examples/whole_road.py [FOLDER]
+    python examples/pipeline.py [FOLDER]
 
 With a real checkpoint, leave out the first call and name its folder or hub id in the second.
 """
@@ -27,7 +26,7 @@ TEXTS = [
 
 
 def main(folder: Path) -> None:
-    """Walk the road in `folder`."""
+    """Run every stage in `folder`."""
     (folder / "corpus.txt").write_text("\n".join(TEXTS))
     train_causal_parent(
         folder / "qwen3",

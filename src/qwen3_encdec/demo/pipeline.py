@@ -1,0 +1,146 @@
+"""Every stage in one call, from a causal parent to the report of a finetuned text encoder."""
+
+import time
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging
+
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.conversion.initialize import initialize
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.package_docs import package_docs, summary_pairs
+from qwen3_encdec.demo.parent import causal_embedder, parent_tokenizer, train_causal_parent
+from qwen3_encdec.embedding.finetune import finetune
+from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
+from qwen3_encdec.evaluation.suite import evaluate_denoising, evaluate_retrieval, provenance
+from qwen3_encdec.folders import check_output, new_folder, resolve_checkpoint, write_json
+from qwen3_encdec.reports.comparison import Run, read_curves, write_page
+from qwen3_encdec.reports.scores import score_text
+from qwen3_encdec.training.config import TrainingConfig
+from qwen3_encdec.training.loop import train_to_the_end
+
+NANO: dict[str, Any] = {
+    "num_ranks": 8192,
+    "parent": {"hidden_size": 192, "num_hidden_layers": 4, "steps": 600},
+    "data": {"source_length": 256, "target_length": 128},
+    "ul2": {"max_steps": 600, "warmup_steps": 30, "batch_size": 4, "lr": 2e-3},
+    "contrastive": {"steps": 160, "batch_size": 32, "max_length": 64, "lr": 2e-3},
+    "heldout_texts": 64,
+    "num_queries": 1000,
+}
+"""Minutes on two cores: entries of Qwen3's BPE, arguments of `train_causal_parent`, `DataConfig`,
+`TrainingConfig` and `finetune`, held-out texts of each denoiser, and retrieval queries.
+"""
+CHECKPOINT = NANO | {"ul2": NANO["ul2"] | {"lr": 1e-4}}
+CHECKPOINT["contrastive"] = NANO["contrastive"] | {"lr": 2e-5}
+"""For a parent that knows something already: the learning rates of a fine-tuning."""
+
+
+def run_demo(
+    output_dir: str | Path = "runs/demo",
+    *,
+    qwen3_model: str | Path | None = None,
+    budget: dict[str, Any] | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Run every stage and leave its folder, metrics.json and report.html in `output_dir`.
+
+    Args:
+        output_dir: A former demo there is replaced when this one is complete.
+        qwen3_model: Folder or hub id of a dense Qwen3 to start from; None trains a nano one.
+        budget: By default minutes on two cores.
+        seed: Of every stage.
+
+    Returns the contents of metrics.json. Raises InputError where `output_dir` is not ours or
+    `qwen3_model` is not a dense Qwen3.
+    """
+    started, output_dir = time.monotonic(), check_output(output_dir, "demo")
+    budget = budget or (CHECKPOINT if qwen3_model else NANO)
+    given = resolve_checkpoint(qwen3_model) if qwen3_model else None
+    logging.disable_progress_bar()
+    with new_folder(output_dir, "demo", seed=seed) as root:
+        metrics = _run_stages(root, given, budget, seed)
+        metrics["provenance"] = provenance(
+            started=started,
+            seed=seed,
+            qwen3_model=str(qwen3_model or "nano"),
+            budget=budget,
+        )
+        write_json(root / "metrics.json", metrics)
+        curves = read_curves(root / "ul2" / "metrics.jsonl")
+        run = Run("Qwen3 to text encoder: the demo", output_dir, "demo", metrics, curves)
+        write_page(root, [run], run.name)
+    print(f"\n{score_text(metrics)}\n\nreport: {output_dir / 'report.html'}", flush=True)
+    return metrics
+
+
+def _run_stages(
+    root: Path, given: Path | None, budget: dict[str, Any], seed: int
+) -> dict[str, Any]:
+    """Run all stages from a given parent, or one of our own, and return the metrics."""
+    clock = _Clock()
+    texts, pairs = [document.text for document in package_docs("train")], summary_pairs("train")
+    clock.lap("corpus", f"{len(texts):,} docstrings and {len(pairs):,} pairs of installed packages")
+
+    parent = given or root / "parent"
+    if given is None:
+        tokenizer = parent_tokenizer(budget["num_ranks"])
+        result = train_causal_parent(
+            parent, tokenizer=tokenizer, texts=texts, seed=seed, **budget["parent"]
+        )
+        clock.lap("parent", f"a nano Qwen3 with a loss of {result['loss']:.3f} nats a token")
+
+    report = initialize(parent, root / "init", seed=seed)
+    clock.lap("initialize", f"encoder-decoder of {report.parameters:,} parameters, verified")
+
+    data = DataConfig(**budget["data"], seed=seed)
+    steps = budget["ul2"]["max_steps"]
+    config = TrainingConfig(
+        model=str(root / "init"),
+        output_dir=str(root / "ul2"),
+        data=data,
+        log_every=max(1, steps // 50),
+        eval_every=max(1, steps // 4),
+        eval_examples_per_denoiser=budget["heldout_texts"],
+        save_every=0,
+        seed=seed,
+        **budget["ul2"],
+    )
+    with (root / "ul2.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
+        checkpoint = train_to_the_end(config)
+    clock.lap("ul2", f"{steps} steps; ul2.log is its log")
+
+    extracted = extract_encoder(checkpoint, root / "encoder")
+    causal_embedder(parent, root / "parent-embedder")
+    clock.lap("extract", f"a plain Qwen3Model of {extracted.parameters:,} parameters")
+
+    encoders = {ENCODER: root / "encoder"}
+    tuned = {"Causal parent + contrastive": "parent-embedder", CONTRASTIVE: "encoder"}
+    for name, folder in tuned.items():
+        encoders[name] = root / f"{folder}-contrastive"
+        finetune(root / folder, encoders[name], pairs, seed=seed, **budget["contrastive"])
+    clock.lap("contrastive", "encoder and causal parent, on the same pairs")
+
+    folders = {"initialization": root / "init", "trained": checkpoint}
+    metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=data)
+    metrics |= evaluate_retrieval(
+        encoders, parent=parent, num_queries=budget["num_queries"], seed=seed
+    )
+    clock.lap("evaluate", f"{metrics['num_documents']:,} documents of held-out packages")
+    return metrics | {"seconds": clock.seconds}
+
+
+class _Clock:
+    """Prints and keeps the seconds of each stage as it ends."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._began = time.monotonic()
+
+    def lap(self, stage: str, summary: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage] = round(now - self._began, 1)
+        self._began = now
+        print(f"{stage:<12}{self.seconds[stage]:6.1f} s  {summary}", flush=True)

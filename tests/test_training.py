@@ -1,6 +1,7 @@
 """The training loop against a plain one written out here, and the inputs it refuses."""
 
 import json
+import multiprocessing
 import re
 import shutil
 import subprocess
@@ -164,9 +165,12 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tm
     weights = load_file(broken / "model.safetensors")
     weights["model.decoder.norm.weight"].fill_(float("inf"))
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    config = small_run(broken, corpus, output_dir=tmp_path / "run", eval_every=0)
-    with pytest.raises(InputError, match=r"step 1: loss nan .*stopped before the update"):
+    config = small_run(broken, corpus, output_dir=tmp_path / "run", eval_every=0, num_workers=1)
+    with pytest.raises(InputError, match=r"step 1: loss nan .*stopped before the update") as held:
         run_training(config)
+    # The traceback keeps the run alive, but not its workers: a process that ends would wait for them.
+    assert held.tb
+    assert not multiprocessing.active_children()
     assert not (tmp_path / "run/checkpoints").exists()
 
 

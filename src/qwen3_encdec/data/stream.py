@@ -27,7 +27,7 @@ import hashlib
 import json
 from bisect import bisect
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from functools import cached_property, lru_cache
 from itertools import accumulate, count, islice, tee
 from pathlib import Path
@@ -560,7 +560,7 @@ class RowLoader:
             options["prefetch_factor"] = max(2, 4 * batch_size // num_workers)
         self._rows = DataLoader(_Reader(data, state, rank, ranks), batch_size=None, **options)
 
-    def __iter__(self) -> Iterator[Any]:
+    def __iter__(self) -> Generator[Any, None, None]:
         rows = iter(self._rows)
         while True:
             batch = list(islice(rows, self.batch_size))

@@ -36,6 +36,7 @@ def run_training(config: TrainingConfig) -> Path:
         try:
             return _train(run)
         finally:
+            run.batches.close()  # ends the data workers, which do not hear SIGTERM
             run.saver.close()
             faulthandler.cancel_dump_traceback_later()
             gc.unfreeze()

@@ -1,7 +1,7 @@
 """The docstring corpus, on site-packages made for the test."""
 
 import json
-import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,8 @@ def site(tmp_path, monkeypatch):
     for name in names:
         doc = f"Summary line of {name} here.\n\n    The body of {name} is indented, {LONG}\n    "
         install(folder, name, {f"{name}/__init__.py": f'"""{doc}"""\n'})
-    monkeypatch.setattr(sys, "path", [str(folder)])
+    installed = lambda: distributions(path=[str(folder)])  # noqa: E731
+    monkeypatch.setattr(module, "distributions", installed)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 

@@ -169,9 +169,6 @@ def prepare_data(
         ),
     ] = None,
     min_tokens: Annotated[int, typer.Option(min=2, help="Leave out shorter documents.")] = 8,
-    max_tokens: Annotated[
-        int | None, typer.Option(help="Leave out longer documents from the tokenized corpus.")
-    ] = None,
     deduplicate: Annotated[
         Deduplicate,
         typer.Option(
@@ -189,7 +186,6 @@ def prepare_data(
     ] = "t5gemma2",
     source_length: Annotated[int, typer.Option(help="Most source tokens in a row.")] = 512,
     target_length: Annotated[int, typer.Option(help="Most target tokens in a row.")] = 256,
-    packing: Annotated[bool, typer.Option(help="Several examples in a row.")] = True,
     mode_tokens: Annotated[
         bool, typer.Option(help="Begin sources with a token for R, X or S.")
     ] = False,
@@ -207,23 +203,26 @@ def prepare_data(
 
     shares, lengths, rates, speed.
     """
-    from qwen3_encdec.data.config import DataConfig, read_preset
+    from qwen3_encdec.data.config import DataConfig
     from qwen3_encdec.folders import load_tokenizer
 
     if input and dataset:
         raise InputError("give --input or --dataset, not both")
-    inputs = input or ([dataset] if dataset else ["package-docs"])
+    config = DataConfig(
+        inputs=input or [dataset or "package-docs"],
+        text_column=text_column,
+        preset=preset,
+        source_length=source_length,
+        target_length=target_length,
+        min_tokens=min_tokens,
+        mode_tokens=mode_tokens,
+        seed=seed,
+    )
     if output is not None and not analyze_only:
-        from qwen3_encdec.data.prepare import Preparation, prepare
+        from qwen3_encdec.data.prepare import prepare
 
-        what = Preparation(
-            inputs,
-            text_column,
-            min_tokens=min_tokens,
-            max_tokens=max_tokens,
-            deduplicate=deduplicate.value,
-        )
-        counts = prepare(what, load_tokenizer(tokenizer), output, processes)
+        options = {"deduplicate": deduplicate.value, "processes": processes}
+        counts = prepare(config, load_tokenizer(tokenizer), output, **options)
         print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
         print(f"wrote {output}: train on it with data.inputs=[{output}]")
         return
@@ -231,19 +230,8 @@ def prepare_data(
     from qwen3_encdec.reports.data import write_page
 
     page = check_output(output or Path("runs/ul2-data"), "data report")
-    config = DataConfig(
-        inputs=inputs,
-        text_column=text_column,
-        preset=read_preset(preset),
-        source_length=source_length,
-        target_length=target_length,
-        min_tokens=min_tokens,
-        packing=packing,
-        mode_tokens=mode_tokens,
-        seed=seed,
-    )
     analysis = analyze(config, load_tokenizer(tokenizer), num_examples=num_examples, show=show)
-    analysis.print()
+    print(analysis)
     with new_folder(page, "data report") as folder:
         write_page(analysis, folder / "report.html", vars(config) | {"tokenizer": tokenizer})
     print(f"wrote {page / 'report.html'}")

@@ -28,6 +28,7 @@ from transformers import Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
+from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
@@ -454,7 +455,7 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     if source == "-":
         texts = [line.rstrip("\r\n") for line in sys.stdin]
     else:
-        corpus = open_corpus([source], text_column=text_column)
+        corpus = open_corpus(Source([source], text_column=text_column), DataConfig())
         texts = []
         for document in corpus.documents():
             if not isinstance(document.content, str):

@@ -36,23 +36,10 @@ def write_page(analysis: Analysis, file: Path, settings: dict[str, Any]) -> None
 
 def _draw_shares(axes: Axes, analysis: Analysis) -> None:
     at = np.arange(len(analysis.denoisers))
-    axes.bar(
-        at - 0.2,
-        [d.example_share for d in analysis.denoisers],
-        0.38,
-        label="examples",
-        color=_EXAMPLES,
-    )
-    axes.bar(
-        at + 0.2,
-        [d.target_share for d in analysis.denoisers],
-        0.38,
-        label="target tokens",
-        color=_TARGETS,
-    )
-    axes.hlines(
-        [d.nominal_share for d in analysis.denoisers], at - 0.4, at, color="C6", linewidth=2
-    )
+    nominal, examples, targets = analysis.shares.T
+    axes.bar(at - 0.2, examples, 0.38, label="examples", color=_EXAMPLES)
+    axes.bar(at + 0.2, targets, 0.38, label="target tokens", color=_TARGETS)
+    axes.hlines(nominal, at - 0.4, at, color="C6", linewidth=2)
     axes.set_xticks(at, [d.name for d in analysis.denoisers])
     axes.set(xlabel="denoiser", ylabel="share")
     axes.legend()
@@ -68,12 +55,11 @@ def _draw_lengths(axes: Axes, analysis: Analysis) -> None:
 
 
 def _draw_spans(axes: Axes, analysis: Analysis) -> None:
-    of_each = [analysis.sizes[analysis.sizes[:, 3] == i, 2] for i in range(len(analysis.denoisers))]
-    counts = [each if len(each) else [0] for each in of_each]
+    counts = [own[:, 2] for own in analysis.of_each]
     drawn = axes.boxplot(counts, whis=(0, 100), showfliers=False, patch_artist=True)
     for box, denoiser in zip(drawn["boxes"], analysis.denoisers, strict=True):
         box.set_facecolor(denoiser_color(denoiser.name))
-    axes.set_xticks(np.arange(len(of_each)) + 1, [d.name for d in analysis.denoisers])
+    axes.set_xticks(np.arange(len(counts)) + 1, [d.name for d in analysis.denoisers])
     axes.set(xlabel="denoiser", ylabel="sentinels")
 
 

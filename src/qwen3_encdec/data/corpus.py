@@ -18,7 +18,6 @@ import os
 import re
 import time
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -76,27 +75,25 @@ class LinesFile:
     column: str = ""
     """Field of a JSON line."""
     streamed: bool = False
-    """The file is one block, unpacked while it is read."""
+    """The file is unpacked while it is read, and a block is every `num_blocks`-th line."""
 
-    def read(self, block: int = 0) -> Iterator[Document]:
+    def read(self, block: int) -> Iterator[Document]:
         """Yield the documents of a block."""
-        lines = enumerate(_unpacked(self.path, self.copy)) if self.streamed else self._lines(block)
+        if self.streamed:
+            lines = enumerate(_unpacked(self.path, self.copy))
+            lines = islice(lines, block, None, self.num_blocks)
+        else:
+            lines = self._lines(block)
         for at, line in lines:
             try:
                 text = _text(line, self.column)
             except ValueError as error:
-                number = at if self.streamed else self._line_number(at)
-                raise InputError(f"{self.path} line {number + 1}: {error}") from None
+                number = 1 + (at if self.streamed else self._lines_before(at))
+                raise InputError(f"{self.path} line {number}: {error}") from None
             yield Document(self.path, text_key(text), text)
 
-    def _line_number(self, at: int) -> int:
-        with open(self.copy, "rb") as file:
-            return sum(
-                file.read(min(at - start, 2**20)).count(b"\n") for start in range(0, at, 2**20)
-            )
-
     def _lines(self, block: int) -> Iterator[tuple[int, bytes]]:
-        """Yield lines and where they begin."""
+        """Yield lines of a range, and where they begin."""
         start, end = (self.size * number // self.num_blocks for number in (block, block + 1))
         with naming(self.path), open(self.copy, "rb") as file:
             if start:  # a line that runs over the start belongs to the block before
@@ -108,6 +105,10 @@ class LinesFile:
                     raise InputError(f"{self.path} has become shorter since it was opened")
                 yield start, line
                 start += len(line)
+
+    def _lines_before(self, at: int) -> int:
+        with open(self.copy, "rb") as file:
+            return sum(file.read(min(at - n, 2**20)).count(b"\n") for n in range(0, at, 2**20))
 
 
 @dataclass(frozen=True)
@@ -125,9 +126,8 @@ class TableFile:
     tokenizer: str = ""
     """Fingerprint of the tokenizer that prepared the file; its tokens are counted."""
     tokens: int = 0
-    streamed = False
 
-    def read(self, block: int = 0) -> Iterator[Document]:
+    def read(self, block: int) -> Iterator[Document]:
         """Yield the documents of a block."""
         parts = self.num_blocks // len(self.rows)
         group, part = divmod(block, parts)
@@ -157,7 +157,6 @@ class Corpus:
     """Inputs that were found and not read, and why."""
 
     def __post_init__(self) -> None:
-        self.streamed = any(file.streamed for file in self.files)
         self._ends = np.cumsum([file.num_blocks for file in self.files])
         self.num_blocks = int(self._ends[-1])
 
@@ -168,31 +167,18 @@ class Corpus:
         return file.read(block - int(self._ends[index]) + file.num_blocks)
 
     def documents(self) -> Iterator[Document]:
-        """Yield all documents in order."""
+        """Yield all documents, block by block."""
         return chain.from_iterable(map(self.read, range(self.num_blocks)))
-
-    def interleaved(self, order: Sequence[int], at_a_time: int = 8) -> Iterator[Document]:
-        """Yield all documents, of some blocks in turn; blocks are begun in the given order."""
-        waiting = map(self.read, order)
-        begun = deque(islice(waiting, at_a_time))
-        while begun:
-            documents = begun.popleft()
-            document = next(documents, None)
-            if document is None:
-                begun.extend(islice(waiting, 1))
-            else:
-                begun.append(documents)
-                yield document
 
     def fingerprint(self) -> int:
         """Hash names and sizes of the files, and both ends of 64 local ones.
 
         Folders do not count: a corpus may be moved.
         """
-        seen = int(self.streamed)
+        seen = 0
         for number, file in enumerate(self.files):
             name = file.path if file.path.startswith("hf://") else os.path.basename(file.path)
-            seen = zlib.crc32(f"{name} {file.size}".encode(), seen)
+            seen = zlib.crc32(f"{name} {file.size} {file.num_blocks}".encode(), seen)
             if number % -(-len(self.files) // 64) == 0 and not file.copy.startswith("hf://"):
                 with open(file.copy, "rb") as data:
                     seen = zlib.crc32(data.read(2**16), seen)
@@ -225,15 +211,17 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
         copies |= {path: _unpack(path, copies[path]) for path in packed}
         packed = set()
     sizes = {path: _size(copy) for path, copy in copies.items()}
-    # A small corpus is cut into several blocks for each stream.
-    block_bytes = min(max(sum(sizes.values()) // (8 * config.streams), 512), BLOCK_BYTES)
+    # A small corpus is cut into several blocks for each stream, a streamed one into few.
+    total = sum(sizes.values())
+    block_bytes = min(max(total // (8 * config.streams), 512), BLOCK_BYTES)
+    streamed_bytes = max(total // (2 * config.streams), 1)
     files: list[LinesFile | TableFile] = []
     for path, copy in copies.items():
         if path.lower().endswith(".parquet"):
             files.append(_open_parquet(path, copy, sizes[path], source.text_column, block_bytes))
         else:
             column = "" if ".txt" in path.lower()[-8:] else source.text_column
-            blocks = 1 if path in packed else -(-sizes[path] // block_bytes)
+            blocks = -(-sizes[path] // (streamed_bytes if path in packed else block_bytes))
             files.append(LinesFile(path, copy, sizes[path], blocks, column, path in packed))
     files = [file for file in files if file.num_blocks]
     if not files:

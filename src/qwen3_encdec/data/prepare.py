@@ -68,8 +68,7 @@ def prepare(
     """
     check_output(output, "prepared corpus")
     corpus, encode = open_corpus(config.sources[0], config), Encoder(tokenizer)
-    # A streamed corpus is cut by file.
-    most = 1 if corpus.streamed else min(max(corpus.num_blocks // 256, 16), 1024)
+    most = min(max(corpus.num_blocks // 256, 16), 1024)
     parts = [range(n, min(n + most, corpus.num_blocks)) for n in range(0, corpus.num_blocks, most)]
     plan = {
         "inputs": config.inputs,

@@ -16,9 +16,6 @@ j makes the rows i with i mod R = j, which are those of C / R streams.
     stream   0   1   2   3   0   1   2   3   0   1 ...
     reader   0   1   0   1   0   1   0   1   0   1 ...      R = 2 readers
 
-A corpus that has to be read from the start of its files counts as C blocks: block s is the
-documents j with j mod C = s of the whole epoch.
-
 The state. Every row carries the position of its stream behind it, so that a loader knows where it
 stands by the rows that it has handed out, whatever its workers have prepared beyond.
 """
@@ -30,7 +27,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import accumulate, count, islice, product, tee
+from itertools import accumulate, count, islice, product
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +38,14 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.collate import Position, Row, collate_rows, pack
 from qwen3_encdec.data.config import MODES, DataConfig
-from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, TableFile, open_corpus
+from qwen3_encdec.data.corpus import (
+    PACKAGE_DOCS,
+    Corpus,
+    Document,
+    LinesFile,
+    TableFile,
+    open_corpus,
+)
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
 from qwen3_encdec.folders import InputError, write_json
@@ -110,34 +114,30 @@ class UL2Data:
 
     def _contents(self, corpus: Corpus, size: int) -> str:
         """Count a prepared corpus, estimate another by its first block."""
-        if corpus.streamed:
-            return "streamed: every reader reads all files"
-        if all(isinstance(file, TableFile) and file.tokenizer for file in corpus.files):
-            documents = sum(sum(file.rows) for file in corpus.files)
-            return f"{documents:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
-        texts = [document.content for document in islice(corpus.read(0), 256)]
+        tables = [file for file in corpus.files if isinstance(file, TableFile) and file.tokenizer]
+        if len(tables) == len(corpus.files):
+            documents = sum(sum(file.rows) for file in tables)
+            return f"{documents:,} documents, {sum(file.tokens for file in tables):,} tokens"
+        if any(isinstance(file, LinesFile) and file.streamed for file in corpus.files):
+            return "streamed"
+        texts = [str(document.content) for document in islice(corpus.read(0), 256)]
         read = sum(len(text.encode("utf-8", "replace")) for text in texts) or 1
-        tokens = sum(len(self.tokens(text)) for text in texts)
-        return f"about {len(texts) * size // read:,} documents, {tokens * size // read:,} tokens"
+        tokens = sum(len(self.encode(text)) for text in texts) * size // read
+        return f"about {len(texts) * size // read:,} documents, {tokens:,} tokens"
 
-    def num_blocks(self, corpus: int) -> int:
-        """Count the blocks of a corpus in an epoch."""
-        opened = self.opened[corpus]
-        return self.config.streams if opened.streamed else opened.num_blocks
-
-    def order(self, corpus: int, epoch: int) -> np.ndarray:
-        """Shuffle the blocks of a corpus for an epoch."""
-        return block_order(self.config.seed, epoch, corpus, self.opened[corpus].num_blocks)
+    def block(self, corpus: int, number: int) -> tuple[int, int]:
+        """Return the epoch and the block of a corpus at a place in its endless sequence."""
+        num_blocks = self.opened[corpus].num_blocks
+        epoch, place = divmod(number, num_blocks)
+        return epoch, int(block_order(self.config.seed, epoch, corpus, num_blocks)[place])
 
     def start(self, epoch: int = 0) -> dict[str, Any]:
         """Return the state in which every stream begins an epoch."""
-        streams = {}
+        streams: dict[str, list[Position]] = {}
         for stream in range(self.config.streams):
-            positions = streams[str(stream)] = []
-            for corpus in range(len(self.opened)):
-                behind = epoch * self.num_blocks(corpus) - stream
-                turn = max(0, -(-behind // self.config.streams))
-                positions.append(BEGINNING | {"turn": turn, "epoch": epoch})
+            befores = [epoch * corpus.num_blocks - stream for corpus in self.opened]
+            turns = [max(0, -(-before // self.config.streams)) for before in befores]
+            streams[str(stream)] = [BEGINNING | {"turn": turn, "epoch": epoch} for turn in turns]
         return {"data": self.fingerprint, "rows": 0, "epoch": epoch, "streams": streams}
 
     def adopt(self, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -282,125 +282,84 @@ def block_order(seed: int, epoch: int, corpus: int, num_blocks: int) -> np.ndarr
     return np.random.default_rng([seed, epoch, corpus]).permutation(num_blocks)
 
 
-class Streams:
-    """The canonical streams of one reader, from their positions on, for ever or for some epochs."""
+def stream_rows(
+    data: UL2Data, stream: int, positions: Sequence[Position], epochs: float = inf
+) -> Iterator[Row]:
+    """Yield the rows of a stream behind its positions, of each corpus by its weight."""
+    config = data.config
+    # Streams begin at different points of the mixture, so that all give a mixed first row.
+    rng = np.random.default_rng([config.seed, stream, 0])
+    phases = rng.random(len(positions)) * (config.source_length + config.target_length)
+    weights = [source.weight for source in config.sources]
+    tokens = [position["tokens"] for position in positions]
+    rows = {c: _rows_of(data, stream, c, at, epochs) for c, at in enumerate(positions)}
+    while rows:
+        corpus = min(rows, key=lambda c: (phases[c] + tokens[c]) / weights[c])
+        row = next(rows[corpus], None)
+        if row is None:
+            del rows[corpus]
+            continue
+        tokens[corpus] = row.position["tokens"]
+        yield row
 
-    def __init__(
-        self, data: UL2Data, positions: dict[int, Sequence[Position]], epochs: float = inf
-    ) -> None:
-        self.data, self.positions, self.epochs = data, positions, epochs
-        self._at = {
-            (corpus, stream): position["epoch"]
-            for stream, of_stream in positions.items()
-            for corpus, position in enumerate(of_stream)
-        }
-        """Epochs that the streams have come to."""
-        self._dealt: dict[tuple[int, int], dict[int, Iterator[Document]]] = {}
 
-    def rows(self, stream: int) -> Iterator[Row]:
-        """Yield the rows of a stream, of each corpus by its weight."""
-        config = self.data.config
-        # Streams begin at different points of the mixture, so that all give a mixed first row.
-        rng = np.random.default_rng([config.seed, stream, 0])
-        phases = rng.random(len(config.sources)) * (config.source_length + config.target_length)
-        weights = [source.weight for source in config.sources]
-        tokens = [position["tokens"] for position in self.positions[stream]]
-        rows = {corpus: self._rows_of(stream, corpus) for corpus in range(len(weights))}
-        while rows:
-            corpus = min(rows, key=lambda c: (phases[c] + tokens[c]) / weights[c])
-            row = next(rows[corpus], None)
-            if row is None:
-                del rows[corpus]
-                continue
-            tokens[corpus] = row.position["tokens"]
-            yield row
+def _rows_of(
+    data: UL2Data, stream: int, corpus: int, now: Position, epochs: float
+) -> Iterator[Row]:
+    config, fruitless = data.config, 0
+    while True:
+        epoch, block = data.block(corpus, stream + config.streams * now["turn"])
+        if epoch >= epochs:
+            return
+        documents = islice(data.opened[corpus].read(block), now["document"], None)
+        for examples, counts in _windows(data, documents, corpus, epoch):
+            rows = pack(examples, config.source_length, config.target_length)
+            seed = [config.seed, corpus, stream, now["turn"], now["document"]]
+            order = np.random.default_rng(seed).permutation(len(rows))
+            behind = {name: number + counts[name] for name, number in now.items()}
+            for given in range(now["row"], len(rows)):
+                row = rows[order[given]]
+                tokens = now["tokens"] + sum(len(e.source) + len(e.target) for e in row)
+                now = now | {"row": given + 1, "epoch": epoch, "tokens": tokens}
+                if given + 1 == len(rows):
+                    now = behind | {"row": 0, "epoch": epoch, "tokens": tokens}
+                yield Row(row, stream, corpus, now)
+            now = now if rows else behind
+            fruitless = 0 if rows else fruitless
+        now = now | {"turn": now["turn"] + 1, "document": 0, "row": 0}
+        fruitless += 1
+        if fruitless > data.opened[corpus].num_blocks:
+            data.check_usable(corpus)
+            fruitless = 0
 
-    def _rows_of(self, stream: int, corpus: int) -> Iterator[Row]:
-        data, now, fruitless = self.data, self.positions[stream][corpus], 0
-        while True:
-            number = stream + data.config.streams * now["turn"]
-            epoch, block = divmod(number, data.num_blocks(corpus))
-            if epoch >= self.epochs:
-                return
-            now = now | {"epoch": epoch}
-            documents = self._documents(stream, corpus, epoch, block)
-            documents = islice(documents, now["document"], None)
-            for examples, counts in self._windows(documents, corpus, epoch):
-                rows = self._pack(examples, stream, corpus, now)
-                for given in range(now["row"], len(rows)):
-                    tokens = sum(len(e.source) + len(e.target) for e in rows[given])
-                    now = now | {"row": given + 1, "tokens": now["tokens"] + tokens}
-                    if now["row"] == len(rows):
-                        now = _behind(now, counts)
-                    yield Row(rows[given], stream, corpus, now)
-                if not rows:
-                    now = _behind(now, counts)
-                fruitless = 0 if rows else fruitless
-            now = now | {"turn": now["turn"] + 1, "document": 0, "row": 0}
-            fruitless += 1
-            if fruitless > data.num_blocks(corpus):
-                data.check_usable(corpus)
-                fruitless = 0
 
-    def _documents(self, stream: int, corpus: int, epoch: int, block: int) -> Iterator[Document]:
-        """Yield the documents of a block; a streamed corpus is read once for all streams."""
-        opened, order = self.data.opened[corpus], self.data.order(corpus, epoch)
-        if not opened.streamed:
-            return opened.read(int(order[block]))
-        self._at[corpus, stream] = epoch
-        if (corpus, epoch) not in self._dealt:
-            due = [s for s in self.positions if self._at[corpus, s] <= epoch]
-            copies = tee(opened.interleaved(order), len(due))
-            self._dealt[corpus, epoch] = dict(zip(due, copies, strict=True))
-        total = self.data.config.streams
-        # Other streams have the first documents in every epoch.
-        turn = int(np.random.default_rng([self.data.config.seed, epoch, corpus, 1]).integers(total))
-        documents = self._dealt[corpus, epoch].pop(stream)
-        return islice(documents, (stream + turn) % total, None, total)
-
-    def _windows(
-        self, documents: Iterator[Document], corpus: int, epoch: int
-    ) -> Iterator[tuple[list[Example], Counter[str]]]:
-        """Yield examples to pack together, and counts of the documents read for them."""
-        config = self.data.config
-        examples: list[Example] = []
-        counts: Counter[str] = Counter()
-        source = target = 0
-        for document in documents:
-            outcome, tokens = self.data.outcome(document)
-            counts.update(("document", outcome))
-            if tokens is None:
-                continue
-            made = self.data.examples(tokens, document.key, epoch, corpus)
-            source += sum(len(example.source) for example in made)
-            target += sum(len(example.target) for example in made)
-            examples += made
-            if max(source / config.source_length, target / config.target_length) >= WINDOW_ROWS:
-                yield examples, counts
-                examples, counts = [], Counter()
-                source = target = 0
-        if counts:
+def _windows(
+    data: UL2Data, documents: Iterator[Document], corpus: int, epoch: int
+) -> Iterator[tuple[list[Example], Counter[str]]]:
+    """Yield examples to pack together, and counts of the documents read for them."""
+    examples: list[Example] = []
+    counts: Counter[str] = Counter()
+    source = target = 0.0
+    for document in documents:
+        outcome, tokens = data.outcome(document)
+        counts.update(("document", outcome))
+        if tokens is None:
+            continue
+        made = data.examples(tokens, document.key, epoch, corpus)
+        source += sum(len(example.source) for example in made) / data.config.source_length
+        target += sum(len(example.target) for example in made) / data.config.target_length
+        examples += made
+        if max(source, target) >= WINDOW_ROWS:
             yield examples, counts
-
-    def _pack(
-        self, examples: list[Example], stream: int, corpus: int, now: Position
-    ) -> list[list[Example]]:
-        config = self.data.config
-        rows = pack(examples, config.source_length, config.target_length)
-        seed = [config.seed, corpus, stream, now["turn"], now["document"]]
-        return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
-
-
-def _behind(now: Position, counts: Counter[str]) -> Position:
-    """Return the position behind a window."""
-    return {name: number + counts[name] for name, number in now.items()} | {"row": 0}
+            examples, counts, source, target = [], Counter(), 0.0, 0.0
+    if counts:
+        yield examples, counts
 
 
 def rows(data: UL2Data, epochs: float = inf) -> Iterator[Row]:
     """Yield rows in the global order in this process; streams that have ended are passed over."""
-    numbers = range(data.config.streams)
-    reader = Streams(data, {n: data.start()["streams"][str(n)] for n in numbers}, epochs)
-    streams = [reader.rows(number) for number in numbers]
+    start = data.start()["streams"]
+    streams = [stream_rows(data, int(s), positions, epochs) for s, positions in start.items()]
     while streams:
         for stream in list(streams):
             row = next(stream, None)
@@ -427,8 +386,8 @@ class _Reader(IterableDataset):
         total, readers = self.data.config.streams, self.ranks * workers
         first = self.state["rows"] + reader_number(self.rank, self.ranks, worker)
         own = [row % total for row in range(first, first + total, readers)]
-        reader = Streams(self.data, {s: self.state["streams"][str(s)] for s in own})
-        streams = {stream: reader.rows(stream) for stream in own}
+        positions = self.state["streams"]
+        streams = {s: stream_rows(self.data, s, positions[str(s)]) for s in own}
         try:
             for row in count(first, readers):
                 yield next(streams[row % total])

@@ -123,8 +123,9 @@ def test_the_split_is_by_package_and_never_changes(site):
 
 def test_the_order_is_the_same_from_scan_and_cache_and_new_versions_are_scanned(site, monkeypatch):
     first = package_docs("train")
-    (cache,) = (site.parent / "cache" / "qwen3-encdec").iterdir()
-    assert all(len(json.loads(line)) == 3 for line in cache.read_text().splitlines())
+    (cache,) = (site.parent / "cache" / "qwen3-encdec").glob("*-train.jsonl")
+    texts = [json.loads(line)["text"] for line in cache.read_text().splitlines()]
+    assert sorted(texts) == sorted(document.text for document in first) != texts
     with monkeypatch.context() as context:
         context.setattr(module, "_scan", lambda installed: pytest.fail("scanned again"))
         assert package_docs("train") == first

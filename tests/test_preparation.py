@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -68,11 +69,12 @@ def test_analysis(tmp_path, tokenizer):
     tokens = sum(position["tokens"] for position in last_positions(drawn))
     assert dict(analysis.totals)["tokens"].startswith(f"{tokens:,} in")
     assert len(analysis.fills) == len(drawn)
-    assert len(analysis.sizes) == sum(len(row.examples) for row in drawn)
+    assert sum(map(len, analysis.of_each)) == sum(len(row.examples) for row in drawn)
     nominal, examples, targets = analysis.shares.T
     assert sum(examples) == sum(targets) == pytest.approx(1)
     assert examples == pytest.approx(nominal, abs=0.08)
-    assert (analysis.sizes[:, :2].max(axis=0) <= (256, 128)).all()
+    sizes = np.concatenate(analysis.of_each)
+    assert (sizes[:, :2].max(axis=0) <= (256, 128)).all()
     for denoiser, line in zip(config.denoisers, analysis.table[1], strict=True):
         assert float(line[3].split()[0]) == pytest.approx(denoiser.corruption, abs=0.01)
     printed = str(analysis)

@@ -221,8 +221,13 @@ def prepare_data(
     if output is not None and not analyze_only:
         from qwen3_encdec.data.prepare import prepare
 
-        options = {"deduplicate": deduplicate.value, "processes": processes}
-        counts = prepare(config, load_tokenizer(tokenizer), output, **options)
+        counts = prepare(
+            config,
+            load_tokenizer(tokenizer),
+            output,
+            deduplicate=deduplicate.value,
+            processes=processes,
+        )
         print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
         print(f"wrote {output}: train on it with data.inputs=[{output}]")
         return

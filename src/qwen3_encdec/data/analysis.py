@@ -1,7 +1,6 @@
 """Measure what a data config will feed to a model, on the stream itself, before training."""
 
 import time
-from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,7 +8,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.stream import COUNTS, UL2Data, rows
-from qwen3_encdec.data.ul2 import Preset, render
+from qwen3_encdec.data.ul2 import Denoiser, Preset, render
 from qwen3_encdec.folders import InputError
 
 
@@ -18,62 +17,54 @@ class Analysis:
     """Figures of a sample of the stream."""
 
     denoisers: Preset
-    sizes: np.ndarray
-    """Of every example: source length, target length, sentinels and denoiser, [examples, 4]."""
+    of_each: list[np.ndarray]
+    """Source length, target length and sentinels of each denoiser's examples, [examples, 3]."""
     fills: np.ndarray
     """Filled share of each row's source and target budget, [rows, 2]."""
     totals: list[tuple[str, str]]
     """Names and figures of the whole sample."""
     shown: list[str]
     """Examples as text."""
-    mode_tokens: bool = False
-
-    @property
-    def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, one a denoiser; nominal values in brackets, lengths as mean and most."""
-        header = ["Denoiser", "Examples", "Targets", "Corruption", "Source", "Target", "Sentinels"]
-        lines = []
-        for denoiser, (nominal, examples, targets), own in zip(
-            self.denoisers, self.shares, self.of_each, strict=True
-        ):
-            source, target, sentinels, _ = own.T
-            kept = (source - 1 - self.mode_tokens - sentinels).sum()
-            noise = (target - 1 - sentinels).sum()
-            lines.append(
-                [
-                    denoiser.name,
-                    f"{examples:.1%} ({nominal:.1%})",
-                    f"{targets:.1%}",
-                    f"{noise / max(kept + noise, 1):.3f} ({denoiser.corruption:.2f})",
-                    f"{source.mean():.0f} ≤ {source.max()}",
-                    f"{target.mean():.0f} ≤ {target.max()}",
-                    str(sentinels.max()),
-                ]
-            )
-        return header, lines
-
-    @property
-    def of_each(self) -> list[np.ndarray]:
-        """Sizes of the examples of each denoiser; a line of zeros where there is none."""
-        numbers = range(len(self.denoisers))
-        of_each = [self.sizes[self.sizes[:, 3] == number] for number in numbers]
-        return [own if len(own) else np.zeros((1, 4), int) for own in of_each]
 
     @property
     def shares(self) -> np.ndarray:
         """Nominal share of examples, share of examples, share of target tokens, [denoisers, 3]."""
         weights = [denoiser.weight for denoiser in self.denoisers]
-        of_each = [
-            [w, (own[:, 0] > 0).sum(), own[:, 1].sum()] for w, own in zip(weights, self.of_each)
-        ]
-        return np.array(of_each) / np.sum(of_each, axis=0)
+        examples = [len(own) for own in self.of_each]
+        targets = [own[:, 1].sum() for own in self.of_each]
+        found = np.array([weights, examples, targets], dtype=float)
+        return (found / found.sum(axis=1, keepdims=True)).T
+
+    @property
+    def table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows, one a denoiser; nominal values in brackets, lengths as mean and most."""
+        header = ["Denoiser", "Examples", "Targets", "Corruption", "Source", "Target", "Sentinels"]
+        parts = zip(self.denoisers, self.shares, self.of_each, strict=True)
+        return header, [_line(*part) for part in parts]
 
     def __str__(self) -> str:
         header, lines = self.table
         widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
-        cells = [map(str.rjust, line, widths) for line in (header, *lines)]
+        table = ["  ".join(map(str.rjust, line, widths)) for line in (header, *lines)]
         totals = [f"{name:9}  {figure}" for name, figure in self.totals]
-        return "\n".join([*map("  ".join, cells), *totals, *self.shown])
+        return "\n".join([*table, *totals, *self.shown])
+
+
+def _line(denoiser: Denoiser, shares: np.ndarray, own: np.ndarray) -> list[str]:
+    own = own if len(own) else np.zeros((1, 3), int)
+    source, target, sentinels = own.T
+    noise = (target - 1 - sentinels).sum()
+    # Without EOS and sentinels; a mode token, if any, is left in.
+    corruption = noise / max((source - 1 - sentinels).sum() + noise, 1)
+    return [
+        denoiser.name,
+        f"{shares[1]:.1%} ({shares[0]:.1%})",
+        f"{shares[2]:.1%}",
+        f"{corruption:.3f} ({denoiser.corruption:.2f})",
+        f"{source.mean():.0f} ≤ {source.max()}",
+        f"{target.mean():.0f} ≤ {target.max()}",
+        str(sentinels.max()),
+    ]
 
 
 def analyze(
@@ -88,48 +79,42 @@ def analyze(
     Raises InputError as the stream does.
     """
     data = UL2Data(config, tokenizer)
-    examples, fills, last = [], [], {}
+    number = len(config.denoisers)
+    sizes: list[list[tuple]] = [[] for _ in range(number)]
+    shown: list[list[str]] = [[] for _ in range(number)]
+    fills, last = [], {}
     start = time.perf_counter()
     for row in rows(data, epochs=1):
-        examples += row.examples
-        filled = [(len(example.source), len(example.target)) for example in row.examples]
-        fills.append(np.sum(filled, axis=0))
         last[row.stream, row.corpus] = row.position
-        if len(examples) >= num_examples:
+        fills.append([0, 0])
+        for example in row.examples:
+            sentinels = np.isin(example.source, data.sentinel_ids).sum()
+            size = len(example.source), len(example.target), sentinels
+            sizes[example.denoiser].append(size)
+            fills[-1] = [fills[-1][0] + size[0], fills[-1][1] + size[1]]
+            if len(shown[example.denoiser]) < show:
+                shown[example.denoiser].append(render(example, tokenizer, config.denoisers))
+        if sum(map(len, sizes)) >= num_examples:
             break
     seconds = time.perf_counter() - start
-    if not examples:
+    if not fills:
         raise InputError(f"there is no example in {', '.join(config.inputs)}")
-    sizes = []
-    for example in examples:
-        sentinels = np.isin(example.source, data.sentinel_ids).sum()
-        sizes.append((len(example.source), len(example.target), sentinels, example.denoiser))
-    shown = []
-    for number in range(len(config.denoisers)):
-        own = [example for example in examples if example.denoiser == number]
-        shown += [render(example, tokenizer, config.denoisers) for example in own[:show]]
-    share = np.array(fills) / (config.source_length, config.target_length)
     counts = {name: sum(position[name] for position in last.values()) for name in COUNTS}
     used, refused, heldout = counts["documents"], counts["refused"], counts["heldout"]
-    source, target = share.mean(axis=0)
+    filled = np.array(fills) / (config.source_length, config.target_length)
+    source, target = filled.mean(axis=0).tolist()
+    fuller = filled.max(axis=1).mean()
+    speed = f"{np.sum(fills) / seconds:,.0f} tokens/s in one process"
     why = f" ({data.encode.fallback_reason})" if data.encode.fallback_reason else ""
+    total = f"{used + refused + heldout:,} = {used:,} used + {refused:,} refused"
+    budgets = f"{source:.1%} of the source and {target:.1%} of the target budget"
     totals = [
-        (
-            "documents",
-            f"{used + refused + heldout:,} = {used:,} used + {refused:,} refused + "
-            f"{heldout:,} held out",
-        ),
+        ("documents", f"{total} + {heldout:,} held out"),
         ("tokens", f"{counts['tokens']:,} in sources and targets"),
-        ("rows", f"{len(fills):,} with {len(examples):,} examples"),
-        (
-            "filled",
-            f"{source:.1%} of the source and {target:.1%} of the target budget; the fuller one "
-            f"{share.max(axis=1).mean():.1%}",
-        ),
-        (
-            "speed",
-            f"{np.sum(fills) / seconds:,.0f} tokens/s in one process, encoding with "
-            f"{data.encode.name}{why}",
-        ),
+        ("rows", f"{len(fills):,} with {sum(map(len, sizes)):,} examples"),
+        ("filled", f"{budgets}; the fuller one {fuller:.1%}"),
+        ("speed", f"{speed}, encoding with {data.encode.name}{why}"),
     ]
-    return Analysis(config.denoisers, np.array(sizes), share, totals, shown, config.mode_tokens)
+    of_each = [np.array(own, int).reshape(-1, 3) for own in sizes]
+    examples = [text for texts in shown for text in texts]
+    return Analysis(config.denoisers, of_each, filled, totals, examples)

@@ -64,33 +64,46 @@ class Document(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LinesFile:
-    """A file of lines of text or JSON; a block is the lines that begin in a range of bytes."""
+class File:
+    """A file of documents."""
 
     path: str
+    """Its name in messages."""
     copy: str
     """The file that is read: downloaded, unpacked, or `path` itself."""
     size: int
     num_blocks: int
     column: str = ""
-    """Field of a JSON line."""
+    """Field of a JSON line, column of a table; plain lines have none."""
     streamed: bool = False
-    """The file is unpacked while it is read, and a block is every `num_blocks`-th line."""
+    """Unpacked while it is read, where a block is every `num_blocks`-th line."""
+    rows: tuple[int, ...] = ()
+    """Of each row group of a table."""
+    tokenizer: str = ""
+    """Fingerprint of the tokenizer that prepared a table; its tokens are counted."""
+    tokens: int = 0
 
     def read(self, block: int) -> Iterator[Document]:
         """Yield the documents of a block."""
-        if self.streamed:
-            lines = enumerate(_unpacked(self.path, self.copy))
-            lines = islice(lines, block, None, self.num_blocks)
-        else:
-            lines = self._lines(block)
-        for at, line in lines:
+        raise NotImplementedError
+
+
+class LinesFile(File):
+    """A file of lines of text or JSON; a block is the lines that begin in a range of bytes."""
+
+    def read(self, block: int) -> Iterator[Document]:
+        """Yield the documents of a block."""
+        for at, line in self._unpacked(block) if self.streamed else self._lines(block):
             try:
                 text = _text(line, self.column)
             except ValueError as error:
                 number = 1 + (at if self.streamed else self._lines_before(at))
                 raise InputError(f"{self.path} line {number}: {error}") from None
             yield Document(self.path, text_key(text), text)
+
+    def _unpacked(self, block: int) -> Iterator[tuple[int, bytes]]:
+        lines = enumerate(_unpacked(self.path, self.copy))
+        return islice(lines, block, None, self.num_blocks)
 
     def _lines(self, block: int) -> Iterator[tuple[int, bytes]]:
         """Yield lines of a range, and where they begin."""
@@ -111,21 +124,8 @@ class LinesFile:
             return sum(file.read(min(at - n, 2**20)).count(b"\n") for n in range(0, at, 2**20))
 
 
-@dataclass(frozen=True)
-class TableFile:
+class TableFile(File):
     """A .parquet file, of texts or as `prepare` writes it; a block is a part of a row group."""
-
-    path: str
-    copy: str
-    """As `LinesFile.copy`."""
-    size: int
-    num_blocks: int
-    column: str
-    rows: tuple[int, ...]
-    """Of each row group."""
-    tokenizer: str = ""
-    """Fingerprint of the tokenizer that prepared the file; its tokens are counted."""
-    tokens: int = 0
 
     def read(self, block: int) -> Iterator[Document]:
         """Yield the documents of a block."""
@@ -143,8 +143,8 @@ class TableFile:
         keys, lists = (table[name].combine_chunks() for name in columns)
         # Not to_numpy, which imports pandas.
         offsets, tokens = np.from_dlpack(lists.offsets), np.from_dlpack(lists.values)
-        for key, begin, end in zip(keys.to_pylist(), offsets[:-1], offsets[1:], strict=True):
-            yield Document(self.path, key, tokens[begin:end])
+        for row, key in enumerate(keys.to_pylist()):
+            yield Document(self.path, key, tokens[offsets[row] : offsets[row + 1]])
 
 
 @dataclass
@@ -152,7 +152,7 @@ class Corpus:
     """The files of one source of a mixture."""
 
     name: str
-    files: Sequence[LinesFile | TableFile]
+    files: Sequence[File]
     passed_over: list[str]
     """Inputs that were found and not read, and why."""
 
@@ -215,12 +215,12 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
     total = sum(sizes.values())
     block_bytes = min(max(total // (8 * config.streams), 512), BLOCK_BYTES)
     streamed_bytes = max(total // (2 * config.streams), 1)
-    files: list[LinesFile | TableFile] = []
+    files: list[File] = []
     for path, copy in copies.items():
-        if path.lower().endswith(".parquet"):
+        if _kind(path)[0] == "parquet":
             files.append(_open_parquet(path, copy, sizes[path], source.text_column, block_bytes))
         else:
-            column = "" if ".txt" in path.lower()[-8:] else source.text_column
+            column = "" if _kind(path)[0] == "txt" else source.text_column
             blocks = -(-sizes[path] // (streamed_bytes if path in packed else block_bytes))
             files.append(LinesFile(path, copy, sizes[path], blocks, column, path in packed))
     files = [file for file in files if file.num_blocks]
@@ -269,7 +269,7 @@ def _text(line: bytes, column: str) -> str:
 
 def _unpacked(path: str, copy: str) -> Iterator[bytes]:
     """Yield the lines of text or JSON of a file that can only be read from its start."""
-    kind, packing = _KIND.search(path.lower()).groups()
+    kind, packing = _kind(path)
     with naming(path), _open(copy) as raw, _UNPACKERS[packing](raw) as file:
         if kind == "csv":
             rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
@@ -285,9 +285,15 @@ def _unpacked(path: str, copy: str) -> Iterator[bytes]:
 
 
 def _is_packed(path: str, copy: str) -> bool:
-    kind, packing = _KIND.search(path.lower()).groups() if path != PACKAGE_DOCS else ("", None)
+    kind, packing = _kind(path)
     on_the_hub = copy.startswith("hf://") and kind != "parquet"
     return bool(packing) or kind in ("csv", "json") or on_the_hub
+
+
+def _kind(path: str) -> tuple[str, str | None]:
+    """Return kind and packing of a file, such as jsonl and .gz; empty if it is not known."""
+    found = _KIND.search(path.lower())
+    return (found[1], found[2]) if found else ("", None)
 
 
 def _unpack(path: str, copy: str) -> str:
@@ -311,7 +317,7 @@ def _local_files(item: str, passed_over: list[str]) -> list[str]:
     for match in matches:
         if os.path.isdir(match):
             files += _walk(match, passed_over)
-        elif _KIND.search(match.lower()):
+        elif _kind(match)[0]:
             files.append(match)
         else:
             raise InputError(f"input {match} is not {_KNOWN}")
@@ -333,7 +339,7 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
             seen.add(os.path.realpath(path))
         for name in set(names) - {PROVENANCE_FILE, INDEX_FILE}:
             path = os.path.join(top, name)
-            if name.startswith((".", "_")) or not _KIND.search(name.lower()):
+            if name.startswith((".", "_")) or not _kind(name)[0]:
                 passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'no known kind'})")
             else:
                 files.append(path)
@@ -345,8 +351,8 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     index = _index_of(folder)
     if name in index.get("files", {}):
         rows, tokens = index["files"][name]
-        prepared = index["tokenizer"], tokens
-        return TableFile(path, copy, size, len(rows), column, tuple(rows), *prepared)
+        prepared = tuple(rows), index["tokenizer"], tokens
+        return TableFile(path, copy, size, len(rows), column, False, *prepared)
     with naming(path), _open(copy) as file:
         metadata = pq.read_metadata(file)
     schema = metadata.schema.to_arrow_schema()
@@ -354,7 +360,7 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     rows = tuple(group.num_rows for group in groups)
     tokenizer = (schema.metadata or {}).get(TOKENIZER_KEY, b"").decode()
     if tokenizer:
-        return TableFile(path, copy, size, len(rows), column, rows, tokenizer)
+        return TableFile(path, copy, size, len(rows), column, False, rows, tokenizer)
     if schema.names.count(column) != 1:
         count = "no" if column not in schema.names else "more than one"
         raise InputError(f"{path}: {count} column {column!r}; there is {', '.join(schema.names)}")
@@ -367,7 +373,7 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     # Every part decodes its whole row group.
     parts = max(min(-(-whole // block_bytes), 64), -(-max(rows, default=0) // BLOCK_ROWS), 1)
     parts = 1 if copy.startswith("hf://") else parts
-    return TableFile(path, copy, size, len(rows) * parts, column, rows)
+    return TableFile(path, copy, size, len(rows) * parts, column, False, rows)
 
 
 @lru_cache
@@ -423,7 +429,7 @@ def _hub_files(item: str, split: str, cache_bytes: float) -> dict[str, str]:
             )
         paths = sorted(map(str, data_files[split]))
         for path in paths:
-            if not _KIND.search(path.lower()):
+            if not _kind(path)[0]:
                 raise InputError(f"input {item!r}: {path} is not {_KNOWN}")
         if sum(map(_size, paths)) > cache_bytes:
             return dict(zip(paths, paths, strict=True))

@@ -19,14 +19,14 @@ from functools import partial
 from importlib.metadata import Distribution, distributions
 from itertools import chain
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 _MIN_CHARACTERS = 40
 # Vendored copies of other packages would carry train texts into the held-out split.
 _SKIPPED_FOLDERS = {"test", "tests", "_test", "_tests", "testing"}
 _SKIPPED_FOLDERS |= {"vendor", "vendored", "_vendor", "_vendored"}
 _EXCLUDED = {"..", "bin", "qwen3_encdec"}
-_CACHE_VERSION = 2
+_CACHE_VERSION = "3"
 
 Split = Literal["train", "heldout"]
 
@@ -43,26 +43,31 @@ class Docstring(NamedTuple):
 
 
 def package_docs(split: Split) -> list[Docstring]:
-    """All documents of a split: distinct, at least 40 characters, in an order that only the
-    packages decide.
+    """All documents of a split: distinct, at least 40 characters, sorted."""
+    lines = package_docs_file(split).read_text(encoding="utf-8").splitlines()
+    return sorted(Docstring(**json.loads(line)) for line in lines)
+
+
+def package_docs_file(split: Split) -> Path:
+    """Return a .jsonl file of a split's documents, in an order that spreads each package.
 
     The first call reads every source file (a minute) and keeps the result in
     `$XDG_CACHE_HOME/qwen3-encdec`, under a key made of the installed distributions.
     """
-    wanted = split == "heldout"
-    lines = _cached_docs().read_text(encoding="utf-8").splitlines()
-    documents = [Docstring(*json.loads(line)) for line in lines]
-    return [document for document in documents if is_heldout(document.package) == wanted]
-
-
-def package_docs_file(split: Split) -> Path:
-    """Return a .jsonl file of a split's texts, in an order that spreads each package."""
-    file = _cached_docs().with_suffix(f".{split}.jsonl")
-    if not file.exists():
-        texts = [document.text for document in package_docs(split)]
-        random.Random(0).shuffle(texts)
-        _write_lines(file, [{"text": text} for text in texts])
-    return file
+    installed = sorted(distributions(), key=lambda d: (str(d.name), str(d.version)))
+    versions = sorted({f"{d.name}=={d.version}" for d in installed})
+    key = hashlib.sha256("\n".join([_CACHE_VERSION, *versions]).encode()).hexdigest()[:16]
+    files = {name: cache_folder() / f"package-docs-{key}-{name}.jsonl" for name in get_args(Split)}
+    if not all(file.exists() for file in files.values()):
+        documents = _scan(installed)
+        random.Random(0).shuffle(documents)
+        for name, file in files.items():
+            own = [doc for doc in documents if is_heldout(doc.package) == (name == "heldout")]
+            building = file.with_name(f".{file.name}.{os.getpid()}")
+            lines = [json.dumps(document._asdict()) + "\n" for document in own]
+            building.write_text("".join(lines), encoding="utf-8")
+            os.replace(building, file)
+    return files[split]
 
 
 def is_heldout(package: str) -> bool:
@@ -101,29 +106,8 @@ def cache_folder() -> Path:
     return folder
 
 
-def _write_lines(file: Path, items: list) -> None:
-    building = file.with_name(f".{file.name}.{os.getpid()}")
-    with building.open("w", encoding="utf-8") as lines:
-        lines.writelines(json.dumps(item) + "\n" for item in items)
-    os.replace(building, file)
-
-
-def _cached_docs() -> Path:
-    """Return the file of all documents; of equal texts the first by name stays."""
-    installed = sorted(distributions(), key=lambda d: (str(d.name), str(d.version)))
-    versions = sorted({f"{d.name}=={d.version}" for d in installed})
-    key = hashlib.sha256("\n".join([str(_CACHE_VERSION), *versions]).encode()).hexdigest()[:16]
-    cache = cache_folder() / f"package-docs-{key}.jsonl"
-    if not cache.exists():
-        distinct: dict[str, Docstring] = {}
-        for document in sorted(_scan(installed)):
-            distinct.setdefault(document.text, document)
-        _write_lines(cache, list(distinct.values()))
-    return cache
-
-
 def _scan(installed: list[Distribution]) -> list[Docstring]:
-    """Parse all source files in parallel.
+    """Parse all source files in parallel; of equal texts the first by name stays.
 
     This file run as a program needs the standard library only; a process pool would import, or
     fork, the caller.
@@ -134,7 +118,11 @@ def _scan(installed: list[Distribution]) -> list[Docstring]:
     run = partial(subprocess.run, [sys.executable, "-I", __file__], stdout=subprocess.PIPE)
     with ThreadPoolExecutor(processes) as pool:
         done = list(pool.map(lambda part: run(input=part.encode(), check=True), parts))
-    return [Docstring(*document) for process in done for document in json.loads(process.stdout)]
+    found = chain.from_iterable(json.loads(process.stdout) for process in done)
+    distinct: dict[str, Docstring] = {}
+    for document in sorted(Docstring(*each) for each in found):
+        distinct.setdefault(document.text, document)
+    return list(distinct.values())
 
 
 def _source_files(distribution: Distribution) -> list[tuple[str, str]]:

@@ -1,9 +1,9 @@
 """Tokenize a corpus once, into parquet files that the stream reads without tokenizing again.
 
-The corpus is cut into parts of whole blocks. Each part becomes one file, written beside its place
-and renamed into it, by whichever process is free; a run that was stopped goes on with the parts
-that are not there yet. Until the last one is, all lies in `OUTPUT.partial`, with a plan of what is
-to be made out of what. An index of all files lies beside them, so that opening costs nothing.
+The corpus is cut into parts of whole blocks, each written as one file by whichever process is free.
+A run that was stopped goes on with the parts that are missing: until the last one is there, all lies
+in `OUTPUT.partial`, with a plan of what is made of what. An index of the files lies beside them, so
+that opening costs nothing.
 
 Duplicates are found beforehand, in one pass over the texts in the order of the corpus: the first
 copy stays. A document keeps its key, so that it is held out, and corrupted, as its text would be.
@@ -14,7 +14,7 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
@@ -104,7 +104,7 @@ def prepare(
         if output.exists():
             shutil.rmtree(output)
         os.rename(building, output)
-    except OSError as error:
+    except (OSError, BrokenProcessPool) as error:
         raise InputError(f"cannot write {building}: {error}; run again to go on") from None
     return counts
 
@@ -129,17 +129,10 @@ def _in_processes(todo: list[tuple[range, Path]], job: Any, processes: int | Non
     processes = min(processes or os.cpu_count() or 1, len(todo))
     if processes <= 1:
         _start_process(*job)
-        yield from (_write_part(*part) for part in todo)
+        yield from map(_write_part, todo)
         return
     with ProcessPoolExecutor(processes, initializer=_start_process, initargs=job) as pool:
-        try:
-            for future in as_completed([pool.submit(_write_part, *part) for part in todo]):
-                yield future.result()
-        except BrokenProcessPool:
-            message = "a process was killed, perhaps for its memory; run again to go on"
-            raise InputError(message) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        yield from pool.map(_write_part, todo)
 
 
 _job: tuple[Encoder, Corpus, int, set[int]]
@@ -150,8 +143,9 @@ def _start_process(*job: Any) -> None:
     _job = job
 
 
-def _write_part(blocks: range, file: Path) -> None:
-    """Write the documents of some blocks, row groups of about as many tokens."""
+def _write_part(part: tuple[range, Path]) -> None:
+    """Write the documents of some blocks."""
+    blocks, file = part
     schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: _job[0].fingerprint.encode()})
     counts = Counter(dict.fromkeys(_COUNTED, 0))
     temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
@@ -170,11 +164,10 @@ def _write_part(blocks: range, file: Path) -> None:
 
 
 def _groups(blocks: range, counts: Counter[str]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """Yield keys and tokens of a row group, and count what becomes of documents."""
+    """Yield keys and tokens of row groups, and count what becomes of documents."""
     encode, corpus, min_tokens, duplicates = _job
     keys: list[int] = []
     texts: list[np.ndarray] = []
-    size = 0
     for number, document in _numbered(corpus, blocks):
         if not isinstance(document.content, str):
             raise InputError(f"{corpus.name} is tokenized already")
@@ -187,10 +180,9 @@ def _groups(blocks: range, counts: Counter[str]) -> Iterator[tuple[list[int], li
         counts["tokens"] += len(tokens)
         keys.append(document.key)
         texts.append(tokens)
-        size += len(tokens)
-        if size >= _GROUP_TOKENS:
+        if counts["tokens"] // _GROUP_TOKENS > (counts["tokens"] - len(tokens)) // _GROUP_TOKENS:
             yield keys, texts
-            keys, texts, size = [], [], 0
+            keys, texts = [], []
     if keys:
         yield keys, texts
 

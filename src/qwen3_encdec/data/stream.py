@@ -22,6 +22,7 @@ stands by the rows that it has handed out, whatever its workers have prepared be
 
 import hashlib
 import json
+import os
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -38,14 +39,7 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.collate import Position, Row, collate_rows, pack
 from qwen3_encdec.data.config import MODES, DataConfig
-from qwen3_encdec.data.corpus import (
-    PACKAGE_DOCS,
-    Corpus,
-    Document,
-    LinesFile,
-    TableFile,
-    open_corpus,
-)
+from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
 from qwen3_encdec.folders import InputError, write_json
@@ -80,25 +74,25 @@ class UL2Data:
         self.corpora = [corpus.name for corpus in self.opened]
         self._excluded: set[int] = set()
         self._bounds = list(accumulate(denoiser.weight for denoiser in config.denoisers))
+        self._check_files()
+        parts = [self.encode.fingerprint, *(corpus.fingerprint() for corpus in self.opened)]
+        parts += [(source.weight, source.text_column) for source in config.sources]
+        names = [field.name for field in fields(config) if field.name not in FREE]
+        parts += [getattr(config, name) for name in names]
+        self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
+        """Changes with the settings, the tokenizer, and the files of the corpora."""
+
+    def _check_files(self) -> None:
         files = [file for corpus in self.opened for file in corpus.files]
         for file in files:
-            if isinstance(file, TableFile) and file.tokenizer not in ("", self.encode.fingerprint):
+            if file.tokenizer not in ("", self.encode.fingerprint):
                 raise InputError(
                     f"{file.path} was prepared with another tokenizer; prepare the corpus again"
                 )
-        if config.heldout_inputs:
-            mine = {Path(file.copy).resolve() for file in files}
-            for file in self._heldout_corpus(0).files:
-                if Path(file.copy).resolve() in mine:
-                    raise InputError(f"{file.path} is an input and a held-out input; take one away")
-        settings = [
-            getattr(config, field.name) for field in fields(config) if field.name not in FREE
-        ]
-        sources = [(source.weight, source.text_column) for source in config.sources]
-        corpora = [corpus.fingerprint() for corpus in self.opened]
-        parts = repr((settings, sources, corpora, self.encode.fingerprint))
-        self.fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:16]
-        """Changes with the settings, the tokenizer, and the files of the corpora."""
+        mine = {os.path.realpath(file.copy) for file in files}
+        for file in self._heldout_corpus(0).files if self.config.heldout_inputs else ():
+            if os.path.realpath(file.copy) in mine:
+                raise InputError(f"{file.path} is an input and a held-out input; take one away")
 
     def report(self) -> list[str]:
         """Say what there is to read, by corpus, and what is passed over."""
@@ -114,16 +108,15 @@ class UL2Data:
 
     def _contents(self, corpus: Corpus, size: int) -> str:
         """Count a prepared corpus, estimate another by its first block."""
-        tables = [file for file in corpus.files if isinstance(file, TableFile) and file.tokenizer]
-        if len(tables) == len(corpus.files):
-            documents = sum(sum(file.rows) for file in tables)
-            return f"{documents:,} documents, {sum(file.tokens for file in tables):,} tokens"
-        if any(isinstance(file, LinesFile) and file.streamed for file in corpus.files):
+        if all(file.tokenizer for file in corpus.files):
+            documents = sum(sum(file.rows) for file in corpus.files)
+            return f"{documents:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
+        if any(file.streamed for file in corpus.files):
             return "streamed"
         texts = [str(document.content) for document in islice(corpus.read(0), 256)]
-        read = sum(len(text.encode("utf-8", "replace")) for text in texts) or 1
-        tokens = sum(len(self.encode(text)) for text in texts) * size // read
-        return f"about {len(texts) * size // read:,} documents, {tokens:,} tokens"
+        times = size / (sum(len(text.encode("utf-8", "replace")) for text in texts) or 1)
+        tokens = sum(len(self.encode(text)) for text in texts)
+        return f"about {len(texts) * times:,.0f} documents, {tokens * times:,.0f} tokens"
 
     def block(self, corpus: int, number: int) -> tuple[int, int]:
         """Return the epoch and the block of a corpus at a place in its endless sequence."""
@@ -160,13 +153,9 @@ class UL2Data:
         """Tell which of `COUNTS` a document belongs to, and return its tokens if it is used."""
         if self.is_heldout(document):
             return "heldout", None
-        tokens = self.tokens(document.content)
+        tokens = self.encode(document.content)
         used = len(tokens) >= self.config.min_tokens
         return ("documents", tokens) if used else ("refused", None)
-
-    def tokens(self, content: str | np.ndarray) -> np.ndarray:
-        """Return the token ids of a document's content."""
-        return self.encode(content) if isinstance(content, str) else content
 
     def is_heldout(self, document: Document) -> bool:
         """Tell whether a document is kept from training. Copies share their text's fate."""
@@ -199,9 +188,14 @@ class UL2Data:
 
     def example(self, tokens: np.ndarray, number: int, rng: Any, corpus: int) -> Example:
         """Corrupt a chunk by the preset's denoiser of that number."""
-        ids = {"sentinel_ids": self.sentinel_ids, "eos_id": self.eos_id}
-        prefix = self.mode_ids[number : number + 1]
-        source, target = corrupt(tokens, self.config.denoisers[number], rng, prefix=prefix, **ids)
+        source, target = corrupt(
+            tokens,
+            self.config.denoisers[number],
+            rng,
+            sentinel_ids=self.sentinel_ids,
+            eos_id=self.eos_id,
+            prefix=self.mode_ids[number : number + 1],
+        )
         return Example(source, target, number, corpus)
 
     def choose_heldout(self, number: int) -> list[HeldoutText]:
@@ -210,9 +204,9 @@ class UL2Data:
         The seed has no influence, nor has anything that training does. Raises InputError if there
         are too few.
         """
-        weights = [source.weight for source in self.config.sources]
-        weights = np.array([1.0] if self.config.heldout_inputs else weights)
-        ends = np.floor(np.cumsum(weights) / weights.sum() * number + 0.5).astype(int)
+        sources = self.config.sources[:1] if self.config.heldout_inputs else self.config.sources
+        weights = np.cumsum([source.weight for source in sources])
+        ends = np.floor(weights / weights[-1] * number + 0.5).astype(int)
         chosen: list[HeldoutText] = []
         for corpus, share in enumerate(np.diff(ends, prepend=0).tolist()):
             chosen += self._heldout_of(corpus, share)
@@ -233,24 +227,23 @@ class UL2Data:
 
     def _heldout_of(self, corpus: int, number: int) -> list[HeldoutText]:
         """Take two texts of each block in turn; more of each only where those do not suffice."""
-        opened, least = self._heldout_corpus(corpus), self.config.min_tokens
+        config, opened = self.config, self._heldout_corpus(corpus)
         chosen: dict[int, HeldoutText] = {}
+
+        def is_fresh(document: Document) -> bool:
+            apart = bool(config.heldout_inputs) or document.path == PACKAGE_DOCS
+            return document.key not in chosen and (apart or self.is_heldout(document))
+
         blocks = np.random.default_rng(0).permutation(opened.num_blocks).tolist()
         for most, block in [*product([2], blocks), *product([number], blocks)]:
             if len(chosen) >= number:
                 break
-            fresh = (d for d in opened.read(block) if d.key not in chosen and self._is_apart(d))
-            for document in islice(fresh, min(most, number - len(chosen))):
-                tokens = self.tokens(document.content)[: min(self.config.raw_lengths)]
-                if len(tokens) >= least:
-                    text = HeldoutText(corpus, document.path, document.key, tokens.tolist())
-                    chosen[document.key] = text
+            fresh = filter(is_fresh, opened.read(block))
+            for path, key, content in islice(fresh, min(most, number - len(chosen))):
+                tokens = self.encode(content)[: min(config.raw_lengths)]
+                if len(tokens) >= config.min_tokens:
+                    chosen[key] = HeldoutText(corpus, path, key, tokens.tolist())
         return list(chosen.values())
-
-    def _is_apart(self, document: Document) -> bool:
-        """Tell whether a document of a held-out corpus is for evaluation."""
-        apart = bool(self.config.heldout_inputs) or document.path == PACKAGE_DOCS
-        return apart or self.is_heldout(document)
 
     def heldout_examples(self, texts: Sequence[HeldoutText]) -> list[Example]:
         """Corrupt each text by each denoiser, always the same way."""
@@ -420,9 +413,7 @@ class RowLoader:
         self.data, self.batch_size, self.ranks, self.collate = data, batch_size, ranks, collate
         state = state or data.start()
         self._rows_given, total = state["rows"], data.config.streams
-        own = sorted(
-            row % total for row in range(state["rows"] + rank, state["rows"] + rank + total, ranks)
-        )
+        own = sorted((state["rows"] + row) % total for row in range(rank, total, ranks))
         self._positions = {stream: list(state["streams"][str(stream)]) for stream in own}
         options: dict[str, Any] = {"collate_fn": _as_is, "num_workers": num_workers}
         if num_workers:
@@ -529,8 +520,6 @@ def special_ids(
         name = tokenizer.name_or_path
         raise InputError(f"tokenizer {name!r} has no sentinels; make one of Qwen3's first")
     check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
-    names = [
-        f"<|reserved_{MODES.index(d.name[0])}|>" for d in config.denoisers if config.mode_tokens
-    ]
-    modes = tokenizer.convert_tokens_to_ids(names)
+    kinds = [denoiser.name[0] for denoiser in config.denoisers] if config.mode_tokens else []
+    modes = tokenizer.convert_tokens_to_ids([f"<|reserved_{MODES.index(k)}|>" for k in kinds])
     return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id), modes

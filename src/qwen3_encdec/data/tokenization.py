@@ -8,12 +8,12 @@ installed, `tokenizers` does the work.
 import hashlib
 import json
 import logging
-import os
 import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
 from functools import lru_cache
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -60,8 +60,10 @@ class Encoder:
         # The libraries' objects cannot travel to another process.
         return type(self), (self._tokenizer,)
 
-    def __call__(self, text: str) -> np.ndarray:
-        """Return the ids of a text."""
+    def __call__(self, text: str | np.ndarray) -> np.ndarray:
+        """Return the ids of a text; ids are returned as they are."""
+        if not isinstance(text, str):
+            return text
         ids = []
         for piece in _pieces(text):
             try:
@@ -84,12 +86,12 @@ class Encoder:
         for text in texts:
             fast, slow = self._encode(text).tolist(), self._slow(text).tolist()
             if fast != slow:
-                same = os.path.commonprefix([fast, slow])
-                found = [ids[len(same) : len(same) + 8] for ids in (fast, slow)]
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(fast, slow, strict=False))
+                at = len(list(same))
                 raise ValueError(
-                    f"tiktoken and tokenizers differ on {text[:60]!r}: {found[0]} and {found[1]} "
-                    f"from token {len(same)} on; make the tokenizer anew with initialize, which "
-                    "marks all added tokens as special"
+                    f"tiktoken and tokenizers differ on {text[:60]!r}: {fast[at : at + 8]} and "
+                    f"{slow[at : at + 8]} from token {at} on; make the tokenizer anew with "
+                    "initialize, which marks all added tokens as special"
                 )
 
 

@@ -46,16 +46,17 @@ def _draw_shares(axes: Axes, analysis: Analysis) -> None:
 
 
 def _draw_lengths(axes: Axes, analysis: Analysis) -> None:
-    bins = np.linspace(0, analysis.sizes[:, :2].max(), 40).tolist()
-    axes.hist(analysis.sizes[:, 0], bins, alpha=0.6, label="source")
-    axes.hist(analysis.sizes[:, 1], bins, histtype="step", label="target")
+    sizes = np.concatenate(analysis.of_each)
+    bins = np.linspace(0, sizes[:, :2].max(), 40).tolist()
+    axes.hist(sizes[:, 0], bins, alpha=0.6, label="source")
+    axes.hist(sizes[:, 1], bins, histtype="step", label="target")
     axes.set(xlabel="tokens", ylabel="examples", yscale="log")
     axes.yaxis.set_major_formatter("{x:,.0f}")
     axes.legend()
 
 
 def _draw_spans(axes: Axes, analysis: Analysis) -> None:
-    counts = [own[:, 2] for own in analysis.of_each]
+    counts = [own[:, 2] if len(own) else [0] for own in analysis.of_each]
     drawn = axes.boxplot(counts, whis=(0, 100), showfliers=False, patch_artist=True)
     for box, denoiser in zip(drawn["boxes"], analysis.denoisers, strict=True):
         box.set_facecolor(denoiser_color(denoiser.name))

@@ -6,11 +6,10 @@
     state = merge_states([...loader.state_dict() of every rank])
     loader = RowLoader(data, ..., state=state)      # any ranks and workers that divide the streams
 
-The order. A corpus is an endless sequence of blocks: epoch after epoch, each in an order of its
-own. C canonical streams deal them out, block q to stream q mod C; a stream turns its blocks into
-rows, and the rows of all streams in rotation are the global sequence: row i comes from stream i
-mod C. None of this knows of ranks or workers. Of R readers (workers of ranks, R dividing C), reader
-j makes the rows i with i mod R = j, which are those of C / R streams.
+The order. A corpus is an endless sequence of blocks, each epoch in an order of its own. Block q
+goes to canonical stream q mod C, which turns its blocks into rows; row i of the global sequence
+comes from stream i mod C. None of this knows of ranks or workers. Of R readers (workers of ranks, R
+dividing C), reader j makes the rows i with i mod R = j, which are those of C / R streams.
 
     row      0   1   2   3   4   5   6   7   8   9 ...      C = 4 streams
     stream   0   1   2   3   0   1   2   3   0   1 ...
@@ -125,13 +124,12 @@ class UL2Data:
         return epoch, int(block_order(self.config.seed, epoch, corpus, num_blocks)[place])
 
     def start(self, epoch: int = 0) -> dict[str, Any]:
-        """Return the state in which every stream begins an epoch."""
-        streams: dict[str, list[Position]] = {}
-        for stream in range(self.config.streams):
-            befores = [epoch * corpus.num_blocks - stream for corpus in self.opened]
-            turns = [max(0, -(-before // self.config.streams)) for before in befores]
-            streams[str(stream)] = [BEGINNING | {"turn": turn, "epoch": epoch} for turn in turns]
-        return {"data": self.fingerprint, "rows": 0, "epoch": epoch, "streams": streams}
+        """Return the state in which all streams are about to begin an epoch."""
+        total = self.config.streams
+        turns = [epoch * corpus.num_blocks // total for corpus in self.opened]
+        positions = [BEGINNING | {"turn": turn} for turn in turns]
+        streams = {str(stream): positions for stream in range(total)}
+        return {"data": self.fingerprint, "rows": 0, "streams": streams}
 
     def adopt(self, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
         """Return the state to continue with, and a phrase about what is not as before.
@@ -145,7 +143,7 @@ class UL2Data:
                 "the saved position is of another corpus, data config or tokenizer; "
                 "data.accept_changes=true goes on with what is there now, at a new epoch"
             )
-        epoch = state["epoch"] + 1
+        epoch = 1 + max(at.get("epoch", 0) for stream in state["streams"].values() for at in stream)
         note = f"the data has changed and begins anew at epoch {epoch}"
         return self.start(epoch) | {"rows": state["rows"]}, note
 
@@ -435,12 +433,8 @@ class RowLoader:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position behind the last batch, as JSON: small, and readable."""
-        return {
-            "data": self.data.fingerprint,
-            "rows": self._rows_given,
-            "epoch": max(self._epochs()),
-            "streams": {str(stream): list(at) for stream, at in self._positions.items()},
-        }
+        streams = {str(stream): list(positions) for stream, positions in self._positions.items()}
+        return {"data": self.data.fingerprint, "rows": self._rows_given, "streams": streams}
 
     def counts(self) -> dict[str, int]:
         """Count source and target tokens, and documents, by corpus, of this rank's streams."""
@@ -452,10 +446,7 @@ class RowLoader:
 
     def epoch(self) -> int:
         """Return the epoch in which the last of this rank's streams is."""
-        return min(self._epochs())
-
-    def _epochs(self) -> list[int]:
-        return [position["epoch"] for at in self._positions.values() for position in at]
+        return min(at["epoch"] for positions in self._positions.values() for at in positions)
 
 
 def _as_is(row: Row) -> Row:
@@ -472,8 +463,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     apart = {(state["data"], state["rows"]) for state in states}
     if len(apart) > 1 or number != len(streams) or set(streams) != set(map(str, range(number))):
         raise InputError("the saved positions in the data are not those of all ranks of one step")
-    epoch = max(state["epoch"] for state in states)
-    return states[0] | {"epoch": epoch, "streams": streams}
+    return states[0] | {"streams": streams}
 
 
 def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:

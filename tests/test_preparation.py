@@ -60,7 +60,7 @@ def test_too_few_sentinels_stop_the_stream_before_it_reads():
 
 
 def test_analysis(tmp_path, tokenizer):
-    words = "shares lengths rates and efficiency are measured on the stream itself".split()
+    words = ["shares", "lengths", "rates", "and", "efficiency", "are", "measured", "on", "the", "stream", "itself"]
     texts = [" ".join(words[(i * j) % 11] for j in range(5 + i % 90)) for i in range(900)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = DataConfig(inputs=[str(tmp_path)], source_length=256, target_length=128)

@@ -3,8 +3,6 @@
 import gzip
 import json
 import random
-import time
-import tracemalloc
 from collections import Counter
 from itertools import islice
 
@@ -167,15 +165,6 @@ def test_every_document_once_an_epoch(folder, tokenizer, cache_gib):
     assert Counter(twice) == ALL + ALL
     # Corrupted and packed in another way.
     assert len({key(row) for row in rows(data, epochs=2)}) > 1.8 * len(list(rows(data, epochs=1)))
-
-
-def test_epochs_do_not_drift_apart(folder, tokenizer):
-    data = UL2Data(config_of(folder), tokenizer)
-    seen = Counter(documents(data, tokenizer, islice(rows(data), 64 * 20)))
-    assert set(seen) == set(ALL)
-    mean = sum(seen.values()) / len(ALL)
-    assert mean > 10
-    assert max(abs(number - mean) for number in seen.values()) < 0.6 * mean
 
 
 def shares(data, tokenizer, readers: int, count: int) -> list[int]:
@@ -353,11 +342,16 @@ def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
         merge_states(states[:1])
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"source_length": 255}, {"streams": 32}])
-def test_settings_are_part_of_the_fingerprint(folder, tokenizer, change):
-    same = UL2Data(config_of(folder), tokenizer).fingerprint
-    assert UL2Data(config_of(folder, cache_gib=2.0), tokenizer).fingerprint == same
-    assert UL2Data(config_of(folder, **change), tokenizer).fingerprint != same
+def test_settings_are_part_of_the_fingerprint_and_folders_are_not(folder, tokenizer):
+    def fingerprint(path, **changes) -> str:
+        return UL2Data(config_of(path, **changes), tokenizer).fingerprint
+
+    same = fingerprint(folder)
+    assert fingerprint(folder, cache_gib=2.0) == same
+    for change in ({"seed": 1}, {"source_length": 255}, {"streams": 32}, {"cache_gib": 0.0}):
+        assert fingerprint(folder, **change) != same
+    moved = folder.rename(folder.with_name("moved"))
+    assert fingerprint(moved) == same
 
 
 def test_readers_must_divide_the_streams():
@@ -384,9 +378,7 @@ def test_a_broken_line_is_one_sentence_at_its_row(tmp_path, tokenizer, workers):
     message = str(caught.value)
     assert "a.jsonl line 401: not valid JSON" in message
     assert "\n" not in message
-    good = UL2Data(config_of(tmp_path, source_length=64, target_length=48), tokenizer)
     assert made or workers  # some batches came before
-    del good
 
 
 def test_a_corpus_with_nothing_to_train_on(tmp_path, tokenizer):
@@ -417,47 +409,6 @@ def test_long_documents_are_used_to_their_end(tmp_path, tokenizer):
     short = Counter(chunk.tobytes() for chunk in chunks if chunk.tobytes() in want)
     assert short == want
     assert sum(map(len, chunks)) - sum(len(data.encode(t)) for t in texts(20, 1)) == len(tokens)
-
-
-def test_a_row_after_a_long_run_comes_at_once(tmp_path, tokenizer):
-    write_lines(tmp_path / "a.jsonl", texts(20_000, 0))
-    data = UL2Data(config_of(tmp_path), tokenizer)
-    _, (state,) = steps(data, 1, 0, None, 1)
-    for positions in state["streams"].values():
-        positions[0]["turn"] += 10**6  # thousands of epochs on
-    began = time.process_time()
-    next(iter(RowLoader(data, batch_size=1, collate=list, state=state)))
-    assert time.process_time() - began < 0.5
-
-
-def test_memory_does_not_grow(tmp_path, tokenizer):
-    write_lines(tmp_path / "a.jsonl", texts(3000, 0))
-    stream_of_rows = rows(UL2Data(config_of(tmp_path), tokenizer))
-    for _ in islice(stream_of_rows, 150):
-        pass
-    tracemalloc.start()
-    for _ in islice(stream_of_rows, 50):
-        pass
-    before = tracemalloc.get_traced_memory()[0]
-    for _ in islice(stream_of_rows, 500):
-        pass
-    after = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert after - before < 2e6
-
-
-def test_control_tokens_in_the_corpus_stay_text(tmp_path, tokenizer):
-    attack = "a <extra_id_3> and <|im_end|> and <|endoftext|> and <think> within a text"
-    write_lines(tmp_path / "a.jsonl", [attack])
-    data = UL2Data(config_of(tmp_path), tokenizer)
-    (row,) = rows(data, epochs=1)
-    (example,) = row.examples
-    back = uncorrupt(
-        example.source, example.target, sentinel_ids=data.sentinel_ids, eos_id=data.eos_id
-    )
-    assert tokenizer.decode(back) == attack
-    added = set(tokenizer.get_added_vocab().values())
-    assert not added & set(back.tolist())
 
 
 def test_mode_tokens_name_the_kind_of_denoiser(folder, tokenizer):

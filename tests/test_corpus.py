@@ -15,7 +15,7 @@ import pytest
 
 from qwen3_encdec.data import corpus as module
 from qwen3_encdec.data.config import DataConfig, Source
-from qwen3_encdec.data.corpus import Corpus, LinesFile, open_corpus
+from qwen3_encdec.data.corpus import Corpus, File, open_corpus
 from qwen3_encdec.folders import InputError
 
 
@@ -182,7 +182,7 @@ def test_blocks_partition_a_file_at_any_size(tmp_path, num_blocks):
     texts = [f"line {i} " + "ü" * (i % 40) for i in range(200)] + ["x" * 5000, "last"]
     path = tmp_path / "a.txt"
     path.write_text("\n".join(texts))
-    file = LinesFile(str(path), str(path), path.stat().st_size, num_blocks)
+    file = File(str(path), str(path), path.stat().st_size, num_blocks)
     found = [document.content for block in range(num_blocks) for document in file.read(block)]
     assert found == texts
 

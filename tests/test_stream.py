@@ -315,9 +315,9 @@ def test_choosing_heldout_texts_reads_a_few_blocks(tmp_path, tokenizer, monkeypa
     for number in range(30):
         write_lines(tmp_path / f"{number}.jsonl", texts(200, number))
     data = UL2Data(config_of(tmp_path, heldout_every=5), tokenizer)
-    read, of_file = [], corpora.LinesFile.read
+    read, of_file = [], corpora.File.read
     monkeypatch.setattr(
-        corpora.LinesFile, "read", lambda file, block: read.append(block) or of_file(file, block)
+        corpora.File, "read", lambda file, block: read.append(block) or of_file(file, block)
     )
     data.choose_heldout(20)
     assert len(read) < 0.1 * data.opened[0].num_blocks

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,15 +84,12 @@ class File:
     tokens: int = 0
 
     def read(self, block: int) -> Iterator[Document]:
-        """Yield the documents of a block."""
-        raise NotImplementedError
+        """Yield the documents of a block: of the lines that begin in a range of bytes, or of a part
+        of a row group.
+        """
+        return self._table(block) if self.rows else self._texts(block)
 
-
-class LinesFile(File):
-    """A file of lines of text or JSON; a block is the lines that begin in a range of bytes."""
-
-    def read(self, block: int) -> Iterator[Document]:
-        """Yield the documents of a block."""
+    def _texts(self, block: int) -> Iterator[Document]:
         for at, line in self._unpacked(block) if self.streamed else self._lines(block):
             try:
                 text = _text(line, self.column)
@@ -123,12 +120,7 @@ class LinesFile(File):
         with open(self.copy, "rb") as file:
             return sum(file.read(min(at - n, 2**20)).count(b"\n") for n in range(0, at, 2**20))
 
-
-class TableFile(File):
-    """A .parquet file, of texts or as `prepare` writes it; a block is a part of a row group."""
-
-    def read(self, block: int) -> Iterator[Document]:
-        """Yield the documents of a block."""
+    def _table(self, block: int) -> Iterator[Document]:
         parts = self.num_blocks // len(self.rows)
         group, part = divmod(block, parts)
         first, end = (self.rows[group] * number // parts for number in (part, part + 1))
@@ -168,7 +160,12 @@ class Corpus:
 
     def documents(self) -> Iterator[Document]:
         """Yield all documents, block by block."""
-        return chain.from_iterable(map(self.read, range(self.num_blocks)))
+        return (document for _, document in self.numbered(range(self.num_blocks)))
+
+    def numbered(self, blocks: range) -> Iterator[tuple[int, Document]]:
+        """Yield the documents of some blocks, each with a number of its own in the corpus."""
+        for block in blocks:
+            yield from enumerate(self.read(block), block << 32)
 
     def fingerprint(self) -> int:
         """Hash names and sizes of the files, and both ends of 64 local ones.
@@ -222,7 +219,7 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
         else:
             column = "" if _kind(path)[0] == "txt" else source.text_column
             blocks = -(-sizes[path] // (streamed_bytes if path in packed else block_bytes))
-            files.append(LinesFile(path, copy, sizes[path], blocks, column, path in packed))
+            files.append(File(path, copy, sizes[path], blocks, column, path in packed))
     files = [file for file in files if file.num_blocks]
     if not files:
         raise InputError(f"the corpus is empty: no documents in {', '.join(source.inputs)}")
@@ -346,13 +343,13 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
     return sorted(files)
 
 
-def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int) -> TableFile:
+def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int) -> File:
     folder, name = os.path.split(copy)
     index = _index_of(folder)
     if name in index.get("files", {}):
         rows, tokens = index["files"][name]
         prepared = tuple(rows), index["tokenizer"], tokens
-        return TableFile(path, copy, size, len(rows), column, False, *prepared)
+        return File(path, copy, size, len(rows), column, False, *prepared)
     with naming(path), _open(copy) as file:
         metadata = pq.read_metadata(file)
     schema = metadata.schema.to_arrow_schema()
@@ -360,7 +357,7 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     rows = tuple(group.num_rows for group in groups)
     tokenizer = (schema.metadata or {}).get(TOKENIZER_KEY, b"").decode()
     if tokenizer:
-        return TableFile(path, copy, size, len(rows), column, False, rows, tokenizer)
+        return File(path, copy, size, len(rows), column, False, rows, tokenizer)
     if schema.names.count(column) != 1:
         count = "no" if column not in schema.names else "more than one"
         raise InputError(f"{path}: {count} column {column!r}; there is {', '.join(schema.names)}")
@@ -373,7 +370,7 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     # Every part decodes its whole row group.
     parts = max(min(-(-whole // block_bytes), 64), -(-max(rows, default=0) // BLOCK_ROWS), 1)
     parts = 1 if copy.startswith("hf://") else parts
-    return TableFile(path, copy, size, len(rows) * parts, column, False, rows)
+    return File(path, copy, size, len(rows) * parts, column, False, rows)
 
 
 @lru_cache

@@ -26,14 +26,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.corpus import (
-    INDEX_FILE,
-    TOKENIZER_KEY,
-    TOKENS_SCHEMA,
-    Corpus,
-    Document,
-    open_corpus,
-)
+from qwen3_encdec.data.corpus import INDEX_FILE, TOKENIZER_KEY, TOKENS_SCHEMA, Corpus, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.folders import (
     PROVENANCE_FILE,
@@ -71,6 +64,7 @@ def prepare(
     most = min(max(corpus.num_blocks // 256, 16), 1024)
     parts = [range(n, min(n + most, corpus.num_blocks)) for n in range(0, corpus.num_blocks, most)]
     plan = {
+        "kind": "prepared corpus",
         "inputs": config.inputs,
         "text_column": config.text_column,
         "min_tokens": config.min_tokens,
@@ -80,8 +74,7 @@ def prepare(
         "parts": len(parts),
     }
     building = output.with_name(output.name + ".partial")
-    folder = building / "data"
-    files = [folder / f"part-{n:05d}-of-{len(parts):05d}.parquet" for n in range(len(parts))]
+    files = [building / f"data/part-{n:05d}-of-{len(parts):05d}.parquet" for n in range(len(parts))]
     try:
         _begin(building, plan)
         duplicates = building / "duplicates.npy"
@@ -89,7 +82,6 @@ def prepare(
             copies = np.array(list(_copies(corpus, deduplicate)), np.int64)
             np.save(building / "duplicates.tmp.npy", copies)
             os.replace(building / "duplicates.tmp.npy", duplicates)
-        folder.mkdir(exist_ok=True)
         todo = [pair for pair in zip(parts, files, strict=True) if not pair[1].exists()]
         job = encode, corpus, config.min_tokens, set(np.load(duplicates).tolist())
         done = len(parts) - len(todo)
@@ -97,10 +89,9 @@ def prepare(
             for _ in _in_processes(todo, job, processes):
                 progress.update()
         counts = _write_index(files, encode.fingerprint)
-        (building / "plan.json").unlink()
         duplicates.unlink()
-        provenance = {"kind": "prepared corpus", **plan, "counts": counts}
-        write_json(building / PROVENANCE_FILE, provenance | {"versions": package_versions()})
+        plan |= {"counts": counts, "versions": package_versions()}
+        write_json(building / PROVENANCE_FILE, plan)
         if output.exists():
             shutil.rmtree(output)
         os.rename(building, output)
@@ -111,17 +102,17 @@ def prepare(
 
 def _begin(building: Path, plan: dict[str, Any]) -> None:
     """Make the folder of an unfinished preparation, or take up one that has the same plan."""
-    building.mkdir(parents=True, exist_ok=True)
-    plan_file = building / "plan.json"
-    (building / PROVENANCE_FILE).unlink(missing_ok=True)  # all but renamed
-    if any(building.iterdir()) and not (plan_file.exists() and read_json(plan_file) == plan):
+    (building / "data").mkdir(parents=True, exist_ok=True)
+    about = building / PROVENANCE_FILE
+    same = about.exists() and plan.items() <= read_json(about).items()
+    if not same and any(path.is_file() for path in building.rglob("*")):
         raise InputError(
             f"{building} holds an unfinished preparation of another corpus, with another "
             "tokenizer or other settings; delete it or name another output"
         )
     for leftover in building.rglob("*.tmp*"):
         leftover.unlink()
-    write_json(plan_file, plan)
+    write_json(about, plan)
 
 
 def _in_processes(todo: list[tuple[range, Path]], job: Any, processes: int | None) -> Iterator[Any]:
@@ -168,7 +159,7 @@ def _groups(blocks: range, counts: Counter[str]) -> Iterator[tuple[list[int], li
     encode, corpus, min_tokens, duplicates = _job
     keys: list[int] = []
     texts: list[np.ndarray] = []
-    for number, document in _numbered(corpus, blocks):
+    for number, document in corpus.numbered(blocks):
         if not isinstance(document.content, str):
             raise InputError(f"{corpus.name} is tokenized already")
         tokens = encode(document.content)
@@ -185,12 +176,6 @@ def _groups(blocks: range, counts: Counter[str]) -> Iterator[tuple[list[int], li
             keys, texts = [], []
     if keys:
         yield keys, texts
-
-
-def _numbered(corpus: Corpus, blocks: range) -> Iterator[tuple[int, Document]]:
-    """Yield the documents of some blocks, each with a number of its own in the corpus."""
-    for block in blocks:
-        yield from enumerate(corpus.read(block), block << 32)
 
 
 def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
@@ -220,7 +205,7 @@ def _copies(corpus: Corpus, deduplicate: str) -> Iterator[int]:
             raise InputError(message) from None
         near = RMinHashDeduplicator(_SIMILARITY, _PERMUTATIONS, use_lsh=True)
     seen: set[int] = set()
-    for number, document in _numbered(corpus, range(corpus.num_blocks)):
+    for number, document in corpus.numbered(range(corpus.num_blocks)):
         if not len(document.content):  # empty ones are too short, not copies
             continue
         words = str(document.content).casefold().split()

@@ -165,6 +165,18 @@ evidence: $(VENV)/extras-benchmarks ## the experiment on a twentieth of its toke
 	$(BIN)/python experiments/objective/report.py --results runs/evidence/results --docs runs/evidence/docs
 	$(BIN)/python experiments/objective/report.py --check
 
+runs/adaptation/parent: | $(VENV)/extras-real
+	PYTHONPATH=$(abspath $(VENV))/extras-real $(BIN)/python examples/smollm2_to_qwen3.py $@
+
+ADAPT := OMP_NUM_THREADS=1 $(BIN)/python experiments/adaptation/run.py --parent runs/adaptation/parent
+adaptation: runs/adaptation/parent ## how the source enters an adapted decoder, by arm; restartable; days on one core
+	$(ADAPT) $(ADAPTATION)
+	$(BIN)/python experiments/adaptation/report.py
+
+adaptation-check: runs/adaptation/parent ## the beginning of a committed run again, beside its figures; and the redrawn tables; minutes
+	$(ADAPT) --check
+	$(BIN)/python experiments/adaptation/report.py --check
+
 gpu-report: env ## a training step of the 0.6B pair on one CUDA GPU: where its time goes, and what makes it faster
 	$(BIN)/python bench/gpu_report.py
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qwen3_encdec.attention_qwen3_encdec import Varlen, _bottom_right, attend, reorder_keys
+from qwen3_encdec.attention_qwen3_encdec import Varlen, _bottom_right, _Reorder, attend
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
@@ -70,7 +70,7 @@ def test_reordering_has_the_gradient_of_indexing():
     tensor = torch.randn(1, 2, 7, 3, dtype=torch.float64, requires_grad=True)
     order = torch.randperm(7)
     inverse = order.argsort()
-    assert torch.equal(reorder_keys(tensor, order, inverse), tensor[:, :, order])
-    assert torch.autograd.gradcheck(lambda x: reorder_keys(x, order, inverse), tensor)
+    assert torch.equal(_Reorder.apply(tensor, order, inverse), tensor[:, :, order])
+    assert torch.autograd.gradcheck(lambda x: _Reorder.apply(x, order, inverse), tensor)
     with pytest.raises(RuntimeError):  # the control: not the inverse
-        torch.autograd.gradcheck(lambda x: reorder_keys(x, order, order.roll(1)), tensor)
+        torch.autograd.gradcheck(lambda x: _Reorder.apply(x, order, order.roll(1)), tensor)

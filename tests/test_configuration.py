@@ -107,3 +107,8 @@ def test_sources_that_are_no_dense_qwen3_are_refused():
     )
     with pytest.raises(ValueError, match="sliding-window"):
         Qwen3EncoderDecoderConfig.from_qwen3_config(windowed)
+
+
+def test_a_saved_field_of_the_wrong_type_is_one_sentence():
+    with pytest.raises(ValueError, match=r"^Field 'hidden_size' expected int, got str"):
+        Qwen3EncoderDecoderConfig.from_dict({"hidden_size": "large"})

@@ -3,10 +3,12 @@ from importlib.util import find_spec
 import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import rotate_half
 from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2MergedAttention
 
 from qwen3_encdec import Qwen3EncoderDecoderModel
+from qwen3_encdec.attention_qwen3_encdec import project_key_value
 from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention, Qwen3MergedDecoder
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
@@ -88,7 +90,7 @@ def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
         if module is ours and not masked and implementation == "sdpa":
             mask = None  # bottom-right causal is the whole truth
         output = module(
-            states, position, *((source, None, S, mask) if module is ours else (mask, source))
+            states, position, *((source, S, mask) if module is ours else (mask, source))
         )[0]
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         results.append([output, states.grad, source.grad, *(p.grad for p in module.parameters())])
@@ -96,9 +98,15 @@ def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
         torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
     # the control: rotated encoder keys, the bug of the published ports, are not T5Gemma 2's
     angles = torch.arange(S)[:, None] * torch.logspace(0, -2, 7).repeat(2)[None]
-    rotation = (angles.cos()[None], angles.sin()[None])
+    rotation = angles.cos()[None, None], angles.sin()[None, None]
+
+    def rotated(states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        key, value = project_key_value(ours, states)
+        return key * rotation[0] + rotate_half(key) * rotation[1], value
+
+    ours.source_key_value = rotated
     mask = additive(torch.cat([cross, own], -1))
-    wrong = ours(states, position, source, rotation, S, mask)[0]
+    wrong = ours(states, position, source, S, mask)[0]
     assert (wrong - results[1][0]).abs().max() > 1e-3
 
 
@@ -209,7 +217,7 @@ def test_the_decoder_says_what_it_lacks():
         decoder(target_ids())
     with pytest.raises(ValueError, match="exactly one"):
         decoder(encoder_hidden_states=source_states())
-    with pytest.raises(ValueError, match="3 rows of encoder states and 2 of targets"):
+    with pytest.raises(ValueError, match="encoder_hidden_states has shape"):
         decoder(target_ids()[:2], encoder_hidden_states=source_states())
     for name, mask in (("attention_mask", S), ("decoder_attention_mask", T)):
         argument = "encoder_attention_mask" if mask == S else "attention_mask"

@@ -166,15 +166,6 @@ def test_generation_starts_from_a_padded_prompt(model, source):
             assert torch.equal(together[row, -5:], alone[0, -5:])
 
 
-@pytest.mark.parametrize("wrong", ["checkpointing", "training"])
-def test_generation_in_training_mode_gives_the_tokens_of_evaluation(model, source, wrong):
-    expected = model.generate(**source, max_new_tokens=6)
-    model.train()
-    if wrong == "checkpointing":
-        model.gradient_checkpointing_enable()
-    assert torch.equal(model.generate(**source, max_new_tokens=6), expected)
-
-
 @torch.no_grad()
 def test_a_cache_is_used_or_refused_but_never_dropped(model, source):
     ids = torch.randint(0, 300, (3, 5), generator=torch.Generator().manual_seed(1))
@@ -187,7 +178,9 @@ def test_a_cache_is_used_or_refused_but_never_dropped(model, source):
         output = model(**source, decoder_input_ids=ids[:, 3:], cache=cache_now, **options)
         torch.testing.assert_close(output.logits, expected, atol=1e-5, rtol=1e-5)
     model.train().gradient_checkpointing_enable()
-    refused = pytest.raises(ValueError, match="a cache cannot be used with gradient checkpointing")
+    refused = pytest.raises(
+        ValueError, match="a cache cannot be used with .* gradient checkpointing"
+    )
     with torch.enable_grad(), refused:
         model(**source, decoder_input_ids=ids[:, 3:], cache=cache)
 

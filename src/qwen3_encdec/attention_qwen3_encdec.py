@@ -19,9 +19,8 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
-# torch 2.11 accepts fewer key heads than query heads without the argument.
-_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
-_VARLEN_OPTIONS: Any = {"enable_gqa": True} if _GQA else {}
+# torch 2.11 takes fewer key heads than query heads without the argument.
+_GQA: Any = {"enable_gqa"} & inspect.signature(varlen_attn).parameters.keys()
 
 
 @dataclass
@@ -35,6 +34,8 @@ class Varlen:
         queries, keys: [D + 1] int32, cumulative lengths.
         longest_query, longest_key: Upper bounds of a document's lengths.
         causal: Bottom-right causal within each document.
+        order, inverse: [M] int64, from [all sources ; all targets] to keys in document order, each
+            document's source before its target, and back.
         mask: Dense or block mask for the backends that have no variable-length kernel.
         biases: Bottom-right masks by (queries, keys), made once for all layers, on CPUs.
     """
@@ -44,6 +45,8 @@ class Varlen:
     longest_query: int
     longest_key: int
     causal: bool = False
+    order: torch.Tensor | None = None
+    inverse: torch.Tensor | None = None
     mask: Any = None
     biases: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
@@ -81,6 +84,10 @@ class Varlen:
         keys = torch.arange(key_length, device=states.device)
         self.mask = ((keys >= first[:, None]) & (keys < last[:, None]))[None, None]  # (1, 1, N, M)
 
+    def reorder(self, keys: torch.Tensor) -> torch.Tensor:
+        """Permute [1, K, M, d] by `order`; the gradient is a gather by `inverse`."""
+        return _Reorder.apply(keys, self.order, self.inverse)
+
     def interval(self, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the first key each query sees and the first one after them, both [N] int64."""
         places = torch.arange(num_queries, device=self.queries.device)
@@ -99,26 +106,17 @@ class Varlen:
 
 def project_query(attention: Qwen3Attention, states: torch.Tensor) -> torch.Tensor:
     """[B, T, E] -> normalized query [B, H, T, d], not rotated."""
-    return attention.q_norm(_heads(attention, attention.q_proj(states))).transpose(1, 2)
+    query = attention.q_proj(states).unflatten(-1, (-1, attention.head_dim))
+    return attention.q_norm(query).transpose(1, 2)
 
 
 def project_key_value(
     attention: Qwen3Attention, states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """[B, L, E] -> normalized key, not rotated, and value, each [B, K, L, d]."""
-    key = attention.k_norm(_heads(attention, attention.k_proj(states))).transpose(1, 2)
-    return key, _heads(attention, attention.v_proj(states)).transpose(1, 2)
-
-
-def _heads(attention: Qwen3Attention, projected: torch.Tensor) -> torch.Tensor:
-    """[B, L, heads * d] -> [B, L, heads, d], for batches of size zero too."""
-    *shape, width = projected.shape
-    return projected.view(*shape, width // attention.head_dim, attention.head_dim)
-
-
-def reorder_keys(tensor: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
-    """Permute the tokens of [1, K, L, d] by `order`; the gradient is a gather by `inverse`."""
-    return _Reorder.apply(tensor, order, inverse)
+    key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
+    value = attention.v_proj(states).unflatten(-1, (-1, attention.head_dim))
+    return attention.k_norm(key).transpose(1, 2), value.transpose(1, 2)
 
 
 class _Reorder(torch.autograd.Function):
@@ -222,7 +220,7 @@ def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: flo
         packed.longest_key,
         scale=scaling,
         window_size=(-1, 0) if packed.causal else (-1, -1),
-        **_VARLEN_OPTIONS,
+        **dict.fromkeys(_GQA, True),
     )
     return output[None]
 
@@ -265,11 +263,4 @@ def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
     return tensor.dtype
 
 
-__all__ = [
-    "Varlen",
-    "attend",
-    "compute_dtype",
-    "project_key_value",
-    "project_query",
-    "reorder_keys",
-]
+__all__ = ["Varlen", "attend", "compute_dtype", "project_key_value", "project_query"]

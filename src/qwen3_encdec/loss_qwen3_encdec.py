@@ -51,7 +51,8 @@ def chunked_cross_entropy(
     if num_items is None:
         num_items = (flat != IGNORED).sum().clamp(min=1)
     scale = 1 / torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
-    chunk = chunk or loss_chunk(hidden.device.type)
+    # Each chunk reads and writes the whole gradient of the matrix, which a GPU notices.
+    chunk = chunk or (2048 if hidden.is_cuda else 512)
     options = (scale, chunk, z_loss, smoothing)
     # Finding the ignored labels would make the host wait, or break the graph.
     if hidden.is_cuda or torch.compiler.is_compiling():
@@ -81,21 +82,13 @@ def dense_cross_entropy(
     return loss, -target.detach().masked_fill(~kept, 0.0)
 
 
-def loss_chunk(device_type: str) -> int:
-    """Return how many tokens have logits at a time.
-
-    Each chunk reads and writes the whole gradient of the matrix, which a GPU notices.
-    """
-    return 2048 if device_type == "cuda" else 512
-
-
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, labels, scale, chunk, z_loss, smoothing):
         kind, classes = hidden.device.type, len(weight)
         dtype = compute_dtype(hidden)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        form_gradient = _compiled_form_gradient() if _has_compiler(hidden) else _form_gradient
+        form_gradient = _gradient_function(kind)
         with torch.autocast(kind, enabled=False):
             matrix = _table(weight, dtype)
             losses = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
@@ -113,7 +106,10 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 if hidden_grad is not None:
                     hidden_grad[part] = logits @ matrix
                 if weight_grad is not None:
-                    _add_product(weight_grad, logits, states)
+                    if dtype == torch.float32:
+                        torch.addmm(weight_grad, logits.T, states, out=weight_grad)
+                    else:
+                        weight_grad += logits.T @ states
         if weight_grad is not None:
             # Not a view: autograd adds to it in place only if nothing else holds its storage.
             weight_grad = weight_grad[:classes].detach()
@@ -134,11 +130,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _form_gradient(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    scale: torch.Tensor,
-    z_loss: float,
-    smoothing: float,
+    logits, labels, scale, z_loss: float, smoothing: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn [C, V] logits into the gradient of the chunk's objective times `scale`, in place.
 
@@ -160,32 +152,23 @@ def _form_gradient(
         objective = objective - smoothing * log_probs.mean(1)
     objective = objective.masked_fill(~kept, 0.0).sum()
 
-    if torch.compiler.is_compiling():
-        # One pass over the logits and one to write the gradient.
-        gradient = log_probs.exp() * (1 + 2 * z_loss * log_sum) - smoothing / logits.shape[1]
-        chosen = torch.arange(logits.shape[1], device=logits.device) == target
-        gradient = torch.where(chosen, gradient - (1 - smoothing), gradient)
-        logits.copy_(torch.where(kept[:, None], gradient * scale, 0.0))
-        return losses, objective
-    gradient = log_probs.exp_()
-    if z_loss:
-        gradient *= 1 + 2 * z_loss * log_sum
+    weight = scale * kept[:, None]  # (C, 1)
+    factor = weight * (1 + 2 * z_loss * log_sum)
+    spread = weight * (smoothing / logits.shape[1])
+    gradient = log_probs.exp_().mul_(factor)
     if smoothing:
-        gradient -= smoothing / gradient.shape[1]
-    gradient.scatter_add_(1, target, torch.full_like(of_target, smoothing - 1.0))
-    gradient *= scale * kept[:, None]
+        gradient -= spread
     if not in_place:
         logits.copy_(gradient)
+    gradient_of_target = of_target.exp() * factor - spread - weight * (1 - smoothing)
+    logits.scatter_(1, target, gradient_of_target.to(logits.dtype))
     return losses, objective
 
 
 @cache
-def _compiled_form_gradient() -> Any:
-    return torch.compile(_form_gradient, dynamic=True)
-
-
-def _has_compiler(hidden: torch.Tensor) -> bool:
-    return hidden.is_cuda and find_spec("triton") is not None
+def _gradient_function(device_type: str) -> Any:
+    compiles = device_type == "cuda" and find_spec("triton") is not None
+    return torch.compile(_form_gradient, dynamic=True) if compiles else _form_gradient
 
 
 def _table(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -197,15 +180,4 @@ def _table(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return table
 
 
-def _add_product(total: torch.Tensor, logits: torch.Tensor, states: torch.Tensor) -> None:
-    """Add `logits.T @ states` to the fp32 [V, E] total."""
-    if logits.dtype == torch.float32:
-        torch.addmm(total, logits.T, states, out=total)
-        return
-    # On a CPU in slices that stay in cache while they are added; on a GPU at once.
-    rows = 4096 if total.device.type == "cpu" else len(total)
-    for part, columns in zip(total.split(rows), logits.split(rows, dim=1), strict=True):
-        part += columns.T @ states
-
-
-__all__ = ["IGNORED", "chunked_cross_entropy", "dense_cross_entropy", "loss_chunk"]
+__all__ = ["IGNORED", "chunked_cross_entropy", "dense_cross_entropy"]

@@ -28,7 +28,6 @@ source and N target tokens of a packed batch of D documents, H query heads, K ke
 head dimension, E hidden size.
 """
 
-from dataclasses import dataclass
 from typing import Any, Unpack
 
 import torch
@@ -42,18 +41,11 @@ from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
     apply_rotary_pos_emb,
-    rotate_half,
 )
 from transformers.utils import TransformersKwargs
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .attention_qwen3_encdec import (
-    Varlen,
-    attend,
-    project_key_value,
-    project_query,
-    reorder_keys,
-)
+from .attention_qwen3_encdec import Varlen, attend, project_key_value, project_query
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .modeling_qwen3_encoder import Qwen3Stack, check_packed, check_shape
 
@@ -97,20 +89,6 @@ class SourceStaticCache(SourcePrefix, StaticCache):
     """A cache of fixed size that begins with the source."""
 
 
-@dataclass
-class PackedKeys:
-    """Merged keys of a packed batch: document by document, its source before its target.
-
-    Attributes:
-        layout: Bottom-right causal attention of the targets to the keys in that order.
-        order, inverse: [M + N] int64, from [all sources ; all targets] to it and back.
-    """
-
-    layout: Varlen
-    order: torch.Tensor
-    inverse: torch.Tensor
-
-
 class Qwen3MergedAttention(Qwen3Attention):
     """One softmax over `[encoder keys ; decoder keys]`, with Qwen3's own parameters."""
 
@@ -127,11 +105,10 @@ class Qwen3MergedAttention(Qwen3Attention):
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
         # encoder inputs
         encoder_hidden_states: torch.Tensor | None,
-        encoder_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         source_length: int = 0,
         # masks
         merged_mask: Any = None,
-        packed: PackedKeys | None = None,
+        packed: Varlen | None = None,
         # cache inputs
         cache: Cache | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
@@ -142,7 +119,6 @@ class Qwen3MergedAttention(Qwen3Attention):
             position_embeddings: cos and sin of the decoder positions, each [B, T, d].
             encoder_hidden_states: [B, S, E]; packed, [1, M, E]; None where the cache already
                 begins with them.
-            encoder_position_embeddings: Rotate encoder keys too (an ablation).
             source_length: S.
             merged_mask: [B, 1, T, S + P + T] or its equivalent for the backend; None is
                 bottom-right causal.
@@ -155,29 +131,21 @@ class Qwen3MergedAttention(Qwen3Attention):
         key, value = project_key_value(self, hidden_states)  # (B, K, T, d)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         if encoder_hidden_states is not None:
-            source = self.source_key_value(encoder_hidden_states, encoder_position_embeddings)
+            source = self.source_key_value(encoder_hidden_states)
             key, value = (torch.cat(pair, 2) for pair in zip(source, (key, value), strict=True))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)  # (B, K, S + P + T, d)
         if packed is not None:
-            key, value = (reorder_keys(x, packed.order, packed.inverse) for x in (key, value))
-        layout = None if packed is None else packed.layout
-        output, weights = attend(self, query, key, value, merged_mask, layout, causal=True)
+            key, value = packed.reorder(key), packed.reorder(value)
+        output, weights = attend(self, query, key, value, merged_mask, packed, causal=True)
         output = self.o_proj(output.flatten(2))
         if weights is None:
             return output, None, None
         return output, weights[..., source_length:], weights[..., :source_length]
 
-    def source_key_value(
-        self,
-        states: torch.Tensor,
-        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def source_key_value(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, E] encoder states -> key and value [B, K, S, d]."""
         key, value = project_key_value(self, states)
-        if position_embeddings is not None:
-            cos, sin = (part.unsqueeze(1) for part in position_embeddings)
-            key = key * cos + rotate_half(key) * sin
         if self.config.source_gate:
             gate = (self.source_gate * self.source_scale).to(value.dtype)
             value = value * gate[:, None, None]
@@ -233,12 +201,11 @@ class Qwen3MergedDecoder(Qwen3Stack):
         # encoder inputs
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        encoder_position_ids: torch.Tensor | None = None,
         # cache inputs
         cache: Cache | None = None,
         use_cache: bool | None = None,
         # packed form
-        packed: PackedKeys | None = None,
+        packed: Varlen | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Decode a padded batch, or, with `packed`, target and source tokens without padding.
@@ -252,7 +219,6 @@ class Qwen3MergedDecoder(Qwen3Stack):
             inputs_embeds: [B, T, E] in place of `input_ids`.
             encoder_hidden_states: [B, S, E], the encoder's output after its final norm.
             encoder_attention_mask: [B, S], 1 real and 0 padding.
-            encoder_position_ids: [B, S], for the ablation that rotates encoder keys.
             cache: Keys and values to read and extend; made if `use_cache` asks for one. Ordinary
                 dynamic and static caches are taken too.
 
@@ -266,19 +232,14 @@ class Qwen3MergedDecoder(Qwen3Stack):
         states = self.embed(input_ids, inputs_embeds, "decoder_")
         if encoder_hidden_states is None:
             raise ValueError("the decoder needs encoder_hidden_states")
-        if len(encoder_hidden_states) != len(states):
-            raise ValueError(
-                f"{len(encoder_hidden_states)} rows of encoder states and {len(states)} of targets"
-            )
-        cache = self._cache(cache, use_cache, packed)
-        own = getattr(cache, "self_attention_cache", cache)
+        batch, length, width = states.shape
         source_length = encoder_hidden_states.shape[1]
+        check_shape("encoder_hidden_states", encoder_hidden_states, (batch, source_length, width))
+        cache = self._cache(cache, use_cache, packed)
+        own: Any = getattr(cache, "self_attention_cache", cache)
         holds_source = own is not None and _holds_source(own)
-        past: Any = 0
-        if own is not None and holds_source:
-            past = own.get_query_offset() - source_length
+        past = own.get_query_offset() - source_length if holds_source else 0
 
-        batch, length = states.shape[:2]
         mask = None
         if packed is None:
             check_shape("decoder_position_ids", position_ids, (batch, length), (1, length))
@@ -287,24 +248,18 @@ class Qwen3MergedDecoder(Qwen3Stack):
                 states, attention_mask, encoder_hidden_states, encoder_attention_mask, view, past
             )
         else:
-            bounds = packed.layout.queries, packed.layout.longest_query
+            bounds = packed.queries, packed.longest_query
             check_packed(length, attention_mask, position_ids, *bounds, "decoder_")
             check_shape("key_order", packed.order, (source_length + length,))
-            packed.layout.prepare(self.config._attn_implementation, states, source_length + length)
+            packed.prepare(self.config._attn_implementation, states, source_length + length)
         if position_ids is None:
             position_ids = _positions(states, attention_mask, past)
         position_embeddings = self.rotary_emb(states, position_ids)
-        encoder_position_embeddings = None
-        if self.config.rope_on_encoder_keys:
-            if encoder_position_ids is None:
-                encoder_position_ids = torch.arange(source_length, device=states.device)[None]
-            encoder_position_embeddings = self.rotary_emb(states, encoder_position_ids)
         for layer in self.layers:
             states = layer(
                 states,
                 None if holds_source else encoder_hidden_states,
                 position_embeddings=position_embeddings,
-                encoder_position_embeddings=encoder_position_embeddings,
                 source_length=source_length,
                 merged_mask=mask,
                 packed=packed,
@@ -320,8 +275,7 @@ class Qwen3MergedDecoder(Qwen3Stack):
         """Make a cache if one is wanted, and refuse one that could not be honoured."""
         recomputing = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
         if cache is not None and (packed is not None or recomputing):
-            reason = "a packed batch" if packed is not None else "gradient checkpointing"
-            raise ValueError(f"a cache cannot be used with {reason}: leave it out")
+            raise ValueError("a cache cannot be used with a packed batch or gradient checkpointing")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
         if cache is None and use_cache and packed is None and not recomputing:
             return SourceDynamicCache()

@@ -19,19 +19,14 @@ from typing import Any, Unpack
 import torch
 from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
-from transformers.generation import GenerationConfig, GenerationMode
+from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from .loss_qwen3_encdec import IGNORED, dense_cross_entropy
-from .modeling_qwen3_decoder import (
-    PackedKeys,
-    Qwen3MergedDecoder,
-    SourceDynamicCache,
-    SourceStaticCache,
-)
+from .modeling_qwen3_decoder import Qwen3MergedDecoder, SourceDynamicCache, SourceStaticCache
 from .modeling_qwen3_encoder import (
     Qwen3Encoder,
     Qwen3EncoderDecoderPreTrainedModel,
@@ -39,22 +34,13 @@ from .modeling_qwen3_encoder import (
     check_shape,
 )
 
-# Arguments that transformers passes to any model and that this one needs not read.
-_PASSED_BY_TRANSFORMERS = {
-    "cache_position",
-    "output_attentions",
-    "output_hidden_states",
-    "return_dict",
-}
+# Arguments that transformers passes to any model.
+_TOLERATED = {"cache_position", "output_attentions", "output_hidden_states", "return_dict"}
 
 
 @dataclass
 class Qwen3Seq2SeqLMOutput(Seq2SeqLMOutput):
-    """`Seq2SeqLMOutput` and `token_losses`.
-
-    `token_losses` is [B, T] (packed, [1, N]) fp32: negative log-likelihoods in nats, detached, 0
-    where ignored.
-    """
+    """`Seq2SeqLMOutput` and `token_losses`: [B, T] fp32 in nats, detached, 0 where ignored."""
 
     token_losses: torch.Tensor | None = None
 
@@ -124,7 +110,6 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
             inputs_embeds=decoder_inputs_embeds,
             encoder_hidden_states=encoded,
             encoder_attention_mask=attention_mask,
-            encoder_position_ids=position_ids,
             cache=cache,
             use_cache=use_cache,
             packed=packed,
@@ -224,7 +209,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Qwen3Seq2SeqLMOutput:
         """Compute loss and logits; the arguments are those of the class's documentation."""
-        if unknown := sorted(kwargs.keys() - _PASSED_BY_TRANSFORMERS):
+        if unknown := sorted(kwargs.keys() - _TOLERATED):
             raise TypeError(f"unexpected argument {unknown[0]!r}")
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
@@ -269,11 +254,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             check_shape("labels", labels, states.shape[:2])
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            options: Any = {
-                "num_items": num_items_in_batch,
-                "z_loss": z_loss,
-                "smoothing": smoothing,
-            }
+            options: Any = {"z_loss": z_loss, "smoothing": smoothing}
+            options["num_items"] = num_items_in_batch
             if logits is not None and logits.shape[1] == labels.shape[1]:
                 loss, token_losses = dense_cross_entropy(logits, labels, **options)
             else:
@@ -291,9 +273,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""
         return self._shift_right(labels, None, None)
 
-    def _shift_right(
-        self, labels: torch.Tensor, mask: Any, cu_seqlens: torch.Tensor | None
-    ) -> torch.Tensor:
+    def _shift_right(self, labels, mask, cu_seqlens) -> torch.Tensor:
         """Shift each row, or each document of a packed batch, by one and put the start token first.
 
         With a padding mask, the start token stands at the first real token. Ignored labels become
@@ -311,12 +291,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         return shifted.masked_fill(first, self.config.decoder_start_token_id or 0)
 
     def _prepare_cache_for_generation(
-        self,
-        generation_config: GenerationConfig,
-        model_kwargs: dict[str, Any],
-        generation_mode: GenerationMode,
-        batch_size: int,
-        max_cache_length: int,
+        self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
         """Make room for the source, which is a prefix of the one cache there is."""
         source_length = model_kwargs["encoder_outputs"][0].shape[1]
@@ -325,12 +300,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         unset = given is None and generation_config.cache_implementation is None
         if self.device.type == "cuda" and one_step and unset and generation_config.use_cache:
             generation_config.cache_implementation = "static"  # compiled, as CUDA graphs
+        length = source_length + max_cache_length
         super()._prepare_cache_for_generation(
-            generation_config,
-            model_kwargs,
-            generation_mode,
-            batch_size,
-            source_length + max_cache_length,
+            generation_config, model_kwargs, generation_mode, batch_size, length
         )
         cache = model_kwargs.get("cache")
         if cache is not None:
@@ -378,12 +350,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 
 
 def _packed_keys(
-    cu_seqlens: torch.Tensor,
-    max_seqlen: int | None,
-    decoder_cu_seqlens: torch.Tensor | None,
-    decoder_max_seqlen: int | None,
-    key_order: torch.Tensor | None,
-) -> PackedKeys:
+    cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
+) -> Varlen:
     """Describe the merged keys of a packed batch; the sums are made on the device."""
     if decoder_cu_seqlens is None or decoder_max_seqlen is None or key_order is None:
         raise ValueError("a packed batch needs decoder_cu_seqlens, decoder_max_seqlen, key_order")
@@ -394,19 +362,18 @@ def _packed_keys(
         )
     inverse = torch.empty_like(key_order)
     inverse[key_order] = torch.arange(len(key_order), device=key_order.device)
-    layout = Varlen(
+    return Varlen(
         queries=decoder_cu_seqlens,
         keys=cu_seqlens + decoder_cu_seqlens,
         longest_query=decoder_max_seqlen,
         longest_key=max_seqlen + decoder_max_seqlen,
         causal=True,
+        order=key_order,
+        inverse=inverse,
     )
-    return PackedKeys(layout, key_order, inverse)
 
 
-def _next_tokens(
-    targets: torch.Tensor, encoded: torch.Tensor, position_ids: torch.Tensor | None
-) -> torch.Tensor:
+def _next_tokens(targets, encoded, position_ids) -> torch.Tensor:
     """Shift encoder targets so that the state before a token predicts it.
 
     The first token of a document has no state before it.

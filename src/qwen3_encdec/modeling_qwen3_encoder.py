@@ -20,7 +20,7 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen3Config
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
@@ -119,18 +119,6 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
             init.zeros_(module.source_gate)
             init.ones_(module.source_scale)
 
-    def init_parallel_plans(self) -> None:
-        """Keep those entries of the configuration's plan whose stack this model has."""
-        super().init_parallel_plans()
-        stacks = {
-            name for name, module in self.named_modules() if isinstance(module, PreTrainedModel)
-        }
-        self._tp_plan: dict[str, str] = {
-            name: style
-            for name, style in self._tp_plan.items()
-            if name.partition(".layers.")[0] in stacks
-        }
-
     def get_input_embeddings(self) -> nn.Module:
         """Return the one embedding module."""
         return self.base_model.shared
@@ -152,6 +140,8 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
     Args:
         owner: The module whose `shared` embeds ids; without it a stack takes embeddings only.
     """
+
+    _tp_plan = Qwen3Config.base_model_tp_plan
 
     def __init__(
         self,
@@ -260,12 +250,7 @@ def check_shape(name: str, tensor: Any, *shapes: tuple[int, ...]) -> None:
 
 
 def check_packed(
-    tokens: int,
-    mask: torch.Tensor | None,
-    position_ids: torch.Tensor | None,
-    cu_seqlens: torch.Tensor | None,
-    max_seqlen: int | None,
-    prefix: str = "",
+    tokens: int, mask: Any, position_ids: Any, cu_seqlens: Any, max_seqlen: Any, prefix: str = ""
 ) -> int:
     """Return `max_seqlen`; raise ValueError unless one side of a packed batch is complete."""
     if mask is not None:
@@ -347,17 +332,9 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
         logits = self.score(self.pool(output.last_hidden_state, attention_mask))
         loss = None
         if labels is not None:
-            of_texts = logits.dim() == 2
-            arguments = (labels, logits) if of_texts else (logits, labels)
-            loss = self.loss_function(
-                *arguments, self.config, num_items_in_batch=num_items_in_batch
-            )
-        return self.output_class(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            attentions=output.attentions,
-        )
+            pair = (labels, logits) if logits.dim() == 2 else (logits, labels)
+            loss = self.loss_function(*pair, self.config, num_items_in_batch=num_items_in_batch)
+        return self.output_class(loss, logits, output.hidden_states, output.attentions)
 
 
 class Qwen3EncoderForSequenceClassification(Qwen3EncoderClassifier):

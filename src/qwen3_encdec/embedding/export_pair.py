@@ -111,15 +111,13 @@ def export_pair(model: str | Path, output_dir: str | Path) -> PairReport:
     """Export an encoder-decoder to ONNX and verify greedy decoding token by token.
 
     Raises:
-        InputError: `model` is not an encoder-decoder, rotates encoder keys (an ablation), a package
+        InputError: `model` is not an encoder-decoder, a package
             is missing, or a token differs.
     """
     check_packages(PAIR, ONNX_PACKAGES, "onnx")
     check_output(output_dir, "exported pair")
     loaded = load_model(model).eval()
     tokenizer = load_tokenizer(model)
-    if loaded.config.rope_on_encoder_keys:
-        raise InputError(f"{model} rotates encoder keys, which this export does not")
     with new_folder(output_dir, "exported pair", source=str(model)) as folder:
         copy_without_weights(Path(model), folder)
         write_pair(loaded, folder)

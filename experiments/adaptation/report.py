@@ -1,0 +1,224 @@
+"""Tables and the plot of the experiment, from its JSON files alone.
+
+python experiments/adaptation/report.py           # into docs/results.md and docs/adaptation.svg
+python experiments/adaptation/report.py --check   # fails if they differ from what the files say
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+if __name__ == "__main__":
+    sys.path.insert(0, str(ROOT))
+
+import matplotlib  # noqa: E402
+from experiments.adaptation.run import power  # noqa: E402
+from experiments.objective.report import STYLE, interval, svg, table  # noqa: E402
+from matplotlib.figure import Figure  # noqa: E402
+
+BEGIN, END = (
+    f"<!-- experiments/adaptation/report.py writes {end} here -->" for end in ("from", "to")
+)
+HEADLINE = {
+    "raw values": "#8f7a3a",
+    "scaled values": "#d9822b",
+    "scaled values, gate": "#4078c0",
+    "blend": "#2f9e79",
+}
+RATE = 1e-4
+SHOWN = (0, 4096, 16384, 32768, 65536)
+"""Tokens in the table of all runs."""
+
+Record = dict[str, Any]
+
+
+def main() -> None:
+    """Write, or compare."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of results.md")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
+    arguments = parser.parse_args()
+    page = arguments.docs / "results.md"
+    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
+    records = read(arguments.results)
+    text = f"{before}{BEGIN}\n\n{tables(records)}\n\n{END}{rest.split(END)[1]}"
+    stale = []
+    for file, content in {page: text, arguments.docs / "adaptation.svg": plot(records)}.items():
+        if not file.exists() or file.read_text(encoding="utf-8") != content:
+            stale.append(file.name)
+            if not arguments.check:
+                file.write_text(content, encoding="utf-8")
+    print(f"{len(records)} runs; not what they say: {', '.join(stale) or 'nothing'}")
+    raise SystemExit(int(arguments.check and bool(stale)))
+
+
+def read(results: Path) -> list[Record]:
+    """Read the runs and add `curve`: losses by denoiser at 0 and at each power of two."""
+    records = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("*.json"))]
+    for record in records:
+        record["curve"] = {power(p["tokens"]): p["losses"] for p in record["points"]}
+    return [record for record in records if record["settings"]["device"] == "cpu"]
+
+
+def by_seed(records: Sequence[Record], arm: str) -> dict[int, Record]:
+    """Return an arm's runs at the common rate."""
+    wanted = {"arm": arm, "lr": RATE}
+    return {r["run"]["seed"]: r for r in records if wanted.items() <= r["run"].items()}
+
+
+def mean(losses: dict[str, float]) -> float:
+    """Mean over the denoisers, each weighing the same."""
+    return statistics.fmean(losses.values())
+
+
+def spread(values: Sequence[float]) -> str:
+    """Mean and 95 % interval over seeds."""
+    if not values:
+        return "not run"
+    half = interval(values)
+    return f"{statistics.fmean(values):.2f}" + (f" ± {half:.2f}" if half is not None else "")
+
+
+def tables(records: Sequence[Record]) -> str:
+    """Everything between the marks."""
+    runs = {arm: by_seed(records, arm) for arm in HEADLINE}
+    rows = []
+    for tokens in sorted({tokens for record in records for tokens in record["curve"]}):
+        curves = [[run["curve"] for run in seeds.values()] for seeds in runs.values()]
+        cells = [[mean(curve[tokens]) for curve in of if tokens in curve] for of in curves]
+        rows.append([f"{tokens:,}", *(spread(values) for values in cells)])
+    header = ["tokens", *(f"{arm} ({len(seeds)})" for arm, seeds in runs.items())]
+    parts = ["Mean over the five denoisers; in brackets the number of seeds:", table(header, rows)]
+    parts.append("Tokens of the first arm's end over those of another for the same loss, by seed:")
+    parts.append(table(["arms", "tokens ratio"], ratios(runs)))
+    parts.append("First seed, all runs: mean of the denoisers by tokens, then each at the last:")
+    parts.append(all_runs(records))
+    parts += gaps(runs)
+    return "\n\n".join([*parts, origin(records)])
+
+
+def ratios(runs: dict[str, dict[int, Record]]) -> list[list[str]]:
+    """Compare each arm with the slower ones before it."""
+    rows = []
+    for slow in ("raw values", "scaled values"):
+        for fast in list(HEADLINE)[list(HEADLINE).index(slow) + 1 :]:
+            ends, found = [], []
+            for seed in runs[slow].keys() & runs[fast].keys():
+                curve = runs[slow][seed]["curve"]
+                ends.append(max(curve))
+                found.append(crossing(runs[fast][seed]["curve"], mean(curve[max(curve)])))
+            rows.append([f"{slow} / {fast}", ratio(ends, found)])
+    return rows
+
+
+def crossing(curve: dict[int, dict[str, float]], loss: float) -> float | None:
+    """Return the tokens at which a curve falls to a loss, interpolated in their logarithm.
+
+    None if it does not, 0 if it begins there; between the start and the first point, the latter.
+    """
+    above = 0, math.inf
+    for tokens, losses in sorted(curve.items()):
+        value = mean(losses)
+        if value > loss:
+            above = tokens, value
+        elif not above[0]:
+            return tokens
+        else:
+            share = (above[1] - loss) / (above[1] - value)
+            return above[0] * (tokens / above[0]) ** share
+    return None
+
+
+def ratio(ends: Sequence[int], found: Sequence[float | None]) -> str:
+    """Geometric mean over seeds with its interval."""
+    if 0 in found:
+        return f"there before its first step, ends at {min(ends):,} tokens"
+    known = [math.log(end / tokens) for end, tokens in zip(ends, found, strict=True) if tokens]
+    if not known or len(known) < len(found):
+        return "not reached by every seed" if found else "not run"
+    middle, half = statistics.fmean(known), interval(known)
+    text = f"{math.exp(middle):.1f}"
+    if half is not None:
+        text += f" ({math.exp(middle - half):.1f} to {math.exp(middle + half):.1f})"
+    return f"{text}, ends at {min(ends):,} tokens"
+
+
+def all_runs(records: Sequence[Record]) -> str:
+    """Tabulate the first seed's runs, headline arms first, then the ablations by their name."""
+    order = list(HEADLINE)
+    runs = [record for record in records if record["run"]["seed"] == 0]
+    runs.sort(key=lambda r: order.index(r["run"]["arm"]) if r["run"]["arm"] in order else 9)
+    names = list(runs[0]["points"][0]["losses"]) if runs else []
+    rows = []
+    for record in runs:
+        run, curve = record["run"], record["curve"]
+        label = run["arm"] + ("" if run["lr"] == RATE else f", lr {run['lr']:g}")
+        cells = [f"{mean(curve[tokens]):.2f}" if tokens in curve else "–" for tokens in SHOWN]
+        last = curve[max(tokens for tokens in SHOWN if tokens in curve)]
+        rows.append([label, *cells, *(f"{last[name]:.2f}" for name in names)])
+    return table(["arm", *(f"{tokens:,}" for tokens in SHOWN), *names], rows)
+
+
+def gaps(runs: dict[str, dict[int, Record]], number: int = 3) -> list[str]:
+    """Show gaps of held-out texts as the arms fill them."""
+    found = [of[0] for of in runs.values() if 0 in of and "infilled" in of[0]]
+    blocks = []
+    for i in range(number if found else 0):
+        example = found[0]["infilled"][i]
+        lines = [f"text      {example['source']!r}", f"expected  {example['expected']!r}"]
+        for record in found:
+            tokens = record["points"][-1]["tokens"]
+            lines.append(f"{record['run']['arm']}, {tokens:,} tokens:")
+            lines.append(f"          {record['infilled'][i]['generated'][:300]!r}")
+        blocks.append("\n".join(["```", *lines, "```"]))
+    return ["Gaps of held-out texts, filled greedily:", *blocks] if blocks else []
+
+
+def origin(records: Sequence[Record]) -> str:
+    """Say which commit and machine the figures are from."""
+    seconds = sum(record["points"][-1]["processor seconds"] for record in records)
+    lines = [f"{len(records)} runs, {seconds / 3600:.1f} processor hours of training."]
+    for field in ("commit", "hardware"):
+        counts = Counter(str(record["provenance"].get(field)) for record in records)
+        shown = "; ".join(f"`{value}` ({n})" for value, n in counts.items())
+        lines.append(f"{field.capitalize()}: {shown}.")
+    return "\n".join(lines)
+
+
+def plot(records: Sequence[Record]) -> str:
+    """Draw learning curves with intervals over seeds; the start stands at half the first point."""
+    panels: dict[str, Callable] = {"mean of five denoisers": mean}
+    panels |= {"R1": lambda losses: losses["R1"], "S": lambda losses: losses["S"]}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        for axes, (title, score) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            for arm, color in HEADLINE.items():
+                runs = by_seed(records, arm).values()
+                points: dict[int, list[float]] = {}
+                for run in runs:
+                    for tokens, losses in run["curve"].items():
+                        points.setdefault(tokens or 1024, []).append(score(losses))
+                means = [statistics.fmean(values) for values in points.values()]
+                halves = [interval(values) or 0.0 for values in points.values()]
+                axes.errorbar(list(points), means, halves, fmt=".-", color=color, label=arm)
+            axes.set_title(title)
+            axes.set_xscale("log", base=2)
+            axes.set_xlabel("tokens")
+        figure.axes[0].set_ylabel("held-out nats per target token")
+        figure.axes[0].legend(fontsize=8)
+        return svg(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,288 @@
+"""Measure what it is worth that an adapted decoder begins as the language model that it was.
+
+    python experiments/adaptation/run.py --parent FOLDER --minutes 20
+
+A trained language model becomes an encoder-decoder and is trained with UL2: a run for each arm,
+learning rate and seed in the queue of settings.yaml, all on the same rows in the same order. The
+rate is constant and the held-out loss is measured at powers of two, so that any run can be taken
+further. What is finished is not done again; a run that is stopped continues from its state, of
+which at most `save_minutes` are lost. Several of these processes share the queue. `--check`
+repeats the beginning of a committed run and compares. See docs/results.md.
+"""
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).parent
+ROOT = HERE.parent.parent
+if __name__ == "__main__":
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import yaml  # noqa: E402
+from experiments.adaptation.arms import Arm, install  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
+
+from qwen3_encdec import folders  # noqa: E402
+from qwen3_encdec.conversion.initialize import initialize  # noqa: E402
+from qwen3_encdec.data.collate import collate_masked_rows, collate_rows, mask_token_id  # noqa: E402
+from qwen3_encdec.data.config import DataConfig  # noqa: E402
+from qwen3_encdec.data.stream import RowLoader, UL2Data  # noqa: E402
+from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples  # noqa: E402
+from qwen3_encdec.evaluation.suite import provenance  # noqa: E402
+from qwen3_encdec.training import optimization  # noqa: E402
+from qwen3_encdec.training.config import TrainingConfig  # noqa: E402
+
+Settings = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training: the arm's name, the rate of its weights and the seed of its data."""
+
+    arm: str
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of the run's files."""
+        return f"{self.arm.replace(', ', '_').replace(' ', '-')}_{self.lr:g}_{self.seed}"
+
+
+class Training:
+    """A run under way: model, optimizer and data, and the record of what has been measured."""
+
+    def __init__(self, run: Run, settings: Settings, init: Path, state: Path | None = None) -> None:
+        self.run, self.settings = run, settings
+        self.arm = Arm(**settings["arms"][run.arm])
+        self.model = folders.load_model(init).float().to(settings["device"])
+        self.tokenizer = folders.load_tokenizer(init)
+        install(self.model, self.tokenizer, self.arm)
+        self.config = TrainingConfig(
+            lr=run.lr,
+            source_gate_lr_multiplier=self.arm.gate_lr,
+            warmup_steps=settings["warmup_steps"],
+            max_steps=10**9,  # the rate does not decay
+            decay_fraction=0.0,
+        )
+        self.optimizer = optimization.build_optimizer(self.model, self.config)
+        self.data = UL2Data(DataConfig(**settings["data"], seed=run.seed), self.tokenizer)
+        self.heldout = self.data.heldout_examples(self.data.choose_heldout(settings["heldout"]))
+        self.step = self.tokens = 0
+        self.seconds = 0.0
+        self.points: list[dict[str, Any]] = []
+        position = None
+        if state is not None and state.exists():
+            position = self._load(state)
+        collate: Any = collate_rows
+        if self.arm.mntp:
+            masking = {"mask_id": mask_token_id(self.tokenizer), "kept_ids": self.data.kept_ids}
+            collate = partial(collate_masked_rows, probability=0.2, **masking)
+        loading = {name: settings[name] for name in ("batch_size", "num_workers")}
+        self.loader = RowLoader(self.data, collate=collate, state=position, **loading)
+        self.batches = iter(self.loader)
+
+    def advance(self) -> None:
+        """Make one optimizer step."""
+        began = time.process_time()
+        batch = next(self.batches)
+        del batch["denoiser"]
+        batch = {k: v.to(self.model.device) if torch.is_tensor(v) else v for k, v in batch.items()}
+        if self.arm.mntp:
+            batch["encoder_loss_weight"] = self.arm.mntp
+        with self._precision():
+            loss = self.model.train()(**batch).loss
+        loss.backward()
+        if self.tokens < self.arm.frozen_tokens:
+            for name, parameter in self.model.model.decoder.named_parameters():
+                if not name.endswith("source_gate"):
+                    parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
+        self.step += 1
+        rate = optimization.learning_rate(self.step, self.config)
+        optimization.set_learning_rate(self.optimizer, rate)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.tokens += batch["input_ids"].numel() + batch["labels"].numel()
+        self.seconds += time.process_time() - began
+
+    def measure(self) -> None:
+        """Add a point to the learning curve."""
+        names = [denoiser.name for denoiser in self.data.config.denoisers]
+        with self._precision():
+            losses = denoising_losses(self.model, self.heldout, denoiser_names=names)
+        losses = {name: round(loss, 4) for name, loss in losses.items()}
+        gates = [layer.self_attn.source_gate.data for layer in self.model.model.decoder.layers]
+        gate = round(float(torch.cat(gates).abs().mean()), 4)
+        point = {"tokens": self.tokens, "steps": self.step, "losses": losses, "mean |gate|": gate}
+        self.points.append(point | {"processor seconds": round(self.seconds, 1)})
+        print(f"{self.run.name} {self.tokens:,} {losses}", flush=True)
+
+    def record(self, infill: bool = False) -> dict[str, Any]:
+        """Return everything that the report reads; filled gaps too where the arm has a cache."""
+        others = ("arms", "queue", "check")
+        record = {
+            "run": asdict(self.run),
+            "arm": asdict(self.arm),
+            "settings": {k: value for k, value in self.settings.items() if k not in others},
+            "data": self.data.fingerprint,
+            "tokens": self.tokens,
+            "points": self.points,
+            "provenance": provenance(threads=torch.get_num_threads()),
+        }
+        if infill and self.arm.merge == "softmax":
+            gaps = self.heldout, self.settings["infilled"]
+            with self._precision():
+                record["infilled"] = infill_examples(self.model, self.tokenizer, *gaps)["examples"]
+        return record
+
+    def save(self, folder: Path) -> None:
+        """Write the state in place of the one before."""
+        parameters = dict(self.model.named_parameters())
+        tensors = {f"weight {name}": parameter.data for name, parameter in parameters.items()}
+        for name, parameter in parameters.items():
+            moments = self.optimizer.state.get(parameter, {})
+            tensors |= {f"{part} {name}": tensor for part, tensor in moments.items()}
+        kept = {name: getattr(self, name) for name in ("step", "tokens", "seconds", "points")}
+        with folders.new_folder(folder, "state") as building:
+            save_file(tensors, building / "state.safetensors")
+            folders.write_json(building / "state.json", [kept, self.loader.state_dict()])
+
+    def _load(self, folder: Path) -> Any:
+        """Take over a saved state. Returns the position in the data."""
+        kept, position = folders.read_json(folder / "state.json")
+        vars(self).update(kept)
+        parameters = dict(self.model.named_parameters())
+        for key, tensor in load_file(folder / "state.safetensors").items():
+            part, name = key.split(" ")
+            if part == "weight":
+                parameters[name].data.copy_(tensor)
+            else:
+                self.optimizer.state[parameters[name]][part] = tensor.to(self.model.device)
+        return position
+
+    def _precision(self) -> Any:
+        enabled = self.settings["precision"] == "bf16"
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
+
+
+def train(run: Run, tokens: int, last: bool, settings: Settings, arguments: Any) -> None:
+    """Take a run to so many tokens, or as far as time allows."""
+    state, results = arguments.runs / run.name, arguments.results / f"{run.name}.json"
+    training = Training(run, settings, arguments.runs / "init", state)
+    if not training.points:
+        training.measure()
+    saved = time.monotonic()
+    while training.tokens < tokens and time.monotonic() < arguments.deadline:
+        training.advance()
+        following = 2 * power(training.points[-1]["tokens"])
+        if training.tokens >= max(following, settings["first_point"]):
+            training.measure()
+            folders.write_json(results, training.record())
+        if time.monotonic() - saved > 60 * settings["save_minutes"]:
+            training.save(state)
+            saved = time.monotonic()
+    done = training.tokens >= tokens
+    if done:
+        folders.write_json(results, training.record(infill=True))
+    if done and last:
+        shutil.rmtree(state, ignore_errors=True)
+    else:
+        training.save(state)
+
+
+def power(tokens: int) -> int:
+    """Return the largest power of two up to so many tokens; 0 of 0."""
+    return 1 << (tokens.bit_length() - 1) if tokens else 0
+
+
+def queue(settings: Settings) -> Iterator[tuple[Run, int, bool]]:
+    """Yield run, tokens and whether the run ends there, in the order of settings.yaml."""
+    stages = [
+        (Run(arm, lr, seed), stage["tokens"])
+        for stage in settings["queue"]
+        for seed in stage["seeds"]
+        for lr in stage["lr"]
+        for arm in stage["arms"]
+    ]
+    ends: dict[Run, int] = {}
+    for run, tokens in stages:
+        ends[run] = max(tokens, ends.get(run, 0))
+    for run, tokens in stages:
+        yield run, tokens, tokens == ends[run]
+
+
+def walk(settings: Settings, arguments: Any) -> None:
+    """Do what is unfinished and not another process' work, one run after another."""
+    for run, tokens, last in queue(settings):
+        results = arguments.results / f"{run.name}.json"
+        with (arguments.runs / f"{run.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                continue
+            if not results.exists() or folders.read_json(results)["tokens"] < tokens:
+                train(run, tokens, last, settings, arguments)
+        if time.monotonic() >= arguments.deadline:
+            return
+
+
+def check(settings: Settings, init: Path, results: Path) -> None:
+    """Repeat the beginning of a committed run; exit with 1 if a loss differs by too much."""
+    wanted = settings["check"]
+    run = Run(wanted["arm"], wanted["lr"], wanted["seed"])
+    committed = folders.read_json(results / f"{run.name}.json")
+    training = Training(run, settings, init)
+    if training.data.fingerprint != committed["data"]:
+        raise SystemExit("another corpus: other packages are installed, or other versions of them")
+    worst = 0.0
+    for expected in committed["points"][: wanted["points"]]:
+        while training.tokens < expected["tokens"]:
+            training.advance()
+        training.measure()
+        losses = training.points[-1]["losses"]
+        worst = max(worst, *(abs(losses[name] - x) for name, x in expected["losses"].items()))
+    print(f"largest difference {worst:.4f} nats, allowed {wanted['tolerance']}")
+    raise SystemExit(int(worst > wanted["tolerance"]))
+
+
+def main() -> None:
+    """Work on the queue, or check."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--parent", type=Path, help="Qwen3 folder; the first call needs it")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after these")
+    parser.add_argument("--check", action="store_true", help="repeat a committed beginning")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="settings' block")
+    parser.add_argument("--results", type=Path, default=HERE / "results", help="JSON, committed")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "adaptation", help="weights")
+    arguments = parser.parse_args()
+    plan = yaml.safe_load((HERE / "settings.yaml").read_text(encoding="utf-8"))
+    settings = {**plan[arguments.device], "arms": plan["arms"], "device": arguments.device}
+    arguments.deadline = time.monotonic() + 60 * arguments.minutes
+    signal.signal(signal.SIGTERM, lambda *_: setattr(arguments, "deadline", 0.0))
+    arguments.results.mkdir(parents=True, exist_ok=True)
+    init = arguments.runs / "init"
+    if not init.exists():
+        print(initialize(arguments.parent, init), flush=True)
+    if arguments.check:
+        check(settings, init, arguments.results)
+    walk(settings, arguments)
+
+
+if __name__ == "__main__":
+    main()

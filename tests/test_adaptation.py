@@ -1,0 +1,150 @@
+"""The adaptation experiment on a toy pair: what the arms compute, and runs that are continued."""
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from experiments.adaptation import report, run
+from experiments.adaptation.arms import Arm
+
+from qwen3_encdec.folders import load_model
+
+PLAN = yaml.safe_load((Path(run.__file__).parent / "settings.yaml").read_text())
+TEXTS = [f"Text number {i} says that {i * i} is the square of {i}." * 3 for i in range(60)]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    for name, word in (("train", "Text"), ("heldout", "Piece")):
+        (tmp_path / f"{name}.txt").write_text("\n".join(TEXTS).replace("Text", word))
+    data = {"source_length": 48, "target_length": 48, "streams": 4}
+    data |= {"inputs": [str(tmp_path / "train.txt")]}
+    data |= {"heldout_inputs": [str(tmp_path / "heldout.txt")]}
+    toy = {"precision": "no", "heldout": 2, "infilled": 1, "first_point": 256, "save_minutes": 0.0}
+    return {**PLAN["cpu"], **toy, "arms": dict(PLAN["arms"]), "device": "cpu", "data": data}
+
+
+def start(settings, init_folder, name="arm", **arm):
+    if arm:
+        settings["arms"][name] = arm
+    training = run.Training(run.Run(name, 1e-3, 0), settings, init_folder)
+    training.measure()
+    return training
+
+
+def losses(training):
+    training.measure()
+    return torch.tensor(list(training.points[-1]["losses"].values()))
+
+
+def close(a, b):
+    return torch.allclose(losses(a), losses(b), atol=2e-4)  # records have four places
+
+
+@pytest.mark.parametrize("name", PLAN["arms"])
+def test_every_arm_trains_and_only_gated_ones_have_a_gate(name, settings, init_folder):
+    training = start(settings, init_folder, name)
+    before = {n: p.clone() for n, p in training.model.named_parameters()}
+    training.advance()
+    training.advance()
+    moved = {n for n, p in training.model.named_parameters() if not torch.equal(p, before[n])}
+    gates = {n for n in before if n.endswith("source_gate")}
+    gated = training.arm.gate != "none" or training.arm.merge != "softmax"
+    assert moved >= gates if gated else not moved & gates
+    frozen = "model.decoder.layers.0.mlp.up_proj.weight" not in moved
+    assert frozen == (training.arm.frozen_tokens > 0)
+    assert "model.encoder.layers.0.mlp.up_proj.weight" in moved
+
+
+def test_arms_agree_where_their_definitions_do(settings, init_folder):
+    scaled = start(settings, init_folder, "scaled values")
+    for same in ({"merge": "bias"}, {"merge": "blend", "start": 1.0}, {"gate": "head", "start": 1}):
+        assert close(scaled, start(settings, init_folder, **same)), same
+    others: list[dict] = [{"merge": "add", "start": 1.0}, {"merge": "bias", "start": 1}]
+    for other in (*others, {"values": "raw"}, {"rotated": True}):
+        assert not close(scaled, start(settings, init_folder, **other)), other
+    own = start(settings, init_folder, keys="raw", gate="head")
+    reference = start(settings, init_folder, keys="raw", gate="head")
+    reference.model = load_model(init_folder)
+    assert close(own, reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "exact"), [("blend", True), ("add", True), ("scaled values, gate", False)]
+)
+def test_an_exact_start_does_not_see_the_source(name, exact, settings, init_folder):
+    training = start(settings, init_folder, name)
+    before = losses(training)
+    training.model.model.encoder.norm.weight.data.copy_(torch.arange(40) - 20.0)
+    assert torch.equal(before, losses(training)) == exact
+
+
+def test_a_stopped_run_continues_as_if_it_had_not(settings, init_folder, tmp_path):
+    def walk(folder, deadlines, tokens=2100):
+        arguments = SimpleNamespace(results=tmp_path / folder, runs=tmp_path / folder / "runs")
+        arguments.runs.mkdir(parents=True, exist_ok=True)
+        if not (arguments.runs / "init").exists():
+            (arguments.runs / "init").symlink_to(init_folder)
+        stages = {"arms": ["scaled values, gate", "blend"], "lr": [1e-3], "seeds": [0]}
+        settings["queue"] = [{**stages, "tokens": 1000}, {**stages, "tokens": tokens}]
+        for arguments.deadline in deadlines:
+            run.walk(settings, arguments)
+        return arguments
+
+    class Soon(float):
+        """A deadline that comes after a few questions."""
+
+        left = 5
+
+        def __gt__(self, now):
+            self.left -= 1
+            return self.left > 0
+
+        def __le__(self, now):
+            return self.left <= 0
+
+    straight = walk("straight", [math.inf])
+    stopped = walk("stopped", [*(Soon() for _ in range(12)), math.inf])
+    for file in sorted(straight.results.glob("*.json")):
+        pair = [json.loads((a.results / file.name).read_text()) for a in (straight, stopped)]
+        points = [
+            [{k: v for k, v in point.items() if "seconds" not in k} for point in record["points"]]
+            for record in pair
+        ]
+        assert points[0] == points[1]
+        assert [run.power(p["tokens"]) for p in points[0]] == [0, 256, 512, 1024, 2048]
+        assert not (stopped.runs / file.stem).exists()
+        assert ("infilled" in pair[0]) == ("gate" in file.stem)
+    times = {file: file.stat().st_mtime_ns for file in straight.results.glob("*.json")}
+    walk("straight", [math.inf])
+    assert times == {file: file.stat().st_mtime_ns for file in times}
+    text = report.tables(report.read(straight.results))
+    assert "scaled values, gate" in text
+    assert "not run" in text
+    assert report.plot(report.read(straight.results)).startswith("<?xml")
+
+
+def test_the_tokens_ratio_is_read_off_the_curve():
+    curve = {0: {"R": 9.0}, 2048: {"R": 8.0}, 4096: {"R": 6.0}, 8192: {"R": 5.0}}
+    assert report.crossing(curve, 7.0) == pytest.approx(2048 * 2**0.5)
+    assert report.crossing(curve, 8.5) == 2048
+    assert report.crossing(curve, 4.0) is None
+    assert report.crossing(curve, 9.5) == 0
+    assert report.ratio([8192, 8192], [0, 4096]).startswith("there before its first step")
+    assert report.ratio([8192, 8192], [2048, 4096]).startswith("2.8 (")
+    assert report.ratio([8192], [None]) == "not reached by every seed"
+
+
+def test_the_settings_are_consistent():
+    for arm in PLAN["arms"].values():
+        assert dataclasses.asdict(Arm(**arm)).items() >= arm.items()
+    for device in ("cpu", "cuda"):
+        runs = list(run.queue(PLAN[device]))
+        assert {r.arm for r, _, _ in runs} <= set(PLAN["arms"])
+        assert {r for r, _, last in runs if last} == {r for r, _, _ in runs}
+    assert set(report.HEADLINE) <= set(PLAN["arms"])

@@ -39,7 +39,7 @@ def own_cache(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"inputs": []}, r"data.inputs=\[\] is not a list"),
+        ({"inputs": []}, "data.inputs is empty"),
         ({"preset": "ul3"}, "preset 'ul3'"),
         ({"source_length": 1}, "data.source_length=1"),
         ({"source_length": 12, "target_length": 12}, "data.min_tokens=8 is more than half"),
@@ -60,7 +60,19 @@ def test_too_few_sentinels_stop_the_stream_before_it_reads():
 
 
 def test_analysis(tmp_path, tokenizer):
-    words = ["shares", "lengths", "rates", "and", "efficiency", "are", "measured", "on", "the", "stream", "itself"]
+    words = [
+        "shares",
+        "lengths",
+        "rates",
+        "and",
+        "efficiency",
+        "are",
+        "measured",
+        "on",
+        "the",
+        "stream",
+        "itself",
+    ]
     texts = [" ".join(words[(i * j) % 11] for j in range(5 + i % 90)) for i in range(900)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = DataConfig(inputs=[str(tmp_path)], source_length=256, target_length=128)

@@ -76,9 +76,7 @@ class DataConfig:
                 raise InputError(f"data.{name}={getattr(self, name)} is below {least}")
         for source in self.sources:
             if not isinstance(source.inputs, list) or not source.inputs:
-                raise InputError(
-                    f"data.inputs={source.inputs!r} is not a list of at least one input"
-                )
+                raise InputError(f"data.inputs is empty or not a list: {source.inputs!r}")
             if not isinstance(source.weight, int | float) or not 0 < source.weight < inf:
                 raise InputError(
                     f"data.mixture: weight={source.weight!r} of {source.name} is not above 0"
@@ -133,6 +131,8 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
     if isinstance(preset, str) and not preset.endswith((".yaml", ".yml")):
         raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
     listed = read_yaml(preset, "preset") if isinstance(preset, str) else preset
+    if isinstance(listed, str):
+        raise InputError(f"preset {preset!r} is not a list of denoisers")
     try:
         denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in listed)
     except TypeError as error:

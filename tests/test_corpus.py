@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen3_encdec.data import corpus as module
-from qwen3_encdec.data.corpus import LinesFile, open_corpus
+from qwen3_encdec.data.config import DataConfig, Source
+from qwen3_encdec.data.corpus import Corpus, File, open_corpus
 from qwen3_encdec.folders import InputError
 
 
@@ -22,12 +23,16 @@ from qwen3_encdec.folders import InputError
 def own_cache(tmp_path_factory, monkeypatch):
     cache = tmp_path_factory.mktemp("cache")
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    return cache
+    return cache / "qwen3-encdec"
+
+
+def opened(*inputs, column="text", cache_gib=1.0) -> Corpus:
+    source = Source(list(map(str, inputs)), text_column=column)
+    return open_corpus(source, DataConfig(cache_gib=cache_gib))
 
 
 def read(*inputs, **options) -> list[str]:
-    corpus = open_corpus(list(map(str, inputs)), **options)
-    return [document.content for document in corpus.documents()]
+    return [document.content for document in opened(*inputs, **options).documents()]
 
 
 def lines(*texts: str) -> str:
@@ -41,15 +46,15 @@ def test_files_folders_and_globs(tmp_path):
     (tmp_path / "notes.md").write_text("not read")
     (tmp_path / "c.txt.gz").write_bytes(gzip.compress(b"seven"))
     expected = ["three", "four", "seven", "five", "", "\ufffd six"]
-    assert read(tmp_path, text_column="body") == expected
+    assert read(tmp_path, column="body") == expected
     assert read(tmp_path / "*.txt*", tmp_path / "b.txt") == ["three", "four", "seven"]
     # A glob that matches a folder reads the folder.
-    assert read(tmp_path / "s*", text_column="body") == ["five", "", "\ufffd six"]
-    assert open_corpus([str(tmp_path)]).passed_over == [f"{tmp_path}/notes.md (no known kind)"]
+    assert read(tmp_path / "s*", column="body") == ["five", "", "\ufffd six"]
+    assert opened(tmp_path, column="body").passed_over == [f"{tmp_path}/notes.md (no known kind)"]
 
 
-@pytest.mark.parametrize("cache_bytes", [2**30, 0], ids=["unpacked", "streamed"])
-def test_every_kind_of_file(tmp_path, cache_bytes, own_cache):
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["unpacked", "streamed"])
+def test_every_kind_of_file(tmp_path, cache_gib, own_cache):
     texts = ["one, with a comma", 'two\nwith a line and "quotes"', "three Ü"]
     packings = {"": bytes, "gz": gzip.compress, "BZ2": bz2.compress, "xz": lzma.compress}
     for suffix, pack in packings.items():
@@ -62,15 +67,14 @@ def test_every_kind_of_file(tmp_path, cache_bytes, own_cache):
     (tmp_path / "c.json").write_text(lines(*texts))
     column = pa.array(texts).dictionary_encode()
     pq.write_table(pa.table({"text": column, "n": [1, 2, 3]}), tmp_path / "d.parquet")
-    assert sorted(read(tmp_path, cache_bytes=cache_bytes)) == sorted(texts * 9)
-    unpacked = list((own_cache / "qwen3-encdec/texts").glob("*.parquet"))
-    assert len(unpacked) == (6 if cache_bytes else 0)
+    assert sorted(read(tmp_path, cache_gib=cache_gib)) == sorted(texts * 9)
+    unpacked = {file: file.stat().st_mtime_ns for file in own_cache.glob("*.jsonl")}
+    assert len(unpacked) == (7 if cache_gib else 0)
     # Unpacked once; again when a file has changed.
-    times = [file.stat().st_mtime_ns for file in unpacked]
-    read(tmp_path, cache_bytes=cache_bytes)
-    assert [file.stat().st_mtime_ns for file in unpacked] == times
+    read(tmp_path, cache_gib=cache_gib)
+    assert {file: file.stat().st_mtime_ns for file in own_cache.glob("*.jsonl")} == unpacked
     (tmp_path / "b.json").write_text(json.dumps([{"text": "changed"}]))
-    assert "changed" in read(tmp_path, cache_bytes=cache_bytes)
+    assert "changed" in read(tmp_path, cache_gib=cache_gib)
 
 
 def test_links_and_hidden_folders(tmp_path):
@@ -82,78 +86,61 @@ def test_links_and_hidden_folders(tmp_path):
     (tmp_path / "elsewhere/b.txt").write_text("behind a link")
     (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "elsewhere")
-    corpus = open_corpus([str(tmp_path / "data")])
-    assert [document.content for document in corpus.documents()] == ["plain", "behind a link"]
-    assert len(corpus.passed_over) == 3
+    assert read(tmp_path / "data") == ["plain", "behind a link"]
+    assert len(opened(tmp_path / "data").passed_over) == 3
 
 
-def write_bad(folder, kind: str) -> str:
-    """Make a corpus with one fault; returns its path."""
-    path = folder / f"bad.{kind.split('-')[0]}"
-    good = '{"text": "fine"}\n' * 2000
-    array = pa.array(["fine"])
-    made = {
-        "jsonl-broken": good + '{"text": "fi\n' + good,
-        "jsonl-column": '{"body": "x", "id": 3}\n',
-        "jsonl-number": '{"text": 3}\n',
-        "jsonl-list": good + "[1]\n",
-        "json-array": json.dumps([{"text": "fine"}, {"body": "x"}]),
-        "csv-column": "id,body\n1,x\n",
-        "txt-bytes": b"fine\n" * 3 + b"caf\xe9\n",
-        "jsonl.gz-broken": gzip.compress(good.encode() + b"{"),
-        "jsonl.gz-cut": gzip.compress(good.encode() * 9)[:-300],
-        "jsonl.zst-plain": good,
-        "parquet-plain": good,
-        "txt-empty": "",
-        "arrow-unknown": "x",
-    }
-    tables = {
-        "parquet-column": pa.table({"body": ["x"], "id": [1]}),
-        "parquet-number": pa.table({"text": [1]}),
-        "parquet-twice": pa.Table.from_arrays([array, array], names=["text", "text"]),
-    }
-    if kind in made:
-        content = made[kind]
-        path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    elif kind in tables:
-        pq.write_table(tables[kind], path)
-    elif kind == "parquet-bytes":
-        offsets = pa.py_buffer(np.array([0, 4, 8, 12], np.int32).tobytes())
-        buffers = [None, offsets, pa.py_buffer(b"fineca\xe9sfine")]
-        words = pa.Array.from_buffers(pa.string(), 3, buffers)
-        table = pa.table({"text": pa.chunked_array([["fine"] * 5, words])})
-        pq.write_table(table, path, row_group_size=4)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("kind", "message"),
-    [
-        ("jsonl-broken", r"bad.jsonl line 2001: not valid JSON"),
-        ("jsonl-column", r"bad.jsonl line 1: no column 'text'; there is body, id"),
-        ("jsonl-number", r"line 1: column 'text' is a int, not a text"),
-        ("jsonl-list", r"line 2001: no column 'text'; there is a list"),
-        ("json-array", r"bad.json item 2: no column 'text'; there is body"),
-        ("csv-column", r"bad.csv row 1: no column 'text'; there is id, body"),
-        ("txt-bytes", r"bad.txt line 4: not valid UTF-8"),
-        ("jsonl.gz-broken", r"bad.jsonl.gz line 2001: not valid JSON"),
-        ("jsonl.gz-cut", r"bad.jsonl.gz after line \d+: Truncated compressed stream"),
-        ("jsonl.zst-plain", r"bad.jsonl.zst after line 0: "),
-        ("parquet-plain", r"bad.parquet: "),
-        ("parquet-column", r"no column 'text'; there is body, id"),
-        ("parquet-twice", r"more than one column 'text'"),
-        ("parquet-number", r"column 'text' is int64, not a text"),
-        ("parquet-bytes", r"bad.parquet row group 1 row 3: not valid UTF-8"),
-        ("txt-empty", r"the corpus is empty"),
-        ("arrow-unknown", r"bad.arrow is not .jsonl"),
+GOOD = '{"text": "fine"}\n' * 2000
+FINE = pa.array(["fine"])
+BAD = {
+    "a.jsonl": [
+        (GOOD + '{"text": "fi\n' + GOOD, r"a.jsonl line 2001: not valid JSON"),
+        ('{"body": "x", "id": 3}\n', r"line 1: no column 'text'; there is body, id"),
+        ('{"text": 3}\n', r"line 1: column 'text' is a int, not a text"),
+        (GOOD + "[1]\n", r"line 2001: no column 'text'; there is a list"),
     ],
+    "a.json": [(json.dumps([{"text": "fine"}, {"body": "x"}]), r"line 2: no column 'text'")],
+    "a.csv": [("id,body\n1,x\n", r"a.csv line 1: no column 'text'; there is id, body")],
+    "a.txt": [(b"fine\n" * 3 + b"caf\xe9\n", r"a.txt line 4: 'utf-8' codec"), ("", r"is empty")],
+    "a.jsonl.gz": [
+        (gzip.compress(GOOD.encode() + b"{"), r"a.jsonl.gz line 2001: not valid JSON"),
+        (gzip.compress(GOOD.encode() * 9)[:-30], r"a.jsonl.gz: Compressed file ended before"),
+    ],
+    "a.jsonl.zst": [(GOOD, r"a.jsonl.zst: ")],
+    "a.parquet": [
+        (GOOD, r"a.parquet: "),
+        (pa.table({"body": ["x"], "id": [1]}), r"no column 'text'; there is body, id"),
+        (pa.Table.from_arrays([FINE, FINE], names=["text", "text"]), "more than one column 'text'"),
+        (pa.table({"text": [1]}), r"column 'text' is int64, not a text"),
+    ],
+    "a.arrow": [("x", r"a.arrow is not .jsonl")],
+}
+
+
+@pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["unpacked", "streamed"])
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [(name, *case) for name, cases in BAD.items() for case in cases],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 12 else "",
 )
-@pytest.mark.parametrize("cache_bytes", [2**30, 0], ids=["unpacked", "streamed"])
-def test_bad_files_are_named(tmp_path, kind, message, cache_bytes, own_cache):
+def test_bad_files_are_named(tmp_path, name, content, message, cache_gib, own_cache):
+    path = tmp_path / name
+    if isinstance(content, pa.Table):
+        pq.write_table(content, path)
+    else:
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(InputError, match=message) as caught:
-        read(write_bad(tmp_path, kind), cache_bytes=cache_bytes)
+        read(path, cache_gib=cache_gib)
     assert "\n" not in str(caught.value)
-    assert not list((own_cache / "qwen3-encdec").rglob("*.parquet"))
+
+
+def test_parquet_bytes_that_are_no_text(tmp_path):
+    offsets = pa.py_buffer(np.array([0, 4, 8, 12], np.int32).tobytes())
+    words = pa.Array.from_buffers(pa.string(), 3, [None, offsets, pa.py_buffer(b"fineca\xe9sfine")])
+    table = pa.table({"text": pa.chunked_array([["fine"] * 5, words])})
+    pq.write_table(table, tmp_path / "a.parquet", row_group_size=4)
+    with pytest.raises(InputError, match=r"a.parquet row group 1: 'utf-8' codec"):
+        read(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -161,14 +148,13 @@ def test_bad_files_are_named(tmp_path, kind, message, cache_bytes, own_cache):
 )
 def test_missing_inputs_are_named(name):
     with pytest.raises(InputError, match=f"input '{name.replace('*', '[*]')}': no such file"):
-        open_corpus([name])
+        opened(name)
 
 
 def test_a_folder_without_a_known_file(tmp_path):
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/a.pdf").write_text("x")
+    (tmp_path / "a.pdf").write_text("x")
     with pytest.raises(InputError, match=r"no file in it is .jsonl"):
-        open_corpus([str(tmp_path / "x")])
+        opened(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["a.txt", "a.parquet"])
@@ -181,7 +167,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, name):
             pq.write_table(pa.table({"text": texts}), tmp_path / name, row_group_size=100)
 
     write(3000)
-    corpus = open_corpus([str(tmp_path / name)])
+    corpus = opened(tmp_path / name)
     assert len(list(corpus.documents())) == 3000
     write(150)
     with pytest.raises(InputError, match=rf"{name} (has become shorter|row group)"):
@@ -191,35 +177,31 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, name):
         list(corpus.documents())
 
 
-@pytest.mark.parametrize("block_bytes", [1, 7, 64, 1000, 10**6])
-def test_blocks_partition_a_file_at_any_size(tmp_path, block_bytes):
+@pytest.mark.parametrize("num_blocks", [1, 7, 64, 1000, 10**4])
+def test_blocks_partition_a_file_at_any_size(tmp_path, num_blocks):
     texts = [f"line {i} " + "ü" * (i % 40) for i in range(200)] + ["x" * 5000, "last"]
-    (tmp_path / "a.txt").write_text("\n".join(texts))
-    size = (tmp_path / "a.txt").stat().st_size
-    file = LinesFile(str(tmp_path / "a.txt"), size, None, block_bytes)
-    blocks = range(file.num_blocks)
-    found = [file.parse(place).content for block in blocks for place in file.places(block)]
+    path = tmp_path / "a.txt"
+    path.write_text("\n".join(texts))
+    file = File(str(path), str(path), path.stat().st_size, num_blocks)
+    found = [document.content for block in range(num_blocks) for document in file.read(block)]
     assert found == texts
 
 
 def test_blocks_are_many_and_small(tmp_path):
     """A corpus of one file has blocks for all streams; one of repeated text none of 57 MB."""
     (tmp_path / "a.jsonl").write_text(lines(*(f"text {i}" * 9 for i in range(3000))))
-    assert open_corpus([str(tmp_path / "a.jsonl")]).num_blocks > 64 * 4
-    pq.write_table(
-        pa.table({"text": ["the same long text " * 60] * 50_000}), tmp_path / "b.parquet"
-    )
-    corpus = open_corpus([str(tmp_path / "b.parquet")])
-    file, block = corpus.block(0)
-    assert sum(len(place.raw.as_py()) for place in file.places(block)) < 3e6
+    assert opened(tmp_path / "a.jsonl").num_blocks > 64 * 4
+    table = pa.table({"text": ["the same long text " * 60] * 50_000})
+    pq.write_table(table, tmp_path / "b.parquet")
+    corpus = opened(tmp_path / "b.parquet")
+    assert sum(len(document.content) for document in corpus.read(0)) < 3e6
+    assert sum(1 for _ in corpus.documents()) == 50_000
 
 
 def test_a_line_of_eight_megabytes_is_read_once(tmp_path):
     (tmp_path / "a.jsonl").write_text(lines("word " * 1_600_000, *["short"] * 100))
     began = time.process_time()
-    corpus = open_corpus([str(tmp_path / "a.jsonl")])
-    found = [document.content for document in corpus.documents()]
-    assert [len(text) for text in found] == [8_000_000, *[5] * 100]
+    assert [len(text) for text in read(tmp_path)] == [8_000_000, *[5] * 100]
     assert time.process_time() - began < 2
 
 
@@ -227,27 +209,26 @@ def test_ten_thousand_files_open_in_a_moment(tmp_path):
     for number in range(10_000):
         (tmp_path / f"{number:05}.txt").write_text("one\n")
     began = time.process_time()
-    corpus = open_corpus([str(tmp_path)])
+    corpus = opened(tmp_path)
     assert time.process_time() - began < 2
     assert corpus.num_blocks == 10_000
 
 
 def test_the_fingerprint_knows_names_sizes_and_ends(tmp_path):
-    def fingerprint() -> int:
-        return open_corpus([str(tmp_path / "a")]).fingerprint()
+    def fingerprint(folder: str) -> int:
+        return opened(tmp_path / folder).fingerprint()
 
     (tmp_path / "a").mkdir()
     (tmp_path / "a/x.txt").write_text("one\ntwo\n")
-    first = fingerprint()
-    assert fingerprint() == first
+    first = fingerprint("a")
+    assert fingerprint("a") == first
     (tmp_path / "a/x.txt").write_text("one\nTWO\n")
-    second = fingerprint()
+    second = fingerprint("a")
     (tmp_path / "a/x.txt").rename(tmp_path / "a/y.txt")
-    assert len({first, second, fingerprint()}) == 3
+    third = fingerprint("a")
+    assert len({first, second, third}) == 3
     (tmp_path / "a").rename(tmp_path / "b")  # moved
-    third = open_corpus([str(tmp_path / "b")]).fingerprint()
-    assert third not in (first, second)
-    assert third == open_corpus([str(tmp_path / "b/y.txt")]).fingerprint()
+    assert fingerprint("b") == fingerprint("b/y.txt") == third
 
 
 def test_copies_have_one_key():

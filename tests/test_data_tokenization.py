@@ -6,7 +6,6 @@ import json
 import pickle
 import random
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -142,15 +141,3 @@ def test_long_texts_are_cut_where_words_end(tokenizer, monkeypatch):
     # The control: a cut within a word changes the ids.
     monkeypatch.setattr(tokenization, "_BORDER", tokenization.re.compile("(?<=[a-z])(?=[a-z])"))
     assert [encode(text).tolist() for text in texts] != whole
-
-
-def test_time_grows_with_length_alone(tokenizer):
-    encode = Encoder(tokenizer)
-    sentence = "A sentence of a very long document, 12 words or so, goes on.  "
-    times = []
-    for size in (2**16, 2**22):
-        text = sentence * (size // len(sentence))
-        began = time.process_time()
-        encode(text)
-        times.append((time.process_time() - began) / size)
-    assert times[1] < 3 * times[0]

@@ -1,7 +1,7 @@
 """The docstring corpus, on site-packages made for the test."""
 
 import json
-import sys
+from importlib.metadata import distributions
 from pathlib import Path
 
 import pytest
@@ -31,7 +31,8 @@ def site(tmp_path, monkeypatch):
     for name in names:
         doc = f"Summary line of {name} here.\n\n    The body of {name} is indented, {LONG}\n    "
         install(folder, name, {f"{name}/__init__.py": f'"""{doc}"""\n'})
-    monkeypatch.setattr(sys, "path", [str(folder)])
+    installed = lambda: distributions(path=[str(folder)])  # noqa: E731
+    monkeypatch.setattr(module, "distributions", installed)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     return folder
 
@@ -122,8 +123,9 @@ def test_the_split_is_by_package_and_never_changes(site):
 
 def test_the_order_is_the_same_from_scan_and_cache_and_new_versions_are_scanned(site, monkeypatch):
     first = package_docs("train")
-    (cache,) = (site.parent / "cache" / "qwen3-encdec").iterdir()
-    assert all(len(json.loads(line)) == 3 for line in cache.read_text().splitlines())
+    (cache,) = (site.parent / "cache" / "qwen3-encdec").glob("*-train.jsonl")
+    texts = [json.loads(line)["text"] for line in cache.read_text().splitlines()]
+    assert sorted(texts) == sorted(document.text for document in first) != texts
     with monkeypatch.context() as context:
         context.setattr(module, "_scan", lambda installed: pytest.fail("scanned again"))
         assert package_docs("train") == first

@@ -10,18 +10,17 @@ import sys
 import time
 from collections import Counter
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from rich.console import Console
 
 from qwen3_encdec import cli
 from qwen3_encdec.data import corpus as corpora
 from qwen3_encdec.data.analysis import analyze
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.prepare import Preparation, prepare
+from qwen3_encdec.data.prepare import prepare
 from qwen3_encdec.data.stream import UL2Data, rows
-from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.reports.data import write_page
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
@@ -79,25 +78,25 @@ def test_analysis(tmp_path, tokenizer):
     config = DataConfig(inputs=[str(tmp_path)], source_length=256, target_length=128)
     analysis = analyze(config, tokenizer, num_examples=10**6, show=1)
     drawn = list(rows(UL2Data(config, tokenizer), epochs=1))
-    assert analysis.counts["tokens"] == sum(p["tokens"] for p in last_positions(drawn))
-    assert (analysis.rows, analysis.examples) == (len(drawn), sum(len(r.examples) for r in drawn))
-    assert sum(d.example_share for d in analysis.denoisers) == pytest.approx(1)
-    assert sum(d.target_share for d in analysis.denoisers) == pytest.approx(1)
-    for denoiser in analysis.denoisers:
-        assert denoiser.corruption == pytest.approx(denoiser.nominal_corruption, abs=0.01)
-        assert denoiser.example_share == pytest.approx(denoiser.nominal_share, abs=0.08)
-        assert denoiser.source_length[1] <= 256
-        assert denoiser.target_length[1] <= 128
-    console = Console(record=True, width=110)
-    analysis.print(console)
-    printed = console.export_text()
+    tokens = sum(position["tokens"] for position in last_positions(drawn))
+    assert dict(analysis.totals)["tokens"].startswith(f"{tokens:,} in")
+    assert len(analysis.fills) == len(drawn)
+    assert sum(map(len, analysis.of_each)) == sum(len(row.examples) for row in drawn)
+    nominal, examples, targets = analysis.shares.T
+    assert sum(examples) == sum(targets) == pytest.approx(1)
+    assert examples == pytest.approx(nominal, abs=0.08)
+    sizes = np.concatenate(analysis.of_each)
+    assert (sizes[:, :2].max(axis=0) <= (256, 128)).all()
+    for denoiser, line in zip(config.denoisers, analysis.table[1], strict=True):
+        assert float(line[3].split()[0]) == pytest.approx(denoiser.corruption, abs=0.01)
+    printed = str(analysis)
     for word in ("R1", "X2", "filled", "<extra_id_0>", "<|im_end|>"):
         assert word in printed
 
     write_page(analysis, tmp_path / "report.html", {"tokenizer": "<here>"})
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg") == 2
-    for word in ("&lt;here&gt;", "&lt;extra_id_0&gt;", f"{analysis.rows:,} with"):
+    for word in ("&lt;here&gt;", "&lt;extra_id_0&gt;", f"{len(drawn):,} with"):
         assert word in page
     assert "<script" not in page
     assert "mathdefault" not in page
@@ -135,92 +134,75 @@ def last_positions(drawn) -> list[dict]:
     return list({(row.stream, row.corpus): row.position for row in drawn}.values())
 
 
-def examples_of(config, tokenizer) -> Counter:
+def config_of(folder, **changes) -> DataConfig:
+    return DataConfig(inputs=[str(folder)], source_length=128, target_length=96, **changes)
+
+
+def examples_of(folder, tokenizer) -> Counter:
     return Counter(
         (e.source.tobytes(), e.target.tobytes(), e.denoiser)
-        for row in rows(UL2Data(config, tokenizer), epochs=1)
+        for row in rows(UL2Data(config_of(folder), tokenizer), epochs=1)
         for e in row.examples
     )
+
+
+def prepared(config, tokenizer, output, **options) -> Counter:
+    counts = prepare(config, tokenizer, output, **{"processes": 1, **options})
+    assert counts["documents"] == counts["used"] + counts["short"] + counts["duplicate"]
+    return counts
 
 
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_prepared_corpus_gives_the_same_examples(
     corpus, tokenizer, tmp_path, processes, monkeypatch
 ):
-    counts = prepare(Preparation([str(corpus)]), tokenizer, tmp_path / "out", processes)
+    out = tmp_path / "out"
+    counts = prepared(config_of(corpus), tokenizer, out, processes=processes)
     assert counts["documents"] == 604
-    assert (
-        counts["documents"]
-        == counts["used"] + counts["short"] + counts["long"] + counts["duplicate"]
-    )
     assert counts["short"] >= 4
     assert not (tmp_path / "out.partial").exists()
-    assert len(list((tmp_path / "out").rglob("part-*.parquet"))) > 3
-    settings = {"source_length": 128, "target_length": 96}
-    text = DataConfig(inputs=[str(corpus)], **settings)
-    tokens = DataConfig(inputs=[str(tmp_path / "out")], **settings)
-    assert examples_of(tokens, tokenizer) == examples_of(text, tokenizer)
-    prepared = UL2Data(tokens, tokenizer)
-    line = prepared.report()[0]
+    assert len(list(out.rglob("part-*.parquet"))) > 3
+    assert examples_of(out, tokenizer) == examples_of(corpus, tokenizer)
+    line = UL2Data(config_of(out), tokenizer).report()[0]
     assert f"{counts['used']:,} documents, {counts['tokens']:,} tokens" in line
     # Any tool opens the folder, and the index spares opening its files.
-    assert pq.read_table(tmp_path / "out/data").num_rows == counts["used"]
+    assert pq.read_table(out / "data").num_rows == counts["used"]
     opened = []
     monkeypatch.setattr(corpora.pq, "ParquetFile", lambda *a, **b: opened.append(a))
-    UL2Data(tokens, tokenizer)
+    UL2Data(config_of(out), tokenizer)
     assert not opened
     monkeypatch.undo()
-    other = build_tokenizer(num_ranks=500)
     with pytest.raises(InputError, match="prepared with another tokenizer"):
-        UL2Data(tokens, other)
+        UL2Data(config_of(out), build_tokenizer(num_ranks=500))
     with pytest.raises(InputError, match="is tokenized already"):
-        prepare(Preparation([str(tmp_path / "out")]), tokenizer, tmp_path / "again", 1)
+        prepared(config_of(out), tokenizer, tmp_path / "again")
 
 
-def test_copies_and_lengths_are_filtered_and_counted(corpus, tokenizer, tmp_path):
-    plain = prepare(Preparation([str(corpus)], max_tokens=300), tokenizer, tmp_path / "plain", 1)
-    assert plain["long"] > 10
-    assert plain["duplicate"] == 0
-    prepare(Preparation([str(corpus)]), tokenizer, tmp_path / "whole", 1)
-    exact = prepare(
-        Preparation([str(corpus)], deduplicate="exact"), tokenizer, tmp_path / "exact", 1
-    )
+def test_copies_are_left_out_and_counted(corpus, tokenizer, tmp_path):
+    exact = prepared(config_of(corpus), tokenizer, tmp_path / "exact", deduplicate="exact")
     assert exact["duplicate"] == 10 + 1  # "a" twice
+    assert examples_of(tmp_path / "exact", tokenizer) < examples_of(corpus, tokenizer)
     pytest.importorskip("rensa")
-    alike = prepare(
-        Preparation([str(corpus)], deduplicate="minhash"), tokenizer, tmp_path / "alike", 1
-    )
+    alike = prepared(config_of(corpus), tokenizer, tmp_path / "alike", deduplicate="minhash")
     assert 14 <= alike["duplicate"] <= 16  # of five near copies the shortest may be too different
-    for counts in (plain, exact, alike):
-        assert (
-            counts["documents"]
-            == counts["used"] + counts["short"] + counts["long"] + counts["duplicate"]
-        )
-
-    def chunks(folder) -> Counter:
-        data = UL2Data(DataConfig(inputs=[str(folder)], heldout_every=10**9), tokenizer)
-        ids = {"sentinel_ids": data.sentinel_ids, "eos_id": data.eos_id}
-        return Counter(
-            (e.denoiser, uncorrupt(e.source, e.target, **ids).tobytes())
-            for row in rows(data, epochs=1)
-            for e in row.examples
-        )
-
-    assert chunks(tmp_path / "exact") < chunks(corpus) == chunks(tmp_path / "whole")
 
 
 def test_a_killed_preparation_goes_on_without_doing_finished_parts_again(
     corpus, tokenizer, tmp_path
 ):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    code = (
-        "import sys, time; from pathlib import Path; from transformers import PreTrainedTokenizerFast\n"
-        "from qwen3_encdec.data import prepare as p, corpus; corpus.BLOCK_BYTES = 3000\n"
-        "write = p._PartWriter.write\n"
-        "p._PartWriter.write = lambda *a: (time.sleep(0.3), write(*a))\n"
-        "from qwen3_encdec.folders import load_tokenizer\n"
-        "p.prepare(p.Preparation([sys.argv[1]]), load_tokenizer(sys.argv[2]), Path(sys.argv[3]), 1)"
-    )
+    code = """
+import sys, time
+from pathlib import Path
+from qwen3_encdec.data import corpus, prepare
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.folders import load_tokenizer
+corpus.BLOCK_BYTES = 3000
+write = prepare._write_part
+prepare._write_part = lambda *a: (time.sleep(0.3), write(*a))
+config = DataConfig(inputs=[sys.argv[1]])
+prepare.prepare(config, load_tokenizer(sys.argv[2]), Path(sys.argv[3]), processes=1)
+"""
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     process = subprocess.Popen([sys.executable, "-c", code, corpus, tmp_path / "tokenizer", out])
     deadline = time.monotonic() + 60
@@ -231,19 +213,15 @@ def test_a_killed_preparation_goes_on_without_doing_finished_parts_again(
     finished = {file.name: file.stat().st_mtime_ns for file in partial.rglob("part-*.parquet")}
     assert len(finished) >= 2
     assert not out.exists()
-    (partial / "data/part-00099-of-00100.parquet.tmp1").write_text(
-        "half a file of a process that is gone"
-    )
+    (partial / "data/part-00099-of-00100.parquet.tmp1").write_text("half a file, its process gone")
     with pytest.raises(InputError, match="unfinished preparation of another corpus"):
-        prepare(Preparation([str(corpus)], min_tokens=9), tokenizer, out, 1)
-    counts = prepare(Preparation([str(corpus)]), tokenizer, out, 1)
-    again = {name: (out / "data" / name).stat().st_mtime_ns for name in finished}
-    assert again == finished
+        prepared(config_of(corpus, min_tokens=9), tokenizer, out)
+    counts = prepared(config_of(corpus), tokenizer, out)
+    assert {name: (out / "data" / name).stat().st_mtime_ns for name in finished} == finished
     assert len(list(out.rglob("part-*"))) > len(finished)
-    assert counts == prepare(Preparation([str(corpus)]), tokenizer, tmp_path / "straight", 1)
     straight = tmp_path / "straight"
-    both = [examples_of(DataConfig(inputs=[str(f)]), tokenizer) for f in (out, straight)]
-    assert both[0] == both[1]
+    assert counts == prepared(config_of(corpus), tokenizer, straight)
+    assert examples_of(out, tokenizer) == examples_of(straight, tokenizer)
     assert not list(out.rglob("*.tmp*"))
 
 
@@ -253,13 +231,13 @@ def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
         with pytest.raises(InputError, match=r"cannot write .*part-\d+.*(too large|No space)"):
-            prepare(Preparation([str(corpus)]), tokenizer, tmp_path / "out", 1)
+            prepared(config_of(corpus), tokenizer, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.partial").rglob("*.tmp*"))
-    assert prepare(Preparation([str(corpus)]), tokenizer, tmp_path / "out", 1)["documents"] == 604
+    assert prepared(config_of(corpus), tokenizer, tmp_path / "out")["documents"] == 604
 
 
 def test_the_command_prepares_and_draws(corpus, tokenizer, tmp_path, monkeypatch, capsys):
@@ -272,41 +250,33 @@ def test_the_command_prepares_and_draws(corpus, tokenizer, tmp_path, monkeypatch
         captured = capsys.readouterr()
         return captured.err if stop.value.code else captured.out
 
+    tokens, page = tmp_path / "tokens", tmp_path / "page"
     shared = ("--tokenizer", tmp_path / "tokenizer", "--input", corpus)
-    out = command(
-        *shared, "--output", tmp_path / "tokens", "--deduplicate", "exact", "--processes", 1
-    )
+    out = command(*shared, "--output", tokens, "--deduplicate", "exact", "--processes", 1)
     assert "604 documents" in out
     assert "11 duplicate" in out
-    out = command(
-        *shared[:2], "--input", tmp_path / "tokens", "--analyze-only", "--output", tmp_path / "page"
-    )
+    out = command(*shared[:2], "--input", tokens, "--analyze-only", "--output", page)
     assert "filled" in out
-    numbers = re.search(
-        r"documents +([\d,]+) = ([\d,]+) used \+ ([\d,]+) refused \+ ([\d,]+) held out", out
-    )
-    documents, *parts = (int(number.replace(",", "")) for number in numbers.groups())
+    pattern = r"documents +([\d,]+) = ([\d,]+) used \+ ([\d,]+) refused \+ ([\d,]+) held out"
+    numbers = re.search(pattern, out).groups()
+    documents, *parts = (int(number.replace(",", "")) for number in numbers)
     assert documents == sum(parts) > 500
     assert all(parts[:1] + parts[2:])
-    assert "<svg" in (tmp_path / "page/report.html").read_text()
-    assert "holds a data report" in command(*shared, "--output", tmp_path / "page")
-    assert "holds a prepared corpus" in command(
-        *shared, "--analyze-only", "--output", tmp_path / "tokens"
-    )
+    assert "<svg" in (page / "report.html").read_text()
+    assert "holds a data report" in command(*shared, "--output", page)
+    assert "holds a prepared corpus" in command(*shared, "--analyze-only", "--output", tokens)
     monkeypatch.setitem(sys.modules, "rensa", None)
-    assert "needs the package rensa" in command(
-        *shared, "--output", tmp_path / "x", "--deduplicate", "minhash"
-    )
+    minhash = command(*shared, "--output", tmp_path / "x", "--deduplicate", "minhash")
+    assert "needs the package rensa" in minhash
 
 
-def test_bad_input_stops_a_preparation(tmp_path, tokenizer):
-    (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n{"text": "fi\n')
-    for processes in (1, 2):
-        with pytest.raises(InputError, match="a.jsonl line 2: not valid JSON"):
-            prepare(
-                Preparation([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "out", processes
-            )
+@pytest.mark.parametrize("processes", [1, 2])
+def test_bad_input_stops_a_preparation(tmp_path, tokenizer, processes):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "fine"}\n{"text": "fi\n')
+    with pytest.raises(InputError, match="a.jsonl line 2: not valid JSON"):
+        prepared(config_of(path), tokenizer, tmp_path / "out", processes=processes)
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "thesis.txt").write_text("years of work")
     with pytest.raises(InputError, match="was not written by"):
-        prepare(Preparation([str(tmp_path / "a.jsonl")]), tokenizer, tmp_path / "taken")
+        prepared(config_of(path), tokenizer, tmp_path / "taken")

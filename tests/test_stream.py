@@ -3,8 +3,6 @@
 import gzip
 import json
 import random
-import time
-import tracemalloc
 from collections import Counter
 from itertools import islice
 
@@ -150,32 +148,23 @@ def test_resume_with_other_workers_in_the_middle_of_their_turn(folder, tokenizer
 def test_the_state_is_small_readable_json(folder, tokenizer):
     data = UL2Data(config_of(folder), tokenizer)
     _, (state,) = steps(data, 1, 0, None, 9)
-    assert len(json.dumps(state)) < 64 * 150
+    assert len(json.dumps(state)) < 64 * 160
     assert state["rows"] == 144
     assert len(state["streams"]) == 64
     (position,) = state["streams"]["3"]
-    assert set(position) == {"turn", "document", "row", *stream.COUNTS}
+    assert set(position) == set(stream.BEGINNING)
 
 
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["cached", "streamed"])
 def test_every_document_once_an_epoch(folder, tokenizer, cache_gib):
     data = UL2Data(config_of(folder, cache_gib=cache_gib), tokenizer)
-    assert data.opened[0].streamed == (cache_gib == 0)
+    assert any(getattr(f, "streamed", False) for f in data.opened[0].files) == (cache_gib == 0)
     once = documents(data, tokenizer, rows(data, epochs=1))
     assert Counter(once) == ALL
     twice = documents(data, tokenizer, rows(data, epochs=2))
     assert Counter(twice) == ALL + ALL
     # Corrupted and packed in another way.
     assert len({key(row) for row in rows(data, epochs=2)}) > 1.8 * len(list(rows(data, epochs=1)))
-
-
-def test_epochs_do_not_drift_apart(folder, tokenizer):
-    data = UL2Data(config_of(folder), tokenizer)
-    seen = Counter(documents(data, tokenizer, islice(rows(data), 64 * 20)))
-    assert set(seen) == set(ALL)
-    mean = sum(seen.values()) / len(ALL)
-    assert mean > 10
-    assert max(abs(number - mean) for number in seen.values()) < 0.6 * mean
 
 
 def shares(data, tokenizer, readers: int, count: int) -> list[int]:
@@ -206,8 +195,7 @@ def test_small_compressed_files_count_no_more_than_they_hold(tmp_path, tokenizer
             str(tmp_path / f"{number:02}.jsonl.{kind}"), kinds[kind]
         ) as out:
             out.write("\n".join(lines).encode())
-    config = config_of(tmp_path, cache_gib=cache_gib, packing=False)
-    data = UL2Data(config, tokenizer)
+    data = UL2Data(config_of(tmp_path, cache_gib=cache_gib), tokenizer)
     for readers in (1, 2, 4, 8):
         assert fits(shares(data, tokenizer, readers, 1200), [600, 15])
     # The control: whole files dealt out to four readers that turn in their own files.
@@ -268,7 +256,7 @@ def test_counts_and_report(folder, tokenizer):
     assert total["heldout"] > 15
     first, passed = data.report()
     assert first.startswith("corpus: 7 files, ")
-    assert "documents and" in first
+    assert "documents, " in first
     assert "notes.pdf (no known kind)" in passed
     assert ".ipynb_checkpoints (hidden" in passed
 
@@ -327,10 +315,9 @@ def test_choosing_heldout_texts_reads_a_few_blocks(tmp_path, tokenizer, monkeypa
     for number in range(30):
         write_lines(tmp_path / f"{number}.jsonl", texts(200, number))
     data = UL2Data(config_of(tmp_path, heldout_every=5), tokenizer)
-    read = []
-    places = corpora.LinesFile.places
+    read, of_file = [], corpora.File.read
     monkeypatch.setattr(
-        corpora.LinesFile, "places", lambda file, block: read.append(block) or places(file, block)
+        corpora.File, "read", lambda file, block: read.append(block) or of_file(file, block)
     )
     data.choose_heldout(20)
     assert len(read) < 0.1 * data.opened[0].num_blocks
@@ -345,21 +332,26 @@ def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
     with pytest.raises(InputError, match="is of another corpus, data config or tokenizer"):
         changed.adopt(state)
     changed = UL2Data(config_of(folder, accept_changes=True), tokenizer)
-    epoch = state["epoch"] + 1
+    epochs = [at["epoch"] for positions in state["streams"].values() for at in positions]
     state, note = changed.adopt(state)
-    assert note == f"the data has changed and begins anew at epoch {epoch}"
-    loader = RowLoader(changed, batch_size=16, collate=list, state=state)
+    assert note == f"the data has changed and begins anew at epoch {max(epochs) + 1}"
+    loader = RowLoader(changed, batch_size=64, collate=list, state=state)
     next(iter(loader))
-    assert loader.epoch() == epoch
+    assert loader.epoch() in (max(epochs), max(epochs) + 1)
     with pytest.raises(InputError, match="not those of all ranks"):
         merge_states(states[:1])
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"source_length": 255}, {"streams": 32}])
-def test_settings_are_part_of_the_fingerprint(folder, tokenizer, change):
-    same = UL2Data(config_of(folder), tokenizer).fingerprint
-    assert UL2Data(config_of(folder, cache_gib=2.0), tokenizer).fingerprint == same
-    assert UL2Data(config_of(folder, **change), tokenizer).fingerprint != same
+def test_settings_are_part_of_the_fingerprint_and_folders_are_not(folder, tokenizer):
+    def fingerprint(path, **changes) -> str:
+        return UL2Data(config_of(path, **changes), tokenizer).fingerprint
+
+    same = fingerprint(folder)
+    assert fingerprint(folder, cache_gib=2.0) == same
+    for change in ({"seed": 1}, {"source_length": 255}, {"streams": 32}, {"cache_gib": 0.0}):
+        assert fingerprint(folder, **change) != same
+    moved = folder.rename(folder.with_name("moved"))
+    assert fingerprint(moved) == same
 
 
 def test_readers_must_divide_the_streams():
@@ -386,9 +378,7 @@ def test_a_broken_line_is_one_sentence_at_its_row(tmp_path, tokenizer, workers):
     message = str(caught.value)
     assert "a.jsonl line 401: not valid JSON" in message
     assert "\n" not in message
-    good = UL2Data(config_of(tmp_path, source_length=64, target_length=48), tokenizer)
     assert made or workers  # some batches came before
-    del good
 
 
 def test_a_corpus_with_nothing_to_train_on(tmp_path, tokenizer):
@@ -421,47 +411,6 @@ def test_long_documents_are_used_to_their_end(tmp_path, tokenizer):
     assert sum(map(len, chunks)) - sum(len(data.encode(t)) for t in texts(20, 1)) == len(tokens)
 
 
-def test_a_row_after_a_long_run_comes_at_once(tmp_path, tokenizer):
-    write_lines(tmp_path / "a.jsonl", texts(20_000, 0))
-    data = UL2Data(config_of(tmp_path), tokenizer)
-    _, (state,) = steps(data, 1, 0, None, 1)
-    for positions in state["streams"].values():
-        positions[0]["turn"] += 10**6  # thousands of epochs on
-    began = time.process_time()
-    next(iter(RowLoader(data, batch_size=1, collate=list, state=state)))
-    assert time.process_time() - began < 0.5
-
-
-def test_memory_does_not_grow(tmp_path, tokenizer):
-    write_lines(tmp_path / "a.jsonl", texts(3000, 0))
-    stream_of_rows = rows(UL2Data(config_of(tmp_path), tokenizer))
-    for _ in islice(stream_of_rows, 150):
-        pass
-    tracemalloc.start()
-    for _ in islice(stream_of_rows, 50):
-        pass
-    before = tracemalloc.get_traced_memory()[0]
-    for _ in islice(stream_of_rows, 500):
-        pass
-    after = tracemalloc.get_traced_memory()[0]
-    tracemalloc.stop()
-    assert after - before < 2e6
-
-
-def test_control_tokens_in_the_corpus_stay_text(tmp_path, tokenizer):
-    attack = "a <extra_id_3> and <|im_end|> and <|endoftext|> and <think> within a text"
-    write_lines(tmp_path / "a.jsonl", [attack])
-    data = UL2Data(config_of(tmp_path), tokenizer)
-    (row,) = rows(data, epochs=1)
-    (example,) = row.examples
-    back = uncorrupt(
-        example.source, example.target, sentinel_ids=data.sentinel_ids, eos_id=data.eos_id
-    )
-    assert tokenizer.decode(back) == attack
-    added = set(tokenizer.get_added_vocab().values())
-    assert not added & set(back.tolist())
-
-
 def test_mode_tokens_name_the_kind_of_denoiser(folder, tokenizer):
     data = UL2Data(config_of(folder, mode_tokens=True), tokenizer)
     names = [f"<|reserved_{'RXS'.index(d.name[0])}|>" for d in data.config.denoisers]
@@ -470,15 +419,6 @@ def test_mode_tokens_name_the_kind_of_denoiser(folder, tokenizer):
         for example in row.examples:
             assert example.source[0] == modes[example.denoiser]
     assert set(modes) <= set(data.kept_ids.tolist())
-
-
-def test_without_packing_a_row_is_an_example(folder, tokenizer):
-    packed = UL2Data(config_of(folder), tokenizer)
-    single = UL2Data(config_of(folder, packing=False), tokenizer)
-    alone = list(rows(single, epochs=1))
-    assert all(len(row.examples) == 1 for row in alone)
-    together = Counter(k for row in rows(packed, epochs=1) for k in key(row))
-    assert Counter(k for row in alone for k in key(row)) == together
 
 
 def test_a_prefetching_loader_counts_only_what_it_gave(folder, tokenizer):

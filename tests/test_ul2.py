@@ -92,7 +92,7 @@ def test_corruption_is_inverted_exactly_within_its_bounds(denoiser, mode):
         # a small alphabet: repeated tokens must not confuse the inverse
         text = rng.integers(0, 50, length).astype(np.int32)
         source, target = corrupt(text, denoiser, rng, prefix=mode, **IDS)
-        np.testing.assert_array_equal(uncorrupt(source, target, **IDS, mode_ids=mode), text)
+        np.testing.assert_array_equal(uncorrupt(source[len(mode) :], target, **IDS), text)
 
         assert source[-1] == target[-1] == EOS
         assert (source == EOS).sum() == (target == EOS).sum() == 1
@@ -109,15 +109,6 @@ def test_corruption_is_inverted_exactly_within_its_bounds(denoiser, mode):
             is_mark = source >= FIRST
             assert len(marks) >= 1
             assert not (is_mark[1:] & is_mark[:-1]).any()  # neighbouring spans would be one span
-
-
-def test_the_generator_alone_decides():
-    one, other, third = (
-        corrupt(np.arange(99), DENOISERS[0], np.random.default_rng(seed), **IDS)
-        for seed in (5, 5, 6)
-    )
-    np.testing.assert_array_equal(one[0], other[0])
-    assert one[0].tolist() != third[0].tolist()
 
 
 @pytest.mark.parametrize("denoiser", PRESETS["t5gemma2"], ids=lambda d: d.name)
@@ -166,14 +157,6 @@ def test_rates_and_span_lengths_are_unbiased(denoiser):
         # spans) / length.
         expected = 5.05 + (15.15 - 5.05) / length
         assert abs(spans.mean() - expected) < 4 * spans.std() / np.sqrt(draws)
-
-
-@pytest.mark.parametrize(
-    ("corruption", "length", "noise"), [(0.15, 20, 3), (0.1, 30, 3), (0.7, 10, 7), (0.29, 100, 29)]
-)
-def test_a_whole_number_of_noise_tokens_is_never_exceeded(corruption, length, noise):
-    examples = make(np.full(500, length), Denoiser("whole", None, corruption))
-    assert {len(example.target) - 1 for example in examples} == {noise}
 
 
 def test_divisions_into_segments_are_all_equally_likely():
@@ -266,7 +249,7 @@ def test_t5s_published_mask_from_its_own_random_numbers(monkeypatch):
 
 
 def test_golden_examples():
-    """Pinned: a change of the draws makes every earlier run irreproducible and must be deliberate."""
+    """A change of the draws makes every earlier run irreproducible and must be deliberate."""
     made = {}
     for number, denoiser in enumerate(PRESETS["t5gemma2"]):
         rng = np.random.Generator(np.random.PCG64(number + 3))
@@ -306,22 +289,6 @@ def test_too_few_sentinels_are_refused_before_anything_runs():
         make([500], r1, sentinel_ids=range(FIRST, FIRST + 3))
 
 
-def test_long_contexts_need_more_sentinels():
-    preset = PRESETS["t5gemma2"]
-    need = sentinels_needed(preset, 16_384, 16_384)
-    assert need == 1262  # rounded up, and the turn may cut a span
-    check_capacity(preset, 16_384, 16_384, need)
-    with pytest.raises(
-        InputError, match=f"{need} sentinels .*has {need - 1}; .*--num-sentinel-tokens {need}"
-    ):
-        check_capacity(preset, 16_384, 16_384, need - 1)
-    ids = {"sentinel_ids": range(60_000, 60_000 + need), "eos_id": 59_999}
-    for denoiser in preset:
-        (example,) = make([raw_length(denoiser, 16_384, 16_384)], denoiser, **ids)
-        assert len(example.source) <= 16_384
-        assert len(example.target) <= 16_384
-
-
 def test_the_documented_needs_are_the_true_ones():
     text = (Path(__file__).parent.parent / "docs/data.md").read_text(encoding="utf-8")
     header, *rows = re.findall(
@@ -350,11 +317,6 @@ def test_the_documented_needs_are_the_true_ones():
 def test_bad_presets(preset, message):
     with pytest.raises(InputError, match=message):
         resolve_preset(preset)
-
-
-def test_preset_from_yaml():
-    (denoiser,) = resolve_preset([{"name": "a", "mean_span": 3, "corruption": 0.15, "weight": 2}])
-    assert denoiser == Denoiser("a", 3, 0.15, 2)
 
 
 @pytest.mark.parametrize("tokens", [[], [1]])

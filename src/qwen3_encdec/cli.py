@@ -162,15 +162,23 @@ def prepare_data(
     as_json: Json = False,
 ) -> None:
     """Tokenize a corpus once and for all, or without --output measure what UL2 makes of it."""
-    from qwen3_encdec.data.config import DataConfig, read_preset
+    from qwen3_encdec.data.config import DataConfig
     from qwen3_encdec.folders import load_tokenizer
 
-    inputs = input or ["package-docs"]
+    config = DataConfig(
+        inputs=input or ["package-docs"],
+        text_column=text_column,
+        preset=preset,
+        source_length=source_length,
+        target_length=target_length,
+        min_tokens=min_tokens,
+        seed=seed,
+    )
     if output is not None and not analyze_only:
-        from qwen3_encdec.data.prepare import Preparation, prepare
+        from qwen3_encdec.data.prepare import prepare
 
-        corpus = Preparation(inputs, text_column, min_tokens=min_tokens, deduplicate=deduplicate)
-        counts = prepare(corpus, load_tokenizer(tokenizer), output, processes)
+        options: Any = {"deduplicate": deduplicate, "processes": processes}
+        counts = prepare(config, load_tokenizer(tokenizer), output, **options)
         print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
         print(f"wrote {output}: train on it with data.inputs=[{output}]")
         return
@@ -178,15 +186,6 @@ def prepare_data(
     from qwen3_encdec.reports.data import write_page
 
     page = check_output(output or Path("runs/ul2-data"), "data report")
-    config = DataConfig(
-        inputs=inputs,
-        text_column=text_column,
-        preset=read_preset(preset),
-        source_length=source_length,
-        target_length=target_length,
-        min_tokens=min_tokens,
-        seed=seed,
-    )
     analysis = analyze(config, load_tokenizer(tokenizer), num_examples=num_examples, show=show)
     with new_folder(page, "data report") as folder:
         write_page(analysis, folder / "report.html", vars(config) | {"tokenizer": tokenizer})
@@ -195,7 +194,7 @@ def prepare_data(
         denoisers = [dict(zip(header, row, strict=True)) for row in rows]
         print(json.dumps({"denoisers": denoisers, **dict(analysis.totals)}))
     else:
-        analysis.print()
+        print(analysis)
         print(f"wrote {page / 'report.html'}")
 
 

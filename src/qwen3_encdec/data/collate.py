@@ -11,8 +11,6 @@ from transformers import PreTrainedTokenizerBase
 from qwen3_encdec.data.ul2 import Example
 from qwen3_encdec.folders import InputError
 
-IGNORED = -100
-_MASK_TOKEN = "<|reserved_3|>"  # 0 to 2 are the mode tokens
 Position = dict[str, int]
 
 
@@ -78,8 +76,7 @@ def collate_masked_rows(
 ) -> dict[str, Any]:
     """Collate rows with source tokens masked at random.
 
-    A source alone decides which of its tokens: they are the same in every worker, rank and
-    continued run.
+    A source alone decides which: they are the same in every worker, rank and continued run.
 
     Args:
         rows: As `collate_rows` takes them.
@@ -93,14 +90,13 @@ def collate_masked_rows(
     """
     batch = collate_rows(rows)
     ids = batch["input_ids"].numpy()
-    draws = []
-    for example in (example for row in rows for example in row.examples):
-        rng = np.random.default_rng(zlib.crc32(example.source.tobytes()))
-        draws.append(rng.random(len(example.source)))
+    sources = [example.source for row in rows for example in row.examples]
+    seeded = [np.random.default_rng(zlib.crc32(source.tobytes())) for source in sources]
+    draws = [rng.random(len(source)) for rng, source in zip(seeded, sources, strict=True)]
     masked = (np.concatenate(draws)[None] < probability) & ~np.isin(ids, kept_ids)
     return batch | {
         "input_ids": torch.from_numpy(np.where(masked, mask_id, ids)),
-        "encoder_targets": torch.from_numpy(np.where(masked, ids, IGNORED)),
+        "encoder_targets": torch.from_numpy(np.where(masked, ids, -100)),
     }
 
 
@@ -109,28 +105,26 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Raises InputError without one.
     """
-    index = tokenizer.get_vocab().get(_MASK_TOKEN)
+    token = "<|reserved_3|>"  # 0 to 2 are the mode tokens
+    index = tokenizer.get_vocab().get(token)
     if index is None:
-        raise InputError(
-            f"mntp_weight: tokenizer {tokenizer.name_or_path!r} has no {_MASK_TOKEN} to mask with"
-        )
+        name = tokenizer.name_or_path
+        raise InputError(f"mntp_weight: tokenizer {name!r} has no {token} to mask with")
     return index
 
 
 class DataCollatorForPackedSeq2Seq:
-    """Collate features for transformers' Trainer as one packed batch.
+    """Collate features for transformers' Trainer as the packed batch of `collate_packed`.
 
     A feature is a dict of `input_ids` and `labels`, as lists, arrays or tensors; everything else in
     it, such as an attention mask, is ignored: there is no padding.
     """
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the packed batch of `collate_packed`."""
-        sides = [
-            [np.asarray(feature[name], dtype=np.int64) for feature in features]
-            for name in ("input_ids", "labels")
-        ]
-        return collate_packed(*sides)
+        """Return the packed batch."""
+        sources = [np.asarray(feature["input_ids"], dtype=np.int64) for feature in features]
+        targets = [np.asarray(feature["labels"], dtype=np.int64) for feature in features]
+        return collate_packed(sources, targets)
 
 
 def pack(
@@ -142,24 +136,19 @@ def pack(
     every example is in exactly one row. Raises ValueError if one exceeds a budget by itself.
     """
     # In shares of the budgets, but as whole numbers, so that sums are exact.
-    needs = [(len(e.source) * target_length, len(e.target) * source_length) for e in examples]
+    sizes = np.array([(len(e.source), len(e.target)) for e in examples]).reshape(-1, 2)
+    needs = sizes * (target_length, source_length)
     budget = source_length * target_length
-    order = sorted(range(len(needs)), key=lambda i: (-max(needs[i]), -sum(needs[i])))
-    rows: list[list[Example]] = []
-    rooms: list[tuple[int, int]] = []
-    for i in order:
-        source, target = needs[i]
-        best, least = -1, budget + 1
-        for row, (source_room, target_room) in enumerate(rooms):
-            left = min(source_room - source, target_room - target)
-            if 0 <= left < least:
-                best, least = row, left
-        if best < 0:
-            if max(source, target) > budget:
-                raise ValueError(f"an example exceeds {source_length=} or {target_length=}")
-            best = len(rows)
-            rows.append([])
-            rooms.append((budget, budget))
+    if needs.max(initial=0) > budget:
+        raise ValueError(f"an example exceeds {source_length=} or {target_length=}")
+    rows: list[list[Example]] = [[] for _ in examples]
+    rooms = np.full((len(examples), 2), budget)
+    opened = 0
+    for i in np.lexsort((-needs.sum(axis=1), -needs.max(axis=1))):
+        left = (rooms[: opened + 1] - needs[i]).min(axis=1)
+        left[left < 0] = budget
+        best = int(left.argmin())
+        opened = max(opened, best + 1)
         rows[best].append(examples[i])
-        rooms[best] = rooms[best][0] - source, rooms[best][1] - target
-    return rows
+        rooms[best] -= needs[i]
+    return rows[:opened]

@@ -3,12 +3,15 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import inf
 from typing import Any
 
 from qwen3_encdec.data.ul2 import PRESETS, Denoiser, Preset, raw_length
 from qwen3_encdec.folders import InputError, read_yaml
 
 MODES = ("R", "X", "S")
+_LEAST = {"streams": 1, "cache_gib": 0, "min_tokens": 2, "heldout_every": 2, "seed": 0}
+_LEAST |= {"source_length": 2, "target_length": 2}
 
 
 @dataclass(frozen=True)
@@ -56,12 +59,10 @@ class DataConfig:
     """Most target tokens in a row, sentinels and EOS counted."""
     min_tokens: int = 8
     """Shorter documents are refused and counted, and no chunk of a document is shorter."""
-    packing: bool = True
-    """Put several examples in a row; false is one example a row."""
     streams: int = 64
     """Canonical streams of rows: ranks times workers must divide it. It is part of the order."""
     cache_gib: float = 32.0
-    """Compressed inputs, .csv, JSON arrays and hub datasets of up to so many GiB are unpacked or
+    """Compressed inputs, .csv, .json and hub datasets of up to so many GiB are unpacked or
     downloaded into the cache before training; larger ones are streamed.
     """
     seed: int = 0
@@ -70,26 +71,16 @@ class DataConfig:
     """Resume, at a new epoch, although corpus, tokenizer or these settings have changed."""
 
     def __post_init__(self) -> None:
-        for source in self.sources:
-            if not source.inputs:
-                raise InputError(
-                    "data.inputs is empty; name a file, folder, hub dataset or package-docs"
-                )
-            if not 0 < source.weight < float("inf"):
-                raise InputError(
-                    f"data.mixture: weight={source.weight} of {source.name} is not positive"
-                )
-        for name, least in (
-            ("streams", 1),
-            ("cache_gib", 0),
-            ("min_tokens", 2),
-            ("heldout_every", 2),
-            ("source_length", 2),
-            ("target_length", 2),
-            ("seed", 0),
-        ):
+        for name, least in _LEAST.items():
             if getattr(self, name) < least:
                 raise InputError(f"data.{name}={getattr(self, name)} is below {least}")
+        for source in self.sources:
+            if not isinstance(source.inputs, list) or not source.inputs:
+                raise InputError(f"data.inputs is empty or not a list: {source.inputs!r}")
+            if not isinstance(source.weight, int | float) or not 0 < source.weight < inf:
+                raise InputError(
+                    f"data.mixture: weight={source.weight!r} of {source.name} is not above 0"
+                )
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
                 raise InputError(
@@ -111,14 +102,12 @@ class DataConfig:
     def raw_lengths(self) -> list[int]:
         """The longest text that each denoiser may take."""
         source_length = self.source_length - self.mode_tokens
-        return [
-            raw_length(denoiser, source_length, self.target_length) for denoiser in self.denoisers
-        ]
+        return [raw_length(each, source_length, self.target_length) for each in self.denoisers]
 
     @cached_property
     def sources(self) -> list[Source]:
         """Return the items of `mixture`, or one source of `inputs`."""
-        sources: list[Source] = []
+        sources: dict[str, Source] = {}
         for number, item in enumerate(self.mixture or [{"inputs": self.inputs}]):
             try:
                 source = Source(**{"text_column": self.text_column, **item})
@@ -126,28 +115,26 @@ class DataConfig:
                 raise InputError(
                     f"data.mixture: {error} (a source has inputs, weight, text_column, name)"
                 ) from None
-            if not isinstance(source.inputs, list) or not isinstance(source.weight, int | float):
-                raise InputError(
-                    f"data.mixture: {source} needs a list of inputs and a number as its weight"
-                )
-            first = str(source.inputs[0]) if source.inputs else ""
-            name = source.name or first.rstrip("/").rpartition("/")[2]
-            taken = {source.name for source in sources}
-            sources.append(replace(source, name=f"{name}-{number}" if name in taken else name))
-        return sources
+            name = source.name or str(source.inputs[:1]).strip("[']/").rpartition("/")[2]
+            name = f"{name}-{number}" if name in sources else name
+            sources[name] = replace(source, name=name)
+        return list(sources.values())
 
 
 def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
-    """Return a preset by name, or from the list of denoisers of a YAML file.
+    """Return a preset by name, from a .yaml file that lists denoisers, or from such a list.
 
     Raises InputError for anything else.
     """
-    if isinstance(preset, str):
-        if preset not in PRESETS:
-            raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    if isinstance(preset, str) and preset in PRESETS:
         return PRESETS[preset]
+    if isinstance(preset, str) and not preset.endswith((".yaml", ".yml")):
+        raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+    listed = read_yaml(preset, "preset") if isinstance(preset, str) else preset
+    if isinstance(listed, str):
+        raise InputError(f"preset {preset!r} is not a list of denoisers")
     try:
-        denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in preset)
+        denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in listed)
     except TypeError as error:
         raise InputError(
             f"preset: {error} (a denoiser has name, mean_span, corruption, weight)"
@@ -156,15 +143,3 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
     if not names or len(set(names)) < len(names):
         raise InputError(f"preset: the denoisers {names} are not at least one with distinct names")
     return denoisers
-
-
-def read_preset(preset: str) -> str | list[dict]:
-    """Return a preset that a command names: its name, or the list of denoisers in a YAML file."""
-    if not preset.endswith((".yaml", ".yml")):
-        return preset
-    found = read_yaml(preset, "preset")
-    if not isinstance(found, list) or not all(isinstance(item, dict) for item in found):
-        raise InputError(
-            f"preset {preset} is not a list of {{name, mean_span, corruption, weight}}"
-        )
-    return found

@@ -125,13 +125,12 @@ def corrupt(
     spans = int(np.count_nonzero(begins))
     if spans > len(sentinel_ids):
         raise ValueError(f"{spans} spans need as many sentinels; there are {len(sentinel_ids)}")
-    sentinels = sentinel_ids[:spans]
-    source = tokens.astype(np.int32)
-    source[begins] = sentinels
-    source = source[~noise | begins]
-
-    # In the target a span's sentinel stands behind the noise tokens of the spans before it.
-    target = np.insert(tokens[noise], noise.cumsum()[begins] - 1, sentinels)
+    # Every token with room for a sentinel before it. Both sides keep the sentinels.
+    pairs = np.empty((length, 2), np.int32)
+    pairs[begins, 0] = sentinel_ids[:spans]
+    pairs[:, 1] = tokens
+    source = pairs[np.stack([begins, ~noise], axis=1)]
+    target = pairs[np.stack([begins, noise], axis=1)]
     return _join(prefix, source, [eos_id]), _join(target, [eos_id])
 
 
@@ -177,17 +176,12 @@ def _join(*parts: Ids) -> np.ndarray:
 
 
 def uncorrupt(
-    source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_id: int, mode_ids: Ids = ()
+    source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_id: int
 ) -> np.ndarray:
-    """Return the tokens, int32, that `corrupt` was given.
+    """Return the tokens, int32, that `corrupt` was given with an empty prefix.
 
-    With `mode_ids` the source must begin with one of them. Raises ValueError if the pair cannot
-    come from `corrupt`.
+    Raises ValueError if the pair cannot come from `corrupt`.
     """
-    if len(mode_ids):
-        if not np.isin(source[:1], mode_ids).any():
-            raise ValueError("the source does not begin with a mode token")
-        source = source[1:]
     if len(source) < 1 or len(target) < 1 or source[-1] != eos_id or target[-1] != eos_id:
         raise ValueError("source and target must end in EOS")
     source, target = _join(source[:-1]), _join(target[:-1])

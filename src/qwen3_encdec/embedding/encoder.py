@@ -29,6 +29,7 @@ from transformers import Qwen3Config
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
 from qwen3_encdec.data.collate import collate_packed
+from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
@@ -309,7 +310,7 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     """Texts of a file, a folder, a hub dataset, or of `-`, the lines of standard input."""
     if source == "-":
         return [line.rstrip("\r\n") for line in sys.stdin]
-    corpus = open_corpus([source], text_column=text_column)
+    corpus = open_corpus(Source([source], text_column=text_column), DataConfig())
     texts: list[Any] = [document.content for document in corpus.documents()]
     if not all(isinstance(text, str) for text in texts):
         raise InputError(f"input {source} holds token ids of prepare-data, not texts")

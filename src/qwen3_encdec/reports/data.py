@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 
 from qwen3_encdec.data.analysis import Analysis
@@ -29,14 +30,13 @@ def write_page(analysis: Analysis, file: Path, settings: Mapping[str, Any]) -> N
 
 
 def _draw_shares(analysis: Analysis, axes: Axes) -> None:
-    _, targets, _, numbers = analysis.sizes.T
-    for number, denoiser in enumerate(analysis.denoisers):
-        share = targets[numbers == number].sum() / targets.sum()
+    for denoiser, (_, _, share) in zip(analysis.denoisers, analysis.shares, strict=True):
         axes.bar(denoiser.name, share, color=denoiser_color(denoiser.name))
     axes.set(xlabel="denoiser", ylabel="share of target tokens")
 
 
 def _draw_lengths(analysis: Analysis, axes: Axes) -> None:
-    axes.hist(analysis.sizes[:, :2], 40, histtype="step", label=["source", "target"])
+    sizes = np.concatenate(analysis.of_each)
+    axes.hist(sizes[:, :2], 40, histtype="step", label=["source", "target"])
     axes.set(xlabel="tokens", ylabel="examples", yscale="log")
     axes.yaxis.set_major_formatter("{x:,.0f}")

@@ -213,6 +213,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             raise TypeError(f"unexpected argument {unknown[0]!r}")
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
+            if num_items_in_batch is None:
+                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self._shift_right(
                     labels, decoder_attention_mask, decoder_cu_seqlens
@@ -242,20 +244,15 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             **kwargs,
         )
         states = outputs.last_hidden_state
-
         loss = token_losses = logits = None
-        if return_logits is None:
-            return_logits = labels is None or not self.training
-        if return_logits:
+        wanted = labels is None or not self.training if return_logits is None else return_logits
+        if wanted:
             keep: Any = logits_to_keep
             keep = slice(-keep, None) if isinstance(keep, int) else keep
             logits = self.model.shared(states[:, keep])
+        options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss, "smoothing": smoothing}
         if labels is not None:
             check_shape("labels", labels, states.shape[:2])
-            if num_items_in_batch is None:
-                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
-            options: Any = {"z_loss": z_loss, "smoothing": smoothing}
-            options["num_items"] = num_items_in_batch
             if logits is not None and logits.shape[1] == labels.shape[1]:
                 loss, token_losses = dense_cross_entropy(logits, labels, **options)
             else:
@@ -263,9 +260,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
             if encoder_targets is not None:
                 encoded = outputs.encoder_last_hidden_state
-                wanted = _next_tokens(encoder_targets, encoded, position_ids)
-                encoder_loss = self.model.shared(encoded, labels=wanted, **options)[0]
-                loss = loss + encoder_loss_weight * encoder_loss
+                asked = _next_tokens(encoder_targets, encoded, position_ids)
+                loss = loss + encoder_loss_weight * self.model.shared(encoded, asked, **options)[0]
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
 

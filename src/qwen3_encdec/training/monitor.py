@@ -4,6 +4,7 @@ import faulthandler
 import fcntl
 import json
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -88,6 +89,12 @@ def lock(run_dir: Path) -> TextIO:
     made_by = {"kind": "training run", "versions": folders.package_versions()}
     folders.write_json(run_dir / folders.PROVENANCE_FILE, made_by)
     return file
+
+
+def remove_unused(run_dir: Path) -> None:
+    """Remove a run's folder that holds its lock and its provenance alone."""
+    if {path.name for path in run_dir.iterdir()} <= {".lock", folders.PROVENANCE_FILE}:
+        shutil.rmtree(run_dir)
 
 
 class Meter:

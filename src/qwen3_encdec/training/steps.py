@@ -27,7 +27,7 @@ from qwen3_encdec.training.optimization import learning_rate
 
 
 class Run:
-    """What the steps of a run share; each method is one step of `loop.run_training`."""
+    """State that the steps of a run share; each method is one step of `loop.run_training`."""
 
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator, sigterm: threading.Event
@@ -43,7 +43,16 @@ class Run:
         with together():  # all ranks have looked before rank 0 writes
             if accelerator.is_main_process:
                 self.lock = monitor.lock(self.run_dir)
+        try:
+            self._build(data, tokenizer, model_config)
+        except BaseException:
+            if accelerator.is_main_process:
+                monitor.remove_unused(self.run_dir)
+            raise
 
+    def _build(self, data: stream.UL2Data, tokenizer: Any, model_config: Any) -> None:
+        config, accelerator = self.config, self.accelerator
+        processes = accelerator.num_processes
         set_seed(config.seed)
         self.state, resumed = start.resume(config, accelerator)
         self.start: int = resumed["step"]

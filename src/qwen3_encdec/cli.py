@@ -394,12 +394,13 @@ def check_endpoint(
 def demo(
     output: Annotated[Path, Option(help="Folder to write.")] = Path("runs/demo"),
     model: Annotated[str | None, Option(help="Qwen3, folder or hub id [a nano one].")] = None,
+    full: Annotated[bool, Option("--full", help="Score controls and baselines too.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Run the whole pipeline on docstrings of the installed packages, in minutes on a CPU."""
     from qwen3_encdec.demo.pipeline import run_demo
 
-    run_demo(output, qwen3_model=model, seed=seed)
+    run_demo(output, qwen3_model=model, full=full, seed=seed)
 
 
 def _torch_dtype(name: str | None) -> Any:

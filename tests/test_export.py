@@ -1,6 +1,7 @@
 """Exported files embed as our encoder does, in their own runtimes (`make interop` installs them)."""
 
 import importlib.util
+import json
 import re
 import shutil
 import tomllib
@@ -220,7 +221,7 @@ def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsy
         export_encoder(encoder, "stock", tmp_path / "theirs")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for form in ("onnx", "gguf"):
-        message = rf"{form} needs the package {form}: pip install 'qwen3-encdec\[{form}\]'"
+        message = rf"{form} needs the package {form}: pip install -e '\.\[{form}\]'"
         with pytest.raises(InputError, match=message):
             export_encoder(encoder, form, out)
     command = ["qwen3-encdec", "export", "--model", encoder, "--to", "gguf", "--output", out]
@@ -228,6 +229,23 @@ def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsy
     with pytest.raises(SystemExit) as stop:
         cli.main()
     assert stop.value.code == 2
-    expected = "error: gguf needs the package gguf: pip install 'qwen3-encdec[gguf]'\n"
+    expected = "error: gguf needs the package gguf: pip install -e '.[gguf]'\n"
     assert capsys.readouterr().err == expected
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"attention_bias": True}, "has attention biases"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}, "linear"),
+    ],
+)
+def test_an_encoder_that_llama_cpp_cannot_run_is_refused(encoder, tmp_path, change, message):
+    pytest.importorskip("gguf")
+    folder = shutil.copytree(encoder, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text()) | change
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        FORMS["gguf"].write(folder, tmp_path)
+    assert not list(tmp_path.glob("*.gguf"))

@@ -123,7 +123,7 @@ def check_packages(form: str, packages: tuple[str, ...], extra: str) -> None:
     """Raise InputError naming the extra if a package that a form needs is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            install = f"pip install 'qwen3-encdec[{extra}]'"
+            install = f"pip install -e '.[{extra}]'"
             raise InputError(f"{form} needs the package {package}: {install}")
 
 
@@ -261,6 +261,8 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
     rope: Any = config.rope_parameters
     if rope["rope_type"] != "default":
         raise InputError(f"{encoder}: rope_type {rope['rope_type']} cannot be written as GGUF")
+    if config.attention_bias:
+        raise InputError(f"{encoder} has attention biases, which llama.cpp's Qwen3 lacks; use onnx")
     writer = gguf.GGUFWriter(output / f"model-{kind.lower()}.gguf", "qwen3")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
     writer.add_context_length(layout.max_tokens)  # readers take it for the limit of a text

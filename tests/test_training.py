@@ -141,6 +141,18 @@ def test_trace_is_that_of_a_plain_loop(init_folder, corpus, tmp_path, recompute)
     assert evaluated[-1][0] < evaluated[0][0]
 
 
+def test_a_mixture_has_a_held_out_loss_for_each_corpus(init_folder, corpus, tmp_path):
+    words = " ".join(f"{n} plus {n} is {n + n}." for n in range(99))
+    (tmp_path / "sums.txt").write_text("\n".join(words[n:] for n in range(300)))
+    parts = [{"inputs": [str(corpus)], "name": "prose"}, {"inputs": [str(tmp_path / "sums.txt")]}]
+    settings = {"data.inputs": [], "data.mixture": parts, "data.heldout_every": 4}
+    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", **settings))
+    keys = ["eval_loss_on/prose", "eval_loss_on/sums.txt", "eval_loss/S"]
+    losses = np.array(read_metrics(tmp_path / "run", *keys))
+    assert len(losses) == 3
+    assert (losses[:, 0] != losses[:, 1]).all()
+
+
 @pytest.mark.parametrize("signal", ["z_loss=0.01", "label_smoothing=0.1", "mntp_weight=0.5"])
 def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, signal):
     name, value = signal.split("=")

@@ -19,16 +19,18 @@ def denoising_losses(
     examples: Sequence[Example],
     *,
     denoiser_names: Sequence[str],
+    corpora: Sequence[str] = (),
     batch_size: int = 16,
 ) -> dict[str, float]:
     """Mean loss by denoiser over a fixed list of examples, in nats per target token (EOS included).
 
-    It does not depend on `batch_size`, the examples per call. With sharded parameters every rank
-    must call this with the same examples. The model, wrapped or not, keeps its training mode. A
-    denoiser without examples is left out.
+    With the names of `corpora`, also by them, as `on/NAME`. It does not depend on `batch_size`, the
+    examples per call. With sharded parameters every rank must call this with the same examples. The
+    model, wrapped or not, keeps its training mode. A denoiser without examples is left out.
     """
     device = next(model.parameters()).device
-    totals, counts = torch.zeros(2, len(denoiser_names), dtype=torch.float64)
+    names = [*denoiser_names, *(f"on/{name}" for name in corpora)]
+    totals, counts = torch.zeros(2, len(names), dtype=torch.float64)
     by_length = sorted(examples, key=lambda example: len(example.source))
     training = model.training
     model.eval()
@@ -39,14 +41,17 @@ def denoising_losses(
             inputs = send_to_device(batch, device)
             losses = model(**inputs, return_logits=False).token_losses[0].double().cpu()
             lengths = torch.tensor([len(example.target) for example in part])
-            denoisers = torch.tensor([example.denoiser for example in part])
-            denoisers = denoisers.repeat_interleave(lengths)
-            totals.index_add_(0, denoisers, losses)
-            counts.index_add_(0, denoisers, torch.ones_like(losses))
+            groups = [[example.denoiser for example in part]]
+            if corpora:
+                groups.append([len(denoiser_names) + example.corpus for example in part])
+            for group in groups:
+                index = torch.tensor(group).repeat_interleave(lengths)
+                totals.index_add_(0, index, losses)
+                counts.index_add_(0, index, torch.ones_like(losses))
     finally:
         model.train(training)
     means = (totals / counts).tolist()
-    return {name: means[i] for i, name in enumerate(denoiser_names) if counts[i]}
+    return {name: means[i] for i, name in enumerate(names) if counts[i]}
 
 
 @torch.no_grad()

@@ -138,8 +138,8 @@ def progress_line(step: int, steps: int, metrics: dict[str, Any], done: int, ela
     """Say where a run is, with units; ``done`` steps took ``elapsed`` seconds."""
     parts = [form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics]
     for name, value in metrics.items():
-        if name.startswith("eval_loss/"):
-            parts.append(f"held-out {name.removeprefix('eval_loss/')} {value:.4f} nats/token")
+        if name.startswith(("eval_loss/", "eval_loss_on/")):
+            parts.append(f"held-out {name.partition('/')[2]} {value:.4f} nats/token")
     parts.append(f"elapsed {timedelta(seconds=round(elapsed))}")
     if done:
         parts.append(f"remaining {timedelta(seconds=round(elapsed / done * (steps - step)))}")

@@ -59,6 +59,7 @@ class Run:
         self.saver = Checkpointer(config, self.state, tokenizer, resumed["folder"])
         self.guard = monitor.SpikeGuard(config.spike_sigma, config.spike_window, resumed["recent"])
         self.denoisers = [denoiser.name for denoiser in config.data.denoisers]
+        self.corpora = data.corpora
         sizes = plan.count_parameters(model_config)
         peak = processes * (plan.machines(accelerator).peak or 0)
         per_sum = plan.flops_per_sum(model_config, sizes)
@@ -206,13 +207,18 @@ class Run:
         self.log(step, metrics | corpora)
 
     def evaluate(self, step: int) -> None:
-        """Log the held-out loss of each denoiser."""
-        model, size = self.state.model, self.config.batch_size
+        """Log the held-out loss of each denoiser and, of a mixture, of each corpus."""
         losses = denoising_losses(
-            model, self.heldout, denoiser_names=self.denoisers, batch_size=size
+            self.state.model,
+            self.heldout,
+            denoiser_names=self.denoisers,
+            corpora=self.corpora if len(self.corpora) > 1 else (),
+            batch_size=self.config.batch_size,
         )
-        self.heldout_losses[step] = sum(losses.values()) / len(losses)
-        self.log(step, {f"eval_loss/{name}": loss for name, loss in losses.items()})
+        by_denoiser = [losses[name] for name in self.denoisers if name in losses]
+        self.heldout_losses[step] = sum(by_denoiser) / len(by_denoiser)
+        keys = {name: f"eval_loss/{name}".replace("/on/", "_on/") for name in losses}
+        self.log(step, {keys[name]: loss for name, loss in losses.items()})
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint after ``step``."""

@@ -156,17 +156,35 @@ def test_a_hub_that_fails_at_every_fifth_request(hub, tmp_path, cache_gib):
     assert len(hub.requests) > 20
 
 
-def test_a_dataset_that_vanishes_in_mid_run(hub, tmp_path):
-    """A streamed one ends the run with one sentence, at the row that cannot be made."""
-    process = start(hub, tmp_path, 0, "0:1:100000")
+def test_a_dataset_that_vanishes_in_mid_run(hub, init_folder, tmp_path):
+    """A streamed one ends training with one sentence and a checkpoint of the last step."""
+    settings = {
+        "model": init_folder, "output_dir": tmp_path / "run", "max_steps": 100_000, "log_every": 1,
+        "batch_size": 1, "eval_every": 0, "save_every": 0, "num_workers": 1, "trackers": "[]",
+        "data.inputs": "[org/texts]", "data.cache_gib": 0, "data.source_length": 64,
+        "data.target_length": 64,
+    }  # fmt: skip
+    code = "from qwen3_encdec.cli import main; main()"
+    command = [sys.executable, "-c", code, "train"]
+    command += [f"{name}={value}" for name, value in settings.items()]
+    environment = hub.environment(tmp_path / "cache", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, env=environment, **pipes)
+    metrics = tmp_path / "run/metrics.jsonl"
     for _ in range(1200):
-        if (tmp_path / "flag").exists():
+        if process.poll() is not None or (metrics.exists() and '"loss"' in metrics.read_text()):
             break
         time.sleep(0.1)
     hub.gone.add("org/texts")
-    (line,) = process.communicate(timeout=200)[0].splitlines()
-    assert line.startswith("InputError: hf://datasets/org/texts@")
-    assert "404" in line
+    _, said = process.communicate(timeout=200)
+    (error,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: hf://datasets/org/texts@"), said
+    assert "404" in error
+    assert process.returncode == 2
+    assert "Traceback" not in said
+    last = json.loads(metrics.read_text().splitlines()[-1])["step"]
+    (checkpoint,) = (tmp_path / "run/checkpoints").glob("step-*")
+    assert checkpoint.name == f"step-{last:06}"
 
 
 def test_a_hub_dataset_that_is_not_there(hub, tmp_path):

@@ -5,8 +5,7 @@
 
 The encoder has Qwen3-0.6B's width, 6 of its 28 layers and random weights. Texts are random words of
 5 to 500 tokens, every length alike, in random order. Sides take turns in one process; the median of
-the rounds counts. Recall compares vectors of real text: which of the ten nearest documents under
-float32 are still found when they are quantized.
+the rounds counts.
 """
 
 import argparse
@@ -19,23 +18,21 @@ from pathlib import Path
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util.quantization import quantize_embeddings
 from transformers import AutoTokenizer
 from transformers.utils import logging
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion.extract import extract_encoder
-from qwen3_encdec.data.package_docs import summary_pairs
-from qwen3_encdec.embedding.encoder import TextEncoder, int8_ranges
+from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.export import FORMS, export_encoder, sample_texts
 from qwen3_encdec.evaluation.suite import provenance
 from qwen3_encdec.folders import InputError, write_json
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-FULL = {"layers": 6, "texts": 96, "longest": 500, "rounds": 3, "documents": 3000, "sizes": {}}
+FULL = {"layers": 6, "texts": 96, "longest": 500, "rounds": 3, "sizes": {}}
 TOY = {"num_ranks": 512, "vocab_size": 740, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2,
        "num_key_value_heads": 1, "head_dim": 32}  # fmt: skip
-QUICK = {"layers": 1, "texts": 12, "longest": 60, "rounds": 1, "documents": 60, "sizes": TOY}
+QUICK = {"layers": 1, "texts": 12, "longest": 60, "rounds": 1, "sizes": TOY}
 RUNTIMES = {"onnx": "onnxruntime", "onnx-int8": "onnxruntime", "gguf-q8_0": "xllamacpp"}
 
 
@@ -46,7 +43,6 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="toy size")
     parser.add_argument("--forms", default=",".join(RUNTIMES), help="exported forms, by commas")
-    parser.add_argument("--recall", type=Path, help="encoder whose vectors are quantized")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     logging.disable_progress_bar()
@@ -72,12 +68,10 @@ def main() -> None:
             except InputError as error:
                 print(f"{form}: not run, {error}")
         seconds, found = take_turns(sides, texts, plan["rounds"])
-        kept = recall(arguments.recall or folder, plan["documents"])
     show(seconds, found, len(texts))
-    print("recall@10: " + ", ".join(f"{kind} {share:.3f}" for kind, share in kept.items()))
     if arguments.output:
         facts = provenance(started=started, plan=plan, threads=torch.get_num_threads())
-        write_json(arguments.output, {"seconds": seconds, "recall@10": kept, "provenance": facts})
+        write_json(arguments.output, {"seconds": seconds, "provenance": facts})
 
 
 def make_encoder(root: Path, layers: int, num_ranks: int | None = None, **sizes: int) -> Path:
@@ -125,36 +119,6 @@ def show(seconds: dict[str, list[float]], found: dict, texts: int) -> None:
         target(f"same dtype, {name}", f"{ratio:.2f} x", ">= 1.3 x", ratio >= 1.3)
     least = float((found["ours float32"] * reference).sum(1).min())
     target("cosine to sentence-transformers", f"{least:.7f}", ">= 0.99999", least >= 0.99999)
-
-
-def recall(folder: Path, most: int) -> dict[str, float]:
-    """Recall@10 against float32 by kind of vector, for summaries of docstrings among bodies."""
-    pairs = summary_pairs("heldout")[:most]
-    encoder = TextEncoder(folder, dtype=torch.float32, max_tokens=64)
-    documents = encoder.encode([body for _, body in pairs])
-    queries = encoder.encode([summary for summary, _ in pairs[::10]])
-
-    def nearest(vectors: np.ndarray, asked: np.ndarray = queries) -> np.ndarray:
-        return np.argsort(-(asked @ vectors.T), axis=1, kind="stable")[:, :10]
-
-    def bits(vectors: np.ndarray) -> np.ndarray:
-        codes = (quantize_embeddings(vectors, "binary").astype(np.int16) + 128).astype(np.uint8)
-        return np.unpackbits(codes, axis=1) * 2.0 - 1
-
-    spans = int8_ranges(documents)
-    codes = quantize_embeddings(documents, "int8", ranges=spans)
-    restored = (codes + 128.0) * (spans[1] - spans[0]) / 255 + spans[0]
-    shuffled = documents[np.random.default_rng(0).permutation(len(documents))]
-    expected = nearest(documents)
-    found = {
-        "int8": nearest(restored),
-        "binary": nearest(bits(documents), bits(queries)),
-        "control, shuffled documents": nearest(shuffled),
-    }
-    return {
-        kind: float(np.mean([len({*a} & {*b}) / 10 for a, b in zip(expected, rows, strict=True)]))
-        for kind, rows in found.items()
-    }
 
 
 def target(name: str, figure: str, wanted: str, met: bool) -> None:

@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.stream import RowLoader
-from qwen3_encdec.folders import InputError, read_averages
+from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import checkpoint, distributed
 from qwen3_encdec.training.loop import run_training
 from tests.test_training import read_metrics, small_run, write_corpus
@@ -269,18 +269,3 @@ def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monke
     with pytest.raises(InputError, match=sentence):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
-
-
-def test_the_running_average_is_read_back(init_folder, corpus, tmp_path):
-    run_dir = tmp_path / "run"
-    options = {"output_dir": run_dir, "ema_decay": 0.5, "eval_every": 0}
-    run_training(small_run(init_folder, corpus, **options))
-    first = dict(read_averages(run_dir / "checkpoints/latest"))
-    weights = load_file(run_dir / "checkpoints/latest/model.safetensors")
-    assert all(first[name].shape == weights[name].shape for name in first)
-    assert not torch.equal(first["model.shared.weight"], weights["model.shared.weight"])
-    shutil.rmtree(run_dir / "checkpoints/step-000004")
-    run_training(small_run(init_folder, corpus, **options))
-    again = dict(read_averages(run_dir / "checkpoints/latest"))
-    assert first.keys() == again.keys()
-    assert all(torch.equal(first[name], again[name]) for name in first)

@@ -163,7 +163,7 @@ def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize(
     ("stage", "changes"),
-    [("1", {}), ("2", {"ema_decay": 0.9}), ("2", {"mixed_precision": "bf16"})],
+    [("1", {}), ("2", {"mixed_precision": "bf16"})],
 )
 @needs_deepspeed
 def test_what_deepspeed_cannot_do_is_refused(monkeypatch, stage, changes):

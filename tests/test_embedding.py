@@ -16,13 +16,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.util.quantization import quantize_embeddings
 
 from qwen3_encdec import cli
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding.encoder import (
     TextEncoder,
-    embed_file,
     encoder_folder,
     token_batches,
     write_embeddings,
@@ -277,65 +275,12 @@ def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
     assert np.allclose(found, fp32.encode(TEXTS, prompt_name="query", dimensions=8), atol=1e-6)
 
 
-def test_precisions(tmp_path, fp32):
-    (tmp_path / "texts.txt").write_text("\n".join(text or " " for text in TEXTS))
-    embeddings = fp32.encode([text or " " for text in TEXTS])
-
-    def embedded(name, **options):
-        embed_file(fp32, str(tmp_path / "texts.txt"), tmp_path / name, **options)
-        return np.load(tmp_path / name)
-
-    binary = embedded("b.npy", precision="binary")
-    assert np.array_equal(binary, quantize_embeddings(embeddings, "binary"))
-    first = embedded("i.npy", precision="int8")
-    ranges = np.load(tmp_path / "i.ranges.npy")
-    assert np.array_equal(ranges, np.stack([embeddings.min(0), embeddings.max(0)]))
-    again = embedded("again.npy", precision="int8", ranges=tmp_path / "i.ranges.npy")
-    assert np.array_equal(again, first)
-    assert not (tmp_path / "again.ranges.npy").exists()
-    steps = (ranges[1] - ranges[0]) / 255
-    assert np.abs((first + 128.0) * steps + ranges[0] - embeddings).max() <= steps.max() + 1e-6
-
-
-def test_int8_ranges_of_no_width_are_refused(tmp_path, fp32):
-    (tmp_path / "one.txt").write_text("a single text\n")
-    with pytest.raises(InputError, match="ranges of 1 texts are not two finite rows of 40"):
-        embed_file(fp32, str(tmp_path / "one.txt"), tmp_path / "x.npy", precision="int8")
-    np.save(tmp_path / "flat.npy", np.zeros((2, 40), dtype=np.float32))
-    options = {"precision": "int8", "ranges": tmp_path / "flat.npy"}
-    with pytest.raises(
-        InputError, match="flat.npy are not two finite rows of 40, the second one larger"
-    ):
-        embed_file(fp32, str(tmp_path / "one.txt"), tmp_path / "x.npy", **options)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["flat.npy", "one.txt"]
-
-
-def test_int8_values_outside_their_ranges_do_not_wrap(tmp_path, fp32):
-    (tmp_path / "texts.txt").write_text("\n".join(TEXTS[1:4]))
-    narrow = np.full((2, 40), 0.01, dtype=np.float32) * np.array([[-1], [1]], dtype=np.float32)
-    np.save(tmp_path / "narrow.npy", narrow)
-    options = {"precision": "int8", "ranges": tmp_path / "narrow.npy"}
-    embed_file(fp32, str(tmp_path / "texts.txt"), tmp_path / "x.npy", **options)
-    found, embeddings = np.load(tmp_path / "x.npy"), fp32.encode(TEXTS[1:4])
-    assert (found[embeddings > 0.01] > 120).all()
-    assert (found[embeddings < -0.01] < -120).all()
-
-
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
         (("--output", "x.csv"), "must be a file ending in .npy or .parquet"),
-        (
-            ("--output", "x.npy", "--precision", "int4"),
-            "precision 'int4' is not one of float32, int8, binary",
-        ),
         (("--output", "x.npy", "--input", "nowhere.txt"), "no such file"),
         (("--output", "x.npy", "--input", "empty.txt"), "empty"),
-        (("--output", "x.npy", "--ranges", "texts.txt"), "only int8 has ranges"),
-        (
-            ("--output", "x.npy", "--ranges", "texts.txt", "--precision", "int8"),
-            "texts.txt cannot be read",
-        ),
         (("--output", "x.npy", "--model", "nowhere"), "is not an encoder folder"),
     ],
 )
@@ -374,6 +319,4 @@ def test_bench_runs_whole_at_toy_size(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "(wanted >= 0.99999) met" in done.stdout
-    figures = read_json(tmp_path / "figures.json")["recall@10"]
-    assert figures["int8"] > 0.9 > figures["binary"] > 0.3
-    assert figures["control, shuffled documents"] < 0.3
+    assert read_json(tmp_path / "figures.json")["seconds"]

@@ -99,24 +99,6 @@ def test_every_parameter_of_the_model_is_in_one_group(model):
     assert all(name.endswith("proj.weight") for name in grouped[0])
 
 
-def test_running_average(model):
-    optimizer = build_optimizer(model, TrainingConfig(lr=1e-2, ema_decay=0.75))
-    expected = None
-    for step in range(3):
-        gradients(model, packed_batch(step))
-        optimizer.step()
-        now = [parameter.detach().clone() for parameter in model.parameters()]
-        if expected is None:
-            expected = now
-        else:
-            expected = [0.75 * e + 0.25 * n for e, n in zip(expected, now, strict=True)]
-    for parameter, average in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(optimizer.state[parameter]["ema"], average, rtol=1e-6, atol=1e-7)
-    weights = [parameter.detach() for parameter in model.parameters()]
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(weights, expected, rtol=1e-4, atol=1e-5)
-
-
 @pytest.mark.parametrize("how", ["full", "selective"])
 def test_recomputed_gradients_are_the_same(model, how):
     batch = packed_batch()

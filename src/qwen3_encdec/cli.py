@@ -124,7 +124,6 @@ def extract(
     output: Output,
     pooling: Annotated[Literal["mean", "last", "cls"], Option(help="Pooling of states.")] = "mean",
     average_last: Annotated[int, Option(help="Average the newest N checkpoints.")] = 1,
-    ema: Annotated[bool, Option("--ema", help="Take the running average of ema_decay.")] = False,
     max_length: MaxLength = None,
     push_to_hub: PushTo = None,
 ) -> None:
@@ -136,7 +135,6 @@ def extract(
         output,
         pooling=pooling,
         average_last=average_last,
-        ema=ema,
         max_seq_length=max_length,
     )
     print(f"{report}\nwrote {output}")
@@ -296,8 +294,6 @@ def embed(
     output: Annotated[Path, Option(help="File to write: .npy or .parquet.")],
     text_column: TextColumn = "text",
     prompt_name: Prompt = None,
-    precision: Annotated[str, Option(help="float32, int8 (and its ranges) or binary.")] = "float32",
-    ranges: Annotated[Path | None, Option(help="Ranges of an earlier int8 file.")] = None,
     dimensions: Annotated[int | None, Option(help="Leading dimensions to keep.")] = None,
     max_length: MaxLength = None,
     dtype: ComputeDtype = None,
@@ -312,8 +308,6 @@ def embed(
         output,
         text_column=text_column,
         prompt_name=prompt_name,
-        precision=precision,
-        ranges=ranges,
         dimensions=dimensions,
     )
     print(f"{done}\nwrote {output}")

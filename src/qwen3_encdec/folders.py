@@ -179,24 +179,6 @@ def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
     }
 
 
-def read_averages(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (name, tensor) of the running average of `ema_decay`. Raises InputError without one."""
-    import torch
-    from torch.distributed.checkpoint import HuggingFaceStorageReader, load
-
-    try:
-        reader = HuggingFaceStorageReader(str(folder / "state"))
-        stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
-        averages = {name: torch.empty(stored[name].size) for name in stored if name[-4:] == ".ema"}
-        load(averages, storage_reader=reader, no_dist=True)
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{folder / 'state'} is missing or damaged: {error}") from None
-    if not averages:
-        raise InputError(f"{folder} holds no running average; train with ema_decay=0.999")
-    for name, average in averages.items():
-        yield name.removesuffix(".ema"), average
-
-
 def _safetensors(folder: Path) -> Iterator[safe_open]:
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}

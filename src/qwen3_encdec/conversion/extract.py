@@ -33,7 +33,6 @@ from qwen3_encdec.folders import (
     load_config,
     load_tokenizer,
     new_folder,
-    read_averages,
     read_json,
     read_tensors,
     write_json,
@@ -82,7 +81,6 @@ def extract_encoder(
     *,
     pooling: str = "mean",
     average_last: int = 1,
-    ema: bool = False,
     max_seq_length: int | None = None,
 ) -> ExtractionReport:
     """Write the encoder of a checkpoint as a standalone text-embedding model.
@@ -92,7 +90,6 @@ def extract_encoder(
         output_dir: Written beside and renamed into place.
         pooling: `"mean"`, `"last"` or `"cls"`.
         average_last: Average the weights of the newest N checkpoints, up to `checkpoint`.
-        ema: Take the running average that training kept, not the weights.
         max_seq_length: Tokens after which a text is cut; by default at most 512.
 
     Raises:
@@ -108,10 +105,10 @@ def extract_encoder(
     length = min(512, longest) if max_seq_length is None else max_seq_length
     if not 2 <= length <= longest:
         raise InputError(f"max-seq-length {length} must lie in 2 ... {longest}")
-    names = [f"{folder.name} (ema)" if ema else folder.name for folder in folders]
+    names = [folder.name for folder in folders]
     facts = {"source": str(checkpoint), "averaged": names, "pooling": pooling}
     with new_folder(output_dir, "encoder", **facts) as folder:
-        encoder = _stock_encoder(config, _average(folders, ema), folders[-1])
+        encoder = _stock_encoder(config, _average(folders), folders[-1])
         encoder.save_pretrained(folder)
         _write_tokenizer(folder, folders[-1], length)
         _write_small_files(folder, config, POOLING[pooling], length)
@@ -155,11 +152,11 @@ def _step(folder: Path) -> int:
     return int(match[1]) if match else -1
 
 
-def _average(folders: Sequence[Path], ema: bool) -> dict[str, torch.Tensor]:
+def _average(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
     """Mean of the encoders' tensors, in fp32 where there are several, under stock names."""
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
-        for name, tensor in read_averages(folder) if ema else read_tensors(folder):
+        for name, tensor in read_tensors(folder):
             name = name.replace("model.shared.", "model.encoder.embed_tokens.")
             if not name.startswith("model.encoder."):
                 continue

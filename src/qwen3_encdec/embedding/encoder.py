@@ -34,7 +34,6 @@ from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
-PRECISIONS = ("float32", "int8", "binary")
 _CHUNK = 4096
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -317,24 +316,6 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     return texts
 
 
-def int8_ranges(embeddings: np.ndarray, file: str | Path | None = None) -> np.ndarray:
-    """Least and largest value of each dimension, [2, d] float32, or those of an earlier file.
-
-    Raises InputError if they do not fit, or one has no width: what int8 makes of it is noise.
-    """
-    try:
-        ranges = np.load(file) if file else np.stack([embeddings.min(0), embeddings.max(0)])
-    except (OSError, ValueError) as error:
-        raise InputError(f"ranges {file} cannot be read: {error}") from None
-    width = embeddings.shape[1]
-    fit = ranges.shape == (2, width) and np.isfinite(ranges).all()
-    if not fit or not (ranges[1] > ranges[0]).all():
-        origin = file or f"of {len(embeddings):,} texts"
-        wanted = f"two finite rows of {width}, the second one larger throughout"
-        raise InputError(f"int8 ranges {origin} are not {wanted}; embed more texts for them")
-    return ranges
-
-
 def write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str] = ()) -> None:
     """Write .npy, or .parquet with the columns `text` and `embedding`: whole, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -359,40 +340,22 @@ def embed_file(
     *,
     text_column: str = "text",
     prompt_name: str | None = None,
-    precision: str = "float32",
-    ranges: str | Path | None = None,
     dimensions: int | None = None,
 ) -> str:
     """Embed the texts of a file into another, whole or not at all; returns a one-line summary.
-
-    int8 writes its ranges beside it, `.ranges.npy`, unless `ranges` are those of an earlier file.
 
     Raises InputError if a file or setting is wrong.
     """
     output = Path(output)
     if output.suffix not in (".npy", ".parquet"):
         raise InputError(f"output {output} must be a file ending in .npy or .parquet")
-    if precision not in PRECISIONS or (ranges and precision != "int8"):
-        kinds = ", ".join(PRECISIONS)
-        raise InputError(f"precision {precision!r} is not one of {kinds}; only int8 has ranges")
     texts = read_texts(source, text_column)
     if not texts:
         raise InputError(f"input {source} holds no texts")
     embeddings = encoder.encode(
         texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
     )
-    spans = None
-    if precision == "int8":
-        spans = int8_ranges(embeddings, ranges)
-        embeddings = embeddings.clip(*spans)  # values outside would wrap around
-        if not ranges:
-            write_embeddings(output.with_suffix(".ranges.npy"), spans)
-    if precision != "float32":
-        from sentence_transformers.util.quantization import quantize_embeddings
-
-        options: Any = {"precision": precision, "ranges": spans}
-        embeddings = np.asarray(quantize_embeddings(embeddings, **options))
     write_embeddings(output, embeddings, texts)
     cut = f", {encoder.num_cut:,} cut at {encoder.max_tokens:,} tokens" if encoder.num_cut else ""
     kind = str(encoder.dtype).removeprefix("torch.")
-    return f"{len(texts):,} texts in {kind}{cut}: {embeddings.shape} {precision}"
+    return f"{len(texts):,} texts in {kind}{cut}: {embeddings.shape} float32"

@@ -26,7 +26,7 @@ Precision = Annotated[
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
 # Keys of earlier versions, ignored so that their config.yaml still loads.
-_RETIRED = ("async_checkpoints", "eps", "keep_best", "resume")
+_RETIRED = ("async_checkpoints", "ema_decay", "eps", "keep_best", "resume")
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,6 @@ class TrainingConfig:
     weight_decay: NotNegative = 0.1
     betas: tuple[Share, Share] = (0.9, 0.95)
     max_grad_norm: NotNegative = 1.0
-    ema_decay: Share = 0.0
 
     # The loss.
     z_loss: NotNegative = 0.0

@@ -118,10 +118,10 @@ class DeepSpeedState(distributed.TrainingState):
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
     """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself."""
     plugin = DeepSpeedPlugin()
-    if plugin.zero_stage not in (2, 3) or config.ema_decay or mixed_precision != "no":
+    if plugin.zero_stage not in (2, 3) or mixed_precision != "no":
         raise InputError(
-            "under DeepSpeed the loop runs ZeRO stages 2 and 3 with mixed_precision=no and "
-            "ema_decay=0; launch it with configs/accelerate_fsdp2.yaml"
+            "under DeepSpeed the loop runs ZeRO stages 2 and 3 with mixed_precision=no; "
+            "launch it with configs/accelerate_fsdp2.yaml"
         )
     settings = plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = config.batch_size

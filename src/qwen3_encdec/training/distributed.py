@@ -93,8 +93,6 @@ class TrainingState:
         Raises InputError on all ranks if the checkpoint is damaged.
         """
         state = self.optimizer_state()
-        if not read_json(folder / "state/training.json")["config"].get("ema_decay"):
-            state = {name: tensor for name, tensor in state.items() if name[-4:] != ".ema"}
         for tensors, place in ((self.weights(), folder), (state, folder / "state")):
             own = first_held(tensors)
             with together():

@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from qwen3_encdec.training.config import TrainingConfig
 
@@ -33,17 +32,7 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
         {"params": gates, "lr_multiplier": gate_lr, "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
-    move = get_ema_multi_avg_fn(config.ema_decay)
-
-    def move_average(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        for parameter, state in optimizer.state.items():
-            state.setdefault("ema", parameter.detach().clone())
-        move([state["ema"] for state in optimizer.state.values()], list(optimizer.state), None)
-
-    if config.ema_decay:
-        optimizer.register_step_post_hook(move_average)
-    return optimizer
+    return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, fused=True)
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:

@@ -125,7 +125,7 @@ def memory(
     return {
         "weights": 4 * states,
         "gradients": 4 * states,
-        "optimizer states": (12 if config.ema_decay else 8) * states,
+        "optimizer states": 8 * states,
         "gathered or cast weights": gathered if machines.shards > 1 else cast,
         "activations": wide * activations,
         "logits": (4 + wide) * min(2048, target) * c.vocab_size + 4 * sizes.embedding,

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import yaml
+from typer.main import get_command
+from typer.testing import CliRunner
 
 from qwen3_encdec import __version__, cli
 
@@ -206,3 +208,14 @@ def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch, command):
     monkeypatch.setattr(cli, "new_folder", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         command("tokenizer", "--output", "unused", "--num-ranks", 300)
+
+
+def test_help_shows_every_help_text_whole():
+    """Markup would swallow words in brackets."""
+    group = get_command(cli.app)
+    for name, command in group.commands.items():
+        shown = "".join(CliRunner().invoke(cli.app, [name, "--help"]).output.split())
+        texts = [parameter.help for parameter in command.params if getattr(parameter, "help", None)]
+        assert texts or name == "train"
+        for text in texts:
+            assert "".join(text.split()) in shown, (name, text)

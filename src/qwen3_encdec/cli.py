@@ -19,7 +19,7 @@ from qwen3_encdec import __version__
 from qwen3_encdec.folders import InputError, check_output, new_folder
 from qwen3_encdec.training.command import train
 
-app = Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+app = Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 FORMER_NAMES = {
     "--qwen3-model": "--model",
     "--checkpoint": "--model",
@@ -420,7 +420,8 @@ def _push(folder: Path, repository: str | None) -> None:
 
 def run(command: Callable[..., None]) -> None:
     """Run one command as a script, with the errors of the command line."""
-    script = Typer(add_completion=False, pretty_exceptions_enable=False)
+    options: Any = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
+    script = Typer(add_completion=False, **options)
     script.command(cls=Command)(command)
     _guard(script)
 

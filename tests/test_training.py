@@ -51,6 +51,8 @@ SMALL = {
     "keep_last": 0, "eval_every": 2, "eval_examples_per_denoiser": 2, "trackers": "[]",
     "num_workers": 0, "data.heldout_every": 10, "data.source_length": 64, "data.target_length": 64,
     "max_grad_norm": 0.5,
+    # At this lr, 200 times it would throw the gates to and fro, and rounding with them.
+    "source_gate_lr_multiplier": 10.0,
 }  # fmt: skip
 
 

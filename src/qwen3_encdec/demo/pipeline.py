@@ -26,7 +26,7 @@ NANO: dict[str, Any] = {
     "parent": {"hidden_size": 192, "num_hidden_layers": 4, "steps": 600},
     "data": {"source_length": 256, "target_length": 128},
     "ul2": {"max_steps": 600, "warmup_steps": 30, "batch_size": 4, "lr": 2e-3},
-    "contrastive": {"steps": 300, "batch_size": 64, "max_length": 48, "lr": 2e-3},
+    "contrastive": {"steps": 200, "batch_size": 64, "max_length": 48, "lr": 2e-3},
     "heldout_texts": 64,
     "num_queries": 1000,
 }

@@ -214,6 +214,10 @@ def plot(records: Sequence[Record]) -> str:
                 axes.errorbar(list(points), means, halves, fmt=".-", color=color, label=arm)
             axes.set_title(title)
             axes.set_xscale("log", base=2)
+            last = max(max(run["curve"]) for run in by_seed(records, next(iter(HEADLINE))).values())
+            powers = [2**n for n in range(11, 20) if 2**n <= last]
+            axes.set_xticks([1024, *powers], ["start", *(f"{power // 1024}k" for power in powers)])
+            axes.minorticks_off()
             axes.set_xlabel("tokens")
         figure.axes[0].set_ylabel("held-out nats per target token")
         figure.axes[0].legend(fontsize=8)

@@ -46,9 +46,8 @@ def main() -> None:
         print(f"{examples:,} examples in {len(drawn)} rows; the first row holds")
         for example in drawn[0].examples:
             print(render(example, tokenizer, config.denoisers))
-        print(
-            f"and {len(heldout_examples(config, tokenizer, 8))} examples of texts that training never sees"
-        )
+        heldout = heldout_examples(config, tokenizer, 8)
+        print(f"and {len(heldout)} examples of texts that training never sees")
 
 
 if __name__ == "__main__":

@@ -99,7 +99,7 @@ class Varlen:
         return first, last
 
     def _has_kernel(self, states: torch.Tensor) -> bool:
-        """Tell if SDPA runs without a mask: torch's kernel on CUDA, a loop over documents on CPU."""
+        """Tell if SDPA needs no mask: torch's kernel on CUDA, a loop over documents on CPU."""
         if states.device.type == "cpu":
             return not torch.compiler.is_compiling()
         return states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
@@ -144,14 +144,14 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Attend with the configured backend, the one place where a kernel is called.
 
-    | `_attn_implementation` | padded form                    | packed form                          |
-    |------------------------|--------------------------------|--------------------------------------|
-    | eager                  | additive mask, returns weights | dense mask                           |
-    | sdpa                   | bool mask, or none             | CUDA: torch's varlen kernel; CPU: a  |
-    |                        |                                | call a document; compiled: dense mask|
-    | flash_attention_*      | unpadded by transformers       | cumulative lengths                   |
-    | flex_attention         | block mask                     | block mask                           |
-    | registered elsewhere   | as transformers masks it       | dense mask                           |
+    | `_attn_implementation` | padded form                    | packed form                        |
+    |------------------------|--------------------------------|------------------------------------|
+    | eager                  | additive mask, returns weights | dense mask                         |
+    | sdpa                   | bool mask, or none             | CUDA: torch's varlen kernel; CPU:  |
+    |                        |                                | by document; compiled: dense mask  |
+    | flash_attention_*      | unpadded by transformers       | cumulative lengths                 |
+    | flex_attention         | block mask                     | block mask                         |
+    | registered elsewhere   | as transformers masks it       | dense mask                         |
 
     Args:
         module: Has `config`, `scaling`, `attention_dropout`, `num_key_value_groups`, `training`.

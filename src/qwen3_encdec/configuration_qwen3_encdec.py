@@ -169,7 +169,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
-                f"this is a {kind!r} model, not an encoder-decoder; make one of a dense Qwen3 with: "
+                f"this is a {kind!r} model, not an encoder-decoder; make one of a Qwen3 with: "
                 "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID "
                 "--output-dir ./qwen3-encdec-init"
             )

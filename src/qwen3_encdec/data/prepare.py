@@ -1,9 +1,9 @@
 """Tokenize a corpus once, into parquet files that the stream reads without tokenizing again.
 
 The corpus is cut into parts of whole blocks, each written as one file by whichever process is free.
-A run that was stopped goes on with the parts that are missing: until the last one is there, all lies
-in `OUTPUT.partial`, with a plan of what is made of what. An index of the files lies beside them, so
-that opening costs nothing.
+A run that was stopped goes on with the parts that are missing: until the last one is there, all of
+it lies in `OUTPUT.partial`, with a plan of what is made of what. An index of the files lies beside
+them, so that opening costs nothing.
 
 Duplicates are found beforehand, in one pass over the texts in the order of the corpus: the first
 copy stays. A document keeps its key, so that it is held out, and corrupted, as its text would be.

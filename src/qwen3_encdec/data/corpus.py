@@ -33,7 +33,7 @@ from filelock import FileLock
 
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.package_docs import Split, cache_folder, package_docs_file
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, first_line, read_json
 
 BLOCK_BYTES = 2**18
 BLOCK_ROWS = 2048
@@ -240,8 +240,7 @@ def naming(what: str) -> Iterator[None]:
     except InputError:
         raise
     except Exception as error:  # every way in which a library or a hub can fail
-        reason = str(error).strip() or type(error).__name__
-        raise InputError(f"{what}: {reason.splitlines()[0]}") from None
+        raise InputError(f"{what}: {first_line(error)}") from None
 
 
 def _text(line: bytes, column: str) -> str:

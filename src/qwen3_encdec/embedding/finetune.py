@@ -37,6 +37,7 @@ from qwen3_encdec.folders import (
     check_output,
     copy_without_weights,
     default_device,
+    first_line,
     new_folder,
     read_json,
     write_json,
@@ -374,7 +375,7 @@ def _load(folder: str | Path) -> SentenceTransformer:
     try:
         model = SentenceTransformer(str(folder), local_files_only=True)
     except Exception as error:  # damaged weights, configs and tokenizers each raise their own
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"{folder} cannot be loaded: {reason}") from None
     # Else the trainer embeds examples for every checkpoint's card.
     model.model_card_data.generate_widget_examples = False

@@ -16,7 +16,7 @@ import torch
 from safetensors import SafetensorError
 
 from qwen3_encdec.evaluation.retrieval import MAX_TOKENS
-from qwen3_encdec.folders import InputError, read_json
+from qwen3_encdec.folders import InputError, first_line, read_json
 
 TFIDF = "TF-IDF"
 MINILM = "MiniLM-L6"
@@ -102,7 +102,7 @@ def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embe
     try:
         model = SentenceTransformer(**options())
     except (OSError, ValueError, SafetensorError) as error:
-        reason = str(error).strip().partition("\n")[0]
+        reason = first_line(error)
         raise InputError(f"{folder} cannot be loaded as an embedding model: {reason}") from None
     own = model.max_seq_length
     encoders: dict[str | None, Callable] = {

@@ -30,6 +30,7 @@ from qwen3_encdec.folders import (
     InputError,
     default_device,
     describe_source,
+    first_line,
     load_model,
     load_tokenizer,
     package_versions,
@@ -171,8 +172,7 @@ class MtebTask:
             if not self.task.data_loaded:
                 self.task.load_data()
         except Exception as error:  # the hub client raises a dozen unrelated types
-            reason = str(error).strip().partition("\n")[0]
-            raise NotRun(f"its data cannot be loaded: {reason}") from None
+            raise NotRun(f"its data cannot be loaded: {first_line(error)}") from None
         results = mteb.evaluate(mteb_model(embed), self.task, cache=None, show_progress_bar=False)
         return {"score": float(results.task_results[0].get_score())}
 

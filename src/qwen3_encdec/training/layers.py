@@ -12,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.data.collate import collate_packed
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, first_line
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig
 
@@ -105,7 +105,7 @@ def disagreement(
             norm = nn.utils.get_total_norm([p.grad for p in model.parameters()])
             found.append(torch.stack([loss.detach(), norm]))
     except Exception as error:  # whatever a missing or unfit package raises
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"[:120]
+        return f"{type(error).__name__}: {first_line(error)}"[:120]
     loss, norm = (found[1] / found[0] - 1).abs().tolist()
     agrees = loss < 0.01 and norm < 0.05
     return None if agrees else f"loss {loss:.1%} and gradient {norm:.1%} from those of sdpa"

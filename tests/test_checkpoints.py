@@ -225,7 +225,7 @@ def test_prolonging_a_decayed_run_is_said(init_folder, corpus, straight, tmp_pat
 def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     losses = iter([9.0, 5.0, 1.0, 6.0, 4.0])
     monkeypatch.setattr(
-        "qwen3_encdec.training.steps.denoising_losses", lambda *a, **o: {"R1": next(losses)}
+        "qwen3_encdec.training.steps.mean_losses", lambda *a, **o: {"R1": next(losses)}
     )
     stuck = shutil.rmtree
 

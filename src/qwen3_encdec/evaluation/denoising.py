@@ -13,43 +13,61 @@ from qwen3_encdec.data.ul2 import Example
 from qwen3_encdec.folders import InputError
 
 
-@torch.no_grad()
 def denoising_losses(
     model: torch.nn.Module,
     examples: Sequence[Example],
     *,
     denoiser_names: Sequence[str],
-    corpora: Sequence[str] = (),
     batch_size: int = 16,
 ) -> dict[str, float]:
     """Mean loss by denoiser over a fixed list of examples, in nats per target token (EOS included).
 
-    With the names of `corpora`, also by them, as `on/NAME`. It does not depend on `batch_size`, the
-    examples per call. With sharded parameters every rank must call this with the same examples. The
-    model, wrapped or not, keeps its training mode. A denoiser without examples is left out.
+    Arguments as `example_losses`. A denoiser without examples is left out.
+    """
+    losses = example_losses(model, examples, batch_size)
+    return mean_losses(losses, examples, [e.denoiser for e in examples], denoiser_names)
+
+
+@torch.no_grad()
+def example_losses(
+    model: torch.nn.Module, examples: Sequence[Example], batch_size: int = 16
+) -> torch.Tensor:
+    """Sum of the token losses of each example, [examples] fp64, in nats.
+
+    It does not depend on `batch_size`, the examples per call. With sharded parameters every rank
+    must call this with the same examples. The model, wrapped or not, keeps its training mode.
     """
     device = next(model.parameters()).device
-    names = [*denoiser_names, *(f"on/{name}" for name in corpora)]
-    totals, counts = torch.zeros(2, len(names), dtype=torch.float64)
-    by_length = sorted(examples, key=lambda example: len(example.source))
+    sums = torch.zeros(len(examples), dtype=torch.float64)
+    by_length = sorted(range(len(examples)), key=lambda number: len(examples[number].source))
     training = model.training
     model.eval()
     try:
         for start in range(0, len(by_length), batch_size):
-            part = by_length[start : start + batch_size]
+            numbers = by_length[start : start + batch_size]
+            part = [examples[number] for number in numbers]
             batch = collate_packed([e.source for e in part], [e.target for e in part])
             inputs = send_to_device(batch, device)
             losses = model(**inputs, return_logits=False).token_losses[0].double().cpu()
             lengths = torch.tensor([len(example.target) for example in part])
-            groups = [[example.denoiser for example in part]]
-            if corpora:
-                groups.append([len(denoiser_names) + example.corpus for example in part])
-            for group in groups:
-                index = torch.tensor(group).repeat_interleave(lengths)
-                totals.index_add_(0, index, losses)
-                counts.index_add_(0, index, torch.ones_like(losses))
+            sums.index_add_(0, torch.tensor(numbers).repeat_interleave(lengths), losses)
     finally:
         model.train(training)
+    return sums
+
+
+def mean_losses(
+    losses: torch.Tensor,
+    examples: Sequence[Example],
+    groups: Sequence[int],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """Mean of `example_losses` per target token by group; `groups` are indices into `names`."""
+    totals, counts = torch.zeros(2, len(names), dtype=torch.float64)
+    index = torch.tensor(groups, dtype=torch.long)
+    totals.index_add_(0, index, losses)
+    lengths = [len(example.target) for example in examples]
+    counts.index_add_(0, index, torch.tensor(lengths, dtype=torch.float64))
     means = (totals / counts).tolist()
     return {name: means[i] for i, name in enumerate(names) if counts[i]}
 

@@ -18,7 +18,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 
 from qwen3_encdec import folders
 from qwen3_encdec.data import collate, stream
-from qwen3_encdec.evaluation.denoising import denoising_losses
+from qwen3_encdec.evaluation.denoising import example_losses, mean_losses
 from qwen3_encdec.training import monitor, plan, start
 from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict
@@ -208,17 +208,15 @@ class Run:
 
     def evaluate(self, step: int) -> None:
         """Log the held-out loss of each denoiser and, of a mixture, of each corpus."""
-        losses = denoising_losses(
-            self.state.model,
-            self.heldout,
-            denoiser_names=self.denoisers,
-            corpora=self.corpora if len(self.corpora) > 1 else (),
-            batch_size=self.config.batch_size,
-        )
-        by_denoiser = [losses[name] for name in self.denoisers if name in losses]
-        self.heldout_losses[step] = sum(by_denoiser) / len(by_denoiser)
-        keys = {name: f"eval_loss/{name}".replace("/on/", "_on/") for name in losses}
-        self.log(step, {keys[name]: loss for name, loss in losses.items()})
+        heldout = self.heldout
+        losses = example_losses(self.state.model, heldout, self.config.batch_size)
+        by_denoiser = mean_losses(losses, heldout, [e.denoiser for e in heldout], self.denoisers)
+        self.heldout_losses[step] = sum(by_denoiser.values()) / len(by_denoiser)
+        metrics = {f"eval_loss/{name}": loss for name, loss in by_denoiser.items()}
+        if len(self.corpora) > 1:
+            by_corpus = mean_losses(losses, heldout, [e.corpus for e in heldout], self.corpora)
+            metrics |= {f"eval_loss_on/{name}": loss for name, loss in by_corpus.items()}
+        self.log(step, metrics)
 
     def save(self, step: int) -> None:
         """Begin to write a checkpoint after ``step``."""

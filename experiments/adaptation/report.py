@@ -21,7 +21,7 @@ if __name__ == "__main__":
 
 import matplotlib  # noqa: E402
 from experiments.adaptation.run import power  # noqa: E402
-from experiments.objective.report import STYLE, interval, svg, table  # noqa: E402
+from experiments.objective.report import STYLE, between, interval, rewrite, svg, table  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
 BEGIN, END = (
@@ -50,15 +50,10 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
     arguments = parser.parse_args()
     page = arguments.docs / "results.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
     records = read(arguments.results)
-    text = f"{before}{BEGIN}\n\n{tables(records)}\n\n{END}{rest.split(END)[1]}"
-    stale = []
-    for file, content in {page: text, arguments.docs / "adaptation.svg": plot(records)}.items():
-        if not file.exists() or file.read_text(encoding="utf-8") != content:
-            stale.append(file.name)
-            if not arguments.check:
-                file.write_text(content, encoding="utf-8")
+    files = {page: between(page, BEGIN, END, tables(records))}
+    files[arguments.docs / "adaptation.svg"] = plot(records)
+    stale = rewrite(files, arguments.check)
     print(f"{len(records)} runs; not what they say: {', '.join(stale) or 'nothing'}")
     raise SystemExit(int(arguments.check and bool(stale)))
 
@@ -200,23 +195,22 @@ def plot(records: Sequence[Record]) -> str:
     """Draw learning curves with intervals over seeds; the start stands at half the first point."""
     panels: dict[str, Callable] = {"mean of five denoisers": mean}
     panels |= {"R1": lambda losses: losses["R1"], "S": lambda losses: losses["S"]}
+    curves = {arm: [r["curve"] for r in by_seed(records, arm).values()] for arm in HEADLINE}
+    last = max((max(curve) for of in curves.values() for curve in of), default=0)
+    powers = [2**n for n in range(11, 20) if 2**n <= last]
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.4), layout="constrained")
         for axes, (title, score) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            last = 0
             for arm, color in HEADLINE.items():
-                runs = by_seed(records, arm).values()
                 points: dict[int, list[float]] = {}
-                for run in runs:
-                    for tokens, losses in run["curve"].items():
+                for curve in curves[arm]:
+                    for tokens, losses in curve.items():
                         points.setdefault(tokens or 1024, []).append(score(losses))
                 means = [statistics.fmean(values) for values in points.values()]
                 halves = [interval(values) or 0.0 for values in points.values()]
                 axes.errorbar(list(points), means, halves, fmt=".-", color=color, label=arm)
-                last = max(last, *points) if points else last
             axes.set_title(title)
             axes.set_xscale("log", base=2)
-            powers = [2**n for n in range(11, 20) if 2**n <= last]
             axes.set_xticks([1024, *powers], ["start", *(f"{power // 1024}k" for power in powers)])
             axes.minorticks_off()
             axes.set_xlabel("tokens")

@@ -54,28 +54,38 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     page = arguments.docs / "results.md"
-    text = page.read_text(encoding="utf-8")
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        print(f"{page} does not hold the two marks {BEGIN} and {END}", file=sys.stderr)
-        raise SystemExit(2)
-    before, rest = text.split(BEGIN)
     plan = yaml.safe_load(arguments.plan.read_text(encoding="utf-8"))
     found = read(arguments.results)
-    files: dict[str, str] = plots(plan, found)
-    files["results.md"] = f"{before}{BEGIN}\n\n{tables(plan, found)}\n\n{END}{rest.split(END)[1]}"
-    stale = []
-    for name, content in files.items():
-        file = arguments.docs / name
-        if not file.exists() or file.read_text(encoding="utf-8") != content:
-            stale.append(name)
-            if not arguments.check:
-                file.write_text(content, encoding="utf-8")
+    files = {arguments.docs / name: content for name, content in plots(plan, found).items()}
+    files[page] = between(page, BEGIN, END, tables(plan, found))
+    stale = rewrite(files, arguments.check)
     if arguments.check and stale:
         print(f"not what the JSON files say: {', '.join(stale)}", file=sys.stderr)
         raise SystemExit(1)
     print(
         f"{len(found)} pieces: {len(files) - len(stale)} of {len(files)} files are what they were"
     )
+
+
+def between(page: Path, begin: str, end: str, content: str) -> str:
+    """The text of a page with other content between its two marks."""
+    text = page.read_text(encoding="utf-8")
+    if text.count(begin) != 1 or text.count(end) != 1:
+        print(f"{page} does not hold the two marks {begin} and {end}", file=sys.stderr)
+        raise SystemExit(2)
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"
+
+
+def rewrite(files: dict[Path, str], check: bool) -> list[str]:
+    """Write the files whose content is another, or with `check` none; return their names."""
+    stale = []
+    for file, content in files.items():
+        if not file.exists() or file.read_text(encoding="utf-8") != content:
+            stale.append(file.name)
+            if not check:
+                file.write_text(content, encoding="utf-8")
+    return stale
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:

@@ -20,8 +20,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
 # torch 2.11 takes fewer key heads than query heads without the argument.
-_NAMES = {"enable_gqa"} & inspect.signature(varlen_attn).parameters.keys()
-_GQA: Any = dict.fromkeys(_NAMES, True)
+_NEEDS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
+_GQA: Any = {"enable_gqa": True} if _NEEDS_GQA else {}
 
 
 @dataclass

@@ -245,8 +245,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         )
         states = outputs.last_hidden_state
         loss = token_losses = logits = None
-        wanted = labels is None or not self.training if return_logits is None else return_logits
-        if wanted:
+        by_default = labels is None or not self.training
+        if by_default if return_logits is None else return_logits:
             keep: Any = logits_to_keep
             keep = slice(-keep, None) if isinstance(keep, int) else keep
             logits = self.model.shared(states[:, keep])

@@ -24,7 +24,7 @@ import torch
 from tokenizers import processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
 
-from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from qwen3_encdec.configuration_qwen3_encdec import SHARED_WITH_QWEN3, Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.card import base_of, write_card
 from qwen3_encdec.folders import (
     TRAIN_COMMAND,
@@ -45,11 +45,6 @@ POOLING_FLAGS = {
     "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
     "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken",
 }  # fmt: skip
-_SHARED_FIELDS = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "hidden_act", "max_position_embeddings", "initializer_range",
-    "rms_norm_eps", "rope_parameters", "attention_bias", "attention_dropout", "pad_token_id",
-)  # fmt: skip
 # Largest difference allowed to our own encoder, relative to the largest state, in fp32.
 TOLERANCE = 1e-4
 
@@ -170,7 +165,8 @@ def _average(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
 def _stock_encoder(
     config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor], source: Path
 ) -> Qwen3Model:
-    fields = {name: getattr(config, name) for name in _SHARED_FIELDS}
+    names = "vocab_size", *SHARED_WITH_QWEN3, "rope_parameters", "pad_token_id"
+    fields = {name: getattr(config, name) for name in names}
     eos = config.eos_token_id
     stock = Qwen3Config(
         **fields,

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from tokenizers import Regex, normalizers, pre_tokenizers
 
 from qwen3_encdec.data import tokenization
 from qwen3_encdec.data.tokenization import Encoder
@@ -96,15 +97,30 @@ def test_a_library_that_gives_other_ids_is_not_used(tokenizer, monkeypatch, capl
     assert caplog.text.count("several times slower") == 1
 
 
-def test_a_tokenizer_that_only_tokenizers_can_do(tokenizer, caplog):
-    from tokenizers import normalizers
+def byte_level(*first):
+    """Split as GPT-2 does, behind other splits."""
+    parts = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    return pre_tokenizers.Sequence([*first, parts]) if first else parts
 
-    other = build_tokenizer(num_ranks=512)
-    other.backend_tokenizer.normalizer = normalizers.Lowercase()
-    encode = Encoder(other)
+
+@pytest.mark.parametrize(
+    ("part", "other"),
+    [
+        ("normalizer", normalizers.Lowercase()),
+        ("pre_tokenizer", byte_level()),
+        ("pre_tokenizer", byte_level(pre_tokenizers.Digits(individual_digits=True))),
+        ("pre_tokenizer", byte_level(pre_tokenizers.Split("-", "isolated"))),
+        ("pre_tokenizer", byte_level(pre_tokenizers.Split(Regex("-"), "removed"))),
+    ],
+    ids=["lower case", "byte level", "digits", "no pattern", "removed"],
+)
+def test_a_tokenizer_that_only_tokenizers_can_do(part, other):
+    odd = build_tokenizer(num_ranks=512)
+    setattr(odd.backend_tokenizer, part, other)
+    encode = Encoder(odd)
     assert encode.name == "tokenizers"
-    assert "Lowercase" in caplog.text
-    assert encode("ABC <|im_end|>").tolist() == reference(other, "abc <|im_end|>")
+    assert "does not normalize and split text as Qwen3's" in (encode.fallback_reason or "")
+    assert encode("A1-1 <|im_end|>").tolist() == reference(odd, "A1-1 <|im_end|>")
     assert encode.fingerprint != Encoder(build_tokenizer(num_ranks=512)).fingerprint
 
 

@@ -52,7 +52,7 @@ class Encoder:
         try:
             self._encode = _tiktoken(spec)
             self._compare()
-        except (ImportError, ValueError, KeyError, TypeError) as error:
+        except (ImportError, ValueError, KeyError) as error:
             self._encode, self.name, self.fallback_reason = self._slow, "tokenizers", str(error)
             _warn(self.fallback_reason)
 
@@ -115,24 +115,28 @@ def _pieces(text: str) -> Iterator[str]:
 def _tiktoken(spec_text: str) -> Callable[[str], np.ndarray]:
     """Build an encoder of the ranks and the pattern in tokenizer.json.
 
-    Raises for anything but a byte-level BPE of Qwen's shape.
+    Raises ValueError for one that does not normalize and split as Qwen3's, KeyError for a token
+    that is not spelled in bytes.
     """
     import tiktoken
 
-    spec = json.loads(spec_text)
-    model, normalizer = spec["model"], spec["normalizer"]
-    split, byte_level = spec["pre_tokenizer"]["pretokenizers"]
-    kinds = model["type"], split["type"], split["behavior"], byte_level["type"]
-    if kinds != ("BPE", "Split", "Isolated", "ByteLevel"):
-        raise ValueError("the tokenizer is not a byte-level BPE that splits text as Qwen's does")
-    if normalizer is not None and normalizer["type"] != "NFC":
-        raise ValueError(f"the tokenizer normalizes with {normalizer['type']}")
-    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
-    ranks = {
-        bytes(byte_of[letter] for letter in token): rank for token, rank in model["vocab"].items()
-    }
+    match json.loads(spec_text):
+        case {
+            "model": {"type": "BPE", "vocab": vocabulary},
+            "normalizer": None | {"type": "NFC"} as normalizer,
+            "pre_tokenizer": {
+                "pretokenizers": [
+                    {"type": "Split", "behavior": "Isolated", "pattern": {"Regex": pattern}},
+                    {"type": "ByteLevel"},
+                ]
+            },
+        }:
+            byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
+        case _:
+            raise ValueError("the tokenizer does not normalize and split text as Qwen3's does")
+    ranks = {bytes(byte_of[letter] for letter in token): vocabulary[token] for token in vocabulary}
     encoding = tiktoken.Encoding(
-        "corpus", pat_str=split["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={}
+        "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}
     )
 
     def encode(text: str) -> np.ndarray:

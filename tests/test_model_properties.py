@@ -208,7 +208,6 @@ SAME: dict[str, Change] = {
     "encoder_targets": lambda m, b: {"encoder_targets": torch.full_like(b["input_ids"], IGNORED)},
     "encoder_loss_weight": lambda m, b: {"encoder_loss_weight": 3.0},
     "z_loss": lambda m, b: {"z_loss": 0.0},
-    "smoothing": lambda m, b: {"smoothing": 0.0},
     "return_logits": lambda m, b: {"return_logits": True},
     "logits_to_keep": lambda m, b: {"logits_to_keep": torch.arange(b["labels"].shape[1])},
 }
@@ -240,7 +239,6 @@ OTHER: dict[str, Change] = {
         "encoder_loss_weight": 3.0,
     },
     "z_loss": lambda m, b: {"z_loss": 0.1},
-    "smoothing": lambda m, b: {"smoothing": 0.2},
 }
 # In a packed batch some mean nothing, and are refused; some are of this form alone.
 REFUSED_PACKED: dict[str, Change] = {

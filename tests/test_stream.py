@@ -411,16 +411,6 @@ def test_long_documents_are_used_to_their_end(tmp_path, tokenizer):
     assert sum(map(len, chunks)) - sum(len(data.encode(t)) for t in texts(20, 1)) == len(tokens)
 
 
-def test_mode_tokens_name_the_kind_of_denoiser(folder, tokenizer):
-    data = UL2Data(config_of(folder, mode_tokens=True), tokenizer)
-    names = [f"<|reserved_{'RXS'.index(d.name[0])}|>" for d in data.config.denoisers]
-    modes = tokenizer.convert_tokens_to_ids(names)
-    for row in islice(rows(data), 40):
-        for example in row.examples:
-            assert example.source[0] == modes[example.denoiser]
-    assert set(modes) <= set(data.kept_ids.tolist())
-
-
 def test_a_prefetching_loader_counts_only_what_it_gave(folder, tokenizer):
     data = UL2Data(config_of(folder), tokenizer)
     loader = RowLoader(data, batch_size=2, num_workers=2, collate=list)

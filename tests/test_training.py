@@ -83,7 +83,7 @@ def plain_trace(
     rows = RowLoader(
         data, batch_size=config.batch_size * parts, rank=0, ranks=1, num_workers=0, collate=list
     )
-    options = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
+    options = {"z_loss": config.z_loss}
     make_batch = collate_rows
     if config.mntp_weight:
         make_batch = partial(
@@ -155,7 +155,7 @@ def test_a_mixture_has_a_held_out_loss_for_each_corpus(init_folder, corpus, tmp_
     assert (losses[:, 0] != losses[:, 1]).all()
 
 
-@pytest.mark.parametrize("signal", ["z_loss=0.01", "label_smoothing=0.1", "mntp_weight=0.5"])
+@pytest.mark.parametrize("signal", ["z_loss=0.01", "mntp_weight=0.5"])
 def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, signal):
     name, value = signal.split("=")
     options = {

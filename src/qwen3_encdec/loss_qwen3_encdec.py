@@ -26,7 +26,6 @@ def chunked_cross_entropy(
     labels: torch.Tensor,
     num_items: torch.Tensor | int | None = None,
     z_loss: float = 0.0,
-    smoothing: float = 0.0,
     chunk: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of `hidden @ weight.T`.
@@ -40,12 +39,11 @@ def chunked_cross_entropy(
         labels: [...] int64, -100 is ignored.
         num_items: Divisor of the sum; None takes the number of labels that are not ignored.
         z_loss: Weight of the squared log-sum-exp of a token (PaLM, arXiv 2204.02311, section 5).
-        smoothing: Share of the target that is spread evenly over the vocabulary.
         chunk: Tokens whose logits exist at a time; by default what suits the device.
 
     Returns:
         Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every
-        token in the shape of `labels`, without z-loss and smoothing, 0 where ignored.
+        token in the shape of `labels`, without z-loss, 0 where ignored.
     """
     states, flat = hidden.flatten(0, -2), labels.flatten()
     if num_items is None:
@@ -53,7 +51,7 @@ def chunked_cross_entropy(
     scale = 1 / torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
     # Each chunk reads and writes the whole gradient of the matrix, which a GPU notices.
     chunk = chunk or (2048 if hidden.is_cuda else 512)
-    options = (scale, chunk, z_loss, smoothing)
+    options = (scale, chunk, z_loss)
     # Finding the ignored labels would make the host wait, or break the graph.
     if hidden.is_cuda or torch.compiler.is_compiling():
         loss, losses = _ChunkedCrossEntropy.apply(states, weight, flat, *options)
@@ -69,13 +67,12 @@ def dense_cross_entropy(
     labels: torch.Tensor,
     num_items: torch.Tensor | int,
     z_loss: float = 0.0,
-    smoothing: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the same from [..., V] logits that exist anyway."""
     kept = labels != IGNORED
     log_probs = logits.float().log_softmax(-1)
     target = log_probs.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
-    objective = -(1 - smoothing) * target - smoothing * log_probs.mean(-1)
+    objective = -target
     if z_loss:
         objective = objective + z_loss * logits.float().logsumexp(-1).square()
     loss = objective.masked_fill(~kept, 0.0).sum() / num_items
@@ -84,7 +81,7 @@ def dense_cross_entropy(
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, weight, labels, scale, chunk, z_loss, smoothing):
+    def forward(ctx, hidden, weight, labels, scale, chunk, z_loss):
         kind, classes = hidden.device.type, len(weight)
         dtype = compute_dtype(hidden)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -100,7 +97,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 states = hidden[part].to(dtype)
                 logits = states @ matrix.T  # (C, V)
                 losses[part], objective = form_gradient(
-                    logits[:, :classes], labels[part], scale, z_loss, smoothing
+                    logits[:, :classes], labels[part], scale, z_loss
                 )
                 total += objective
                 if hidden_grad is not None:
@@ -126,15 +123,13 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             hidden_grad = hidden_grad * grad_loss.to(hidden_grad.dtype)
         if weight_grad is not None:
             weight_grad = weight_grad.mul_(grad_loss).to(ctx.weight_dtype)
-        return hidden_grad, weight_grad, None, None, None, None, None
+        return hidden_grad, weight_grad, None, None, None, None
 
 
-def _form_gradient(
-    logits, labels, scale, z_loss: float, smoothing: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _form_gradient(logits, labels, scale, z_loss: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn [C, V] logits into the gradient of the chunk's objective times `scale`, in place.
 
-    The gradient is softmax (1 + 2 z log_sum) - (1 - smoothing) one_hot - smoothing / V.
+    The gradient is softmax (1 + 2 z log_sum) - one_hot.
 
     Returns:
         Losses of the tokens, [C] fp32 and 0 where ignored, and the sum of the objective.
@@ -147,20 +142,15 @@ def _form_gradient(
     of_target = log_probs.gather(1, target)  # (C, 1)
     log_sum = logit - of_target
     losses = (-of_target).squeeze(1).masked_fill(~kept, 0.0)
-    objective = -(1 - smoothing) * of_target.squeeze(1) + z_loss * log_sum.square().squeeze(1)
-    if smoothing:
-        objective = objective - smoothing * log_probs.mean(1)
+    objective = losses + z_loss * log_sum.square().squeeze(1)
     objective = objective.masked_fill(~kept, 0.0).sum()
 
     weight = scale * kept[:, None]  # (C, 1)
     factor = weight * (1 + 2 * z_loss * log_sum)
-    spread = weight * (smoothing / logits.shape[1])
     gradient = log_probs.exp_().mul_(factor)
-    if smoothing:
-        gradient -= spread
     if not in_place:
         logits.copy_(gradient)
-    gradient_of_target = of_target.exp() * factor - spread - weight * (1 - smoothing)
+    gradient_of_target = of_target.exp() * factor - weight
     logits.scatter_(1, target, gradient_of_target.to(logits.dtype))
     return losses, objective
 

@@ -155,7 +155,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             a document cannot be asked for.
         encoder_loss_weight: Of the sum over encoder targets, added to the sum over labels.
         z_loss: Weight of the squared log-sum-exp of a token's logits.
-        smoothing: Share of the target spread over the whole vocabulary.
         return_logits: By default where there are no labels, and outside training.
         logits_to_keep: Logits of the last positions only, or of these positions; 0 keeps all.
 
@@ -202,7 +201,6 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         encoder_targets: torch.Tensor | None = None,
         encoder_loss_weight: float = 1.0,
         z_loss: float = 0.0,
-        smoothing: float = 0.0,
         # logits
         return_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
@@ -250,7 +248,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             keep: Any = logits_to_keep
             keep = slice(-keep, None) if isinstance(keep, int) else keep
             logits = self.model.shared(states[:, keep])
-        options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss, "smoothing": smoothing}
+        options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss}
         if labels is not None:
             check_shape("labels", labels, states.shape[:2])
             if logits is not None and logits.shape[1] == labels.shape[1]:

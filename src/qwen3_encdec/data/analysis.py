@@ -54,7 +54,7 @@ def _line(denoiser: Denoiser, shares: np.ndarray, own: np.ndarray) -> list[str]:
     own = own if len(own) else np.zeros((1, 3), int)
     source, target, sentinels = own.T
     noise = (target - 1 - sentinels).sum()
-    # Without EOS and sentinels; a mode token, if any, is left in.
+    # Without EOS and sentinels.
     corruption = noise / max((source - 1 - sentinels).sum() + noise, 1)
     return [
         denoiser.name,

@@ -81,7 +81,7 @@ def collate_masked_rows(
     Args:
         rows: As `collate_rows` takes them.
         mask_id: Stands for a masked token.
-        kept_ids: Ids that are never masked: EOS, sentinels, mode tokens.
+        kept_ids: Ids that are never masked: EOS and sentinels.
         probability: Of masking any other token.
 
     Returns:
@@ -105,7 +105,7 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 
     Raises InputError without one.
     """
-    token = "<|reserved_3|>"  # 0 to 2 are the mode tokens
+    token = "<|reserved_3|>"
     index = tokenizer.get_vocab().get(token)
     if index is None:
         name = tokenizer.name_or_path

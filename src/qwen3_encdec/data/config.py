@@ -9,7 +9,6 @@ from typing import Any
 from qwen3_encdec.data.ul2 import PRESETS, Denoiser, Preset, raw_length
 from qwen3_encdec.folders import InputError, read_yaml
 
-MODES = ("R", "X", "S")
 _LEAST = {"streams": 1, "cache_gib": 0, "min_tokens": 2, "heldout_every": 2, "seed": 0}
 _LEAST |= {"source_length": 2, "target_length": 2}
 
@@ -51,10 +50,8 @@ class DataConfig:
     """Without heldout_inputs, one document in so many, by its hash, is kept from training."""
     preset: str | list[dict] = "t5gemma2"
     """Denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
-    mode_tokens: bool = False
-    """Begin each source with a token for its kind of denoiser: R, X or S, as its name begins."""
     source_length: int = 512
-    """Most source tokens in a row, sentinels, mode token and EOS counted."""
+    """Most source tokens in a row, sentinels and EOS counted."""
     target_length: int = 256
     """Most target tokens in a row, sentinels and EOS counted."""
     min_tokens: int = 8
@@ -88,10 +85,6 @@ class DataConfig:
                     f"that denoiser {denoiser.name} takes at source_length={self.source_length}, "
                     f"target_length={self.target_length}"
                 )
-            if self.mode_tokens and denoiser.name[:1] not in MODES:
-                raise InputError(
-                    f"data.mode_tokens: denoiser {denoiser.name!r} does not begin with R, X or S"
-                )
 
     @cached_property
     def denoisers(self) -> Preset:
@@ -101,8 +94,8 @@ class DataConfig:
     @cached_property
     def raw_lengths(self) -> list[int]:
         """The longest text that each denoiser may take."""
-        source_length = self.source_length - self.mode_tokens
-        return [raw_length(each, source_length, self.target_length) for each in self.denoisers]
+        lengths = self.source_length, self.target_length
+        return [raw_length(denoiser, *lengths) for denoiser in self.denoisers]
 
     @cached_property
     def sources(self) -> list[Source]:

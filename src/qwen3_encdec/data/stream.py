@@ -37,7 +37,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.collate import Position, Row, collate_rows, pack
-from qwen3_encdec.data.config import MODES, DataConfig
+from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
@@ -66,8 +66,8 @@ class UL2Data:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
-        self.sentinel_ids, self.eos_id, self.mode_ids = special_ids(config, tokenizer)
-        self.kept_ids = np.array([self.eos_id, *self.sentinel_ids, *self.mode_ids])
+        self.sentinel_ids, self.eos_id = special_ids(config, tokenizer)
+        self.kept_ids = np.array([self.eos_id, *self.sentinel_ids])
         self.encode = Encoder(tokenizer)
         self.opened = [open_corpus(source, config) for source in config.sources]
         self.corpora = [corpus.name for corpus in self.opened]
@@ -192,7 +192,6 @@ class UL2Data:
             rng,
             sentinel_ids=self.sentinel_ids,
             eos_id=self.eos_id,
-            prefix=self.mode_ids[number : number + 1],
         )
         return Example(source, target, number, corpus)
 
@@ -497,19 +496,11 @@ def read_heldout(path: Path) -> list[HeldoutText]:
     return [HeldoutText(**text) for text in json.loads(path.read_text(encoding="utf-8"))]
 
 
-def special_ids(
-    config: DataConfig, tokenizer: PreTrainedTokenizerBase
-) -> tuple[np.ndarray, int, list[int]]:
-    """Return ids of the sentinels (int32) after checking that they suffice, of EOS, and of each
-    denoiser's mode token.
-
-    Mode tokens are the first of the tokenizer's reserved ones; none without `mode_tokens`.
-    """
+def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:
+    """Return ids of the sentinels (int32), after checking that they suffice, and of EOS."""
     ids = getattr(tokenizer, "sentinel_token_ids", None)
     if ids is None:
         name = tokenizer.name_or_path
         raise InputError(f"tokenizer {name!r} has no sentinels; make one of Qwen3's first")
     check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
-    kinds = [denoiser.name[0] for denoiser in config.denoisers] if config.mode_tokens else []
-    modes = tokenizer.convert_tokens_to_ids([f"<|reserved_{MODES.index(k)}|>" for k in kinds])
-    return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id), modes
+    return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id)

@@ -96,13 +96,11 @@ def corrupt(
     *,
     sentinel_ids: Ids,
     eos_id: int,
-    prefix: Ids = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """Corrupt one text: at least two tokens, none of them a sentinel.
 
-    `rng` is the only source of randomness; `prefix` begins the source: a mode token, or nothing.
-    Returns source and target, int32, both ending in `eos_id`. Raises ValueError for another text,
-    or if there are more spans than `sentinel_ids`.
+    `rng` is the only source of randomness. Returns source and target, int32, both ending in
+    `eos_id`. Raises ValueError for another text, or if there are more spans than `sentinel_ids`.
     """
     length = len(tokens)
     if length < 2:
@@ -114,7 +112,7 @@ def corrupt(
     noise_tokens = min(max(noise_tokens, 1), length - 1)
     if denoiser.mean_span is None:
         kept = length - noise_tokens
-        return _join(prefix, tokens[:kept], [eos_id]), _join(tokens[kept:], [eos_id])
+        return _join(tokens[:kept], [eos_id]), _join(tokens[kept:], [eos_id])
 
     spans = _round(noise_tokens / denoiser.mean_span, rng)
     spans = min(max(spans, 1), noise_tokens, length - noise_tokens)
@@ -131,7 +129,7 @@ def corrupt(
     pairs[:, 1] = tokens
     source = pairs[np.stack([begins, ~noise], axis=1)]
     target = pairs[np.stack([begins, noise], axis=1)]
-    return _join(prefix, source, [eos_id]), _join(target, [eos_id])
+    return _join(source, [eos_id]), _join(target, [eos_id])
 
 
 def place_spans(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
@@ -178,7 +176,7 @@ def _join(*parts: Ids) -> np.ndarray:
 def uncorrupt(
     source: np.ndarray, target: np.ndarray, *, sentinel_ids: Ids, eos_id: int
 ) -> np.ndarray:
-    """Return the tokens, int32, that `corrupt` was given with an empty prefix.
+    """Return the tokens, int32, that `corrupt` was given.
 
     Raises ValueError if the pair cannot come from `corrupt`.
     """

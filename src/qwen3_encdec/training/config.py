@@ -26,7 +26,8 @@ Precision = Annotated[
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
 # Keys of earlier versions, ignored so that their config.yaml still loads.
-_RETIRED = ("async_checkpoints", "ema_decay", "eps", "keep_best", "resume")
+_RETIRED = {"async_checkpoints", "ema_decay", "eps", "keep_best", "resume"}
+_RETIRED |= {"label_smoothing", "mode_tokens"}
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,6 @@ class TrainingConfig:
 
     # The loss.
     z_loss: NotNegative = 0.0
-    label_smoothing: Share = 0.0
     mntp_weight: NotNegative = 0.0
     mntp_probability: Share = 0.15
 
@@ -115,10 +115,8 @@ def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[st
 
 def read_dataclass(cls: type[T], values: Any, origin: str) -> T:
     """Build a dataclass from parsed YAML; an InputError names ``origin``, key and value."""
-    if isinstance(values, dict):
-        values = {key: value for key, value in values.items() if key not in _RETIRED}
     try:
-        return TypeAdapter(cls).validate_python(values, extra="forbid")
+        return TypeAdapter(cls).validate_python(_without_retired(values), extra="forbid")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     if isinstance(own := first.get("ctx", {}).get("error"), InputError):
@@ -130,6 +128,12 @@ def read_dataclass(cls: type[T], values: Any, origin: str) -> T:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise InputError(f"{origin}: unknown key {key}{hint}")
+
+
+def _without_retired(values: Any) -> Any:
+    if not isinstance(values, dict):
+        return values
+    return {key: _without_retired(value) for key, value in values.items() if key not in _RETIRED}
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -96,7 +96,7 @@ class Run:
 
     def _loader(self, data: stream.UL2Data, tokenizer: Any, positions: list) -> stream.RowLoader:
         config, accelerator = self.config, self.accelerator
-        self.loss_options = {"z_loss": config.z_loss, "smoothing": config.label_smoothing}
+        self.loss_options = {"z_loss": config.z_loss}
         options: dict[str, Any] = {}
         if config.mntp_weight:
             self.loss_options["encoder_loss_weight"] = config.mntp_weight

@@ -218,7 +218,7 @@ def test_what_people_see(init_folder, corpus, tmp_path, capfd):
         assert all(unit in line for line in steps)
     last = run_dir / "checkpoints/step-000004"
     assert lines[-2] == f"last checkpoint: {last}"
-    assert lines[-1].startswith(f"next: qwen3-encdec extract --checkpoint {last}")
+    assert lines[-1].startswith(f"next: qwen3-encdec extract --model {last}")
 
 
 def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):

@@ -30,7 +30,9 @@ def test_config_survives_a_round_trip(tmp_path):
 
 def test_the_traps_of_yaml_1_1(tmp_path):
     path = tmp_path / "config.yaml"
-    path.write_text("lr: 1e-4\nmixed_precision: no\nkeep_best: true\ndata: {mode_tokens: false}\n")  # retired
+    path.write_text(
+        "lr: 1e-4\nmixed_precision: no\nkeep_best: true\ndata: {mode_tokens: false}\n"
+    )  # retired
     assert yaml.safe_load(path.read_text())["lr"] == "1e-4"
     config = load_config(path)
     assert (config.lr, config.mixed_precision) == (1e-4, "no")

@@ -31,7 +31,8 @@ HEADLINE = {
     "raw values": "#8f7a3a",
     "scaled values": "#d9822b",
     "scaled values, gate": "#4078c0",
-    "blend": "#2f9e79",
+    "gate on keys too": "#7d5ba6",
+    "closing from -8": "#2f9e79",
 }
 RATE = 1e-4
 SHOWN = (0, 4096, 16384, 32768, 65536)

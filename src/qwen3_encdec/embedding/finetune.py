@@ -16,7 +16,14 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, Value, concatenate_datasets, load_dataset
+from datasets import (
+    Dataset,
+    Features,
+    Value,
+    concatenate_datasets,
+    disable_progress_bars,
+    load_dataset,
+)
 from datasets.exceptions import DatasetsError
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
@@ -125,6 +132,7 @@ def finetune(
     Raises InputError if batches cannot be filled with distinct texts, a value is not finite, an
     input or folder cannot be read, or settings do not go together.
     """
+    disable_progress_bars()
     config = replace(config or FinetuneConfig(), **changes)
     encoder_dir, output_dir = Path(encoder_dir), check_output(output_dir, "encoder")
     model = _load(encoder_dir)
@@ -287,6 +295,7 @@ def _train(
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         dataloader_drop_last=True,
+        dataloader_pin_memory=default_device().type != "cpu",
         batch_sampler="no_duplicates",
         prompts=prompts if any(prompts.values()) else None,
         learning_rate=config.lr or 0.0,

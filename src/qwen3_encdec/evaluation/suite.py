@@ -81,7 +81,7 @@ def evaluate_retrieval(
         tasks: By default retrieval in the docstrings of held-out packages, of `num_queries`.
         mteb: Names of mteb's tasks and benchmarks, such as "MTEB(eng, v2)".
         seed: Chooses the queries.
-        outside: Score TF-IDF and MiniLM as well.
+        outside: Score TF-IDF and MiniLM as well, and name a parent that is missing.
 
     Returns:
         `tasks` (by name `metric`, `size` and `scores` by embedder), `tasks_not_run` and `not_run`
@@ -148,7 +148,7 @@ def _loaders(
         baselines.UNMASKED_MEAN: partial(read, pooling="mean", causal=False),
     }
     others = {baselines.TFIDF: lambda: None, baselines.MINILM: baselines.minilm}
-    return {**(others if outside else {}), **parents, **own}
+    return (others if outside else {}) | (parents if outside or parent else {}) | own
 
 
 class MtebTask:

@@ -111,5 +111,5 @@ def _train(run: Run) -> Path:
     if step < config.max_steps:
         show("next: the same command, to continue")
     else:
-        show(f"next: qwen3-encdec extract --checkpoint {saver.last} --output-dir ENCODER")
+        show(f"next: qwen3-encdec extract --model {saver.last} --output ENCODER")
     return saver.last or run.run_dir

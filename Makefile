@@ -173,7 +173,7 @@ adaptation: runs/adaptation/parent ## how the source enters an adapted decoder, 
 	$(ADAPT) $(ADAPTATION)
 	$(BIN)/python experiments/adaptation/report.py
 
-adaptation-check: runs/adaptation/parent ## the beginning of a committed run again, beside its figures; and the redrawn tables; minutes
+adaptation-check: runs/adaptation/parent ## the beginning of a committed run again, from its committed examples; and the redrawn tables; minutes
 	$(ADAPT) --check
 	$(BIN)/python experiments/adaptation/report.py --check
 

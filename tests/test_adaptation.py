@@ -148,3 +148,29 @@ def test_the_settings_are_consistent():
         assert {r.arm for r, _, _ in runs} <= set(PLAN["arms"])
         assert {r for r, _, last in runs if last} == {r for r, _, _ in runs}
     assert set(report.HEADLINE) <= set(PLAN["arms"])
+
+
+def test_a_beginning_is_repeated_from_its_committed_examples(
+    settings, init_folder, tmp_path, monkeypatch
+):
+    settings["check"] = {"arm": "raw values", "lr": 1e-3, "seed": 0, "points": 2, "tolerance": 1e-3}
+    training = start(settings, init_folder, "raw values")
+    training.run = run.Run("raw values", 1e-3, 0)
+    for _ in range(2):
+        training.advance()
+    training.measure()
+    file = tmp_path / f"{training.run.name}.json"
+    file.write_text(json.dumps(training.record()))
+    monkeypatch.setattr(run, "ROWS", tmp_path / "check.json")
+    for _ in ("writes the examples", "reads them"):
+        with pytest.raises(SystemExit) as ended:
+            run.check(settings, init_folder, tmp_path)
+        assert ended.value.code == 0
+        settings["data"] |= {"inputs": [str(tmp_path / "heldout.txt")]}  # another corpus now
+        settings["data"] |= {"heldout_inputs": [str(tmp_path / "train.txt")]}
+    record = json.loads(file.read_text())
+    record["points"][1]["losses"]["S"] += 0.01
+    file.write_text(json.dumps(record))
+    with pytest.raises(SystemExit) as ended:
+        run.check(settings, init_folder, tmp_path)
+    assert ended.value.code == 1

@@ -1,6 +1,7 @@
 """The command line: results, and one sentence with exit code 2 for errors a user can mend."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -219,3 +220,13 @@ def test_help_shows_every_help_text_whole():
         assert texts or name == "train"
         for text in texts:
             assert "".join(text.split()) in shown, (name, text)
+
+
+def test_threads_of_the_demo_do_not_spin_while_they_wait(command, monkeypatch):
+    from qwen3_encdec.demo import pipeline
+
+    seen: dict[str, str] = {}
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    monkeypatch.setattr(pipeline, "run_demo", lambda *args, **kwargs: seen.update(os.environ))
+    assert command("demo")[0] == 0
+    assert seen["OMP_WAIT_POLICY"] == "passive"

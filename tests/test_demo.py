@@ -165,7 +165,8 @@ def test_the_whole_pipeline_twice(small_corpus, tmp_path, capsys):
     output = tmp_path / "demo"
     first = run_demo(output, budget=TOY)
     out = capsys.readouterr().out
-    assert "report:" in out and "not run" not in out
+    assert "report:" in out
+    assert "not run" not in out
     assert set(first["retrieval"]) == {"UL2 encoder", "UL2 encoder + contrastive"}
     second = run_demo(output, budget=TOY, full=True)
     metrics = json.loads((output / "metrics.json").read_text())

@@ -20,16 +20,19 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
+ROWS = HERE / "check.json"
 if __name__ == "__main__":
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
 from experiments.adaptation.arms import Arm, install  # noqa: E402
@@ -37,9 +40,15 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 
 from qwen3_encdec import folders  # noqa: E402
 from qwen3_encdec.conversion.initialize import initialize  # noqa: E402
-from qwen3_encdec.data.collate import collate_masked_rows, collate_rows, mask_token_id  # noqa: E402
+from qwen3_encdec.data.collate import (  # noqa: E402
+    Row,
+    collate_masked_rows,
+    collate_rows,
+    mask_token_id,
+)
 from qwen3_encdec.data.config import DataConfig  # noqa: E402
 from qwen3_encdec.data.stream import RowLoader, UL2Data  # noqa: E402
+from qwen3_encdec.data.ul2 import Example  # noqa: E402
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples  # noqa: E402
 from qwen3_encdec.evaluation.suite import provenance  # noqa: E402
 from qwen3_encdec.training import optimization  # noqa: E402
@@ -241,22 +250,48 @@ def walk(settings: Settings, arguments: Any) -> None:
 
 
 def check(settings: Settings, init: Path, results: Path) -> None:
-    """Repeat the beginning of a committed run; exit with 1 if a loss differs by too much."""
+    """Repeat the beginning of a committed run; exit with 1 if a loss differs by too much.
+
+    Its examples are committed too: the corpus depends on the installed packages.
+    """
     wanted = settings["check"]
     run = Run(wanted["arm"], wanted["lr"], wanted["seed"])
-    committed = folders.read_json(results / f"{run.name}.json")
+    committed = folders.read_json(results / f"{run.name}.json")["points"][: wanted["points"]]
     training = Training(run, settings, init)
-    if training.data.fingerprint != committed["data"]:
-        raise SystemExit("another corpus: other packages are installed, or other versions of them")
+    if not ROWS.exists():
+        write_rows(training, committed[-1]["steps"])
+    kept = folders.read_json(ROWS)
+    training.heldout = examples_of(kept["heldout"])
+    steps = (collate_rows([Row(examples_of(step), 0, 0, {})]) for step in kept["steps"])
+    training.batches = steps
     worst = 0.0
-    for expected in committed["points"][: wanted["points"]]:
-        while training.tokens < expected["tokens"]:
+    for expected in committed:
+        while training.step < expected["steps"]:
             training.advance()
         training.measure()
         losses = training.points[-1]["losses"]
         worst = max(worst, *(abs(losses[name] - x) for name, x in expected["losses"].items()))
     print(f"largest difference {worst:.4f} nats, allowed {wanted['tolerance']}")
     raise SystemExit(int(worst > wanted["tolerance"]))
+
+
+def write_rows(training: Training, steps: int) -> None:
+    """Write the examples of a run's first steps and its held-out ones, for `check`."""
+    loader = RowLoader(training.data, batch_size=training.settings["batch_size"], collate=list)
+    taken = [[e for row in batch for e in row.examples] for batch in islice(loader, steps)]
+    listed = [
+        [(e.source.tolist(), e.target.tolist(), e.denoiser) for e in examples]
+        for examples in (training.heldout, *taken)
+    ]
+    folders.write_json(ROWS, {"heldout": listed[0], "steps": listed[1:]})
+
+
+def examples_of(listed: list[Any]) -> list[Example]:
+    """Make the examples that `write_rows` has listed."""
+    return [
+        Example(np.array(source, np.int32), np.array(target, np.int32), denoiser)
+        for source, target, denoiser in listed
+    ]
 
 
 def main() -> None:

@@ -132,8 +132,8 @@ def _run_stages(
 
     folders = {"initialization": root / "init", "trained": checkpoint}
     metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=data)
-    queries: dict[str, Any] = {"num_queries": budget["num_queries"], "seed": seed}
-    metrics |= evaluate_retrieval(encoders, parent=parent if full else None, outside=full, **queries)
+    options: Any = {"num_queries": budget["num_queries"], "seed": seed, "outside": full}
+    metrics |= evaluate_retrieval(encoders, parent=parent if full else None, **options)
     clock.lap("evaluate", f"{metrics['num_documents']:,} documents of held-out packages")
     return metrics | {"seconds": clock.seconds}
 

@@ -200,7 +200,7 @@ def plot(records: Sequence[Record]) -> str:
     last = max((max(curve) for of in curves.values() for curve in of), default=0)
     powers = [2**n for n in range(11, 20) if 2**n <= last]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.4), layout="constrained")
+        figure = Figure(figsize=(10, 3.6), layout="constrained")
         for axes, (title, score) in zip(figure.subplots(1, 3), panels.items(), strict=True):
             for arm, color in HEADLINE.items():
                 points: dict[int, list[float]] = {}
@@ -216,7 +216,8 @@ def plot(records: Sequence[Record]) -> str:
             axes.minorticks_off()
             axes.set_xlabel("tokens")
         figure.axes[0].set_ylabel("held-out nats per target token")
-        figure.axes[0].legend(fontsize=8)
+        labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(*labels, loc="outside lower center", ncols=len(HEADLINE), fontsize=8)
         return svg(figure)
 
 

@@ -36,7 +36,7 @@ test: env ## every test that needs neither network nor GPU nor minutes of its ow
 test-slow: env ## what `make test` leaves out but for the next three: tests that take minutes
 	$(BIN)/python -m pytest tests/ -q -m "slow and not gpu" --ignore tests/test_distributed.py --ignore tests/test_chaos.py
 
-test-all: test test-slow test-tools test-extras test-distributed chaos interop ## everything that a machine without GPU can run
+test-all: test test-slow test-tools test-extras test-clients test-distributed chaos interop ## everything that a machine without GPU can run
 
 test-hub: env ## a checkpoint and a dataset through the hub's protocol, from a server on this machine
 	$(BIN)/python -m pytest tests/test_hub.py -v
@@ -141,7 +141,7 @@ bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, 
 CLIENTS := $(abspath $(VENV))/extras-clients
 $(CLIENTS): $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --constraint constraints.txt openai==3.57.0 \
-		langchain-openai==1.7.4 llama-index-embeddings-openai==0.7.0 chromadb==1.5.9
+		langchain-openai==1.7.3 llama-index-embeddings-openai==0.7.0 chromadb==1.5.9
 	touch $@
 
 test-clients: $(CLIENTS) ## openai, langchain, llama-index and Chroma against our server

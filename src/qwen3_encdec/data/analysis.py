@@ -19,8 +19,6 @@ class Analysis:
     denoisers: Preset
     of_each: list[np.ndarray]
     """Source length, target length and sentinels of each denoiser's examples, [examples, 3]."""
-    fills: np.ndarray
-    """Filled share of each row's source and target budget, [rows, 2]."""
     totals: list[tuple[str, str]]
     """Names and figures of the whole sample."""
     shown: list[str]
@@ -117,4 +115,4 @@ def analyze(
     ]
     of_each = [np.array(own, int).reshape(-1, 3) for own in sizes]
     examples = [text for texts in shown for text in texts]
-    return Analysis(config.denoisers, of_each, filled, totals, examples)
+    return Analysis(config.denoisers, of_each, totals, examples)

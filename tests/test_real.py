@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
@@ -171,19 +172,21 @@ def encoder(run, work) -> Path:
     return work / "encoder"
 
 
-def test_embeddings_in_bf16_are_those_in_fp32(encoder, work):
-    """Trained states have outliers that random ones have not."""
+def test_embeddings_in_bf16_are_those_of_sentence_transformers(encoder, work):
+    """Trained states have outliers that random ones have not: bf16 itself costs something here."""
     lines = ["The list is sorted.", "Bananas grow in warm countries.", "<|im_end|> is text.", ""]
     (work / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    embeddings = []
+    cosines = {}
     for dtype in ("float32", "bfloat16"):
         arguments = ["--input", work / "texts.jsonl", "--output", work / "e.npy", "--dtype", dtype]
         command("embed", "--model", encoder, *arguments)
-        embeddings.append(np.load(work / "e.npy"))
-    full, half = embeddings
-    assert full.shape == (4, 576)
-    assert (full * half).sum(1).min() > 0.99
-    assert (full @ full.T - np.eye(4)).max() < 0.95  # control: texts differ by more than dtypes
+        ours = np.load(work / "e.npy")
+        theirs = SentenceTransformer(str(encoder), model_kwargs={"dtype": dtype}).encode(lines)
+        assert ours.shape == (4, 576)
+        assert (ours * theirs).sum(1).min() > 0.999
+        assert (ours @ theirs.T - np.eye(4)).max() < 0.95  # the control: of another text
+        cosines[dtype] = ours
+    print("bf16 to fp32:", (cosines["float32"] * cosines["bfloat16"]).sum(1))
 
 
 def test_fill(run):

@@ -27,7 +27,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: env ## the whole pipeline on real text, about 8 minutes on 2 cores: runs/demo/report.html
+demo: env ## the whole pipeline on real text, about 10 minutes on 2 cores: runs/demo/report.html
 	$(BIN)/qwen3-encdec demo $(DEMO)
 
 test: env ## every test that needs neither network nor GPU nor minutes of its own

@@ -150,7 +150,7 @@ test-clients: $(CLIENTS) ## openai, langchain, llama-index and Chroma against ou
 bench-serve: env ## 1, 8 and 64 clients over HTTP beside sentence-transformers in FastAPI's way; 10,000 requests with faults
 	$(BIN)/python bench/serve.py
 
-bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo`; 15 minutes
+bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo DEMO=--full`; 15 minutes
 	$(BIN)/python bench/finetune.py
 
 objective: $(VENV)/extras-benchmarks wordnet ## the experiment of docs/results.md, restartable; half a day on 2 cores

@@ -176,7 +176,7 @@ def test_embeddings_in_bf16_are_those_of_sentence_transformers(encoder, work):
     """Trained states have outliers that random ones have not: bf16 itself costs something here."""
     lines = ["The list is sorted.", "Bananas grow in warm countries.", "<|im_end|> is text.", ""]
     (work / "texts.jsonl").write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
-    cosines = {}
+    embeddings = {}
     for dtype in ("float32", "bfloat16"):
         arguments = ["--input", work / "texts.jsonl", "--output", work / "e.npy", "--dtype", dtype]
         command("embed", "--model", encoder, *arguments)
@@ -186,8 +186,8 @@ def test_embeddings_in_bf16_are_those_of_sentence_transformers(encoder, work):
         assert ours.shape == (4, 576)
         assert (ours * theirs).sum(1).min() > 0.999
         assert (ours @ theirs.T - np.eye(4)).max() < 0.95  # the control: of another text
-        cosines[dtype] = ours
-    print("bf16 to fp32:", (cosines["float32"] * cosines["bfloat16"]).sum(1))
+        embeddings[dtype] = ours
+    print("bf16 to fp32:", (embeddings["float32"] * embeddings["bfloat16"]).sum(1))
 
 
 def test_fill(run):

@@ -262,8 +262,8 @@ def check(settings: Settings, init: Path, results: Path) -> None:
         write_rows(training, committed[-1]["steps"])
     kept = folders.read_json(ROWS)
     training.heldout = examples_of(kept["heldout"])
-    steps = (collate_rows([Row(examples_of(step), 0, 0, {})]) for step in kept["steps"])
-    training.batches = steps
+    rows = (Row(examples_of(step), 0, 0, {}) for step in kept["steps"])
+    training.batches = (collate_rows([row]) for row in rows)
     worst = 0.0
     for expected in committed:
         while training.step < expected["steps"]:

@@ -71,12 +71,12 @@ def dense_cross_entropy(
     """Compute the same from [..., V] logits that exist anyway."""
     kept = labels != IGNORED
     log_probs = logits.float().log_softmax(-1)
-    target = log_probs.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
-    objective = -target
+    losses = -log_probs.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
+    objective = losses
     if z_loss:
-        objective = objective + z_loss * logits.float().logsumexp(-1).square()
+        objective = losses + z_loss * logits.float().logsumexp(-1).square()
     loss = objective.masked_fill(~kept, 0.0).sum() / num_items
-    return loss, -target.detach().masked_fill(~kept, 0.0)
+    return loss, losses.detach().masked_fill(~kept, 0.0)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

@@ -131,9 +131,10 @@ def _tiktoken(spec_text: str) -> Callable[[str], np.ndarray]:
                 ]
             },
         }:
-            byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
+            pass
         case _:
             raise ValueError("the tokenizer does not normalize and split text as Qwen3's does")
+    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
     ranks = {bytes(byte_of[letter] for letter in token): vocabulary[token] for token in vocabulary}
     encoding = tiktoken.Encoding(
         "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}

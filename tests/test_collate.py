@@ -9,6 +9,7 @@ import torch
 from qwen3_encdec.data.collate import (
     DataCollatorForPackedSeq2Seq,
     collate_masked_rows,
+    collate_micro_batches,
     collate_packed,
     collate_rows,
     mask_token_id,
@@ -66,6 +67,28 @@ def test_the_collator_of_transformers_trainer_makes_the_same_batch():
     assert made.keys() == expected.keys()
     for name, value in expected.items():
         assert torch.equal(torch.as_tensor(made[name]), torch.as_tensor(value)), name
+
+
+@pytest.mark.parametrize("number", [1, 3, 7])
+def test_micro_batches_share_the_rows_by_tokens(number):
+    rng = np.random.default_rng(0)
+    sizes = [*rng.integers(1, 500, 18), 900, 900, 900]
+    rows = [row(example([5] * (n // 3 + 1), [6] * (n - n // 3))) for n in sizes]
+    batches = collate_micro_batches(rows, number=number, collate=list)
+    order = {id(each): index for index, each in enumerate(rows)}
+    indices = [[order[id(each)] for each in batch] for batch in batches]
+    assert sorted(index for part in indices for index in part) == list(range(len(rows)))
+    assert all(part == sorted(part) for part in indices)
+    assert all(indices)
+
+    def spread(parts: list) -> int:
+        tokens = [
+            sum(len(e.source) + len(e.target) for r in part for e in r.examples) for part in parts
+        ]
+        return max(tokens) - min(tokens)
+
+    by_rows = [rows[n::number] for n in range(number)]
+    assert spread(batches) < 0.2 * spread(by_rows) or number == 1
 
 
 def test_masking_keeps_what_is_no_text():

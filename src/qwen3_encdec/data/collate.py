@@ -1,7 +1,7 @@
 """Rows of examples to a batch: packed, or padded for generation."""
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,6 +69,18 @@ def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
     lengths = [len(example.target) for example in examples]
     denoiser = np.repeat([example.denoiser for example in examples], lengths)
     return batch | {"denoiser": torch.from_numpy(denoiser)[None]}
+
+
+def collate_micro_batches(
+    rows: Sequence[Row], *, number: int, collate: Callable[[list[Row]], Any] = collate_rows
+) -> list[Any]:
+    """Collate rows as `number` micro-batches of about as many tokens, each of at least one row."""
+    tokens, chosen = np.zeros(number, np.int64), np.zeros(len(rows), np.int64)
+    sizes = [sum(len(e.source) + len(e.target) for e in row.examples) for row in rows]
+    for index in np.argsort(sizes)[::-1]:  # largest first, to the smallest micro-batch
+        chosen[index] = tokens.argmin()
+        tokens[chosen[index]] += sizes[index]
+    return [collate([rows[i] for i in np.flatnonzero(chosen == n).tolist()]) for n in range(number)]
 
 
 def collate_masked_rows(

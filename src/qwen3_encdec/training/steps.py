@@ -22,7 +22,7 @@ from qwen3_encdec.evaluation.denoising import example_losses, mean_losses
 from qwen3_encdec.training import monitor, plan, start
 from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict
-from qwen3_encdec.training.distributed import STACKS, together
+from qwen3_encdec.training.distributed import STACKS, shared_errors
 from qwen3_encdec.training.optimization import learning_rate
 
 
@@ -40,7 +40,7 @@ class Run:
         tokenizer = folders.load_tokenizer(config.model, model_config)
         start.check_settings(config, tokenizer.num_sentinel_tokens, processes)
         data = stream.UL2Data(config.data, tokenizer)
-        with together():  # all ranks have looked before rank 0 writes
+        with shared_errors():  # all ranks have looked before rank 0 writes
             if accelerator.is_main_process:
                 self.lock = monitor.lock(self.run_dir)
         try:
@@ -87,7 +87,7 @@ class Run:
         config, path = self.config, self.run_dir / "heldout.json"
         if not (config.eval_every or config.data.heldout_inputs):
             return []
-        with together():
+        with shared_errors():
             if self.accelerator.is_main_process and not path.exists():
                 texts = data.choose_heldout(config.eval_examples_per_denoiser)
                 stream.write_heldout(path, texts)
@@ -99,9 +99,10 @@ class Run:
         config, accelerator = self.config, self.accelerator
         self.loss_options = {"z_loss": config.z_loss}
         options: dict[str, Any] = {}
+        collate_rows: Any = collate.collate_rows
         if config.mntp_weight:
             self.loss_options["encoder_loss_weight"] = config.mntp_weight
-            options["collate"] = partial(
+            collate_rows = partial(
                 collate.collate_masked_rows,
                 kept_ids=data.kept_ids,
                 mask_id=collate.mask_token_id(tokenizer),
@@ -111,9 +112,11 @@ class Run:
             options["state"], note = data.adopt(stream.merge_states(positions))
             if note:
                 accelerator.print(note)
+        number = config.gradient_accumulation_steps
         return stream.RowLoader(
             data,
-            batch_size=config.batch_size,
+            batch_size=config.batch_size * number,
+            collate=partial(collate.collate_micro_batches, number=number, collate=collate_rows),
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
             num_workers=config.num_workers,
@@ -145,8 +148,7 @@ class Run:
         """Fetch the micro-batches of the next step to the device. Returns the seconds it took."""
         began = time.perf_counter()
         try:
-            for _ in range(self.config.gradient_accumulation_steps):
-                self.upcoming.append(_send(next(self.batches), self.device))
+            self.upcoming = [_send(batch, self.device) for batch in next(self.batches)]
         except folders.InputError as error:
             self.data_error = str(error)  # the other ranks learn of it in `agree`
         return time.perf_counter() - began

@@ -51,14 +51,14 @@ check: env ## lint, format, types, tests: what CI runs first
 EXTRAS := PYTHONPATH=$(abspath $(VENV))/extras
 $(VENV)/extras: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps peft==0.21.2 torchao==0.18.0 \
-		rensa==0.5.0 faiss-cpu==1.15.1
+		rensa==0.5.0 faiss-cpu==1.15.1 datatrove==0.10.1 loguru==0.7.3 humanize==4.17.0
 	touch $@
 
 test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantization: T5 beside ours
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py tests/test_model_properties.py -q $(PARALLEL)
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
 
-test-extras: $(VENV)/extras ## what else needs rensa or faiss
+test-extras: $(VENV)/extras ## what else needs rensa, datatrove or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k semantic -q
 

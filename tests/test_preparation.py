@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
@@ -19,11 +20,13 @@ from qwen3_encdec import cli
 from qwen3_encdec.data import corpus as corpora
 from qwen3_encdec.data.analysis import analyze
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.prepare import prepare
+from qwen3_encdec.data.prepare import Preparation, prepare
 from qwen3_encdec.data.stream import UL2Data, rows
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.reports.data import write_page
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+
+DATATROVE = Path(__file__).parents[1] / "examples" / "prepare_with_datatrove.py"
 
 
 @pytest.fixture(scope="module")
@@ -198,8 +201,8 @@ from qwen3_encdec.data import corpus, prepare
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.folders import load_tokenizer
 corpus.BLOCK_BYTES = 3000
-write = prepare._write_part
-prepare._write_part = lambda *a: (time.sleep(0.3), write(*a))
+write = prepare.Preparation.write
+prepare.Preparation.write = lambda *a: (time.sleep(0.3), write(*a))
 config = DataConfig(inputs=[sys.argv[1]])
 prepare.prepare(config, load_tokenizer(sys.argv[2]), Path(sys.argv[3]), processes=1)
 """
@@ -223,6 +226,36 @@ prepare.prepare(config, load_tokenizer(sys.argv[2]), Path(sys.argv[3]), processe
     assert counts == prepared(config_of(corpus), tokenizer, straight)
     assert examples_of(out, tokenizer) == examples_of(straight, tokenizer)
     assert not list(out.rglob("*.tmp*"))
+
+
+def test_a_datatrove_pipeline_writes_the_same_files(corpus, tokenizer, tmp_path, run_script):
+    pytest.importorskip("datatrove", reason="needs the extra datatrove: make test-extras")
+    here, there = tmp_path / "here", tmp_path / "there"
+    prepared(config_of(corpus), tokenizer, here, deduplicate="exact")
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    arguments = (tmp_path / "tokenizer", there, corpus, "--deduplicate", "exact", "--tasks", 3)
+    code, _, errors = run_script(DATATROVE, *arguments)
+    assert code == 0, errors
+    files = [path.relative_to(here) for path in here.rglob("*") if path.is_file()]
+    assert len(files) > 5
+    for file in files:
+        assert (here / file).read_bytes() == (there / file).read_bytes(), file
+
+
+def test_the_steps_of_a_preparation(corpus, tokenizer, tmp_path):
+    """By any number of tasks, in any order; what a task has not written is not passed over."""
+    out = tmp_path / "out"
+    preparation = Preparation(config_of(corpus), tokenizer, out)
+    preparation.begin()
+    assert len(preparation.parts) > 3
+    for rank in (2, 0):
+        preparation.run(None, rank, 3)
+    with pytest.raises(InputError, match=r"\d+ parts are not written yet"):
+        preparation.finish()
+    assert not out.exists()
+    preparation.run(None, 1, 3)
+    assert preparation.finish(None, 0, 1)["documents"] == 604
+    assert examples_of(out, tokenizer) == examples_of(corpus, tokenizer)
 
 
 def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):

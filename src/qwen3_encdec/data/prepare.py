@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,156 @@ _PERMUTATIONS, _SIMILARITY = 128, 0.8
 _COUNTED = ("documents", "used", "short", "duplicate", "tokens")
 
 
+class Preparation:
+    """A preparation in steps, for any executor on machines that share a file system.
+
+    `begin` once, then `run` by every task, or `write` of every part, then `finish` once.
+
+    Args:
+        config: Its first source is prepared. Documents below `min_tokens` are left out.
+        tokenizer: Of the model to train.
+        output: Folder to write.
+        deduplicate: Leave out "exact" copies, or by "minhash" also texts that share four in five of
+            their word triples.
+
+    Raises InputError, here or in a step, for bad input, a full disk, or another corpus, tokenizer
+    or settings than the stopped run had.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        output: Path,
+        deduplicate: str = "no",
+    ) -> None:
+        self.output, self.min_tokens = check_output(output, "prepared corpus"), config.min_tokens
+        self.corpus, self.encode = open_corpus(config.sources[0], config), Encoder(tokenizer)
+        blocks = self.corpus.num_blocks
+        most = min(max(blocks // 256, 16), 1024)
+        self.parts = [range(n, min(n + most, blocks)) for n in range(0, blocks, most)]
+        self.plan = {
+            "kind": "prepared corpus",
+            "inputs": config.inputs,
+            "text_column": config.text_column,
+            "min_tokens": config.min_tokens,
+            "deduplicate": deduplicate,
+            "corpus": self.corpus.fingerprint(),
+            "tokenizer": self.encode.fingerprint,
+            "parts": len(self.parts),
+        }
+        self.building = output.with_name(output.name + ".partial")
+        number = len(self.parts)
+        names = [f"part-{part:05d}-of-{number:05d}.parquet" for part in range(number)]
+        self.files = [self.building / "data" / name for name in names]
+        self._duplicates = self.building / "duplicates.npy"
+
+    def failure(self, error: Exception, file: Path | None = None) -> InputError:
+        """Return what to raise for an error in writing."""
+        return InputError(f"cannot write {file or self.building}: {error}; run again to go on")
+
+    def missing(self) -> list[int]:
+        """Number the parts that are still to be written."""
+        return [part for part, file in enumerate(self.files) if not file.exists()]
+
+    def begin(self) -> None:
+        """Make the folder, or take up one that has the same plan, and find the duplicates."""
+        about = self.building / PROVENANCE_FILE
+        try:
+            (self.building / "data").mkdir(parents=True, exist_ok=True)
+            same = about.exists() and self.plan.items() <= read_json(about).items()
+            if not same and any(path.is_file() for path in self.building.rglob("*")):
+                raise InputError(
+                    f"{self.building} holds an unfinished preparation of another corpus, with "
+                    "another tokenizer or other settings; delete it or name another output"
+                )
+            for leftover in self.building.rglob("*.tmp*"):
+                leftover.unlink()
+            write_json(about, self.plan)
+            if not self._duplicates.exists():
+                copies = np.array(
+                    list(_find_copies(self.corpus, self.plan["deduplicate"])), np.int64
+                )
+                np.save(self.building / "duplicates.tmp.npy", copies)
+                os.replace(self.building / "duplicates.tmp.npy", self._duplicates)
+        except OSError as error:
+            raise self.failure(error) from None
+
+    @cached_property
+    def _copies(self) -> set[int]:
+        return set(np.load(self._duplicates).tolist())
+
+    def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
+        """Write one task's share of the missing parts, as a step of a datatrove pipeline."""
+        for part in range(rank, len(self.parts), world_size):
+            if not self.files[part].exists():
+                self.write(part)
+
+    def write(self, part: int) -> None:
+        """Write the documents of a part's blocks to its file."""
+        file = self.files[part]
+        schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: self.encode.fingerprint.encode()})
+        counts = Counter(dict.fromkeys(_COUNTED, 0))
+        temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
+        try:
+            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                for keys, tokens in self._groups(self.parts[part], counts):
+                    offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
+                    lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
+                    writer.write_table(pa.table([pa.array(keys, pa.int64()), lists], schema=schema))
+                writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(counts)})
+            os.replace(temporary, file)
+        except OSError as error:
+            raise self.failure(error, file) from None
+        finally:
+            temporary.unlink(missing_ok=True)
+
+    def _groups(
+        self, blocks: range, counts: Counter[str]
+    ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
+        """Yield keys and tokens of row groups, and count what becomes of documents."""
+        keys: list[int] = []
+        texts: list[np.ndarray] = []
+        size = 0
+        for number, document in self.corpus.numbered(blocks):
+            if not isinstance(document.content, str):
+                raise InputError(f"{self.corpus.name} is tokenized already")
+            tokens = self.encode(document.content)
+            outcome = "short" if len(tokens) < self.min_tokens else "used"
+            outcome = "duplicate" if number in self._copies else outcome
+            counts.update(("documents", outcome))
+            if outcome != "used":
+                continue
+            counts["tokens"] += len(tokens)
+            size += len(tokens)
+            keys.append(document.key)
+            texts.append(tokens)
+            if size >= _GROUP_TOKENS:
+                yield keys, texts
+                keys, texts, size = [], [], 0
+        if keys:
+            yield keys, texts
+
+    def finish(self, *task: Any) -> Counter[str]:
+        """Index the files and move the folder into place, as the last step, of one task.
+
+        Returns counts: `documents` = `used` + `short` + `duplicate`, and `tokens`.
+        """
+        if missing := self.missing():
+            raise InputError(f"{self.building}: {len(missing):,} parts are not written yet")
+        try:
+            counts = _write_index(self.files, self.encode.fingerprint)
+            self._duplicates.unlink()
+            about = self.plan | {"counts": counts, "versions": package_versions()}
+            write_json(self.building / PROVENANCE_FILE, about)
+            if self.output.exists():
+                shutil.rmtree(self.output)
+            os.rename(self.building, self.output)
+        except OSError as error:
+            raise self.failure(error) from None
+        return counts
+
+
 def prepare(
     config: DataConfig,
     tokenizer: PreTrainedTokenizerBase,
@@ -53,129 +204,42 @@ def prepare(
 ) -> Counter[str]:
     """Write the tokenized `config.inputs` to a folder, or go on where a stopped run was.
 
-    Documents below `config.min_tokens` are left out, and copies: "exact" ones, or by "minhash" also
-    texts that share four in five of their word triples. One process for each processor works unless
-    `processes` says otherwise. Returns counts: `documents` = `used` + `short` + `duplicate`, and
-    `tokens`. Raises InputError for bad input, a full disk, or another corpus, tokenizer or settings
-    than the stopped run had.
+    One process for each processor works unless `processes` says otherwise. Arguments, result and
+    errors are those of `Preparation`.
     """
-    check_output(output, "prepared corpus")
-    corpus, encode = open_corpus(config.sources[0], config), Encoder(tokenizer)
-    most = min(max(corpus.num_blocks // 256, 16), 1024)
-    parts = [range(n, min(n + most, corpus.num_blocks)) for n in range(0, corpus.num_blocks, most)]
-    plan = {
-        "kind": "prepared corpus",
-        "inputs": config.inputs,
-        "text_column": config.text_column,
-        "min_tokens": config.min_tokens,
-        "deduplicate": deduplicate,
-        "corpus": corpus.fingerprint(),
-        "tokenizer": encode.fingerprint,
-        "parts": len(parts),
-    }
-    building = output.with_name(output.name + ".partial")
-    files = [building / f"data/part-{n:05d}-of-{len(parts):05d}.parquet" for n in range(len(parts))]
-    try:
-        _begin(building, plan)
-        duplicates = building / "duplicates.npy"
-        if not duplicates.exists():
-            copies = np.array(list(_copies(corpus, deduplicate)), np.int64)
-            np.save(building / "duplicates.tmp.npy", copies)
-            os.replace(building / "duplicates.tmp.npy", duplicates)
-        todo = [pair for pair in zip(parts, files, strict=True) if not pair[1].exists()]
-        job = encode, corpus, config.min_tokens, set(np.load(duplicates).tolist())
-        done = len(parts) - len(todo)
-        with tqdm(total=len(parts), initial=done, unit="part", disable=None) as progress:
-            for _ in _in_processes(todo, job, processes):
-                progress.update()
-        counts = _write_index(files, encode.fingerprint)
-        duplicates.unlink()
-        plan |= {"counts": counts, "versions": package_versions()}
-        write_json(building / PROVENANCE_FILE, plan)
-        if output.exists():
-            shutil.rmtree(output)
-        os.rename(building, output)
-    except (OSError, BrokenProcessPool) as error:
-        raise InputError(f"cannot write {building}: {error}; run again to go on") from None
-    return counts
-
-
-def _begin(building: Path, plan: dict[str, Any]) -> None:
-    """Make the folder of an unfinished preparation, or take up one that has the same plan."""
-    (building / "data").mkdir(parents=True, exist_ok=True)
-    about = building / PROVENANCE_FILE
-    same = about.exists() and plan.items() <= read_json(about).items()
-    if not same and any(path.is_file() for path in building.rglob("*")):
-        raise InputError(
-            f"{building} holds an unfinished preparation of another corpus, with another "
-            "tokenizer or other settings; delete it or name another output"
-        )
-    for leftover in building.rglob("*.tmp*"):
-        leftover.unlink()
-    write_json(about, plan)
-
-
-def _in_processes(todo: list[tuple[range, Path]], job: Any, processes: int | None) -> Iterator[Any]:
-    """Write all parts, in this process if there is one part or process only."""
+    preparation = Preparation(config, tokenizer, output, deduplicate)
+    preparation.begin()
+    todo, total = preparation.missing(), len(preparation.parts)
     processes = min(processes or os.cpu_count() or 1, len(todo))
+    with tqdm(total=total, initial=total - len(todo), unit="part", disable=None) as progress:
+        try:
+            for _ in _in_processes(preparation, todo, processes):
+                progress.update()
+        except BrokenProcessPool as error:
+            raise preparation.failure(error) from None
+    return preparation.finish()
+
+
+def _in_processes(preparation: Preparation, todo: list[int], processes: int) -> Iterator[None]:
+    """Write parts, in this process if one is enough."""
     if processes <= 1:
-        _start_process(*job)
-        yield from map(_write_part, todo)
+        yield from map(preparation.write, todo)
         return
-    with ProcessPoolExecutor(processes, initializer=_start_process, initargs=job) as pool:
-        yield from pool.map(_write_part, todo)
+    options: Any = {"initializer": _start, "initargs": (preparation,)}
+    with ProcessPoolExecutor(processes, **options) as pool:
+        yield from pool.map(_write, todo)
 
 
-_job: tuple[Encoder, Corpus, int, set[int]]
+_preparation: Preparation  # of a process in the pool
 
 
-def _start_process(*job: Any) -> None:
-    global _job
-    _job = job
+def _start(preparation: Preparation) -> None:
+    global _preparation
+    _preparation = preparation
 
 
-def _write_part(part: tuple[range, Path]) -> None:
-    """Write the documents of some blocks."""
-    blocks, file = part
-    schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: _job[0].fingerprint.encode()})
-    counts = Counter(dict.fromkeys(_COUNTED, 0))
-    temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
-    try:
-        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-            for keys, tokens in _groups(blocks, counts):
-                offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
-                lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
-                writer.write_table(pa.table([pa.array(keys, pa.int64()), lists], schema=schema))
-            writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(counts)})
-        os.replace(temporary, file)
-    except OSError as error:
-        raise InputError(f"cannot write {file}: {error}; run again to go on") from None
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _groups(blocks: range, counts: Counter[str]) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-    """Yield keys and tokens of row groups, and count what becomes of documents."""
-    encode, corpus, min_tokens, duplicates = _job
-    keys: list[int] = []
-    texts: list[np.ndarray] = []
-    for number, document in corpus.numbered(blocks):
-        if not isinstance(document.content, str):
-            raise InputError(f"{corpus.name} is tokenized already")
-        tokens = encode(document.content)
-        outcome = "short" if len(tokens) < min_tokens else "used"
-        outcome = "duplicate" if number in duplicates else outcome
-        counts.update(("documents", outcome))
-        if outcome != "used":
-            continue
-        counts["tokens"] += len(tokens)
-        keys.append(document.key)
-        texts.append(tokens)
-        if counts["tokens"] // _GROUP_TOKENS > (counts["tokens"] - len(tokens)) // _GROUP_TOKENS:
-            yield keys, texts
-            keys, texts = [], []
-    if keys:
-        yield keys, texts
+def _write(part: int) -> None:
+    _preparation.write(part)
 
 
 def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
@@ -192,7 +256,7 @@ def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
     return counts
 
 
-def _copies(corpus: Corpus, deduplicate: str) -> Iterator[int]:
+def _find_copies(corpus: Corpus, deduplicate: Any) -> Iterator[int]:
     """Yield the numbers of documents whose text, or one like it, was there before."""
     if deduplicate == "no":
         return

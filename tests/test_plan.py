@@ -1,5 +1,6 @@
 """What a dry run says: parameters, operations, memory, bytes sent, hours."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,15 +147,22 @@ def test_recipes_load_and_fit(name, capsys):
     config = load_config(ROOT / f"configs/recipes/{name}.yaml")
     plan.dry_run(config, *RECIPES[name])
     lines = capsys.readouterr().out.partition("\nparameters")[2].splitlines()
-    names = [line.split()[0] for line in lines[1:] if not line.startswith(" ")]
-    assert names == ["tokens", "steps", "FLOPs", "memory", "communication", "time"]
+    names = [line.partition(":")[0] for line in lines]
+    assert {"steps", "total", "gib per device", "time"} < set(names)
+    plan.dry_run(config, *RECIPES[name], as_json=True)
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["config"]["max_steps"] == cost["steps"]["number"] == config.max_steps
+    parts = cost["gib per device"]
+    assert parts.pop("peak") == pytest.approx(sum(parts.values()))
+    seconds = cost["time"]["seconds per step"] * config.max_steps
+    assert cost["time"]["hours"] == pytest.approx(seconds / 3600)
 
 
 def test_a_plan_that_cannot_fit_is_refused(capsys):
     sentence = r"batch_size=512 needs \d+\.\d GiB a device and there are 74\.5; lower batch_size"
     with pytest.raises(InputError, match=sentence):
         plan.dry_run(load_config(None, ["batch_size=512"]), "8xH100", "0.6B")
-    assert "GiB  activations" in capsys.readouterr().out  # what it would cost is said first
+    assert "gib per device: activations" in capsys.readouterr().out  # the cost is said first
 
 
 @pytest.mark.parametrize("model", ["0.6B", "1.7B"])
@@ -187,8 +195,8 @@ def test_planned_without_a_checkpoint_on_disk(run_script, tmp_path):
     script = ROOT / "scripts/train.py"
     code, printed, errors = run_script(script, *recipe, *plan_it, f"output_dir={tmp_path / 'run'}")
     assert code == 0, errors
-    assert "parameters        1,036,619,776" in printed
-    assert re.search(r"^time +[\d.]+ hours, .* at 29% MFU$", printed, re.MULTILINE)
+    assert re.search(r"^parameters: total +1,036,619,776$", printed, re.MULTILINE)
+    assert re.search(r"^time: mfu +0.290\ntime: seconds per step +[\d.]+$", printed, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 

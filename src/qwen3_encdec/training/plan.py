@@ -1,5 +1,6 @@
 """Plan a run from its sizes alone, by the formulas of docs/scaling.md."""
 
+import json
 import re
 from collections import namedtuple
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from transformers import AutoConfig, Qwen3Config
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.folders import InputError, load_config, resolve_checkpoint
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
-from qwen3_encdec.training.config import TrainingConfig, config_to_dict
+from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 from qwen3_encdec.training.distributed import launched
 from qwen3_encdec.training.start import check_settings
 
@@ -144,7 +145,11 @@ def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> f
 
 
 def dry_run(
-    config: TrainingConfig, devices: str | None = None, model: str | None = None, mfu: float = MFU
+    config: TrainingConfig,
+    devices: str | None = None,
+    model: str | None = None,
+    mfu: float = MFU,
+    as_json: bool = False,
 ) -> None:
     """Print what a run costs, for full rows, so at most; an InputError says that it cannot fit."""
     c = qwen3_sizes(model) if model else load_config(config.model)
@@ -158,23 +163,32 @@ def dry_run(
     work = rows * flops_per_sum(c, sizes) @ length_sums(np.array([source]), np.array([target]))
     parts, sent = memory(c, sizes, config, there), communication(sizes, config, there)
     needed = sum(parts.values())
-    stacks = f"encoder {sizes.encoder:,}, decoder {sizes.decoder:,}"
-    show(yaml.safe_dump(config_to_dict(config), sort_keys=False).rstrip())
-    show(f"parameters        {sum(sizes):,} ({stacks}, shared embedding {sizes.embedding:,})")
-    show(f"tokens per step   {tokens:,} ({rows:,} rows of {source} + {target})")
-    show(f"steps             {steps:,} on {there.processes:,} devices, {tokens * steps:,} tokens")
-    show(f"FLOPs             {work:.3e} a step, {work * steps:.3e} in all")
-    show(f"memory            {needed / 2**30:.2f} GiB a device at its peak:")
-    for name, size in parts.items():
-        show(f"  {size / 2**30:12.3f} GiB  {name}")
-    show(f"communication     {sent / 2**30:.2f} GiB sent a step and device")
+    cost: dict[str, Any] = {
+        "parameters": {"total": sum(sizes), **sizes._asdict()},
+        "devices": there.processes,
+        "steps": {"number": steps, "rows": rows, "tokens": tokens, "flops": work},
+        "total": {"tokens": steps * tokens, "flops": steps * work},
+        "gib per device": {"peak": needed / 2**30, **{k: v / 2**30 for k, v in parts.items()}},
+        "gib sent per step and device": sent / 2**30,
+    }
     if there.peak:
         seconds = work / (there.processes * there.peak * mfu)
-        hours = seconds * steps / 3600
-        show(f"time              {hours:,.1f} hours, {seconds:.3f} s a step, at {mfu:.0%} MFU")
+        cost["time"] = {"mfu": mfu, "seconds per step": seconds, "hours": seconds * steps / 3600}
+    if as_json:
+        show(json.dumps({"config": config_to_dict(config), **cost}))
+    else:
+        show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+        for name, value in flatten(cost).items():
+            show(f"{name.replace('.', ': '):44}{_figure(value)}")
     if there.memory and needed > there.memory:
         raise InputError(
             f"batch_size={config.batch_size} needs {needed / 2**30:.1f} GiB a device and there are "
             f"{there.memory / 2**30:.1f}; lower batch_size, set gradient_checkpointing, or shard "
             "over more devices"
         )
+
+
+def _figure(value: float) -> str:
+    if value >= 1e12:
+        return f"{value:.3e}"
+    return f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"

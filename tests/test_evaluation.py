@@ -2,8 +2,8 @@
 
 import functools
 import json
-import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,7 +18,6 @@ from qwen3_encdec.evaluation import baselines, retrieval, suite
 from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
 from qwen3_encdec.evaluation.retrieval import (
-    geometry,
     pairs_retrieval,
     rank_scores,
     relevant_ranks,
@@ -173,21 +172,6 @@ def test_embeddings_that_are_not_finite_are_refused():
         retrieval_scores(np.full((2, 3), np.nan), np.ones((2, 3)), np.zeros(2, int))
 
 
-def test_geometry_of_known_sets():
-    basis, constant = np.eye(6) * 3, np.tile([1.0, 2, 3], (5, 1))
-    assert geometry(constant, constant)["uniformity"] == pytest.approx(0, abs=1e-5)
-    # Every squared distance is 2.
-    assert geometry(basis, 7 * basis) == {"alignment": 0, "uniformity": pytest.approx(-4)}
-    assert geometry(basis, -basis)["alignment"] == pytest.approx(4)
-    assert geometry(basis, np.roll(basis, 1, axis=0))["alignment"] == pytest.approx(2)
-    # Four corners of a square: four pairs at squared distance 2, two at 4.
-    square = np.array([[1.0, 0], [0, 1], [-1, 0], [0, -1]])
-    expected = math.log((4 * math.exp(-4) + 2 * math.exp(-8)) / 6)
-    assert geometry(square, square)["uniformity"] == pytest.approx(expected)
-    # One document has no spread: nothing is said of it, rather than infinity.
-    assert geometry(basis[:1], basis[:1]) == {"alignment": 0}
-
-
 # Embedders
 
 
@@ -289,7 +273,7 @@ def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
     assert (
         metrics["retrieval"]["TF-IDF"]["r@1"] == 1.0 > metrics["retrieval"]["UL2 encoder"]["r@1"]
     )  # random weights
-    keys = {"mrr", "ndcg@10", "r@1", "alignment", "uniformity"}
+    keys = {"mrr", "ndcg@10", "r@1"}
     assert all(set(row) == keys for row in metrics["retrieval"].values())
     scored = metrics["tasks"]["package-docs"]
     assert list(scored["scores"]) == names
@@ -306,13 +290,21 @@ def test_prompts_stand_before_the_texts_of_their_role(heldout, encoder_folder, t
     folder = shutil.copytree(encoder_folder, tmp_path / "prompted")
     file = folder / "config_sentence_transformers.json"
     write_json(file, read_json(file) | {"prompts": {"query": "find this: ", "document": "text: "}})
-    found = suite.evaluate_retrieval({"a": encoder_folder, "b": folder}, num_queries=5)["retrieval"]
+    queries, bodies = zip(*PAIRS, strict=True)
+
+    def cosine(embed) -> dict[str, float]:
+        return {"score": float((embed(queries, "query") * embed(bodies, "document")).sum())}
+
+    task = SimpleNamespace(name="own", metric="cosine", max_tokens=128, corpus=[], size=5)
+    task.measure = cosine
+    encoders = {"a": encoder_folder, "b": folder}
+    metrics = suite.evaluate_retrieval(encoders, tasks=[task], outside=False)
+    found = metrics["tasks"]["own"]["scores"]
     by_hand = baselines.encoder(encoder_folder)
-    queries = by_hand([f"find this: {query}" for query, _ in PAIRS])
-    documents = by_hand([f"text: {body}" for _, body in PAIRS])
-    expected = geometry(queries, documents)["alignment"]
-    assert found["b"]["alignment"] == pytest.approx(expected, abs=1e-5)
-    assert found["a"]["alignment"] != pytest.approx(expected, abs=1e-3)
+    left = by_hand([f"find this: {query}" for query in queries])
+    expected = float((left * by_hand([f"text: {body}" for body in bodies])).sum())
+    assert found["b"]["score"] == pytest.approx(expected, abs=1e-4)
+    assert found["a"]["score"] != pytest.approx(expected, abs=1e-3)
 
 
 def test_a_users_own_pairs_are_scored_beside_the_baselines(

@@ -212,7 +212,7 @@ def evaluate(
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Evaluate beside the baselines: denoising loss and infilling, or retrieval and geometry."""
+    """Evaluate beside the baselines: denoising loss and infilling, or retrieval."""
     from qwen3_encdec.reports import evaluation
     from qwen3_encdec.reports.scores import score_text
 
@@ -372,7 +372,7 @@ def export(
 @app.command(cls=Command)
 def check_endpoint(
     url: Annotated[str, Argument(help="Of an OpenAI-compatible server.")],
-    model: Annotated[Path | None, Option(help="Encoder folder it should serve.")] = None,
+    model: Annotated[Path, Option(help="Encoder folder it should serve.")],
     name: Annotated[str | None, Option(help="Model name in requests [the first listed].")] = None,
     as_json: Json = False,
 ) -> None:

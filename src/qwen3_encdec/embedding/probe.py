@@ -1,9 +1,7 @@
-"""Tell from an embedding server's answers whether it runs its model bidirectionally.
+"""Tell from an embedding server's answers whether it runs an encoder bidirectionally.
 
-With the encoder's folder the answers are compared with every way in which a server can misread it:
-causal or not, each pooling, with and without EOS. Without it, one word of a text is replaced, near
-its end or near its beginning: causal attention hardly notices a word near the end. That holds for
-mean pooling alone, since any function of a text is the last state of some causal model.
+The answers are compared with every way in which a server can misread the encoder's folder: causal
+or not, each pooling, with and without EOS.
 """
 
 import http.client
@@ -25,11 +23,6 @@ from qwen3_encdec.embedding.export import cosine, sample_texts
 from qwen3_encdec.folders import InputError
 
 Embed = Callable[[list[str]], np.ndarray]
-_WORDS = """
-river window bread teacher market silver garden yellow engine letter winter bridge
-doctor music paper summer stone kitchen island captain forest mirror pocket number
-village carpet hammer finger dinner shadow button monkey castle farmer ticket ladder
-""".split()  # noqa: SIM905
 
 
 class Verdict(NamedTuple):
@@ -42,12 +35,12 @@ class Verdict(NamedTuple):
         return f"{'cannot tell' if self.kind == 'unknown' else self.kind}: {self.evidence}"
 
 
-def check_endpoint(url: str, model: str | Path | None = None, name: str | None = None) -> Verdict:
+def check_endpoint(url: str, model: str | Path, name: str | None = None) -> Verdict:
     """Judge whether the OpenAI-compatible server at `url` runs its model bidirectionally.
 
     Args:
         url: Its root, `/v1` or `/v1/embeddings`.
-        model: The encoder folder that it is meant to serve; None judges by its answers alone.
+        model: The encoder folder that it is meant to serve.
         name: Of the model in requests; None takes the first that the server lists.
 
     Raises:
@@ -75,8 +68,6 @@ def check_endpoint(url: str, model: str | Path | None = None, name: str | None =
                 raise
         raise InputError(f"{url} does not answer {len(texts)} texts with embeddings")
 
-    if model is None:
-        return judge(embed)
     with encoder_folder(model) as folder:
         return compare(embed, folder)
 
@@ -92,34 +83,6 @@ def _request(url: str, body: dict | None = None) -> Any:
     except (http.client.HTTPException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"{url} does not answer as an HTTP server does: {reason}") from None
-
-
-def judge(embed: Embed) -> Verdict:
-    """Judge by the answers alone: how far replaced words move the embedding."""
-    rng, texts = np.random.default_rng(0), []
-    for _ in range(48):
-        first, *words, word, other = rng.choice(_WORDS, 26, replace=False)
-        # One word stays at either end: the first token of a text is often a special one.
-        for replaced in (word, other):
-            texts += [" ".join([first, *words[:-2], replaced, words[-1]])]
-            texts += [" ".join([first, replaced, *words[1:]])]
-    vectors = embed(texts)
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    pairs = vectors.reshape(48, 2, 2, -1)  # text, replaced by, late or early, E
-    late, early = np.linalg.norm(pairs[:, 0] - pairs[:, 1], axis=-1).T
-    with np.errstate(all="ignore"):  # where nothing moves, no comparison below holds
-        logs = np.log((late + 1e-9) / early)
-        error = 2 * logs.std() / np.sqrt(len(logs))
-        low, high = np.exp([logs.mean() - error, logs.mean() + error])
-    evidence = (
-        f"a word near the end moves the embedding {low:.2f} to {high:.2f} times as far as one near "
-        "the beginning; by mean pooling"
-    )
-    if high < 0.6:
-        return Verdict("causal", evidence)
-    if low > 0.7 and high < 1.4:
-        return Verdict("bidirectional", evidence)
-    return Verdict("unknown", f"{evidence}; name the encoder's folder with --model")
 
 
 @torch.inference_mode()

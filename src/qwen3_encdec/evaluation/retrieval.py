@@ -52,12 +52,11 @@ class Retrieval:
         return len(self.queries)
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """R@1 as `score` with its interval, `rank_scores`, and `geometry`."""
+        """R@1 as `score` with its interval, and `rank_scores`."""
         queries = embed(self.queries, "query")
         documents = embed(self.documents, "document")
         ranks = relevant_ranks(queries, documents, self.relevant, also=self._right())
-        scores = mean_interval(ranks == 1) | rank_scores(ranks)
-        return scores | geometry(queries, documents[self.relevant])
+        return mean_interval(ranks == 1) | rank_scores(ranks)
 
     def _right(self) -> list[list[int]]:
         """All right documents of each query: the others neither help nor hurt."""
@@ -177,18 +176,3 @@ def interval(statistic: Callable[[np.ndarray], float], units: int) -> dict[str, 
 def mean_interval(values: np.ndarray) -> dict[str, float]:
     """`interval` of a mean over independent values, [N]."""
     return interval(lambda counts: float(counts @ values / counts.sum()), len(values))
-
-
-def geometry(queries: np.ndarray, documents: np.ndarray) -> dict[str, float]:
-    """Alignment of pairs, [N, d] each, and the uniformity of at most 1,000 documents.
-
-    Alignment is the mean squared distance of a pair, from 0 to 4; uniformity is 0 if all are the
-    same, lower if they spread, about -4 in many dimensions (Wang & Isola 2020).
-    """
-    queries, documents = normalize(queries), normalize(documents)
-    found = {"alignment": float(np.square(queries - documents).sum(axis=1).mean())}
-    some = documents[np.random.default_rng(0).permutation(len(documents))[:1000]]
-    if len(some) > 1:
-        cosines = (some @ some.T)[np.triu_indices(len(some), k=1)].astype(np.float64)
-        found["uniformity"] = float(np.log(np.exp(4 * cosines - 4).mean()))
-    return found

@@ -85,7 +85,7 @@ def evaluate_retrieval(
 
     Returns:
         `tasks` (by name `metric`, `size` and `scores` by embedder), `tasks_not_run` and `not_run`
-        (what each would need); of package-docs, `retrieval` (scores and geometry by embedder),
+        (what each would need); of package-docs, `retrieval` (scores by embedder),
         `num_queries` and `num_documents`.
 
     Raises:

@@ -12,8 +12,7 @@ from qwen3_encdec.reports.page import Section, grid
 DENOISING_NOTE = "Mean loss on held-out text, in nats per target token; lower is better."
 RETRIEVAL_NOTE = (
     "{num_queries:,} summary lines of docstrings, each looking for its body among "
-    "{num_documents:,} of held-out packages. Ties count against the model. Lower is better for "
-    "alignment and uniformity; higher for the rest."
+    "{num_documents:,} of held-out packages. Ties count against the model."
 )
 TASKS_NOTE = (
     "Score and half the width of its 95 % interval (bootstrap over queries, texts or documents). "
@@ -36,7 +35,7 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
             for embedder, scores in retrieval.items():
                 for name, score in scores.items():
                     cells.setdefault(name, {})[embedder] = f"{score:.3f}"
-            note, title = RETRIEVAL_NOTE.format(**metrics), f"Retrieval and geometry{suffix}"
+            note, title = RETRIEVAL_NOTE.format(**metrics), f"Retrieval{suffix}"
             sections.append(Section(title, note, grid("Embedder", cells)))
         for embedder, column in _task_scores(metrics.get("tasks", {})).items():
             if tasks.setdefault(embedder, column) != column:  # of another model or sample

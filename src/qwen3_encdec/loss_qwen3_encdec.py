@@ -92,6 +92,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             hidden_grad = torch.empty_like(hidden) if wants_hidden else None
             weight_grad = torch.zeros_like(matrix, dtype=torch.float32) if wants_weight else None
+            # On a CPU, a product that stays in the cache is added in a third of the time.
+            rows = len(matrix) if hidden.is_cuda else 4096
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
                 states = hidden[part].to(dtype)
@@ -106,7 +108,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                     if dtype == torch.float32:
                         torch.addmm(weight_grad, logits.T, states, out=weight_grad)
                     else:
-                        weight_grad += logits.T @ states
+                        for begin in range(0, len(matrix), rows):
+                            some = slice(begin, begin + rows)
+                            weight_grad[some] += logits[:, some].T @ states
         if weight_grad is not None:
             # Not a view: autograd adds to it in place only if nothing else holds its storage.
             weight_grad = weight_grad[:classes].detach()

@@ -105,7 +105,7 @@ class File:
     def _lines(self, block: int) -> Iterator[tuple[int, bytes]]:
         """Yield lines of a range, and where they begin."""
         start, end = (self.size * number // self.num_blocks for number in (block, block + 1))
-        with naming(self.path), open(self.copy, "rb") as file:
+        with input_errors(self.path), open(self.copy, "rb") as file:
             if start:  # a line that runs over the start belongs to the block before
                 file.seek(start - 1)
                 start += len(file.readline(end - start + 1)) - 1
@@ -125,7 +125,7 @@ class File:
         group, part = divmod(block, parts)
         first, end = (self.rows[group] * number // parts for number in (part, part + 1))
         columns = TOKENS_SCHEMA.names if self.tokenizer else [self.column]
-        with naming(f"{self.path} row group {group}"), _open(self.copy) as file:
+        with input_errors(f"{self.path} row group {group}"), _open(self.copy) as file:
             table = pq.ParquetFile(file).read_row_group(group, columns).slice(first, end - first)
             if not self.tokenizer:
                 for text in table[self.column]:
@@ -233,7 +233,7 @@ def text_key(text: str) -> int:
 
 
 @contextmanager
-def naming(what: str) -> Iterator[None]:
+def input_errors(what: str) -> Iterator[None]:
     """Turn whatever goes wrong into an InputError of one line that names `what`."""
     try:
         yield
@@ -266,7 +266,7 @@ def _text(line: bytes, column: str) -> str:
 def _unpacked(path: str, copy: str) -> Iterator[bytes]:
     """Yield the lines of text or JSON of a file that can only be read from its start."""
     kind, packing = _kind(path)
-    with naming(path), _open(copy) as raw, _UNPACKERS[packing](raw) as file:
+    with input_errors(path), _open(copy) as raw, _UNPACKERS[packing](raw) as file:
         if kind == "csv":
             rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
             yield from (json.dumps(row).encode() + b"\n" for row in rows)
@@ -349,7 +349,7 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
         rows, tokens = index["files"][name]
         prepared = tuple(rows), index["tokenizer"], tokens
         return File(path, copy, size, len(rows), column, False, *prepared)
-    with naming(path), _open(copy) as file:
+    with input_errors(path), _open(copy) as file:
         metadata = pq.read_metadata(file)
     schema = metadata.schema.to_arrow_schema()
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
@@ -416,7 +416,7 @@ def _hub_files(item: str, split: str, cache_bytes: float) -> dict[str, str]:
     from huggingface_hub import snapshot_download
 
     name, _, config = item.partition(":")
-    with naming(f"input {item!r}: no such file, and no hub dataset could be opened"):
+    with input_errors(f"input {item!r}: no such file, and no hub dataset could be opened"):
         hub = _hub()
         data_files = load_dataset_builder(name, config or None).config.data_files or {}
         if split not in data_files:

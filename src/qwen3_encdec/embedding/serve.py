@@ -50,7 +50,7 @@ class Limits(NamedTuple):
     answer_seconds: float = 60.0
 
 
-class Ask(BaseModel, strict=True):
+class EmbeddingRequest(BaseModel, strict=True):
     """The body of a request; other fields of OpenAI's, such as `model`, are ignored."""
 
     input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]  # as OpenAI
@@ -59,10 +59,10 @@ class Ask(BaseModel, strict=True):
     prompt_name: str | None = None
 
 
-def read_ask(encoder: TextEncoder, body: bytes) -> tuple[Ask, Tokens]:
+def parse_request(encoder: TextEncoder, body: bytes) -> tuple[EmbeddingRequest, Tokens]:
     """Parse and tokenize the body of a request. Raises InputError naming what is wrong with it."""
     try:
-        ask = Ask.model_validate_json(body)
+        wanted = EmbeddingRequest.model_validate_json(body)
     except ValidationError as error:
         last = error.errors(include_context=False)[-1]
         message = ": ".join([*map(str, last["loc"]), last["msg"]])
@@ -72,16 +72,18 @@ def read_ask(encoder: TextEncoder, body: bytes) -> tuple[Ask, Tokens]:
                 "wrongly (LangChain: check_embedding_ctx_length=False)"
             )
         raise InputError(message) from None
-    encoder.check_dimensions(ask.dimensions)
-    texts = [ask.input] if isinstance(ask.input, str) else ask.input
-    return ask, encoder.tokenize(texts, encoder.layout.prompt(ask.prompt_name))
+    encoder.check_dimensions(wanted.dimensions)
+    texts = [wanted.input] if isinstance(wanted.input, str) else wanted.input
+    return wanted, encoder.tokenize(texts, encoder.layout.prompt(wanted.prompt_name))
 
 
-def write_answer(encoder: TextEncoder, ask: Ask, tokens: Tokens, rows: np.ndarray) -> bytes:
+def write_response(
+    encoder: TextEncoder, wanted: EmbeddingRequest, tokens: Tokens, rows: np.ndarray
+) -> bytes:
     """Write the JSON answer; `truncated` lists the indices of the texts that were cut."""
-    rows = encoder.cut_to(rows, ask.dimensions).astype("<f4")
+    rows = encoder.cut_to(rows, wanted.dimensions).astype("<f4")
     vectors: list[Any] = rows.tolist()
-    if ask.encoding_format == "base64":
+    if wanted.encoding_format == "base64":
         vectors = [base64.b64encode(row).decode() for row in rows]
     used = sum(map(len, tokens.ids))
     answer = {
@@ -96,7 +98,7 @@ def write_answer(encoder: TextEncoder, ask: Ask, tokens: Tokens, rows: np.ndarra
     return json.dumps(answer).encode()
 
 
-class Waiting(NamedTuple):
+class QueuedText(NamedTuple):
     """One text of a request; they are computed in the order of their turns."""
 
     turn: int
@@ -110,7 +112,7 @@ class Batcher:
 
     def __init__(self, encoder: TextEncoder, queue_tokens: int, counts: dict[str, float]) -> None:
         self.encoder, self.queue_tokens, self.counts = encoder, queue_tokens, counts
-        self._waiting: list[Waiting] = []  # a heap
+        self._waiting: list[QueuedText] = []  # a heap
         self._turn = 0
         self._numbers = itertools.count()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -124,7 +126,7 @@ class Batcher:
             raise HTTPException(429, f"{waiting:,.0f} tokens wait", {"Retry-After": "2"})
         self.counts["queue_tokens"] += tokens
         texts = [
-            Waiting(turn, next(self._numbers), text, asyncio.Future())
+            QueuedText(turn, next(self._numbers), text, asyncio.Future())
             for turn, text in enumerate(ids, self._turn)
         ]
         for text in texts:
@@ -157,9 +159,9 @@ class Batcher:
     def _forward(self, ids: list[np.ndarray]) -> Any:
         return self.encoder.forward(ids).cpu().numpy()
 
-    def _take(self) -> list[Waiting]:
+    def _take(self) -> list[QueuedText]:
         """As many texts, in turn, as a batch holds; those of requests that ended are dropped."""
-        batch: list[Waiting] = []
+        batch: list[QueuedText] = []
         room = self.encoder.batch_tokens
         while self._waiting and (not batch or len(self._waiting[0].ids) <= room):
             text = heappop(self._waiting)
@@ -190,7 +192,7 @@ class Service:
         routes.append(Route("/metrics", self.metrics))
         routes.append(Route("/v1/embeddings", self.embeddings, methods=["POST"]))
         guard = Middleware(BaseHTTPMiddleware, dispatch=self.guard)
-        handlers: Any = {HTTPException: refuse}
+        handlers: Any = {HTTPException: error_response}
         self.app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
 
     async def guard(self, request: Request, call_next: Any) -> Response:
@@ -203,7 +205,7 @@ class Service:
                 raise HTTPException(401, "the API key is missing or wrong")
             response = await call_next(request)
         except Exception as error:
-            response = await refuse(request, error)
+            response = await error_response(request, error)
         path = path if path == "/v1/embeddings" else "other"
         self.counts[f'requests_total{{path="{path}",status="{response.status_code}"}}'] += 1
         self.counts[f'request_seconds_total{{path="{path}"}}'] += time.perf_counter() - began
@@ -217,11 +219,11 @@ class Service:
     async def embeddings(self, request: Request) -> Response:
         """Embed the texts of a request."""
         loop, body = asyncio.get_running_loop(), await self._read(request)
-        ask, tokens = await loop.run_in_executor(self.edge, read_ask, self.encoder, body)
+        wanted, tokens = await loop.run_in_executor(self.edge, parse_request, self.encoder, body)
         self.counts["texts_total"] += len(tokens.ids)
         self.counts["texts_cut_total"] += sum(tokens.cut)
         rows = await self._compute(request, tokens.ids)
-        answer = loop.run_in_executor(self.edge, write_answer, self.encoder, ask, tokens, rows)
+        answer = loop.run_in_executor(self.edge, write_response, self.encoder, wanted, tokens, rows)
         return Response(await answer, media_type="application/json")
 
     async def _read(self, request: Request) -> bytes:
@@ -252,7 +254,7 @@ class Service:
             work.cancel()
 
 
-async def refuse(request: Request, error: Exception) -> Response:
+async def error_response(request: Request, error: Exception) -> Response:
     """The JSON answer to an exception."""
     status, message, headers = 500, f"unexpected {type(error).__name__}; the log has more", None
     if isinstance(error, HTTPException):
@@ -302,7 +304,7 @@ def make_server(
     # asyncio sets it on sockets made with proto=IPPROTO_TCP only; accepted ones inherit it.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    class Punctual(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+    class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         # Close a connection whose first request has no whole head in time.
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
@@ -310,4 +312,4 @@ def make_server(
 
     app = Service(encoder, bounds, os.environ.get(API_KEY)).app
     options: Any = {"log_config": None, "limit_concurrency": 4096, "timeout_graceful_shutdown": 10}
-    return Server(uvicorn.Config(app, http=Punctual, **options), listening)
+    return Server(uvicorn.Config(app, http=TimedProtocol, **options), listening)

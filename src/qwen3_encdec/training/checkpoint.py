@@ -24,7 +24,7 @@ from qwen3_encdec import folders
 from qwen3_encdec.folders import InputError, read_json, write_json
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
-from qwen3_encdec.training.distributed import TrainingState, checksums, first_held, together
+from qwen3_encdec.training.distributed import TrainingState, checksums, first_held, shared_errors
 
 _FILE_BYTES = 5e9
 _ONE_FILE = "model.safetensors"
@@ -87,9 +87,9 @@ class Checkpointer:
         folder = self.folder / folder_name(training["step"])
         partial = self.folder / f".{folder.name}.partial"
         try:
-            with together(self._group, BaseException):
+            with shared_errors(self._group, BaseException):
                 self._write_files(partial, tensors, position, training)
-            with together(self._group, BaseException):
+            with shared_errors(self._group, BaseException):
                 if self._is_main:
                     self._publish(partial, folder, training["heldout_loss"])
         except InputError:
@@ -163,7 +163,7 @@ def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
     damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
         try:
-            with together():
+            with shared_errors():
                 _check_files(folder)
             state.read(folder)
         except InputError as error:

@@ -92,7 +92,7 @@ class DeepSpeedState(distributed.TrainingState):
             shape = getattr(parameter, "ds_shape", parameter.shape)
             whole = {f"{name}.{key}": torch.empty(shape) for key in _MOMENTS}
             whole[f"{name}.step"] = torch.zeros(())
-            with distributed.together():
+            with distributed.shared_errors():
                 if dist.get_rank() == 0:
                     distributed.read_tensors(whole, folder / "state")
                     sums |= distributed.checksums(whole)

@@ -95,7 +95,7 @@ class TrainingState:
         state = self.optimizer_state()
         for tensors, place in ((self.weights(), folder), (state, folder / "state")):
             own = first_held(tensors)
-            with together():
+            with shared_errors():
                 read_tensors(own, place)
             verify(checksums(own), folder)
             for tensor in tensors.values():
@@ -137,7 +137,7 @@ def verify(own: dict[str, int], folder: Path) -> None:
 
 
 @contextmanager
-def together(group: Any = None, kind: type[BaseException] = InputError) -> Iterator[None]:
+def shared_errors(group: Any = None, kind: type[BaseException] = InputError) -> Iterator[None]:
     """Raise an error of any rank within the block as an InputError on all of them."""
     error = None
     try:

@@ -17,7 +17,7 @@ from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig
 
 FASTEST_FIRST = ("flash_attention_4", "flash_attention_3", "flash_attention_2", "flex_attention")
-_DEAR = ("aten.mm.", "aten.addmm.", "aten.bmm.", "attention", "attn")
+_EXPENSIVE = ("aten.mm.", "aten.addmm.", "aten.bmm.", "attention", "attn")
 
 
 def layers_of(model: nn.Module) -> list[Any]:
@@ -38,9 +38,9 @@ def recompute_layers(model: nn.Module, config: TrainingConfig) -> None:
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
     """Keep matrix products and attention, by whichever kernel."""
-    dear = any(word in str(operator) for word in _DEAR)
+    expensive = any(word in str(operator) for word in _EXPENSIVE)
     policy = checkpoint.CheckpointPolicy
-    return policy.MUST_SAVE if dear else policy.PREFER_RECOMPUTE
+    return policy.MUST_SAVE if expensive else policy.PREFER_RECOMPUTE
 
 
 def compile_layers(model: nn.Module, config: TrainingConfig, **options: Any) -> None:

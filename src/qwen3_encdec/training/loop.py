@@ -15,7 +15,7 @@ from pathlib import Path
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
-from qwen3_encdec.training.distributed import launched, together
+from qwen3_encdec.training.distributed import launched, shared_errors
 from qwen3_encdec.training.monitor import expect_step, hearing_sigterm
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
@@ -100,7 +100,7 @@ def _train(run: Run) -> Path:
     if step > run.start:
         run.save(step)
     saver.finish()
-    with together():
+    with shared_errors():
         if run.data_error:
             raise InputError(run.data_error)
     if run.stopped:

@@ -280,6 +280,27 @@ def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):
     assert len(computed) == 1  # what waited behind the first batch was dropped
 
 
+def test_more_requests_than_the_limit_are_refused_as_json(encoder, monkeypatch):
+    monkeypatch.setattr(serve, "MOST_REQUESTS", 1)
+    entered, release = threading.Event(), threading.Event()
+    whole = encoder.forward
+
+    def slow(ids):
+        entered.set()
+        release.wait(20)
+        return whole(ids)
+
+    monkeypatch.setattr(encoder, "forward", slow)
+    with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(1) as other:
+        first = other.submit(post, address, {"input": "one"})
+        assert entered.wait(10)
+        status, answer = post(address, {"input": "one too many"})
+        assert (status, answer["error"]["code"]) == (503, 503)
+        release.set()
+        assert first.result()[0] == 200
+        assert post(address, {"input": "after"})[0] == 200
+
+
 def test_a_long_request_does_not_hold_up_a_short_one(encoder):
     with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(1) as other:
         long = other.submit(post, address, {"input": ["word " * 199] * 300})

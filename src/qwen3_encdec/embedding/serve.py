@@ -39,6 +39,7 @@ from qwen3_encdec.folders import InputError
 
 API_KEY = "QWEN3_ENCDEC_API_KEY"
 BODY_BYTES = 16 * 2**20
+MOST_REQUESTS = 4096
 log = logging.getLogger("qwen3_encdec.serve")
 
 
@@ -179,6 +180,7 @@ class Service:
     def __init__(self, encoder: TextEncoder, limits: Limits, api_key: str | None) -> None:
         self.encoder, self.limits, self.api_key = encoder, limits, api_key
         self.counts: defaultdict[str, float] = defaultdict(float)
+        self.running = 0
         self.batcher = Batcher(encoder, limits.queue_tokens, self.counts)
         self.edge = ThreadPoolExecutor(2, thread_name_prefix="edge")
         card = {"id": encoder.name, "object": "model", "created": 0, "owned_by": "local"}
@@ -198,14 +200,19 @@ class Service:
     async def guard(self, request: Request, call_next: Any) -> Response:
         """Check the key, turn every exception into a JSON answer, count the request."""
         began, path = time.perf_counter(), request.url.path
+        self.running += 1
         key = self.api_key if path.startswith("/v1") else None
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         try:
+            if self.running > MOST_REQUESTS:
+                raise HTTPException(503, f"{MOST_REQUESTS:,} requests run", {"Retry-After": "2"})
             if key and not hmac.compare_digest(given.encode(), key.encode()):
                 raise HTTPException(401, "the API key is missing or wrong")
             response = await call_next(request)
         except Exception as error:
             response = await error_response(request, error)
+        finally:
+            self.running -= 1
         path = path if path == "/v1/embeddings" else "other"
         self.counts[f'requests_total{{path="{path}",status="{response.status_code}"}}'] += 1
         self.counts[f'request_seconds_total{{path="{path}"}}'] += time.perf_counter() - began
@@ -311,5 +318,5 @@ def make_server(
             self.loop.call_later(bounds.read_seconds, lambda: self.cycle or transport.close())
 
     app = Service(encoder, bounds, os.environ.get(API_KEY)).app
-    options: Any = {"log_config": None, "limit_concurrency": 4096, "timeout_graceful_shutdown": 10}
+    options: Any = {"log_config": None, "timeout_graceful_shutdown": 10}
     return Server(uvicorn.Config(app, http=TimedProtocol, **options), listening)

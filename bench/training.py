@@ -74,7 +74,8 @@ def main() -> None:
         folder = Path(name)
         forward, Qwen3ForSeq2SeqLM.forward = Qwen3ForSeq2SeqLM.forward, no_op
         tiny = model_folder(folder / "tiny", 32, 1)
-        durations = step_seconds(tiny, folder / "run", 400)[100:]
+        # One row a step, so that the loop never waits for data.
+        durations = step_seconds(tiny, folder / "run", 400, batch_size=1)[100:]
         Qwen3ForSeq2SeqLM.forward = forward
         overhead = 1000 * statistics.median(durations)
         print(f"loop with a no-op model: median {overhead:.2f} ms a step")

@@ -89,7 +89,7 @@ def test_recomputation_saves_memory_and_shards_divide_states():
             for how in (False, "selective", "full")]  # fmt: skip
     assert kept[0] > kept[1] > 5 * kept[2]
     alone, eight = parts(plan.Machines()), parts(plan.Machines(8, 8))
-    for name, width in (("weights", 4), ("gradients", 4), ("optimizer states", 8)):
+    for name, width in (("weights", 4), ("gradients", 4), ("optimizer_states", 8)):
         assert alone[name] == 8 * eight[name] == width * sum(sizes)
 
 
@@ -148,13 +148,13 @@ def test_recipes_load_and_fit(name, capsys):
     plan.dry_run(config, *RECIPES[name])
     lines = capsys.readouterr().out.partition("\nparameters")[2].splitlines()
     names = [line.partition(":")[0] for line in lines]
-    assert {"steps", "total", "gib per device", "time"} < set(names)
+    assert {"step", "run", "memory GiB", "time"} < set(names)
     plan.dry_run(config, *RECIPES[name], as_json=True)
     cost = json.loads(capsys.readouterr().out)
-    assert cost["config"]["max_steps"] == cost["steps"]["number"] == config.max_steps
-    parts = cost["gib per device"]
+    assert cost["config"]["max_steps"] == cost["run"]["steps"] == config.max_steps
+    parts = cost["memory_gib"]
     assert parts.pop("peak") == pytest.approx(sum(parts.values()))
-    seconds = cost["time"]["seconds per step"] * config.max_steps
+    seconds = cost["time"]["seconds_per_step"] * config.max_steps
     assert cost["time"]["hours"] == pytest.approx(seconds / 3600)
 
 
@@ -162,7 +162,7 @@ def test_a_plan_that_cannot_fit_is_refused(capsys):
     sentence = r"batch_size=512 needs \d+\.\d GiB a device and there are 74\.5; lower batch_size"
     with pytest.raises(InputError, match=sentence):
         plan.dry_run(load_config(None, ["batch_size=512"]), "8xH100", "0.6B")
-    assert "gib per device: activations" in capsys.readouterr().out  # the cost is said first
+    assert "memory GiB: activations" in capsys.readouterr().out  # the cost is said first
 
 
 @pytest.mark.parametrize("model", ["0.6B", "1.7B"])

@@ -126,8 +126,8 @@ def memory(
     return {
         "weights": 4 * states,
         "gradients": 4 * states,
-        "optimizer states": 8 * states,
-        "gathered or cast weights": gathered if machines.shards > 1 else cast,
+        "optimizer_states": 8 * states,
+        "gathered_or_cast_weights": gathered if machines.shards > 1 else cast,
         "activations": wide * activations,
         "logits": (4 + wide) * min(2048, target) * c.vocab_size + 4 * sizes.embedding,
     }
@@ -166,20 +166,25 @@ def dry_run(
     cost: dict[str, Any] = {
         "parameters": {"total": sum(sizes), **sizes._asdict()},
         "devices": there.processes,
-        "steps": {"number": steps, "rows": rows, "tokens": tokens, "flops": work},
-        "total": {"tokens": steps * tokens, "flops": steps * work},
-        "gib per device": {"peak": needed / 2**30, **{k: v / 2**30 for k, v in parts.items()}},
-        "gib sent per step and device": sent / 2**30,
+        "step": {
+            "rows": rows,
+            "tokens": tokens,
+            "flops": work,
+            "sent_gib_per_device": sent / 2**30,
+        },
+        "run": {"steps": steps, "tokens": steps * tokens, "flops": steps * work},
+        "memory_gib": {"peak": needed / 2**30, **{k: v / 2**30 for k, v in parts.items()}},
     }
     if there.peak:
         seconds = work / (there.processes * there.peak * mfu)
-        cost["time"] = {"mfu": mfu, "seconds per step": seconds, "hours": seconds * steps / 3600}
+        cost["time"] = {"mfu": mfu, "seconds_per_step": seconds, "hours": seconds * steps / 3600}
     if as_json:
         show(json.dumps({"config": config_to_dict(config), **cost}))
     else:
         show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
         for name, value in flatten(cost).items():
-            show(f"{name.replace('.', ': '):44}{_figure(value)}")
+            label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
+            show(f"{label:40}{_figure(value)}")
     if there.memory and needed > there.memory:
         raise InputError(
             f"batch_size={config.batch_size} needs {needed / 2**30:.1f} GiB a device and there are "

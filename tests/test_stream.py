@@ -3,6 +3,8 @@
 import gzip
 import json
 import random
+import subprocess
+import sys
 from collections import Counter
 from itertools import islice
 
@@ -421,3 +423,21 @@ def test_a_prefetching_loader_counts_only_what_it_gave(folder, tokenizer):
             tokens += sum(len(e.source) + len(e.target) for e in row.examples)
     assert loader.counts()["tokens/corpus"] == tokens
     assert loader.state_dict()["rows"] == 10
+
+
+def test_a_script_that_stops_reading_ends_quietly(tmp_path):
+    (tmp_path / "a.jsonl").write_text(
+        "".join(f'{{"text": "{i} {"word " * 30}"}}\n' for i in range(200))
+    )
+    code = """
+import sys
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.stream import RowLoader, UL2Data
+from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+data = UL2Data(DataConfig(inputs=sys.argv[1:]), build_tokenizer(num_ranks=512))
+batches = iter(RowLoader(data, batch_size=1))
+next(batches)
+"""
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Exception ignored" not in ended.stderr

@@ -237,9 +237,9 @@ def input_errors(what: str) -> Iterator[None]:
     """Turn whatever goes wrong into an InputError of one line that names `what`."""
     try:
         yield
-    except InputError:
-        raise
     except Exception as error:  # every way in which a library or a hub can fail
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{what}: {first_line(error)}") from None
 
 

@@ -381,7 +381,9 @@ class _Reader(IterableDataset):
         try:
             for row in count(first, readers):
                 yield next(streams[row % total])
-        except InputError as error:
+        except Exception as error:  # not InputError: that name is gone when the interpreter ends
+            if not isinstance(error, InputError):
+                raise
             # An exception would cross the process as 20 lines of traces.
             yield Row([], -1, 0, {}, str(error))
 

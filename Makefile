@@ -97,8 +97,9 @@ test-newest: $(NEWEST)/.installed ## every test with `pip install -e ".[dev]"` a
 	$(NEWEST)/bin/python -m pytest tests/ -q $(PYTEST)
 
 docs: env ## the documentation as a site: runs/site/index.html
-	test -x $(VENV)/docs/bin/mkdocs || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)/docs \
-		&& $(BIN)/uv pip install -q --python $(VENV)/docs/bin/python mkdocs-material==9.8.2)
+	test -d $(VENV)/docs/lib/python*/site-packages/mkdocstrings || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)/docs \
+		&& $(BIN)/uv pip install -q --python $(VENV)/docs/bin/python mkdocs-material==9.8.2 \
+		mkdocstrings-python==2.0.11)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet --strict
 
 bench: env ## can one machine hold the full size? half an hour on 2 cores, wants 20 GB

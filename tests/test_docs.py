@@ -8,6 +8,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -76,6 +77,15 @@ def test_the_site_has_every_page_once():
     navigation = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))["nav"]
     pages = [page for section in navigation for group in section.values() for page in group]
     assert sorted(pages) == sorted(file.name for file in (ROOT / "docs").glob("*.md"))
+
+
+def test_the_reference_names_what_is_there():
+    page = (ROOT / "docs/reference.md").read_text(encoding="utf-8")
+    names = re.findall(r"^::: (.+)$", page, re.MULTILINE)
+    assert len(names) > 25
+    for name in names:
+        module, _, attribute = name.rpartition(".")
+        assert getattr(import_module(module), attribute).__doc__, name
 
 
 def included(text):

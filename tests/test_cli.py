@@ -121,6 +121,10 @@ def test_initialize_then_extract(command, parent_folder, tmp_path, former):
     assert code == 0
     assert "read causally it would differ" in out
     assert (encoder / "modules.json").exists()
+    code, out, _ = command("extract", checkpoint, init, output, encoder, "--json")
+    assert code == 0
+    report = json.loads(out)
+    assert report["transformers"] < 1e-4 < report["causal_control"]
     texts = ("a text", "a text", "another one")
     cosines = json.loads(command("similarity", "--model", encoder, *texts, "--json")[1])
     assert cosines[0] == pytest.approx([1, 1, cosines[2][0]], abs=1e-5)

@@ -285,9 +285,12 @@ def test_the_command_prepares_and_draws(corpus, tokenizer, tmp_path, monkeypatch
 
     tokens, page = tmp_path / "tokens", tmp_path / "page"
     shared = ("--tokenizer", tmp_path / "tokenizer", "--input", corpus)
-    out = command(*shared, "--output", tokens, "--deduplicate", "exact", "--processes", 1)
+    exact = ("--output", tokens, "--deduplicate", "exact", "--processes", 1)
+    out = command(*shared, *exact)
     assert "604 documents" in out
     assert "11 duplicate" in out
+    counts = json.loads(command(*shared, *exact, "--json"))
+    assert (counts["documents"], counts["duplicate"]) == (604, 11)
     out = command(*shared[:2], "--input", tokens, "--analyze-only", "--output", page)
     assert "filled" in out
     pattern = r"documents +([\d,]+) = ([\d,]+) used \+ ([\d,]+) refused \+ ([\d,]+) held out"

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -101,6 +102,7 @@ def initialize(
     dtype: Annotated[Dtype, Option(help="Dtype of the saved weights.")] = "float32",
     verify: Annotated[bool, Option(help="Compare the written folder with Qwen3.")] = True,
     seed: Seed = 0,
+    as_json: Json = False,
 ) -> None:
     """Make the encoder-decoder of a dense Qwen3 checkpoint, and prove that it computes the same."""
     from qwen3_encdec.conversion import initialize as initialization
@@ -115,7 +117,7 @@ def initialize(
         verify=verify,
         seed=seed,
     )
-    print(f"{report}\nwrote {output}")
+    _print(report, output, as_json)
 
 
 @app.command(cls=Command)
@@ -126,6 +128,7 @@ def extract(
     average_last: Annotated[int, Option(help="Average the newest N checkpoints.")] = 1,
     max_length: MaxLength = None,
     push_to_hub: PushTo = None,
+    as_json: Json = False,
 ) -> None:
     """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
     from qwen3_encdec.conversion.extract import extract_encoder
@@ -137,7 +140,7 @@ def extract(
         average_last=average_last,
         max_seq_length=max_length,
     )
-    print(f"{report}\nwrote {output}")
+    _print(report, output, as_json)
     _push(output, push_to_hub)
 
 
@@ -177,6 +180,9 @@ def prepare_data(
 
         options: Any = {"deduplicate": deduplicate, "processes": processes}
         counts = prepare(config, load_tokenizer(tokenizer), output, **options)
+        if as_json:
+            print(json.dumps(counts))
+            return
         print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
         print(f"wrote {output}: train on it with data.inputs=[{output}]")
         return
@@ -397,6 +403,11 @@ def demo(
     from qwen3_encdec.demo.pipeline import run_demo
 
     run_demo(output, qwen3_model=model, full=full, seed=seed)
+
+
+def _print(report: Any, output: Path, as_json: bool) -> None:
+    """Print a report, a dataclass, for a human or a program."""
+    print(json.dumps(asdict(report)) if as_json else f"{report}\nwrote {output}")
 
 
 def _torch_dtype(name: str | None) -> Any:

@@ -6,13 +6,16 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import yaml
-from experiments.adaptation import report, run
+from experiments.adaptation import report, retrieval, run
 from experiments.adaptation.arms import Arm
+from transformers import AutoModel
 
-from qwen3_encdec.folders import load_model
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.folders import load_model, load_tokenizer
 
 PLAN = yaml.safe_load((Path(run.__file__).parent / "settings.yaml").read_text())
 TEXTS = [f"Text number {i} says that {i * i} is the square of {i}." * 3 for i in range(60)]
@@ -174,3 +177,112 @@ def test_a_beginning_is_repeated_from_its_committed_examples(
     with pytest.raises(SystemExit) as ended:
         run.check(settings, init_folder, tmp_path)
     assert ended.value.code == 1
+
+
+@pytest.fixture
+def contest(settings, init_folder, parent_folder, tmp_path, monkeypatch):
+    """Settings and arguments of a toy contest for which UL2's states exist."""
+    words = [f"{'abcdefghij'[i % 10] * 3} {i * i}" for i in range(40)]
+    pairs = [(f"The word {word} here", f"{word} is what this text is about") for word in words]
+    documents = [SimpleNamespace(text=text) for text in TEXTS]
+    monkeypatch.setattr(retrieval, "summary_pairs", lambda split: pairs)
+    monkeypatch.setattr(retrieval, "package_docs", lambda split: documents)
+    arguments = SimpleNamespace(results=tmp_path, runs=tmp_path / "runs", parent=parent_folder)
+    arguments.runs.mkdir()
+    (arguments.runs / "init").symlink_to(init_folder)
+    toy = {"tokens": 900, "row_tokens": 40, "step_tokens": 100, "lr": 1e-3, "warmup_steps": 1}
+    toy |= {"mask_token": "<extra_id_10>"}
+    asked = {**PLAN["retrieval"], **toy}
+    asked["contrastive"] = {**asked["contrastive"], "steps": 2, "batch_size": 4}
+    asked["scoring"] = {**asked["scoring"], "documents": 30, "queries": 20}
+    contestants = {n: {**c, "seeds": 1} for n, c in asked["contestants"].items()}
+    asked["contestants"] = {n: c for n, c in contestants.items() if c["kind"] != "MiniLM"}
+    for arm in ("raw values", "scaled values, gate"):
+        training = start(settings, init_folder, arm)
+        training.run = run.Run(arm, 1e-3, 0)
+        if arm == "raw values":  # the other's encoder stays the parent's
+            training.model.model.encoder.norm.weight.data[:20] = 0.0
+        training.save(arguments.runs / training.run.name)
+    return asked, arguments
+
+
+def test_every_contestant_is_scored_once_from_its_own_weights(contest):
+    asked, arguments = contest
+    retrieval.walk(asked, arguments)
+    files = sorted(arguments.results.glob("*.json"))
+    found = {r["contestant"]: r for r in (json.loads(file.read_text()) for file in files)}
+    assert found.keys() == asked["contestants"].keys()
+    before = {name: record["before"]["ranks"] for name, record in found.items()}
+    assert before["UL2, scaled values, gate"] == before["parent without mask"]
+    unlike = ["UL2, raw values", "MNTP", "causal", "parent, mean"]
+    assert all(before[name] != before["parent without mask"] for name in unlike)
+    for record in found.values():
+        assert ("after" in record) == (
+            record["settings"]["contestant"].get("kind") in ("unmasked", "causal", "mntp", "UL2")
+        )
+    times = {file: file.stat().st_mtime_ns for file in files}
+    asked["contestants"]["MNTP"]["seeds"] = 2
+    retrieval.walk(asked, arguments)
+    assert times == {file: file.stat().st_mtime_ns for file in times}
+    assert len(list(arguments.results.glob("*.json"))) == len(files) + 1
+    text = report.retrieval(list(found.values()))
+    assert all(f"| {name} | 1 |" in text for name in found)
+
+
+@pytest.mark.parametrize("mntp", [False, True])
+def test_a_batch_asks_for_every_token_or_the_masked_ones(mntp, contest, init_folder):
+    asked = contest[0]
+    tokenizer = load_tokenizer(init_folder)
+    rng = np.random.default_rng(0)
+    rows = retrieval.read_rows(tokenizer, asked, rng)
+    assert 900 <= sum(map(len, rows)) < 1100
+    assert max(map(len, rows)) == 40
+    groups = list(retrieval.steps(rows, 100))
+    assert sum(map(len, groups)) == len(rows)
+    assert all(100 <= sum(map(len, group)) < 140 for group in groups[:-1])
+    batch = retrieval.collate(rows, tokenizer, asked, rng, mntp)
+    real = batch["attention_mask"].bool()
+    asked_for = batch["labels"] != -100
+    mask = tokenizer.convert_tokens_to_ids("<extra_id_10>")
+    ends = batch["labels"] == tokenizer.eos_token_id
+    if mntp:
+        assert torch.equal(asked_for, batch["input_ids"] == mask)
+        assert not ends.any()
+        assert 0.15 < asked_for.sum() / real.sum() < 0.25
+    else:
+        assert torch.equal(asked_for, real)
+        assert torch.equal(batch["labels"][real], batch["input_ids"][real])
+        assert ends.sum() == len(rows)
+
+
+def test_only_the_causal_encoder_cannot_look_ahead(contest, init_folder, tmp_path):
+    asked, _ = contest
+    extract_encoder(init_folder, tmp_path / "start")
+    for kind, causal in (("causal", True), ("mntp", False)):
+        weights, facts = retrieval.train(tmp_path / "start", kind, 0, asked)
+        assert facts["losses"][-1] < facts["losses"][0]
+        retrieval.write_encoder(tmp_path / "start", tmp_path / kind, weights, causal)
+        model = AutoModel.from_pretrained(tmp_path / kind)
+        ids = torch.tensor([[40, 50, 60], [40, 50, 70]])
+        first, second = model(ids).last_hidden_state[:, :2]
+        assert torch.equal(first, second) == causal
+
+
+def test_differences_are_paired_by_query():
+    def piece(name, seed, *ranks):
+        score = {"ranks": ranks, "mrr": 0.0, "r@1": 0.0, "ndcg@10": 0.0}
+        facts = {"seconds": 1.0, "commit": "c", "hardware": "h"}
+        return {
+            "contestant": name,
+            "seed": seed,
+            "before": score,
+            "after": score,
+            "provenance": facts,
+        }
+
+    pieces = [piece(report.UNMASKED, 0, 1, 2, 4, 100)]
+    pieces += [piece("other", 0, 1, 4, 4, 100), piece("other", 1, 1, 1, 4, 100)]
+    lines = report.retrieval(pieces).splitlines()
+    difference = lines[3].split("|")[-2].strip()
+    assert lines[3].startswith("| other | 2 ")
+    assert difference.startswith("+0.031 (+0.000 to ")  # (1/4 + 1)/2 - 1/2 of one query in four

@@ -20,13 +20,18 @@ if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
 import matplotlib  # noqa: E402
+import numpy as np  # noqa: E402
 from experiments.adaptation.run import power  # noqa: E402
 from experiments.objective.report import STYLE, between, interval, rewrite, svg, table  # noqa: E402
 from matplotlib.figure import Figure  # noqa: E402
 
+from qwen3_encdec.evaluation.retrieval import mean_interval  # noqa: E402
+
 BEGIN, END = (
     f"<!-- experiments/adaptation/report.py writes {end} here -->" for end in ("from", "to")
 )
+RETRIEVAL = [mark.replace(" writes ", " writes retrieval ") for mark in (BEGIN, END)]
+UNMASKED = "parent without mask"
 HEADLINE = {
     "raw values": "#8f7a3a",
     "scaled values": "#d9822b",
@@ -47,6 +52,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--results", type=Path, default=HERE / "results")
+    parser.add_argument("--retrieval", type=Path, default=HERE / "results-retrieval")
     parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of results.md")
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
     arguments = parser.parse_args()
@@ -55,7 +61,15 @@ def main() -> None:
     files = {page: between(page, BEGIN, END, tables(records))}
     files[arguments.docs / "adaptation.svg"] = plot(records)
     stale = rewrite(files, arguments.check)
-    print(f"{len(records)} runs; not what they say: {', '.join(stale) or 'nothing'}")
+    pieces = [
+        json.loads(f.read_text(encoding="utf-8"))
+        for f in sorted(arguments.retrieval.glob("*.json"))
+    ]
+    text = between(page, *RETRIEVAL, retrieval(pieces))
+    stale += rewrite({page: text}, arguments.check)
+    print(
+        f"{len(records)} runs, {len(pieces)} pieces of retrieval; not what they say: {', '.join(stale) or 'nothing'}"
+    )
     raise SystemExit(int(arguments.check and bool(stale)))
 
 
@@ -184,12 +198,69 @@ def gaps(runs: dict[str, dict[int, Record]], number: int = 3) -> list[str]:
 def origin(records: Sequence[Record]) -> str:
     """Say which commit and machine the figures are from."""
     seconds = sum(record["points"][-1]["processor seconds"] for record in records)
-    lines = [f"{len(records)} runs, {seconds / 3600:.1f} processor hours of training."]
+    first = f"{len(records)} runs, {seconds / 3600:.1f} processor hours of training."
+    return "\n".join([first, *machines(records)])
+
+
+def machines(records: Sequence[Record]) -> list[str]:
+    """Commits and hardware with the number of records of each."""
+    lines = []
     for field in ("commit", "hardware"):
         counts = Counter(str(record["provenance"].get(field)) for record in records)
         shown = "; ".join(f"`{value}` ({n})" for value, n in counts.items())
         lines.append(f"{field.capitalize()}: {shown}.")
-    return "\n".join(lines)
+    return lines
+
+
+def retrieval(pieces: Sequence[Record]) -> str:
+    """Tabulate retrieval: first what has no contrastive stage, then the encoders, best last."""
+    found: dict[str, list[Record]] = {}
+    for piece in pieces:
+        found.setdefault(piece["contestant"], []).append(piece)
+    names = sorted(found, key=lambda name: (stages(found[name]), final(found[name])))
+    header = ["encoder", "seeds", "MRR before", "MRR after", "after, by seed", "R@1", "nDCG@10"]
+    header += ["difference before", "difference after"]
+    seconds = sum(piece["provenance"]["seconds"] for piece in pieces)
+    last = [f"{len(pieces)} pieces, {seconds / 3600:.1f} hours.", *machines(pieces)]
+    rows = [retrieval_row(found, name) for name in names]
+    return "\n\n".join([table(header, rows), "\n".join(last)])
+
+
+def stages(pieces: Sequence[Record]) -> list[str]:
+    """Return the times at which an encoder is scored."""
+    return [stage for stage in ("before", "after") if stage in pieces[0]]
+
+
+def final(pieces: Sequence[Record]) -> float:
+    """Mean MRR at the last stage."""
+    return float(reciprocal(pieces, stages(pieces)[-1]).mean())
+
+
+def retrieval_row(found: dict[str, list[Record]], name: str) -> list[str]:
+    """One encoder: scores and, by query, paired differences to the parent without mask."""
+    pieces, reference = found[name], found.get(UNMASKED, [])
+    scores, differences = ["–", "–"], ["–", "–"]
+    for i, stage in enumerate(stages(pieces)):
+        own = reciprocal(pieces, stage)
+        scores[i] = ranged(own)
+        if reference and name != UNMASKED:
+            differences[i] = ranged(own - reciprocal(reference, stage), sign="+")
+    last = [piece[stages(pieces)[-1]] for piece in pieces]
+    seeds = " ".join(f"{score['mrr']:.3f}" for score in last)
+    others = [f"{statistics.fmean(s[key] for s in last):.3f}" for key in ("r@1", "ndcg@10")]
+    several = seeds if len(pieces) > 1 else "–"
+    return [name, str(len(pieces)), *scores, several, *others, *differences]
+
+
+def reciprocal(pieces: Sequence[Record], stage: str) -> np.ndarray:
+    """[Q] reciprocal ranks of a stage, a query's mean over the seeds."""
+    return np.mean([1 / np.array(piece[stage]["ranks"]) for piece in pieces], axis=0)
+
+
+def ranged(values: np.ndarray, sign: str = "") -> str:
+    """Mean over queries with its 95 % bootstrap interval."""
+    found = {name: format(value, f"{sign}.3f") for name, value in mean_interval(values).items()}
+    return f"{found['score']} ({found['low']} to {found['high']})"
 
 
 def plot(records: Sequence[Record]) -> str:

@@ -44,7 +44,6 @@ from qwen3_encdec.data.collate import (  # noqa: E402
     Row,
     collate_masked_rows,
     collate_rows,
-    mask_token_id,
 )
 from qwen3_encdec.data.config import DataConfig  # noqa: E402
 from qwen3_encdec.data.stream import RowLoader, UL2Data  # noqa: E402
@@ -98,7 +97,9 @@ class Training:
             position = self._load(state)
         collate: Any = collate_rows
         if self.arm.mntp:
-            masking = {"mask_id": mask_token_id(self.tokenizer), "kept_ids": self.data.kept_ids}
+            # SmolLM2 has no reserved token to mask with.
+            mask_id = self.tokenizer.sentinel_token_ids[-1]
+            masking = {"mask_id": mask_id, "kept_ids": self.data.kept_ids}
             collate = partial(collate_masked_rows, probability=0.2, **masking)
         loading = {name: settings[name] for name in ("batch_size", "num_workers")}
         self.loader = RowLoader(self.data, collate=collate, state=position, **loading)

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from qwen3_encdec.data.collate import count_tokens
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import INDEX_FILE, open_corpus
 from qwen3_encdec.data.package_docs import package_docs_file
@@ -97,7 +98,7 @@ def memory(folder: Path, size: dict[str, int]) -> float:
     """Measure how resident memory grows from 10^5 tokens to the end."""
     process, tokens, first = psutil.Process(), 0, 0
     for row in rows(open_data(folder / "corpus.jsonl")):
-        tokens += sum(len(e.source) + len(e.target) for e in row.examples)
+        tokens += count_tokens(row.examples)
         if not first and tokens >= 10**5:
             first = process.memory_info().rss
         if tokens >= size["memory"]:

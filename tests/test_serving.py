@@ -229,16 +229,24 @@ def test_half_sent_requests_are_closed_and_hold_no_thread(url):
     assert not any(answers[::3])
 
 
-def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
+def hold(encoder, monkeypatch):
+    """Let the model wait for `release`; `entered` is set when it computes, `computed` its texts."""
     entered, release = threading.Event(), threading.Event()
+    computed = []
     whole = encoder.forward
 
     def slow(ids):
         entered.set()
         release.wait(20)
+        computed.extend(ids)
         return whole(ids)
 
     monkeypatch.setattr(encoder, "forward", slow)
+    return entered, release, computed
+
+
+def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
+    entered, release, _ = hold(encoder, monkeypatch)
     with running(encoder, Limits(queue_tokens=40, answer_seconds=30)) as address:
         with concurrent.futures.ThreadPoolExecutor(8) as crowd:
             first = crowd.submit(post, address, {"input": "computing"})
@@ -257,17 +265,7 @@ def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
 
 
 def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):
-    entered, release = threading.Event(), threading.Event()
-    computed = []
-    whole = encoder.forward
-
-    def slow(ids):
-        entered.set()
-        release.wait(20)
-        computed.extend(ids)
-        return whole(ids)
-
-    monkeypatch.setattr(encoder, "forward", slow)
+    entered, release, computed = hold(encoder, monkeypatch)
     with running(encoder, Limits(answer_seconds=0.3)) as address:
         with concurrent.futures.ThreadPoolExecutor(4) as crowd:
             first = crowd.submit(post, address, {"input": "computing"})
@@ -282,15 +280,7 @@ def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):
 
 def test_more_requests_than_the_limit_are_refused_as_json(encoder, monkeypatch):
     monkeypatch.setattr(serve, "MOST_REQUESTS", 1)
-    entered, release = threading.Event(), threading.Event()
-    whole = encoder.forward
-
-    def slow(ids):
-        entered.set()
-        release.wait(20)
-        return whole(ids)
-
-    monkeypatch.setattr(encoder, "forward", slow)
+    entered, release, _ = hold(encoder, monkeypatch)
     with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(1) as other:
         first = other.submit(post, address, {"input": "one"})
         assert entered.wait(10)

@@ -10,7 +10,6 @@ the settings. Several of these processes share the pieces. See docs/results.md.
 """
 
 import argparse
-import fcntl
 import hashlib
 import os
 import shutil
@@ -31,7 +30,7 @@ if __name__ == "__main__":
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import yaml  # noqa: E402
-from experiments.adaptation.run import Run  # noqa: E402
+from experiments.adaptation.run import Run, claim, update  # noqa: E402
 from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from torch.nn.utils.rnn import pad_sequence  # noqa: E402
@@ -68,12 +67,8 @@ def train(start: Path, kind: str, seed: int, settings: Settings) -> tuple[Weight
         with torch.autocast("cpu", torch.bfloat16):
             loss = model(**batch, use_cache=False).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
         losses.append(round(loss.item(), 4))
-        rate = optimization.learning_rate(len(losses), config)
-        optimization.set_learning_rate(optimizer, rate)
-        optimizer.step()
-        optimizer.zero_grad()
+        update(model, optimizer, len(losses), config)
         tokens += sum(map(len, rows))
     return model.model.state_dict(), {"tokens": tokens, "steps": len(losses), "losses": losses}
 
@@ -221,10 +216,8 @@ def walk(settings: Settings, arguments: Any) -> None:
         contestant = {k: value for k, value in contestants[name].items() if k != "seeds"}
         head = {"contestant": name, "seed": seed, "settings": common | {"contestant": contestant}}
         file = arguments.results / f"{Run(name, settings['lr'], seed).name}.json"
-        with (arguments.runs / f"retrieval-{file.stem}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with claim(arguments.runs / f"retrieval-{file.stem}.lock") as mine:
+            if not mine:
                 continue
             if file.exists() and head.items() <= folders.read_json(file).items():
                 continue

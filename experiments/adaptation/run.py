@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import islice
@@ -120,12 +121,8 @@ class Training:
             for name, parameter in self.model.model.decoder.named_parameters():
                 if not name.endswith("source_gate"):
                     parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.max_grad_norm)
         self.step += 1
-        rate = optimization.learning_rate(self.step, self.config)
-        optimization.set_learning_rate(self.optimizer, rate)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        update(self.model, self.optimizer, self.step, self.config)
         self.tokens += batch["input_ids"].numel() + batch["labels"].numel()
         self.seconds += time.process_time() - began
 
@@ -189,6 +186,26 @@ class Training:
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=enabled)
 
 
+def update(model: torch.nn.Module, optimizer: Any, step: int, config: TrainingConfig) -> None:
+    """Apply the gradients, clipped, at the rate of optimizer step `step`, from 1."""
+    torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+    optimization.set_learning_rate(optimizer, optimization.learning_rate(step, config))
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@contextmanager
+def claim(file: Path) -> Iterator[bool]:
+    """Lock a file while the block runs; yield False if another process holds it."""
+    with file.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
 def train(run: Run, tokens: int, last: bool, settings: Settings, arguments: Any) -> None:
     """Take a run to so many tokens, or as far as time allows."""
     state, results = arguments.runs / run.name, arguments.results / f"{run.name}.json"
@@ -239,10 +256,8 @@ def walk(settings: Settings, arguments: Any) -> None:
     """Do what is unfinished and not another process' work, one run after another."""
     for run, tokens, last in queue(settings):
         results = arguments.results / f"{run.name}.json"
-        with (arguments.runs / f"{run.name}.lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+        with claim(arguments.runs / f"{run.name}.lock") as mine:
+            if not mine:
                 continue
             if not results.exists() or folders.read_json(results)["tokens"] < tokens:
                 train(run, tokens, last, settings, arguments)

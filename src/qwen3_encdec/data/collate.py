@@ -24,6 +24,11 @@ class Row(NamedTuple):
     error: str = ""
 
 
+def count_tokens(examples: Sequence[Example]) -> int:
+    """Count source and target tokens."""
+    return sum(len(example.source) + len(example.target) for example in examples)
+
+
 def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, Any]:
     """Lay D documents out as one packed batch without padding.
 
@@ -76,7 +81,7 @@ def collate_micro_batches(
 ) -> list[Any]:
     """Collate rows as `number` micro-batches of about as many tokens, each of at least one row."""
     tokens, chosen = np.zeros(number, np.int64), np.zeros(len(rows), np.int64)
-    sizes = [sum(len(e.source) + len(e.target) for e in row.examples) for row in rows]
+    sizes = [count_tokens(row.examples) for row in rows]
     for index in np.argsort(sizes)[::-1]:  # largest first, to the smallest micro-batch
         chosen[index] = tokens.argmin()
         tokens[chosen[index]] += sizes[index]

@@ -238,7 +238,7 @@ def input_errors(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # every way in which a library or a hub can fail
-        if isinstance(error, InputError):
+        if isinstance(error, InputError):  # a clause of its own fails when the interpreter ends
             raise
         raise InputError(f"{what}: {first_line(error)}") from None
 

@@ -36,7 +36,7 @@ import numpy as np
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from transformers import PreTrainedTokenizerBase
 
-from qwen3_encdec.data.collate import Position, Row, collate_rows, pack
+from qwen3_encdec.data.collate import Position, Row, collate_rows, count_tokens, pack
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
@@ -309,7 +309,7 @@ def _rows_of(
             behind = {name: number + counts[name] for name, number in now.items()}
             for given in range(now["row"], len(rows)):
                 row = rows[order[given]]
-                tokens = now["tokens"] + sum(len(e.source) + len(e.target) for e in row)
+                tokens = now["tokens"] + count_tokens(row)
                 now = now | {"row": given + 1, "epoch": epoch, "tokens": tokens}
                 if given + 1 == len(rows):
                     now = behind | {"row": 0, "epoch": epoch, "tokens": tokens}

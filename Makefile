@@ -30,6 +30,9 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: env ## the whole pipeline on real text, about 10 minutes on 2 cores: runs/demo/report.html
 	$(BIN)/qwen3-encdec demo $(DEMO)
 
+demo-real: runs/adaptation/parent ## the same on a trained 135M language model, with its controls; about an hour on 2 cores
+	$(BIN)/qwen3-encdec demo --model $< --output runs/demo-real --full $(DEMO)
+
 test: env ## every test that needs neither network nor GPU nor minutes of its own
 	$(BIN)/python -m pytest tests/ -q $(PARALLEL) $(PYTEST)
 

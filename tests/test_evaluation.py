@@ -368,6 +368,7 @@ def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
     assert metrics["denoising"]["trained"] == metrics["denoising"]["initialization"]
     assert list(metrics["denoising"]["trained"]) == ["R1", "R2", "X1", "X2", "S"]
     assert len(metrics["infill"]["examples"]) == 3
+    assert all(row["initialization"] == row["generated"] for row in metrics["infill"]["examples"])
     assert list(metrics["infill"]["by_denoiser"]) == ["R1", "R2", "X1", "X2"]  # S leaves no gap
     assert metrics["infill"]["by_denoiser"]["R1"] == metrics["infill"]["exact_rate"]
     assert (tmp_path / "out" / "report.html").exists()

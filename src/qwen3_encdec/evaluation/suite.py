@@ -43,23 +43,33 @@ def evaluate_denoising(
 ) -> dict[str, Any]:
     """`denoising`, nats per target token by label and denoiser, and `infill` of the last folder.
 
-    `infill` holds `infill_examples` of the first denoiser, and `by_denoiser` the share of exactly
-    filled gaps of each that leaves gaps. Raises InputError as `load_model` and `heldout_examples`.
+    `infill` holds `infill_examples` of the first denoiser that leaves gaps, each with the other
+    folders' text by label, and `by_denoiser` the share of gaps of each that are exactly filled.
+    Raises InputError as `load_model` and `heldout_examples`.
     """
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
     metrics: dict[str, Any] = {"denoising": {}}
+    filled: dict[str, dict[str, Any]] = {}
     for label, folder in tqdm(folders.items(), "held-out denoising", disable=None):
         model, tokenizer = load_model(folder).to(default_device()), load_tokenizer(folder)
         examples = heldout_examples(data, tokenizer, num_examples)
         metrics["denoising"][label] = denoising_losses(model, examples, denoiser_names=names)
-    by_denoiser = {}
-    for index, denoiser in enumerate(data.denoisers):
-        if denoiser.mean_span is not None:
-            own = [example for example in examples if example.denoiser == index]
-            found = infill_examples(model, tokenizer, own)
-            by_denoiser[denoiser.name] = found["exact_rate"]
-            metrics.setdefault("infill", found | {"by_denoiser": by_denoiser})
+        filled[label] = {
+            denoiser.name: infill_examples(
+                model, tokenizer, [example for example in examples if example.denoiser == index]
+            )
+            for index, denoiser in enumerate(data.denoisers)
+            if denoiser.mean_span is not None
+        }
+    *others, last = filled.values()
+    if last:
+        first = next(iter(last))
+        rates = {name: found["exact_rate"] for name, found in last.items()}
+        metrics["infill"] = last[first] | {"by_denoiser": rates}
+        for label, other in zip(filled, others, strict=False):
+            for row, before in zip(last[first]["examples"], other[first]["examples"], strict=True):
+                row[label] = before["generated"]
     return metrics
 
 

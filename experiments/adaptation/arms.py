@@ -1,8 +1,8 @@
 """The arms of the experiment: ways for the source into the decoder, as changes of its attention.
 
-SmolLM2's QK-norm is neutral, so that its source keys are several times the decoder's. A scale
-per layer brings them to the decoder's size, as Qwen3's k_norm would. Apart from that, the project's
-own decoder is the arm `scaled values, gate`.
+SmolLM2's QK-norm is neutral, so its source keys are several times larger than the decoder's. A
+scale per layer, measured on the keys, brings them to the decoder's size, as Qwen3's k_norm would.
+With Qwen3's k_norm, the project's own decoder is the arm `scaled values, gate`.
 """
 
 from dataclasses import dataclass

@@ -69,8 +69,8 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         rope_parameters: As in transformers; `{"rope_type": "default", "rope_theta": 1e6}` in Qwen3.
         attention_bias: Biases in the attention projections; off in Qwen3.
         attention_dropout: Dropout on the attention weights while training.
-        source_gate: Scale the values that the decoder makes of encoder states, and multiply them by
-            a learned gate per key head; off, the decoder is T5Gemma 2's.
+        source_gate: Scale the encoder states in each decoder layer, and multiply their values by a
+            learned gate per key head; off, the decoder is T5Gemma 2's.
         use_cache: Return the decoder's key/value cache outside training.
         pad_token_id: `<|endoftext|>`; None in a vocabulary too small to have it.
         eos_token_id: `<|im_end|>`, so that masking padded labels never hides an EOS; None likewise.

@@ -19,9 +19,9 @@ Departures from transformers' Qwen3, after T5Gemma 2 (arXiv 2512.14856):
 
   The cache is that of a decoder-only model, its first S entries the encoder's keys and values,
   written once with the first target tokens;
-- optionally (`source_gate`), the values made of encoder states are scaled to the size of the
-  decoder's own and multiplied by a learned gate per key head that begins at 0: a pretrained
-  decoder then begins as the language model it was.
+- optionally (`source_gate`), encoder states are scaled to the size of the decoder's own, and their
+  values multiplied by a learned gate per key head that starts at 0: a pretrained decoder then
+  starts close to the language model it was.
 
 Shapes: B batch, S source length, T target length, P target tokens in the cache before this call, M
 source and N target tokens of a packed batch of D documents, H query heads, K key/value heads, d
@@ -145,11 +145,10 @@ class Qwen3MergedAttention(Qwen3Attention):
 
     def source_key_value(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """[B, S, E] encoder states -> key and value [B, K, S, d]."""
-        key, value = project_key_value(self, states)
-        if self.config.source_gate:
-            gate = (self.source_gate * self.source_scale).to(value.dtype)
-            value = value * gate[:, None, None]
-        return key, value
+        if not self.config.source_gate:
+            return project_key_value(self, states)
+        key, value = project_key_value(self, states * self.source_scale.to(states.dtype))
+        return key, value * self.source_gate.to(value.dtype)[:, None, None]
 
 
 class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):

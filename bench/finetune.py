@@ -1,9 +1,9 @@
-"""nDCG@10 that finetuning on package-docs brings, beside the causal parent, at full and smaller widths.
+"""Measure nDCG@10 of encoder and causal parent finetuned on package-docs, at full and smaller widths.
 
     python bench/finetune.py --encoder runs/demo/encoder --parent runs/demo/parent-embedder
 
-Pairs of training packages; retrieval among held-out ones, ties against the model. One configuration,
-one seed; a second run with it must give the same weights.
+Training pairs come from training packages, retrieval uses held-out ones, and ties count against the
+model. One configuration, one seed; a second run with it must give the same figures.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SHARES = (1, 2, 4, 8)
 
 
 def main() -> None:
-    """Finetune, measure, print the table."""
+    """Finetune, measure and print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -67,7 +67,7 @@ def main() -> None:
 
 
 def measure(folder: Path, width: int, most: int) -> dict[str, float]:
-    """nDCG@10 in held-out packages by number of leading dimensions."""
+    """Measure nDCG@10 in held-out packages by number of leading dimensions."""
     task = package_retrieval(most, 0)
     embed = baselines.encoder(folder)
     queries, bodies = embed(task.queries, role="query"), embed(task.documents, role="document")

@@ -1,9 +1,9 @@
-"""Full size on one machine: initialize a random Qwen3-0.6B folder, then one bf16 training step.
+"""Initialize a random full-size Qwen3-0.6B on one machine, then take one bf16 training step.
 
     python bench/full_size.py [--folder runs/full-size]
 
-Each stage runs in a process of its own, so that its peak memory is its own. Source 512 and target
-256 tokens, fp32 master weights under bf16 autocast, AdamW. The last lines compare with the targets.
+Each stage runs in its own process to measure its own peak memory. The step has 512 source and 256
+target tokens, fp32 weights under bf16 autocast, and AdamW. The last lines compare with the targets.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def make(folder: Path) -> dict:
 
 
 def initialize(folder: Path) -> dict:
-    """Initialize and verify in fp32, without the gate, which is not part of the target's count."""
+    """Initialize and verify in fp32, without the gate, which the target's count excludes."""
     from qwen3_encdec.conversion.initialize import initialize
 
     report = initialize(folder / "qwen3", folder / "encdec", source_gate=False)

@@ -3,9 +3,9 @@
     python bench/gpu_report.py                       # one CUDA GPU
     python bench/gpu_report.py --device cpu --tiny   # the same parts at toy size, as a test
 
-In this order, each printed when it is done; none begins when time is up: the recipe's step with a
-profile, attention alone by backend, the step with the fastest, with bf16 weights and with more
-rows, FSDP2 on one device, decoding, and `run_training` itself.
+The parts, in order: the recipe's step with a profile, attention alone by backend, the step with the
+fastest, with bf16 weights and with more rows, FSDP2 on one device, decoding, and `run_training`
+itself. Each prints when it is done, and none starts after the time limit.
 
 A step is 4 micro-batches of documents with UL2's mixture of lengths, then AdamW. MFU counts the
 operations of `training/plan.py` over real tokens.
@@ -40,7 +40,7 @@ from qwen3_encdec.training.optimization import build_optimizer
 TINY = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 64}
 TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 331}
 TINY |= {"num_sentinel_tokens": 11, "pad_token_id": 0, "eos_token_id": 1}
-TIME_LIMIT = 7.0  # minutes after which no part begins
+TIME_LIMIT = 7.0  # minutes after which no part starts
 KERNELS = {
     "products": ("gemm", "matmul", "cutlass", "aten::mm", "aten::addmm", "aten::bmm", "nvjet"),
     "attention": ("flash", "attn", "attention", "softmax"),
@@ -53,12 +53,12 @@ _parts: dict[str, dict[str, Any]] = {}
 
 
 def part(name: str, do: Callable[..., dict[str, Any]], *given: Any, **options: Any) -> dict:
-    """Run one part and print its figures, or the line that says why there are none."""
+    """Run one part and print its figures, or the reason why there are none."""
     try:
         if time.time() - _began > 60 * TIME_LIMIT:
             raise TimeoutError(f"not started, {TIME_LIMIT:g} minutes were up")
         figures = do(*given, **options)
-    except Exception as error:  # whatever a kernel raises, the other parts go on
+    except Exception as error:  # whatever a kernel raises, the other parts continue
         reason = (str(error).strip().splitlines() or [""])[0][:200]
         figures = {"failed": f"{type(error).__name__}: {reason}"}
     if torch.cuda.is_available():
@@ -71,7 +71,7 @@ def part(name: str, do: Callable[..., dict[str, Any]], *given: Any, **options: A
 
 
 def documents(source_length: int, target_length: int, rows: int, vocabulary: int) -> list[Any]:
-    """Random documents with UL2's mixture of lengths that fill so many rows' target budget."""
+    """Make random documents with UL2's length mixture that fill the target budget of ``rows``."""
     rng, preset = np.random.default_rng(0), PRESETS["t5gemma2"]
     weights = np.array([denoiser.weight for denoiser in preset])
     found: list[tuple[np.ndarray, np.ndarray]] = []
@@ -112,7 +112,7 @@ class Training:
         self.masters: list[torch.Tensor] = []
 
     def compile(self) -> None:
-        """Compile the layers; on a CPU they are captured only, which needs no compiler."""
+        """Compile the layers; on a CPU only capture them, which needs no compiler."""
         torch._dynamo.reset()
         options = {} if self.device.type == "cuda" else {"backend": "eager"}
         compile_layers(self.model, TrainingConfig(compile=True), **options)
@@ -255,7 +255,7 @@ def decode(args: Any) -> dict[str, float]:
 
 
 def real_run(args: Any, backend: str) -> dict[str, float]:
-    """Run the training command's own loop on package-docs; its tokens per second and MFU."""
+    """Run the training command's own loop on package-docs; return tokens per second and MFU."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         tokenizer = build_tokenizer(num_ranks=8000 if args.tiny else None)
@@ -289,7 +289,7 @@ def model_config(tiny: bool, tokenizer: Any = None) -> Qwen3EncoderDecoderConfig
 def measured(
     args: Any, backend: str, *preparations: str, rows: int = 8, profile: bool = False
 ) -> dict[str, float]:
-    """Measure training after these of its methods, in this order."""
+    """Measure training after calling these of its methods in order."""
     training = Training(args, backend, rows)
     for name in preparations:
         getattr(training, name)()

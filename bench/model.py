@@ -1,6 +1,6 @@
-"""Ours against transformers' T5Gemma 2 at the same text dimensions, side by side in one run.
+"""Compare our model with transformers' T5Gemma 2 at the same text dimensions, in one run.
 
-    python bench/model.py            # 3 rounds; Linux, nothing beside it
+    python bench/model.py            # 3 rounds, on an idle Linux machine
     python bench/model.py --quick    # the same stages at toy size, to test this script
 
 | stage   | measured                                                                              |
@@ -8,15 +8,15 @@
 | train   | steps (forward, backward, fused AdamW) over UL2 examples: real tokens/s, peak memory   |
 | loss    | hidden states to gradients over the large vocabulary: seconds, peak memory             |
 | prefill | greedy generation of a batch of 4: source tokens/s to the first token, and target      |
-|         | tokens/s after it, which is reported and no target                                     |
-| growth  | microseconds a token as documents grow, tokens a step constant                         |
+|         | tokens/s after it, which is reported but has no target                                 |
+| growth  | microseconds per token as documents grow, at constant tokens per step                  |
 
-Dimensions, layers, heads, vocabulary, activation, precision, threads, optimizer and labels are the
-same, SDPA and full attention on both sides, parameter counts within 1 % (checked). T5Gemma 2 gets
-the same UL2 examples of package-docs as its users make batches, one example a row, padded to the
-longest; ours gets them packed. Tokens are real tokens. Every measurement has a process of its own,
-the sides take turns, and a ratio is that of the medians over rounds. Peak memory is the high-water
-mark of resident memory above what stands there before the first step.
+Both sides have the same dimensions, layers, heads, vocabulary, activation, precision, threads,
+optimizer and labels, SDPA and full attention, and parameter counts within 1 % (checked). Both get
+the same UL2 examples of package-docs: T5Gemma 2 one per row, padded to the longest, as its users
+batch them; ours packed. Only real tokens count. Every measurement runs in its own process, the sides
+take turns, and ratios are of the medians over rounds. Peak memory is the high-water mark of resident
+memory above its level before the first step.
 """
 
 import argparse
@@ -53,7 +53,7 @@ class Size:
 
 @dataclass(frozen=True)
 class Plan:
-    """Amount of what is measured."""
+    """Sizes of what is measured."""
 
     sizes: dict[str, Size]
     batches: int
@@ -130,7 +130,7 @@ def make_model(side: str, size: Size, dtype: str, device: str = "cpu") -> Any:
 
 
 def read_examples(size: Size, number: int) -> list[Pair]:
-    """UL2 examples of package-docs."""
+    """Read UL2 examples of package-docs."""
     from qwen3_encdec.data.config import DataConfig
     from qwen3_encdec.data.stream import heldout_examples
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
@@ -143,7 +143,7 @@ def read_examples(size: Size, number: int) -> list[Pair]:
 
 
 def random_pairs(source: int, target: int, number: int, vocabulary: int) -> list[Pair]:
-    """Pairs of random ids, all of one length."""
+    """Make pairs of random ids, all of the same lengths."""
     import numpy as np
 
     ids = np.random.default_rng(0).integers(10, vocabulary, (number, source + target))
@@ -175,11 +175,11 @@ def make_batches(side: str, pairs: list[Pair], number: int) -> list[dict]:
 
 
 def count_tokens(pairs: list[Pair]) -> int:
-    """Source and target tokens together."""
+    """Count source and target tokens together."""
     return sum(len(source) + len(target) for source, target in pairs)
 
 
-# The stages, each run in a process of its own
+# The stages, each run in its own process
 
 
 class Trainer:
@@ -204,7 +204,7 @@ class Trainer:
 
 
 def train(side: str, size: Size, dtype: str, pairs: list[Pair], number: int) -> Figures:
-    """Real tokens per second over all batches, and the peak memory of a step in GB."""
+    """Measure real tokens per second over all batches, and the peak memory of a step in GB."""
     batches = make_batches(side, pairs, number)
     trainer = Trainer(side, size, dtype)
     start = reset_peak()
@@ -214,7 +214,7 @@ def train(side: str, size: Size, dtype: str, pairs: list[Pair], number: int) -> 
 
 
 def loss(side: str, shape: tuple[int, int, int], dtype: str) -> Figures:
-    """Seconds and peak GB from hidden states to gradients: chunked, or one product in fp32."""
+    """Measure seconds and peak GB from hidden states to gradients: chunked, or one fp32 product."""
     import torch
     from torch.nn.functional import cross_entropy, linear
 
@@ -244,11 +244,11 @@ def loss(side: str, shape: tuple[int, int, int], dtype: str) -> Figures:
 def prefill(
     side: str, size: Size, dtype: str, sources: tuple[int, ...], new_tokens: int
 ) -> Figures:
-    """Source tokens/s of a batch of 4 up to the first token, target tokens/s after it."""
+    """Measure source tokens/s of a batch of 4 up to the first token, target tokens/s after it."""
     model = make_model(side, size, dtype).eval()
     figures = {}
     for source in sources:
-        generate(model, source, new_tokens)  # meets memory for the first time, loads kernels
+        generate(model, source, new_tokens)  # warm-up: allocates memory, loads kernels
         first, rest = generate(model, source, new_tokens)
         figures[f"prefill tokens/s @{source}"] = 4 * source / first
         figures[f"decode tokens/s @{source}"] = 4 * (new_tokens - 1) / rest
@@ -282,7 +282,7 @@ def generate(model: Any, source: int, new_tokens: int) -> tuple[float, float]:
 
 
 def growth(side: str, size: Size, dtype: str, documents: tuple[int, ...]) -> Figures:
-    """Microseconds a token of training steps over documents of one length, by that length."""
+    """Measure microseconds per token of training steps over documents of one length, by length."""
     trainer, figures = Trainer(side, size, dtype), {}
     tokens = documents[-1]
     for source in documents:
@@ -294,7 +294,7 @@ def growth(side: str, size: Size, dtype: str, documents: tuple[int, ...]) -> Fig
 
 
 def reset_peak() -> int:
-    """Hand freed memory back, lower the high-water mark and return what is held, in bytes."""
+    """Release freed memory, reset the high-water mark and return what is held, in bytes."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
@@ -311,12 +311,12 @@ def _memory(name: str) -> int:
     return int(status.split(f"{name}:")[1].split()[0]) * 1024
 
 
-# Turns, and what is printed and written
+# Running in turns, printing and writing
 
 
 @dataclass
 class Bench:
-    """Runs stages side by side, prints a line for each figure and keeps them."""
+    """Run stages side by side, print a line for each figure and keep the figures."""
 
     rounds: int
     measurements: list[dict[str, Any]] = field(default_factory=list)
@@ -353,7 +353,7 @@ class Bench:
 
 
 def check_same_size(plan: Plan) -> None:
-    """Stop if the models differ by more than 1 % in parameters, the vision tower left out."""
+    """Stop if the parameter counts, without the vision tower, differ by more than 1 %."""
     for label, size in plan.sizes.items():
         counts = []
         for side in ("ours", "theirs"):

@@ -1,13 +1,13 @@
-"""The server under 1, 8 and 64 clients beside the same model in a plain sentence-transformers loop.
+"""Compare the server under 1, 8 and 64 clients with the same model in a plain sentence-transformers loop.
 
-    python bench/serve.py            # about ten minutes on 2 cores with nothing beside it
+    python bench/serve.py            # about ten minutes on 2 idle cores
     python bench/serve.py --quick    # toy size: tests this script, measures nothing
 
-Short queries (8 tokens) and passages (200), each client with a connection of its own that asks for
-one text at a time. The other side is what tutorials show: Starlette, one route, `model.encode`.
-Both have the same random weights and dtype, each in a process of its own. Then 10,000 requests, a
-tenth of them malformed, slow, abandoned or too large: every good one must be answered right with
-memory flat.
+Texts are short queries (8 tokens) and passages (200). Each client has its own connection and asks
+for one text at a time. The other side is what tutorials show: Starlette, one route, `model.encode`.
+Both have the same random weights and dtype, each in its own process. Then come 10,000 requests, a
+tenth of them malformed, slow, abandoned or too large: every valid one must be answered correctly
+with constant memory.
 """
 
 import argparse
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def time_alone(encoder: TextEncoder, texts: list[str]) -> float:
-    """Median milliseconds of `encode` of one text, without a server."""
+    """Measure the median milliseconds of `encode` for one text, without a server."""
     encoder.encode(texts[:4])
     milliseconds = []
     for text in texts[:50]:
@@ -105,7 +105,7 @@ def time_alone(encoder: TextEncoder, texts: list[str]) -> float:
 
 
 def serve_plain(folder: Path) -> None:
-    """The loop that tutorials show."""
+    """Serve with the loop that tutorials show."""
     model = SentenceTransformer(str(folder), device="cpu")
 
     async def route(request: Request) -> JSONResponse:
@@ -122,12 +122,12 @@ def serve_plain(folder: Path) -> None:
 
 @contextmanager
 def running(command: list) -> Iterator[str]:
-    """A server in another process; its address is the first line that it prints."""
+    """Run a server in another process; yield its address, the first line that it prints."""
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
     with subprocess.Popen(list(map(str, command)), **output) as process:
         address = process.stdout.readline().strip().removeprefix("http://").partition("/")[0]
         host, port = address.split(":")
-        while process.poll() is None:  # bound is not yet listening
+        while process.poll() is None:  # bound, but perhaps not yet listening
             try:
                 socket.create_connection((host, int(port))).close()
                 break
@@ -138,7 +138,7 @@ def running(command: list) -> Iterator[str]:
 
 
 def load(address: str, texts: list[str], clients: int, requests: int) -> dict:
-    """Texts a second, latencies in milliseconds and errors of so many clients."""
+    """Measure texts per second, latencies in milliseconds and errors with `clients` clients."""
     ready = threading.Barrier(clients + 1)
 
     def client(number: int) -> list[tuple[float, bool]]:
@@ -170,7 +170,7 @@ def load(address: str, texts: list[str], clients: int, requests: int) -> dict:
 
 
 def storm(encoder: TextEncoder, requests: int) -> None:
-    """Faults among good requests; wrong answers raise."""
+    """Mix faulty requests with valid ones; raise on a wrong answer."""
     from tests import test_serving
 
     with test_serving.running(encoder, test_serving.Limits(read_seconds=5.0)) as url:
@@ -183,7 +183,7 @@ def storm(encoder: TextEncoder, requests: int) -> None:
 
 
 def report(rows: dict[str, dict], alone: dict[str, float], clients: list[int]) -> None:
-    """The targets."""
+    """Print the targets."""
     errors = sum(row["errors"] for name, row in rows.items() if name.startswith("ours"))
     target("errors of ours", f"{errors}", "0", errors == 0)
     most = max(clients)

@@ -59,13 +59,13 @@ def step_seconds(model: Path, run: Path, steps: int, **changes: Any) -> list[flo
 
 
 def no_op(self: Any, labels: torch.Tensor, **options: Any) -> Any:
-    """Touch every parameter once and compute nothing, as a forward pass."""
+    """Replace the forward pass: touch every parameter once and compute nothing."""
     loss = sum((parameter.flatten()[0] * 0 for parameter in self.parameters()), torch.zeros(()))
     return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=torch.ones(labels.shape))
 
 
 def main() -> None:
-    """Measure, print, judge."""
+    """Measure, print figures, then targets."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=60, help="of each run with the real model")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way to save")
@@ -74,7 +74,7 @@ def main() -> None:
         folder = Path(name)
         forward, Qwen3ForSeq2SeqLM.forward = Qwen3ForSeq2SeqLM.forward, no_op
         tiny = model_folder(folder / "tiny", 32, 1)
-        # One row a step, so that the loop never waits for data.
+        # One row per step, so that the loop never waits for data.
         durations = step_seconds(tiny, folder / "run", 400, batch_size=1)[100:]
         Qwen3ForSeq2SeqLM.forward = forward
         overhead = 1000 * statistics.median(durations)

@@ -1,12 +1,12 @@
 """Finetune the encoder-decoder on a text-to-text task with transformers' Seq2SeqTrainer.
 
-The task: the body of a docstring -> its summary line, on packages that training never sees.
+The task: write a docstring's summary line from its body, scored on packages not trained on.
 
     python examples/finetune_seq2seq.py --model runs/demo/init --output runs/summaries
 
-Any folder of the pair will do, a checkpoint of UL2 training above all. `--lora` trains adapters on
-both stacks in place of all weights (`pip install peft`). Training batches are packed, so that no
-time goes into padding; generation takes padded ones.
+Any encoder-decoder folder works; a checkpoint of UL2 training works best. `--lora` trains adapters
+on both stacks instead of all weights (`pip install peft`). Training batches are packed, to avoid
+padding; generation uses padded batches.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class PackedTrainer(Seq2SeqTrainer):
     """A Seq2SeqTrainer whose training batches are packed; `data_collator` pads the others."""
 
     def get_train_dataloader(self) -> Any:
-        """Make the loader with the packed collator in place."""
+        """Build the loader with the packed collator."""
         padded, self.data_collator = self.data_collator, DataCollatorForPackedSeq2Seq()
         try:
             return super().get_train_dataloader()
@@ -46,10 +46,10 @@ class PackedTrainer(Seq2SeqTrainer):
 def encode(
     pairs: list[tuple[str, str]], tokenizer: PreTrainedTokenizerBase, length: int
 ) -> list[dict[str, list[int]]]:
-    """(summary, body) -> ids of the body and labels of the summary, each closed by EOS."""
+    """Encode (summary, body) pairs as body ids and summary labels, each ending in EOS."""
 
     def ids(text: str) -> list[int]:
-        # What a docstring spells is text, never a control token.
+        # A docstring is text and never yields a control token.
         encoded = tokenizer(text, split_special_tokens=True, add_special_tokens=False)
         return [*encoded["input_ids"][: length - 1], tokenizer.eos_token_id]
 
@@ -57,7 +57,7 @@ def encode(
 
 
 def overlap(candidate: str, reference: str) -> float:
-    """F1 of the words of two texts, as ROUGE-1 counts them."""
+    """Compute the F1 of the words of two texts, as ROUGE-1 counts them."""
     words, wanted = (Counter(text.lower().split()) for text in (candidate, reference))
     common = sum((words & wanted).values())
     return 2 * common / max(1, sum(words.values()) + sum(wanted.values()))

@@ -1,8 +1,8 @@
-"""An attention backend of one's own, four lines of mathematics, beside the default one.
+"""Register your own attention backend, in four lines of math, and compare it with the default.
 
     python examples/own_backend.py
 
-Encoder, decoder and generation go through it.
+Encoder, decoder and generation use it.
 """
 
 import torch
@@ -13,7 +13,7 @@ from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 
 
 def spelled_out(module, query, key, value, mask, scaling, dropout=0.0, is_causal=False, **_):
-    """Attention of [B, H, T, D] to [B, K, L, D]; a bool mask is True where a query sees a key."""
+    """Attend from [B, H, T, D] to [B, K, L, D]; a bool mask is True where a query sees a key."""
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * scaling  # (B, H, T, L)
@@ -25,7 +25,7 @@ def spelled_out(module, query, key, value, mask, scaling, dropout=0.0, is_causal
 
 
 def main() -> None:
-    """Print how far losses are from those of SDPA, and whether both generate the same."""
+    """Print how far its losses are from SDPA's, and whether both generate the same tokens."""
     AttentionInterface.register("spelled_out", spelled_out)
     AttentionMaskInterface.register("spelled_out", sdpa_mask)
     torch.manual_seed(0)

@@ -1,5 +1,4 @@
-"""A corpus of one's own beside another one, three tokens to one, as the rows that training would
-see.
+"""Mix your own corpus with another, three tokens to one, and print a row as training sees it.
 
 python examples/own_dataset.py
 """

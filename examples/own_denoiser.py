@@ -1,8 +1,8 @@
-"""A mixture of one's own: what each denoiser makes of a sentence, and that nothing of it is lost.
+"""Define your own denoisers, print what each makes of a sentence, and check that no token is lost.
 
     python examples/own_denoiser.py
 
-The same list under `data.preset` in a training YAML trains on it.
+To train on it, put the same list under `data.preset` in a training YAML.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
-"""From a causal Qwen3 to embeddings in Python: each stage is one function. A minute, at toy size.
+"""Go from a causal Qwen3 to embeddings, one function per stage. Takes a minute at toy size.
 
     python examples/pipeline.py [FOLDER]
 
-With a real checkpoint, leave out the first call and name its folder or hub id in the second.
+With a real checkpoint, skip the first call and pass its folder or hub id to the second.
 """
 
 import sys

@@ -1,11 +1,11 @@
-"""Tokenize a corpus as `qwen3-encdec prepare-data` does, as a datatrove pipeline.
+"""Tokenize a corpus like `qwen3-encdec prepare-data`, as a datatrove pipeline.
 
     python examples/prepare_with_datatrove.py TOKENIZER OUTPUT INPUT... [--tasks 64] [--workers 8]
 
-Needs the extra `datatrove`. Each task writes its share of the parts; a task that was killed goes on
-with those that are missing. For many machines, which must share OUTPUT and INPUT, put datatrove's
-SlurmPipelineExecutor or RayPipelineExecutor in place of the local one: they take the same pipeline,
-and `depends` lets the last step wait for all tasks. Only the local executor is tested.
+Needs the extra `datatrove`. Each task writes its share of the parts; a restarted task writes only
+the missing ones. On several machines, which must share OUTPUT and INPUT, use datatrove's
+SlurmPipelineExecutor or RayPipelineExecutor instead of the local one. They take the same pipeline,
+and `depends` makes the last step wait for all tasks. Only the local executor is tested.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from qwen3_encdec.folders import load_tokenizer
 def prepare(
     tokenizer: Path, output: Path, inputs: list[str], deduplicate: str, tasks: int, workers: int
 ) -> None:
-    """Run the steps of a `Preparation`: the middle one in tasks, the last one behind them all."""
+    """Run the steps of a `Preparation`: the middle one in parallel tasks, then the last one."""
     config = DataConfig(inputs=inputs)
     preparation = Preparation(config, load_tokenizer(tokenizer), output, deduplicate)
     preparation.begin()
     logs = str(output.with_name(output.name + ".logs"))
-    # A part that is there is passed over, so that the executor need not remember.
+    # Existing parts are skipped, so the executor need not track completed tasks.
     options = {"skip_completed": False}
     tokenize = LocalPipelineExecutor(
         [preparation.run], tasks=tasks, workers=workers, logging_dir=f"{logs}/tokenize", **options

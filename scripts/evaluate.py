@@ -1,4 +1,4 @@
-"""Encoder-decoder or encoder -> metrics and a report beside the baselines. See `--help`."""
+"""Evaluate an encoder-decoder or encoder beside the baselines. See `--help`."""
 
 from qwen3_encdec.cli import evaluate, run
 

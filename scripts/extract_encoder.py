@@ -1,4 +1,4 @@
-"""Encoder-decoder checkpoint -> standalone text encoder. See `--help`."""
+"""Extract a standalone text encoder from an encoder-decoder checkpoint. See `--help`."""
 
 from qwen3_encdec.cli import extract, run
 

@@ -1,4 +1,4 @@
-"""Qwen3 checkpoint -> verified encoder-decoder folder. See `--help`."""
+"""Initialize a verified encoder-decoder folder from a Qwen3 checkpoint. See `--help`."""
 
 from qwen3_encdec.cli import initialize, run
 

@@ -1,4 +1,4 @@
-"""What UL2 makes of a corpus, before any training. See `--help`."""
+"""Tokenize a corpus once, or measure its UL2 examples, before training. See `--help`."""
 
 from qwen3_encdec.cli import prepare_data, run
 

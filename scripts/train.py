@@ -1,7 +1,4 @@
-"""Encoder-decoder -> the same, trained on UL2;
-
-several processes through `accelerate launch`. See `--help`.
-"""
+"""Train an encoder-decoder on UL2; `accelerate launch` runs several processes. See `--help`."""
 
 from qwen3_encdec.cli import run, train
 

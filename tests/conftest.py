@@ -73,6 +73,13 @@ AttentionMaskInterface.register("flash_by_hand", flash_attention_mask)
 BACKENDS = ("eager", "sdpa", "flex_attention", "flash_by_hand")
 
 
+@pytest.fixture(autouse=True)
+def _compiler():
+    """Undo `use_backend`: compiled models of later tests would run eagerly."""
+    yield
+    torch.compiler.set_stance("default")
+
+
 def use_backend(model, name: str):
     """`set_attn_implementation`, and around its check that a flash package is installed."""
     if name == "flash_by_hand":

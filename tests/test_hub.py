@@ -204,7 +204,7 @@ def test_an_encoder_is_pushed_and_read_back(hub, init_folder, tmp_path):
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
     done = extract("org/encoder", hub.token)
-    assert f"uploaded {hub.url}/org/encoder" in done.stdout, done.stderr
+    assert f"uploaded {hub.url}/org/encoder" in done.stderr
     code = """
 from transformers import AutoModel
 print(type(AutoModel.from_pretrained("org/encoder")).__name__)

@@ -28,7 +28,7 @@ def test_config_survives_a_round_trip(tmp_path):
     assert config.betas == (0.9, 0.95)
 
 
-def test_the_traps_of_yaml_1_1(tmp_path):
+def test_the_traps_of_yaml_1_1(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(
         "lr: 1e-4\nmixed_precision: no\nkeep_best: true\ndata: {mode_tokens: false}\n"
@@ -36,6 +36,9 @@ def test_the_traps_of_yaml_1_1(tmp_path):
     assert yaml.safe_load(path.read_text())["lr"] == "1e-4"
     config = load_config(path)
     assert (config.lr, config.mixed_precision) == (1e-4, "no")
+    assert "ignored: keep_best, mode_tokens, which earlier versions had" in capsys.readouterr().err
+    load_config(SHIPPED)
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The arms of the experiment: ways for the source into the decoder, as changes of its attention.
+"""Arms of the experiment: ways to feed the source to the decoder, as changes of its attention.
 
 SmolLM2's QK-norm is neutral, so its source keys are several times larger than the decoder's. A
 scale per layer, measured on the keys, brings them to the decoder's size, as Qwen3's k_norm would.
@@ -20,7 +20,7 @@ from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention
 
 @dataclass(frozen=True)
 class Arm:
-    """One way for the source into the decoder, and how it is trained."""
+    """One way to feed the source to the decoder, and how it is trained."""
 
     keys: Literal["raw", "normalized"] = "normalized"
     """Normalized: scaled to the RMS of the decoder's own keys, layer by layer."""
@@ -32,36 +32,36 @@ class Arm:
     """Combination of both attentions, with a learned b or g per key head in place of the gate:
 
     - softmax: merged attention as it is;
-    - bias: b is added to the source's logits, which is also what merging two attentions by their
-      log-sum-exp, b added to the source's, computes;
+    - bias: b is added to the source's logits, which equals merging two attentions by their
+      log-sum-exp with b added to the source's;
     - closing: g from 0 multiplies the source's keys and values, and (1 - g) start is added to its
       logits;
     - blend: (1 - g) attention to the target alone + g merged attention;
     - add: attention to the target alone + g attention to the source alone.
     """
     start: float = 0.0
-    """First value of the gate, of b or of g."""
+    """Initial value of the gate, of b or of g."""
     gate_lr: float = 200.0
     """Learning rate of the gate, of b or of g as a multiple of the weights'."""
     rotated: bool = False
     """Rotate the source's keys by their positions."""
     frozen_tokens: int = 0
-    """Tokens before the decoder's weights begin to learn."""
+    """Tokens before the decoder's weights start to train."""
     mntp: float = 0.0
     """Weight of masked next-token prediction on the encoder."""
 
 
 class ArmAttention(Qwen3MergedAttention):
-    """Merged attention as an arm has it; merges other than softmax take packed batches only."""
+    """Merged attention changed by an arm; merges other than softmax take packed batches only."""
 
     arm: Arm
     key_scale: float
     rotary: tuple[nn.Module]
-    """The decoder's rotary embedding, in a tuple: not a submodule of every layer."""
+    """The decoder's rotary embedding, in a tuple so that it is not a submodule of every layer."""
     packed: Varlen | None = None
 
     def source_key_value(self, states: torch.Tensor) -> Any:
-        """[1, S, E] encoder states -> key and value [1, K, S, d]."""
+        """Project encoder states [1, S, E] to key and value [1, K, S, d]."""
         key, value = project_key_value(self, states)
         if self.arm.rotated:
             positions = torch.arange(states.shape[1], device=states.device)
@@ -77,7 +77,7 @@ class ArmAttention(Qwen3MergedAttention):
         return key, value * gate if self.arm.merge in ("softmax", "closing") else value
 
     def forward(self, hidden_states, position_embeddings, encoder_hidden_states, **kwargs) -> Any:  # type: ignore[override]
-        """As `Qwen3MergedAttention.forward`."""
+        """Attend like `Qwen3MergedAttention.forward`."""
         packed = self.packed = kwargs["packed"]
         if self.arm.merge == "softmax":
             options = {"encoder_hidden_states": encoder_hidden_states, **kwargs}
@@ -88,7 +88,7 @@ class ArmAttention(Qwen3MergedAttention):
         source_key, source_value = self.source_key_value(encoder_hidden_states)
         targets, longest = packed.queries, packed.longest_query
         biased = self.arm.merge in ("bias", "closing")
-        if biased:  # one more dimension: 1 in the queries, b in the source's keys
+        if biased:  # one more dimension: 1 / scaling in the queries, b in the source's keys
             query = torch.cat([query, torch.full_like(query[..., :1], 1 / self.scaling)], -1)
             bias = self.source_gate
             if self.arm.merge == "closing":
@@ -133,7 +133,7 @@ def install(model: Any, tokenizer: Any, arm: Arm) -> None:
 
 @torch.no_grad()
 def measure_key_scales(model: Any, tokenizer: Any) -> list[float]:
-    """RMS of the decoder's own keys over that of the source's, by layer, on initialize's texts."""
+    """Measure the RMS of the decoder's own keys over the source's, by layer, on initialize's texts."""
     decoder = model.model.decoder
     squares = torch.zeros(len(decoder.layers), 2)
     for text in TEXTS:

@@ -1,4 +1,4 @@
-"""Tables and the plot of the experiment, from its JSON files alone.
+"""Write the experiment's tables and plot from its JSON files alone.
 
 python experiments/adaptation/report.py           # into docs/results.md and docs/adaptation.svg
 python experiments/adaptation/report.py --check   # fails if they differ from what the files say
@@ -47,7 +47,7 @@ Record = dict[str, Any]
 
 
 def main() -> None:
-    """Write, or compare."""
+    """Write the files, or compare them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -88,12 +88,12 @@ def by_seed(records: Sequence[Record], arm: str) -> dict[int, Record]:
 
 
 def mean(losses: dict[str, float]) -> float:
-    """Mean over the denoisers, each weighing the same."""
+    """Average over the denoisers with equal weight."""
     return statistics.fmean(losses.values())
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and 95 % interval over seeds."""
+    """Format mean and 95 % interval over seeds."""
     if not values:
         return "not run"
     half = interval(values)
@@ -101,7 +101,7 @@ def spread(values: Sequence[float]) -> str:
 
 
 def tables(records: Sequence[Record]) -> str:
-    """Everything between the marks."""
+    """Return everything between the marks."""
     runs = {arm: by_seed(records, arm) for arm in HEADLINE}
     rows = []
     for tokens in sorted({tokens for record in records for tokens in record["curve"]}):
@@ -135,7 +135,7 @@ def ratios(runs: dict[str, dict[int, Record]]) -> list[list[str]]:
 def crossing(curve: dict[int, dict[str, float]], loss: float) -> float | None:
     """Return the tokens at which a curve falls to a loss, interpolated in their logarithm.
 
-    None if it does not, 0 if it begins there; between the start and the first point, the latter.
+    None if it never does, 0 if it starts there; between the start and the first point, the latter.
     """
     above = 0, math.inf
     for tokens, losses in sorted(curve.items()):
@@ -151,7 +151,7 @@ def crossing(curve: dict[int, dict[str, float]], loss: float) -> float | None:
 
 
 def ratio(ends: Sequence[int], found: Sequence[float | None]) -> str:
-    """Geometric mean over seeds with its interval."""
+    """Format the geometric mean over seeds with its interval."""
     if 0 in found:
         return f"there before its first step, ends at {min(ends):,} tokens"
     known = [math.log(end / tokens) for end, tokens in zip(ends, found, strict=True) if tokens]
@@ -203,7 +203,7 @@ def origin(records: Sequence[Record]) -> str:
 
 
 def machines(records: Sequence[Record]) -> list[str]:
-    """Commits and hardware with the number of records of each."""
+    """List commits and hardware with the number of records of each."""
     lines = []
     for field in ("commit", "hardware"):
         counts = Counter(str(record["provenance"].get(field)) for record in records)
@@ -232,12 +232,12 @@ def stages(pieces: Sequence[Record]) -> list[str]:
 
 
 def final(pieces: Sequence[Record]) -> float:
-    """Mean MRR at the last stage."""
+    """Return the mean MRR at the last stage."""
     return float(reciprocal(pieces, stages(pieces)[-1]).mean())
 
 
 def retrieval_row(found: dict[str, list[Record]], name: str) -> list[str]:
-    """One encoder: scores and, by query, paired differences to the parent without mask."""
+    """Tabulate an encoder's scores and paired differences, by query, to the parent without mask."""
     pieces, reference = found[name], found.get(UNMASKED, [])
     scores, differences = ["–", "–"], ["–", "–"]
     for i, stage in enumerate(stages(pieces)):
@@ -253,18 +253,18 @@ def retrieval_row(found: dict[str, list[Record]], name: str) -> list[str]:
 
 
 def reciprocal(pieces: Sequence[Record], stage: str) -> np.ndarray:
-    """[Q] reciprocal ranks of a stage, a query's mean over the seeds."""
+    """Return a stage's reciprocal ranks [Q], averaged over seeds for each query."""
     return np.mean([1 / np.array(piece[stage]["ranks"]) for piece in pieces], axis=0)
 
 
 def ranged(values: np.ndarray, sign: str = "") -> str:
-    """Mean over queries with its 95 % bootstrap interval."""
+    """Format the mean over queries with its 95 % bootstrap interval."""
     found = {name: format(value, f"{sign}.3f") for name, value in mean_interval(values).items()}
     return f"{found['score']} ({found['low']} to {found['high']})"
 
 
 def plot(records: Sequence[Record]) -> str:
-    """Draw learning curves with intervals over seeds; the start stands at half the first point."""
+    """Draw learning curves with intervals over seeds; the start is drawn at half the first point."""
     panels: dict[str, Callable] = {"mean of five denoisers": mean}
     panels |= {"R1": lambda losses: losses["R1"], "S": lambda losses: losses["S"]}
     curves = {arm: [r["curve"] for r in by_seed(records, arm).values()] for arm in HEADLINE}

@@ -2,11 +2,11 @@
 
     python experiments/adaptation/retrieval.py --parent FOLDER
 
-Every contestant of settings.yaml comes from the same language model, which is trained on causally,
-with masked next-token prediction (MNTP), as an encoder-decoder, or not at all. Its encoder is scored,
-goes through the same contrastive stage and is scored again. Those of UL2 are read from the states
-that run.py leaves. A contestant and seed is a piece: one JSON file, not done again while that holds
-the settings. Several of these processes share the pieces. See docs/results.md.
+Every contestant in settings.yaml starts from the same language model, which is trained further
+causally, with masked next-token prediction (MNTP), as an encoder-decoder, or not at all. Its encoder
+is scored, goes through the same contrastive stage and is scored again. UL2 encoders are read from the
+states that run.py saves. Each contestant and seed is a piece with one JSON file, skipped while that
+holds the settings. Several processes can share the pieces. See docs/results.md.
 """
 
 import argparse
@@ -52,12 +52,12 @@ Weights = dict[str, torch.Tensor]
 
 
 def train(start: Path, kind: str, seed: int, settings: Settings) -> tuple[Weights, dict[str, Any]]:
-    """Train on as a causal model or with MNTP. Returns the encoder's weights and what they read."""
+    """Train further, causally or with MNTP. Returns the encoder's weights and tokens, steps and losses."""
     tokenizer = AutoTokenizer.from_pretrained(start)
     causal = kind == "causal"
     model = Qwen3ForCausalLM.from_pretrained(start, dtype=torch.float32, is_causal=causal).train()
     rates = {name: settings[name] for name in ("lr", "warmup_steps")}
-    config = TrainingConfig(**rates, max_steps=10**9, decay_fraction=0.0)  # as run.py
+    config = TrainingConfig(**rates, max_steps=10**9, decay_fraction=0.0)  # as in run.py
     optimizer = optimization.build_optimizer(model, config)
     rng = np.random.default_rng(seed)
     losses: list[float] = []
@@ -90,7 +90,7 @@ def read_rows(tokenizer: Any, settings: Settings, rng: np.random.Generator) -> l
 
 
 def steps(rows: list[torch.Tensor], most: int) -> Iterator[list[torch.Tensor]]:
-    """Group rows, each group as soon as it holds so many tokens."""
+    """Group rows, closing a group when it holds at least `most` tokens."""
     taken: list[torch.Tensor] = []
     for i, row in enumerate(rows, 1):
         taken.append(row)
@@ -106,9 +106,9 @@ def collate(
     rng: np.random.Generator,
     mntp: bool,
 ) -> dict[str, torch.Tensor]:
-    """Pad rows to a batch [B, T] whose labels ask for every token or, with MNTP, the masked ones.
+    """Pad rows to a batch [B, T] whose labels are all tokens or, with MNTP, the masked ones.
 
-    The model shifts labels: in both, a token is predicted from the position before it.
+    The model shifts labels, so both predict a token from the position before it.
     """
     ids = pad_sequence(rows, batch_first=True, padding_value=tokenizer.pad_token_id)
     real = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
@@ -122,7 +122,7 @@ def collate(
 
 
 def read_state(arm: str, seed: int, settings: Settings, runs: Path) -> tuple[Weights, dict]:
-    """Read the encoder's weights, and what they read, out of a state of run.py."""
+    """Read the encoder's weights, tokens and steps from a state of run.py."""
     state = runs / Run(arm, settings["lr"], seed).name
     kept, _ = folders.read_json(state / "state.json")
     weights = {}
@@ -135,7 +135,7 @@ def read_state(arm: str, seed: int, settings: Settings, runs: Path) -> tuple[Wei
 
 
 def write_encoder(start: Path, folder: Path, weights: Weights, causal: bool) -> None:
-    """Write weights as an encoder folder like the start, but for a mask that is kept."""
+    """Write weights as an encoder folder like `start`; `causal` keeps the mask."""
     with safe_open(start / "model.safetensors", "pt") as file:
         assert weights.keys() == set(file.keys())
     with folders.new_folder(folder, "encoder", source=start.name) as building:
@@ -156,7 +156,7 @@ def choose_texts(asked: Settings) -> tuple[list[str], list[str]]:
 
 
 def score(embed: baselines.Embedder, asked: Settings) -> dict[str, Any]:
-    """Search each summary line's body among all bodies; `ranks` are the queries'."""
+    """Search for each summary line's body among all bodies; `ranks` has one rank per query."""
     began = time.monotonic()
     queries, documents = choose_texts(asked)
     with torch.autocast("cpu", torch.bfloat16):
@@ -174,7 +174,7 @@ def score(embed: baselines.Embedder, asked: Settings) -> dict[str, Any]:
 def measure(
     contestant: Settings, seed: int, settings: Settings, arguments: Any, name: str
 ) -> dict[str, Any]:
-    """Score a contestant; an encoder also after the contrastive stage."""
+    """Score a contestant, and an encoder again after the contrastive stage."""
     kind, asked = contestant["kind"], settings["scoring"]
     if kind == "TF-IDF":
         return {"before": score(baselines.tfidf(choose_texts(asked)[1]), asked)}
@@ -208,7 +208,7 @@ def measure(
 
 
 def walk(settings: Settings, arguments: Any) -> None:
-    """Do the pieces that are not done nor another process', all of a seed before the next."""
+    """Run the pieces that are not done or claimed by another process, seed by seed."""
     contestants = settings["contestants"]
     common = {name: value for name, value in settings.items() if name != "contestants"}
     pieces = [(seed, name) for name in contestants for seed in range(contestants[name]["seeds"])]
@@ -231,7 +231,7 @@ def walk(settings: Settings, arguments: Any) -> None:
 
 
 def main() -> None:
-    """Do the pieces."""
+    """Run the pieces."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,13 +1,13 @@
-"""Measure what it is worth that an adapted decoder begins as the language model that it was.
+"""Measure how much an adapted decoder gains by starting as the language model that it was.
 
     python experiments/adaptation/run.py --parent FOLDER --minutes 20
 
-A trained language model becomes an encoder-decoder and is trained with UL2: a run for each arm,
-learning rate and seed in the queue of settings.yaml, all on the same rows in the same order. The
-rate is constant and the held-out loss is measured at powers of two, so that any run can be taken
-further. What is finished is not done again; a run that is stopped continues from its state, of
-which at most `save_minutes` are lost. Several of these processes share the queue. `--check`
-repeats the beginning of a committed run and compares. See docs/results.md.
+A trained language model becomes an encoder-decoder and is trained with UL2. There is a run for each
+arm, learning rate and seed in the queue of settings.yaml; runs of a seed see the same rows in the
+same order. The learning rate does not decay and held-out loss is measured at powers of two, so any
+run can be extended. Finished runs are skipped; a stopped run resumes from its saved state and loses
+at most `save_minutes`. Several processes can share the queue. `--check` repeats the beginning of a
+committed run and compares. See docs/results.md.
 """
 
 import argparse
@@ -59,7 +59,7 @@ Settings = dict[str, Any]
 
 @dataclass(frozen=True)
 class Run:
-    """One training: the arm's name, the rate of its weights and the seed of its data."""
+    """One training: the arm's name, the learning rate of its weights and the seed of its data."""
 
     arm: str
     lr: float
@@ -72,7 +72,7 @@ class Run:
 
 
 class Training:
-    """A run under way: model, optimizer and data, and the record of what has been measured."""
+    """A run in progress: model, optimizer, data and the record of its measurements."""
 
     def __init__(self, run: Run, settings: Settings, init: Path, state: Path | None = None) -> None:
         self.run, self.settings = run, settings
@@ -84,7 +84,7 @@ class Training:
             lr=run.lr,
             source_gate_lr_multiplier=self.arm.gate_lr,
             warmup_steps=settings["warmup_steps"],
-            max_steps=10**9,  # the rate does not decay
+            max_steps=10**9,  # the learning rate does not decay
             decay_fraction=0.0,
         )
         self.optimizer = optimization.build_optimizer(self.model, self.config)
@@ -107,7 +107,7 @@ class Training:
         self.batches = iter(self.loader)
 
     def advance(self) -> None:
-        """Make one optimizer step."""
+        """Take one optimizer step."""
         began = time.process_time()
         batch = next(self.batches)
         del batch["denoiser"]
@@ -139,7 +139,7 @@ class Training:
         print(f"{self.run.name} {self.tokens:,} {losses}", flush=True)
 
     def record(self, infill: bool = False) -> dict[str, Any]:
-        """Return everything that the report reads; filled gaps too where the arm has a cache."""
+        """Return what the report reads, including filled gaps if the arm supports a cache."""
         others = ("arms", "queue", "check")
         record = {
             "run": asdict(self.run),
@@ -157,7 +157,7 @@ class Training:
         return record
 
     def save(self, folder: Path) -> None:
-        """Write the state in place of the one before."""
+        """Write the state, replacing the previous one."""
         parameters = dict(self.model.named_parameters())
         tensors = {f"weight {name}": parameter.data for name, parameter in parameters.items()}
         for name, parameter in parameters.items():
@@ -169,7 +169,7 @@ class Training:
             folders.write_json(building / "state.json", [kept, self.loader.state_dict()])
 
     def _load(self, folder: Path) -> Any:
-        """Take over a saved state. Returns the position in the data."""
+        """Load a saved state. Returns the position in the data."""
         kept, position = folders.read_json(folder / "state.json")
         vars(self).update(kept)
         parameters = dict(self.model.named_parameters())
@@ -187,7 +187,7 @@ class Training:
 
 
 def update(model: torch.nn.Module, optimizer: Any, step: int, config: TrainingConfig) -> None:
-    """Apply the gradients, clipped, at the rate of optimizer step `step`, from 1."""
+    """Apply the clipped gradients at the learning rate of optimizer step `step`, from 1."""
     torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
     optimization.set_learning_rate(optimizer, optimization.learning_rate(step, config))
     optimizer.step()
@@ -207,7 +207,7 @@ def claim(file: Path) -> Iterator[bool]:
 
 
 def train(run: Run, tokens: int, last: bool, settings: Settings, arguments: Any) -> None:
-    """Take a run to so many tokens, or as far as time allows."""
+    """Train a run up to `tokens`, or as far as time allows."""
     state, results = arguments.runs / run.name, arguments.results / f"{run.name}.json"
     training = Training(run, settings, arguments.runs / "init", state)
     if not training.points:
@@ -232,7 +232,7 @@ def train(run: Run, tokens: int, last: bool, settings: Settings, arguments: Any)
 
 
 def power(tokens: int) -> int:
-    """Return the largest power of two up to so many tokens; 0 of 0."""
+    """Return the largest power of two that is at most `tokens`, or 0 for 0."""
     return 1 << (tokens.bit_length() - 1) if tokens else 0
 
 
@@ -253,7 +253,7 @@ def queue(settings: Settings) -> Iterator[tuple[Run, int, bool]]:
 
 
 def walk(settings: Settings, arguments: Any) -> None:
-    """Do what is unfinished and not another process' work, one run after another."""
+    """Train runs that are not finished or claimed by another process, one after another."""
     for run, tokens, last in queue(settings):
         results = arguments.results / f"{run.name}.json"
         with claim(arguments.runs / f"{run.name}.lock") as mine:
@@ -268,7 +268,7 @@ def walk(settings: Settings, arguments: Any) -> None:
 def check(settings: Settings, init: Path, results: Path) -> None:
     """Repeat the beginning of a committed run; exit with 1 if a loss differs by too much.
 
-    Its examples are committed too: the corpus depends on the installed packages.
+    Its examples are committed too, since the corpus depends on the installed packages.
     """
     wanted = settings["check"]
     run = Run(wanted["arm"], wanted["lr"], wanted["seed"])
@@ -303,7 +303,7 @@ def write_rows(training: Training, steps: int) -> None:
 
 
 def examples_of(listed: list[Any]) -> list[Example]:
-    """Make the examples that `write_rows` has listed."""
+    """Rebuild the examples that `write_rows` has listed."""
     return [
         Example(np.array(source, np.int32), np.array(target, np.int32), denoiser)
         for source, target, denoiser in listed

@@ -1,4 +1,4 @@
-"""The experiment's own tasks, without a hub: classes of packages, WordNet's definitions, the Lee
+"""Tasks of the experiment that need no hub: classes of packages, WordNet's definitions, the Lee
 corpus, and needles in long texts, each scored with its 95 % interval.
 
 The interval is a percentile bootstrap over what was sampled: queries, test texts, or the documents
@@ -32,7 +32,7 @@ from qwen3_encdec.folders import InputError
 
 @dataclass(frozen=True)
 class Classification:
-    """A logistic regression on frozen embeddings."""
+    """Logistic regression on frozen embeddings."""
 
     name: str
     train_texts: list[str]
@@ -49,13 +49,13 @@ class Classification:
 
     @property
     def size(self) -> int:
-        """Texts of the test split."""
+        """Number of texts in the test split."""
         return len(self.texts)
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """Accuracy on the test split;
+        """Measure accuracy on the test split.
 
-        embeddings are normalized and scaled to unit variance on average.
+        Embeddings are normalized and scaled to unit variance on average.
         """
         from sklearn.linear_model import LogisticRegression
 
@@ -69,7 +69,7 @@ class Classification:
 
 @dataclass(frozen=True)
 class Similarity:
-    """Agree with people on how alike two documents are."""
+    """Agreement with human judgements of how similar two documents are."""
 
     name: str
     texts: list[str]
@@ -85,14 +85,14 @@ class Similarity:
 
     @property
     def size(self) -> int:
-        """Pairs."""
+        """Number of pairs."""
         return len(self.texts) * (len(self.texts) - 1) // 2
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """Correlation of the cosines with the judgements; 0 where either says nothing.
+        """Correlate the cosines with the judgements; the score is 0 if either is constant.
 
-        Documents are drawn for the interval and not pairs, which share their documents and so are
-        not independent.
+        The interval resamples documents, not pairs, because pairs that share a document are not
+        independent.
         """
         embeddings = normalize(embed(self.texts))
         first, second = np.triu_indices(len(self.texts), k=1)
@@ -108,7 +108,7 @@ class Similarity:
         return interval(pearson, len(self.texts))
 
 
-# The tasks. Each maker takes (most queries or test texts, seed) and raises NotRun where its data
+# The tasks. Each maker takes (maximum queries or test texts, seed) and raises NotRun if its data
 # are not installed.
 
 PROBE_C = 0.01
@@ -119,7 +119,7 @@ WORDNET_TRAIN = 4000
 
 
 def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring]:
-    """At most `texts` documents of each of the held-out packages that have most, shuffled."""
+    """Draw at most `texts` documents from each of the `packages` largest held-out packages, shuffled."""
     documents = package_docs("heldout")
     counts = Counter(document.package for document in documents)
     ranked = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
@@ -135,7 +135,7 @@ def documents_by_package(packages: int, texts: int, seed: int) -> list[Docstring
 
 
 def package_classes(most: int, seed: int) -> list[Task]:
-    """Tell the package of a docstring."""
+    """Classify docstrings by package."""
     documents = documents_by_package(CLASSES, TEXTS_PER_CLASS, seed)
     texts = [document.text for document in documents]
     labels = np.unique([document.package for document in documents], return_inverse=True)[1]
@@ -150,11 +150,11 @@ def package_classes(most: int, seed: int) -> list[Task]:
 
 
 def needles(most: int, seed: int) -> list[Task]:
-    """Find the long text that holds a passage at its start, middle or end, by the summary of the
+    """Find the long text that contains a passage at its start, middle or end, by the summary of the
     passage.
 
-    Lengths are in words. A model that truncates loses what lies behind; one whose mean dilutes
-    loses by length.
+    Lengths are in words. A model that truncates misses late passages; one whose mean dilutes them
+    gets worse with length.
     """
     pairs, rng = _heldout_pairs(), np.random.default_rng(seed)
     order = rng.permutation(len(pairs))
@@ -198,7 +198,7 @@ def wordnet_lemmas(most: int, seed: int) -> list[Task]:
 
 
 def wordnet_classes(most: int, seed: int) -> list[Task]:
-    """Tell which of the 45 lexicographers' files a definition is from."""
+    """Classify definitions by lexicographer file, of which there are 45."""
     found = synsets(wordnet_folder())
     order = np.random.default_rng(seed).permutation(len(found))[: WORDNET_TRAIN + most]
     texts, labels = (
@@ -210,8 +210,8 @@ def wordnet_classes(most: int, seed: int) -> list[Task]:
 
 
 def lee(most: int, seed: int) -> list[Task]:
-    """Fifty news items and what people said of the likeness of each two (Lee, Pincombe & Welsh
-    2005), from gensim.
+    """Compare fifty news items with human judgements of the similarity of each pair (Lee, Pincombe &
+    Welsh 2005), from gensim.
     """
     folder = package_folder("gensim", "gensim") / "test" / "test_data"
     texts = (folder / "lee.cor").read_text(encoding="latin-1").splitlines()
@@ -233,7 +233,7 @@ TASKS: dict[str, Callable[[int, int], list[Task]]] = {
 def evaluate(
     encoders: dict, *, tasks: Sequence[str], num_queries: int, seed: int = 0, **options
 ) -> dict:
-    """`evaluate_retrieval` over tasks of this file by name; those that cannot run say why."""
+    """Run `evaluate_retrieval` on tasks of this file by name; those that cannot run say why."""
     chosen: list[Task] = []
     not_run = {}
     for name in tasks:
@@ -249,7 +249,7 @@ def evaluate(
 
 
 def _meanings(most: int, seed: int) -> list[Synset]:
-    """`most` meanings with an example; of those with the same definition the first stays."""
+    """Draw `most` meanings with an example; of those with the same definition the first is kept."""
     found = {
         meaning.definition: meaning
         for meaning in reversed(synsets(wordnet_folder()))

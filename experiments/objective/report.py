@@ -1,7 +1,7 @@
-"""Tables and plots of the experiment, out of its JSON files alone.
+"""Write the experiment's tables and plots from its JSON files alone.
 
 python experiments/objective/report.py           # into docs/results.md and docs/objective-*.svg
-python experiments/objective/report.py --check   # fails if they are not, to the byte, what the files say
+python experiments/objective/report.py --check   # fails if a byte differs from what the files say
 """
 
 import argparse
@@ -40,7 +40,7 @@ Score = Callable[[dict[str, Any]], float | None]
 
 
 def main() -> None:
-    """Write, or compare."""
+    """Write the files, or compare them."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def between(page: Path, begin: str, end: str, content: str) -> str:
-    """The text of a page with other content between its two marks."""
+    """Return the text of a page with new content between its two marks."""
     text = page.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
         print(f"{page} does not hold the two marks {begin} and {end}", file=sys.stderr)
@@ -78,7 +78,7 @@ def between(page: Path, begin: str, end: str, content: str) -> str:
 
 
 def rewrite(files: dict[Path, str], check: bool) -> list[str]:
-    """Write the files whose content is another, or with `check` none; return their names."""
+    """Write the files whose content differs, or none with `check`; return their names."""
     stale = []
     for file, content in files.items():
         if not file.exists() or file.read_text(encoding="utf-8") != content:
@@ -89,7 +89,7 @@ def rewrite(files: dict[Path, str], check: bool) -> list[str]:
 
 
 def read(results: Path) -> dict[str, dict[str, Any]]:
-    """The pieces, by their path without its ending."""
+    """Read the pieces, by their path without suffix."""
     files = sorted(results.rglob("*.json"))
     return {
         f.relative_to(results).with_suffix("").as_posix(): json.loads(f.read_text(encoding="utf-8"))
@@ -98,7 +98,7 @@ def read(results: Path) -> dict[str, dict[str, Any]]:
 
 
 def tables(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
-    """Everything between the marks."""
+    """Return everything between the marks."""
     columns = scores(plan)
     parts = []
     for size, widths in plan["sizes"].items():
@@ -166,7 +166,7 @@ def tables(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> str:
 
 
 def begun(found: dict[str, dict[str, Any]], size: str) -> bool:
-    """Whether anything of a size has been run."""
+    """Return whether anything of a size has been run."""
     return any(name.startswith(f"{size}-") for name in found)
 
 
@@ -174,12 +174,12 @@ DENOISERS = ("R1", "R2", "X1", "X2", "S")
 
 
 def slug(name: str) -> str:
-    """As run.py names the files of a contestant."""
+    """Name a contestant's files as run.py does."""
     return name.replace(" ", "-")
 
 
 def trained(plan: dict[str, Any]) -> list[str]:
-    """Contestants that have a training of their own."""
+    """List the contestants that have a training of their own."""
     reading = ("causal", "pooling")
     seen: dict[str, str] = {}
     for name, values in plan["contestants"].items():
@@ -190,8 +190,8 @@ def trained(plan: dict[str, Any]) -> list[str]:
 
 
 def scores(plan: dict[str, Any], embedder: str | None = None) -> dict[str, Score]:
-    """Columns: how each score is found in what the suite returned, of an embedder or of the only
-    one.
+    """Map each column to a function that finds its score in the suite's output, for an embedder or
+    for the only one.
     """
 
     def pick(of: dict[str, Any]) -> dict[str, Any]:
@@ -219,7 +219,7 @@ def seeds(
     stage: str,
     score: Score,
 ) -> dict[int, float]:
-    """A score by seed, of the seeds that have it."""
+    """Return a score by seed, for the seeds that have it."""
     pieces = {seed: found.get(f"{size}-{seed}/{slug(piece)}") for seed in plan["seeds"]}
     values = {seed: score(piece[stage]) for seed, piece in pieces.items() if piece}
     return {seed: value for seed, value in values.items() if value is not None}
@@ -233,13 +233,13 @@ def difference(
     second: str,
     score: Score,
 ) -> list[float]:
-    """A score of one contestant over another's, by seed."""
+    """Return the difference between two contestants' scores for each seed."""
     a, b = (seeds(plan, found, size, f"score-{name}", "after", score) for name in (first, second))
     return [a[seed] - b[seed] for seed in a if seed in b]
 
 
 def interval(values: Sequence[float]) -> float | None:
-    """Half the 95 % interval of a mean over seeds, by Student's t; None of a single one."""
+    """Return half the 95 % interval of a mean over seeds (Student's t), None for a single seed."""
     if len(values) < 2:
         return None
     return (
@@ -248,7 +248,7 @@ def interval(values: Sequence[float]) -> float | None:
 
 
 def spread(values: Sequence[float]) -> str:
-    """Mean and interval of differences, in a cell."""
+    """Format mean and interval of differences as a cell."""
     if not values:
         return NOT_RUN
     half = interval(values)
@@ -265,13 +265,13 @@ def over(
     stage: str,
     score: Score,
 ) -> str:
-    """Mean and interval of a score over seeds, in a cell."""
+    """Format mean and interval of a score over seeds as a cell."""
     values = seeds(plan, found, size, piece, stage, score)
     return spread(list(values.values())).replace("+", "").replace("-", "−") if values else NOT_RUN
 
 
 def one(found: dict[str, dict[str, Any]], piece: str, stage: str, score: Score) -> str:
-    """A score of a single piece, in a cell."""
+    """Format a score of a single piece as a cell."""
     value = score(found[piece][stage]) if piece in found else None
     return NOT_RUN if value is None else f"{value:.3f}"
 
@@ -284,7 +284,7 @@ def mean(
     field: str,
     form: str,
 ) -> str:
-    """Mean over seeds of what a training says of itself."""
+    """Format the mean over seeds of a field that trainings record."""
     pieces = [found.get(f"{size}-{seed}/{slug(piece)}", {}) for seed in plan["seeds"]]
     values = [piece[field] for piece in pieces if field in piece]
     if not values:
@@ -293,7 +293,7 @@ def mean(
 
 
 def denoising(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str) -> list[list[str]]:
-    """Losses by denoiser of the encoder-decoders, before and after their training."""
+    """Tabulate losses by denoiser of the encoder-decoders, before and after their training."""
     rows = []
     for name, label in (("ul2", "initialization"), ("ul2", "trained"), ("ul2+mntp", "trained")):
         pieces = [found.get(f"{size}-{seed}/train-{name}") for seed in plan["seeds"]]
@@ -307,9 +307,9 @@ def denoising(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str)
 
 
 def held_out(found: dict[str, dict[str, Any]], piece: str) -> str:
-    """Mean held-out loss over the denoisers;
+    """Format the mean held-out loss over the denoisers.
 
-    a contestant without a training of its own has ul2's.
+    A contestant without a training of its own has ul2's.
     """
     if piece not in found:
         return "as ul2" if piece.endswith("last-pooling") else NOT_RUN
@@ -317,7 +317,7 @@ def held_out(found: dict[str, dict[str, Any]], piece: str) -> str:
 
 
 def answer(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str) -> str:
-    """One sentence by contest, on package-docs nDCG@10."""
+    """Summarize each contest by package-docs nDCG@10, in one sentence."""
     score = scores(plan)["package-docs nDCG@10"]
     sentences = []
     for first, second in CONTESTS[:3]:
@@ -336,7 +336,7 @@ def answer(plan: dict[str, Any], found: dict[str, dict[str, Any]], size: str) ->
 
 
 def provenance(found: dict[str, dict[str, Any]]) -> str:
-    """Which commit, machine and command the figures are from."""
+    """Say which commit, machine and command the figures are from."""
     facts = [piece["provenance"] for piece in found.values()]
     if not facts:
         return f"Command, commit and hardware of these figures: {NOT_RUN}."
@@ -358,15 +358,15 @@ def provenance(found: dict[str, dict[str, Any]]) -> str:
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Markdown."""
+    """Format a Markdown table."""
     lines = [header, [":---", *["---:"] * (len(header) - 1)], *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def plots(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, str]:
-    """Scores by contestant with every seed as a point, and differences with their intervals:
+    """Plot scores by contestant with every seed as a point, and differences with their intervals.
 
-    SVG by file name.
+    Returns SVG by file name.
     """
     columns = {name: score for name, score in scores(plan).items() if name != "package-docs R@1"}
     sizes = [size for size in plan["sizes"] if begun(found, size)] or list(plan["sizes"])
@@ -418,7 +418,7 @@ def plots(plan: dict[str, Any], found: dict[str, dict[str, Any]]) -> dict[str, s
 
 
 def svg(figure: Figure) -> str:
-    """The figure as text that does not depend on the time or on matplotlib's version string."""
+    """Return the figure as text that does not depend on the time or on matplotlib's version string."""
     import io
 
     buffer = io.StringIO()

@@ -1,11 +1,11 @@
-"""Does a UL2-trained encoder beat its causal parent, the unmasked parent and MNTP at equal tokens?
+"""Compare a UL2-trained encoder with its causal parent, the unmasked parent and MNTP at equal tokens.
 See docs/results.md.
 
     python experiments/objective/run.py --jobs 2
 
-Each piece (a parent, a training, a score) writes one JSON file under results/ when it is finished
-and is not done again while that file holds the plan's settings; weights lie in runs/. So the
-command can be stopped at any time and given again, and a stop costs at most one piece of each job.
+Each piece (a parent, a training, a score) writes one JSON file under results/ when it finishes and
+is skipped while that file holds the plan's settings; weights are in runs/. The command can be
+stopped at any time and rerun, and a stop costs at most one piece of each job.
 """
 
 import argparse
@@ -39,13 +39,13 @@ import yaml  # noqa: E402
 from qwen3_encdec.folders import InputError, read_json, write_json  # noqa: E402
 
 BLOCK = 256
-FAMILY = 200  # most man pages whose names begin alike: thousands of one tool are one text
-MASKED = 0.2  # share of the tokens, in MNTP alone and beside UL2
+FAMILY = 200  # maximum man pages with one name prefix: thousands of one tool are one text
+MASKED = 0.2  # share of masked tokens, in MNTP alone and beside UL2
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """A branch of the parent's training, and how its encoder is read."""
+    """A branch of the parent's training, and how its encoder is used."""
 
     branch: Literal["causal", "mntp", "ul2"]
     causal: bool = False
@@ -58,7 +58,7 @@ class Contestant:
 
     @property
     def trained(self) -> "Contestant":
-        """What its training depends on; how it is read does not."""
+        """What its training depends on; mask and pooling at their defaults."""
         return replace(self, causal=False, pooling="mean")
 
 
@@ -79,17 +79,14 @@ class Unit:
 
     @cached_property
     def texts(self) -> tuple[list[str], list[str]]:
-        """The corpus in this seed's order, one half for the parent and one for its branches."""
+        """Corpus in this seed's order, one half for the parent and one for its branches."""
         documents = corpus(**self.plan["corpus"])
         order = np.random.default_rng(self.seed).permutation(len(documents))
         half = len(documents) // 2
         return [documents[i] for i in order[:half]], [documents[i] for i in order[half:]]
 
     def parent(self) -> Path:
-        """The causal parent, and beside it branch.jsonl:
-
-        the documents that every branch reads, once.
-        """
+        """Train the causal parent and write branch.jsonl, the documents that every branch reads."""
         from qwen3_encdec.demo.parent import parent_tokenizer, train_causal_parent
 
         folder, sizes, branch = self.runs / "parent", self.plan["parent"], self.plan["branch"]
@@ -113,7 +110,7 @@ class Unit:
             (self.runs / "branch.jsonl").write_text(lines, encoding="utf-8")
             texts = sorted(
                 self.texts[0] + self.texts[1]
-            )  # as many need not be the same: man pages are the machine's
+            )  # an equal number may not be equal texts: man pages depend on the machine
             digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
             record["corpus"] = {
                 "documents": len(texts),
@@ -123,10 +120,7 @@ class Unit:
         return folder
 
     def training(self, name: str) -> str:
-        """The first of the contestants that share this one's training:
-
-        they differ in how they are read.
-        """
+        """Return the first contestant with the same training; mask and pooling may differ."""
         return next(
             other
             for other, contestant in self.all.items()
@@ -134,7 +128,7 @@ class Unit:
         )
 
     def train(self, name: str) -> Path:
-        """The branch of a contestant: a causal Qwen3, an encoder (MNTP) or a run (UL2)."""
+        """Train a contestant's branch: a causal Qwen3, an encoder (MNTP) or a run (UL2)."""
         name = self.training(name)
         contestant = self.all[name].trained
         parent, folder = self.parent(), self.runs / f"train-{name.replace(' ', '-')}"
@@ -152,9 +146,9 @@ class Unit:
         return folder / "checkpoint" if contestant.branch == "ul2" else folder
 
     def score(self, name: str) -> None:
-        """The suite over a contestant's encoder, as it is and after the contrastive stage.
+        """Score a contestant's encoder with the suite, before and after the contrastive stage.
 
-        "parent" is the parent as it is: mean and last token, and without its mask.
+        "parent" is the unchanged parent: with mean and last-token pooling, and without its mask.
         """
         from qwen3_encdec.data.package_docs import summary_pairs
         from qwen3_encdec.embedding.finetune import finetune
@@ -176,7 +170,7 @@ class Unit:
             record["after"] = self._evaluate({name: tuned})
 
     def scored(self, name: str) -> bool:
-        """Whether `score` has nothing to do."""
+        """Return whether `score` has nothing to do."""
         return is_done(*self._place(f"score {name}", self._score_settings(name)))
 
     def _score_settings(self, name: str) -> dict[str, Any]:
@@ -198,7 +192,7 @@ class Unit:
         )
 
     def _encoder(self, name: str, folder: Path) -> None:
-        """What a contestant's training left, as a sentence-transformers folder."""
+        """Write a contestant's trained model as a sentence-transformers folder."""
         from qwen3_encdec.conversion.extract import extract_encoder
         from qwen3_encdec.conversion.initialize import initialize
         from qwen3_encdec.demo.parent import causal_embedder
@@ -279,9 +273,9 @@ class Unit:
     def _read(
         self, body: Any, blocks: np.ndarray, losses: list[float], asked: float, seen: float
     ) -> dict[str, Any]:
-        """What a training on blocks read and cost;
+        """Return what a training on blocks read and cost.
 
-        `asked` of the tokens are predicted, each from `seen` of a block.
+        A share `asked` of the tokens is predicted, each from a share `seen` of a block.
         """
         rows = len(losses) * self.plan["branch"]["batch_size"]
         text = int((np.resize(blocks, (rows, BLOCK)) < self.plan["corpus"]["num_ranks"]).sum())
@@ -373,22 +367,22 @@ class Unit:
     def _piece(
         self, name: str, needed: Path | None = None, **settings: Any
     ) -> Iterator[dict[str, Any] | None]:
-        """A record to fill, written when the block ends;
+        """Yield a record to fill, written when the block ends.
 
-        None if it is there already, and `needed` with it.
+        Yields None if the record and `needed` already exist.
         """
         file, settings = self._place(name, settings)
         with piece(file, needed, self.runs, settings) as record:
             yield record
 
     def _place(self, name: str, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """A piece's file, and all of its settings."""
+        """Return a piece's file and all of its settings."""
         shared = {"size": self.sizes, "seed": self.seed, "corpus": self.plan["corpus"]}
         return self.results / f"{name.replace(' ', '-')}.json", shared | settings
 
 
 def is_done(file: Path, settings: dict[str, Any]) -> bool:
-    """Whether a piece's file is there and of these settings."""
+    """Return whether a piece's file exists with these settings."""
     return file.exists() and read_json(file)["settings"] == settings
 
 
@@ -396,7 +390,7 @@ def is_done(file: Path, settings: dict[str, Any]) -> bool:
 def piece(
     file: Path, needed: Path | None, runs: Path, settings: dict[str, Any]
 ) -> Iterator[dict[str, Any] | None]:
-    """See `Unit._piece`."""
+    """Yield a record to fill; see `Unit._piece`."""
     from qwen3_encdec.evaluation.suite import provenance
 
     if is_done(file, settings) and (needed is None or needed.exists()):
@@ -421,14 +415,12 @@ def piece(
 
 
 def steps(sizes: dict[str, Any]) -> int:
-    """Optimizer steps that read so many tokens."""
+    """Return the number of optimizer steps that read the given tokens."""
     return max(1, sizes["tokens"] // (BLOCK * sizes["batch_size"]))
 
 
 def corpus(num_ranks: int, man_pages: int, man_characters: int) -> list[str]:
-    """Docstrings of the training packages, and man pages where there are some, evenly over all of
-    them.
-    """
+    """Return docstrings of the training packages and, if installed, evenly sampled man pages."""
     from qwen3_encdec.data.package_docs import package_docs
 
     documents = [document.text for document in package_docs("train")]
@@ -449,9 +441,9 @@ def corpus(num_ranks: int, man_pages: int, man_characters: int) -> list[str]:
 
 
 def plain(roff: str) -> str:
-    """The words of a man page:
+    """Return the words of a man page.
 
-    requests go, but for those whose arguments are text; so do escapes.
+    Escapes are removed, and so are requests, except those whose arguments are text.
     """
     lines, skipping = [], False
     for line in roff.splitlines():
@@ -470,9 +462,9 @@ def plain(roff: str) -> str:
 
 
 def redraw_sentinels(folder: Path, seed: int) -> None:
-    """The ablation of sentinel initialisation:
+    """Redraw the sentinel rows, for the ablation of their initialization.
 
-    rows drawn as the rest of a fresh model is, not the mean of the rows.
+    Rows are drawn like those of a fresh model instead of being the mean of the rows.
     """
     import torch
 
@@ -485,8 +477,8 @@ def redraw_sentinels(folder: Path, seed: int) -> None:
 
 
 def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> dict[str, Any]:
-    """The plan with `scale` times the tokens, contrastive steps and queries, for the named sizes
-    and seeds or all.
+    """Read the plan with `scale` times the tokens, contrastive steps and queries, for the named
+    sizes and seeds or all.
     """
     plan = yaml.safe_load(file.read_text(encoding="utf-8"))
     for name in sizes:
@@ -503,7 +495,7 @@ def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> d
 
 
 def pieces(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> dict[str, list[str]]:
-    """The pieces that are missing and those whose weights they need, each with the pieces that go
+    """List missing pieces and those whose weights they need, each with the pieces that must run
     before it.
 
     A piece is "baselines" or "SIZE-SEED KIND CONTESTANT".
@@ -530,7 +522,7 @@ def pieces(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> dic
 
 
 def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
-    """One of the `pieces`."""
+    """Run one of the `pieces`."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()
@@ -556,7 +548,7 @@ def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
 
 
 def main() -> None:
-    """Walk the plan, several jobs at a time, and stop them all when one fails or this is stopped."""
+    """Run the plan, several jobs at a time, and stop them all when one fails or this is stopped."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -595,7 +587,7 @@ def main() -> None:
 
 
 def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
-    """All pieces, as many at a time as asked for, each after those that it needs."""
+    """Run all pieces, up to `--jobs` at a time, each after those that it needs."""
     environment = dict(os.environ)
     if arguments.device == "cpu":
         environment["CUDA_VISIBLE_DEVICES"] = ""

@@ -1,4 +1,4 @@
-"""WordNet's glosses from its own database files, as Debian's package `wordnet-base` installs them."""
+"""Read WordNet's glosses from its database files, as Debian's package `wordnet-base` installs them."""
 
 import os
 import re
@@ -15,22 +15,21 @@ class Synset(NamedTuple):
     """One meaning."""
 
     lemmas: list[str]
-    """Words that have it, the first being the most usual one."""
+    """Words with this meaning, the most common one first."""
     definition: str
-    """Without the examples."""
+    """Definition without the examples."""
     examples: list[str]
     """Phrases or sentences that use one of the lemmas."""
     lexicographer: int
-    """Which of the 45 files it was written in: noun.animal, verb.motion, adj.all ..."""
+    """Number of its file, one of 45: noun.animal, verb.motion, adj.all ..."""
 
 
 def wordnet_folder() -> Path:
-    """The folder that holds data.noun.
+    """Return the folder that holds data.noun.
 
-    It is looked for in `$WNSEARCHDIR`, in `$XDG_CACHE_HOME/qwen3-encdec/wordnet` (where the package
-    may be unpacked
-    without root: `apt download wordnet-base && dpkg -x wordnet-base_*.deb DIR`) and in
-        `/usr/share/wordnet`.
+    It is searched for in `$WNSEARCHDIR`, in `$XDG_CACHE_HOME/qwen3-encdec/wordnet` (where the package
+    can be unpacked without root: `apt download wordnet-base && dpkg -x wordnet-base_*.deb DIR`) and
+    in `/usr/share/wordnet`.
 
     Raises:
         NotRun: it is in none of them.
@@ -50,11 +49,11 @@ def wordnet_folder() -> Path:
 
 
 def synsets(folder: Path) -> list[Synset]:
-    """All meanings, in the order of the files."""
+    """Read all meanings, in the order of the files."""
     found = []
     for part in PARTS:
         for line in (folder / f"data.{part}").read_text(encoding="utf-8").splitlines():
-            if line.startswith("  "):  # the licence
+            if line.startswith("  "):  # the license
                 continue
             fields, _, gloss = line.partition(" | ")
             _, lexicographer, _, count, *words = fields.split(" ")

@@ -1,6 +1,6 @@
-"""Qwen3 as an encoder-decoder, trained on UL2, with a text encoder to take out.
+"""Turn Qwen3 into an encoder-decoder, train it on UL2, and extract a text encoder.
 
-torch and transformers load on first use of a class; the Auto classes then know this model.
+torch and transformers load on first use of a class, which also registers the Auto classes.
 """
 
 import sys
@@ -43,7 +43,7 @@ def __dir__() -> list[str]:
 
 
 def _register() -> None:
-    """Register the classes with the Auto classes, and their files to be saved with a model."""
+    """Register the Auto classes, and mark the source files to be saved with a model."""
     import transformers as hf
 
     this = sys.modules[__name__]
@@ -63,7 +63,7 @@ def _register() -> None:
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Calls `_register` when an outermost import ends that has loaded our or the Auto classes."""
+    """Calls `_register` once an outermost import has loaded our classes or the Auto classes."""
 
     depth = 0
 

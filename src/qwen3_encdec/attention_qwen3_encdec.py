@@ -1,6 +1,6 @@
 # Copyright 2026 The qwen3-encdec authors.
 # Licensed under the Apache License, Version 2.0.
-"""Attention of encoder and decoder: projections, the packed form, and the one call into a kernel.
+"""Attention for encoder and decoder: projections, packed batches, and the call into a kernel.
 
 Shapes: B batch, T query length, L key length, N query and M key tokens of a packed batch of D
 documents, H query heads, K key/value heads, d head dimension, E hidden size.
@@ -19,26 +19,26 @@ from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
-# torch 2.11 takes fewer key heads than query heads without the argument.
+# torch 2.11 supports GQA without this argument.
 _NEEDS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
 _GQA: Any = {"enable_gqa": True} if _NEEDS_GQA else {}
 
 
 @dataclass
 class Varlen:
-    """Document bounds of a packed batch, as variable-length attention kernels take them.
+    """Document bounds of a packed batch, in the form that varlen attention kernels take.
 
-    A query sees the keys of its own document: all of them, or with `causal` those up to its own
-    place counted from the end (bottom-right alignment), so that the last query sees every key.
+    A query sees the keys of its own document: all of them, or with `causal` only those up to its
+    own position, aligned bottom-right: the last query sees every key.
 
     Attributes:
         queries, keys: [D + 1] int32, cumulative lengths.
-        longest_query, longest_key: Upper bounds of a document's lengths.
+        longest_query, longest_key: Upper bounds on the lengths of a document.
         causal: Bottom-right causal within each document.
-        order, inverse: [M] int64, from [all sources ; all targets] to keys in document order, each
-            document's source before its target, and back.
-        mask: Dense or block mask for the backends that have no variable-length kernel.
-        biases: Bottom-right masks by (queries, keys), made once for all layers, on CPUs.
+        order, inverse: [M] int64, permutation of the keys from [all sources ; all targets] to
+            document order, each document's source before its target, and its inverse.
+        mask: Dense or block mask for the backends that have no varlen kernel.
+        biases: On CPUs, bottom-right masks by (queries, keys), made once for all layers.
     """
 
     queries: torch.Tensor
@@ -53,11 +53,11 @@ class Varlen:
 
     @cached_property
     def lengths(self) -> tuple[list[int], list[int]]:
-        """Documents' numbers of queries and of keys; asked of a CPU only, where nobody waits."""
+        """Queries and keys per document. Used on CPUs only: on a GPU it would synchronize."""
         return self.queries.diff().tolist(), self.keys.diff().tolist()
 
     def bias(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor | None:
-        """Return the bottom-right mask of one document, if its attention is causal."""
+        """Return the bottom-right mask of one document, or None if it needs no mask."""
         shape = query.shape[2], key.shape[2]
         if not self.causal or shape[0] == 1:
             return None
@@ -66,7 +66,7 @@ class Varlen:
         return self.biases[shape]
 
     def prepare(self, backend: str, states: torch.Tensor, key_length: int) -> None:
-        """Make the mask once a forward, if `backend` needs one for [1, N, E] `states`."""
+        """Build the mask, once per forward, if `backend` needs one for [1, N, E] `states`."""
         if "flash" in backend or (backend == "sdpa" and self._has_kernel(states)):
             return
         first, last = self.interval(states.shape[1])
@@ -90,7 +90,7 @@ class Varlen:
         return _Reorder.apply(keys, self.order, self.inverse)
 
     def interval(self, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first key each query sees and the first one after them, both [N] int64."""
+        """Return the first key that each query sees, and the end of its range, both [N] int64."""
         places = torch.arange(num_queries, device=self.queries.device)
         document = torch.searchsorted(self.queries, places, right=True) - 1
         first, last = self.keys[document].long(), self.keys[document + 1].long()
@@ -99,14 +99,14 @@ class Varlen:
         return first, last
 
     def _has_kernel(self, states: torch.Tensor) -> bool:
-        """Tell if SDPA needs no mask: torch's kernel on CUDA, a loop over documents on CPU."""
+        """Return True if SDPA needs no mask: varlen kernel on CUDA, document loop on CPU."""
         if states.device.type == "cpu":
             return not torch.compiler.is_compiling()
         return states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
 
 
 def project_query(attention: Qwen3Attention, states: torch.Tensor) -> torch.Tensor:
-    """[B, T, E] -> normalized query [B, H, T, d], not rotated."""
+    """Project [B, T, E] to normalized queries [B, H, T, d], before RoPE."""
     query = attention.q_proj(states).unflatten(-1, (-1, attention.head_dim))
     return attention.q_norm(query).transpose(1, 2)
 
@@ -114,7 +114,7 @@ def project_query(attention: Qwen3Attention, states: torch.Tensor) -> torch.Tens
 def project_key_value(
     attention: Qwen3Attention, states: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """[B, L, E] -> normalized key, not rotated, and value, each [B, K, L, d]."""
+    """Project [B, L, E] to normalized keys, before RoPE, and values, each [B, K, L, d]."""
     key = attention.k_proj(states).unflatten(-1, (-1, attention.head_dim))
     value = attention.v_proj(states).unflatten(-1, (-1, attention.head_dim))
     return attention.k_norm(key).transpose(1, 2), value.transpose(1, 2)
@@ -142,7 +142,7 @@ def attend(
     packed: Varlen | None = None,
     causal: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Attend with the configured backend, the one place where a kernel is called.
+    """Attend with the configured backend. Every attention kernel is called from here.
 
     | `_attn_implementation` | padded form                    | packed form                        |
     |------------------------|--------------------------------|------------------------------------|
@@ -157,9 +157,9 @@ def attend(
         module: Has `config`, `scaling`, `attention_dropout`, `num_key_value_groups`, `training`.
         query: [B, H, T, d].
         key, value: [B, K, L, d] with L >= T.
-        mask: As transformers' mask builders make it for the backend; None with `causal` means
+        mask: What transformers' mask builders make for the backend; None with `causal` means
             bottom-right causal: query i sees keys 0 ... L - T + i.
-        packed: B is 1 and the documents are those of `packed`; `mask` and `causal` are not read.
+        packed: Document bounds of a packed batch (B is 1); `mask` and `causal` are then ignored.
 
     Returns:
         [B, T, H, d], and the weights [B, H, T, L] where the backend returns them.
@@ -190,12 +190,12 @@ def attend(
 
 
 def _sdpa(query, key, value, mask, causal: bool, scaling: float, dropout: float) -> torch.Tensor:
-    """[B, H, T, d] -> [B, T, H, d]."""
+    """Map [B, H, T, d] queries to [B, T, H, d] with SDPA."""
     if mask is None and causal and query.shape[2] > 1:
         mask = _bottom_right(query.shape[2], key.shape[2], query)
     if query.shape[2] == 1:
-        # GQA with a single query: fold the group into the query dimension, so that each KV head is
-        # read once.
+        # GQA with a single query: fold the group into the query dimension so each KV head is read
+        # once.
         grouped = query.view(*key.shape[:2], -1, query.shape[-1])
         output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scaling)
         return output.reshape(query.shape).transpose(1, 2)
@@ -206,7 +206,7 @@ def _sdpa(query, key, value, mask, causal: bool, scaling: float, dropout: float)
 
 
 def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
-    """[1, H, N, d] -> [1, N, H, d]."""
+    """Map packed [1, H, N, d] queries to [1, N, H, d] with SDPA."""
     if not query.is_cuda:
         return _by_document(query, key, value, packed, scaling, dropout)
     if dropout:
@@ -227,7 +227,7 @@ def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: flo
 
 
 def _by_document(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
-    """Call SDPA document by document, for CPUs."""
+    """Call SDPA once per document, for CPUs."""
     queries, keys = packed.lengths
     parts = zip(
         query.split(queries, dim=2),
@@ -244,7 +244,7 @@ def _by_document(query, key, value, packed: Varlen, scaling: float, dropout: flo
 
 
 def _bottom_right(queries: int, keys: int, like: torch.Tensor) -> Any:
-    """Make SDPA causal from the bottom right: a flag to the kernel on CUDA, a matrix on CPU."""
+    """Make SDPA's bottom-right causal mask: a flag to the kernel on CUDA, a matrix on CPU."""
     if like.is_cuda:
         return causal_lower_right(queries, keys)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
@@ -257,7 +257,7 @@ def _additive(seen: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def compute_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """Return the dtype of products of `tensor`: its own, or autocast's."""
+    """Return the dtype of matmuls with `tensor`: its own, or autocast's."""
     kind = tensor.device.type
     if torch.is_autocast_enabled(kind):
         return torch.get_autocast_dtype(kind)

@@ -1,7 +1,7 @@
-"""The command line: `qwen3-encdec COMMAND`, and the same functions behind `scripts/`.
+"""Command line: `qwen3-encdec COMMAND`, and the functions behind `scripts/`.
 
-Each command imports its own needs, so that `--help` is quick and an extra is asked for only by the
-command that uses it. An error the user can mend is an `InputError`: one sentence on standard error,
+Each command imports its own dependencies, so `--help` is fast and an extra is needed only by the
+commands that use it. An error the user can fix is an `InputError`: one sentence on standard error,
 exit code 2, no traceback.
 """
 
@@ -40,28 +40,28 @@ def _show_version(asked: bool) -> None:
 Version = Annotated[bool, Option("--version", callback=_show_version, is_eager=True)]
 Checkpoint = Annotated[str, Option(help="Qwen3 checkpoint: folder or hub id.")]
 Encoder = Annotated[Path, Option(help="Encoder folder.")]
-AnyEncoder = Annotated[Path, Option(help="Encoder, or an encoder-decoder, to use its encoder.")]
+AnyEncoder = Annotated[Path, Option(help="Encoder, or an encoder-decoder to take it from.")]
 Trained = Annotated[Path, Option(help="Encoder-decoder folder, step-* checkpoint or run folder.")]
-Evaluated = Annotated[Path, Option(help="Encoder; or encoder-decoder, checkpoint or run folder.")]
+Evaluated = Annotated[Path, Option(help="Encoder, encoder-decoder, checkpoint or run folder.")]
 Output = Annotated[Path, Option(help="Folder to write.")]
 Sentinels = Annotated[int, Option(min=0, help="Number of <extra_id_N> tokens to append.")]
 TextColumn = Annotated[str, Option(help="Field or column that holds the text.")]
-MaxLength = Annotated[int | None, Option(help="Tokens after which a text is cut.")]
-Prompt = Annotated[str | None, Option(help="Name of a prompt of the folder to put before texts.")]
+MaxLength = Annotated[int | None, Option(help="Truncate texts to this many tokens.")]
+Prompt = Annotated[str | None, Option(help="Name of the model's prompt to prepend to texts.")]
 Dtype = Literal["float32", "bfloat16"]
 Deduplicate = Literal["no", "exact", "minhash"]
-ComputeDtype = Annotated[Dtype | None, Option(help="Default: bfloat16 where it is native.")]
-Seed = Annotated[int, Option(help="Seed of everything random.")]
+ComputeDtype = Annotated[Dtype | None, Option(help="Default: bfloat16 where supported natively.")]
+Seed = Annotated[int, Option(help="Random seed.")]
 Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a key.")]
-PushTo = Annotated[str | None, Option(metavar="ORG/NAME", help="Upload the folder, private.")]
+PushTo = Annotated[str | None, Option(metavar="ORG/NAME", help="Upload to a private repo.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 
 
 class Command(TyperCommand):
-    """A command that takes options by their former names too."""
+    """Command that also accepts its options under their former names."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Rename former names that this command does not use itself, then parse."""
+        """Replace former option names, unless this command uses them itself, then parse."""
         known = {name for parameter in self.params for name in parameter.opts}
         names = {old: new for old, new in FORMER_NAMES.items() if new in known and old not in known}
         return super().parse_args(ctx, [names.get(argument, argument) for argument in args])
@@ -69,7 +69,7 @@ class Command(TyperCommand):
 
 @app.callback()
 def options(version: Version = False) -> None:
-    """Turn a Qwen3 into an encoder-decoder, train it on UL2, and take out a text encoder."""
+    """Turn Qwen3 into an encoder-decoder, train it on UL2, and extract a text encoder."""
 
 
 @app.command(cls=Command)
@@ -77,7 +77,7 @@ def tokenizer(
     output: Output,
     base: Annotated[str | None, Option(help="Folder or hub id [packaged vocabulary].")] = None,
     num_sentinel_tokens: Sentinels = 100,
-    num_ranks: Annotated[int | None, Option(help="Entries of the BPE to keep, for toys.")] = None,
+    num_ranks: Annotated[int | None, Option(help="BPE entries to keep, for toy models.")] = None,
 ) -> None:
     """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
     check_output(output, "tokenizer")
@@ -98,13 +98,13 @@ def initialize(
     output: Output,
     num_sentinel_tokens: Sentinels = 100,
     num_decoder_layers: Annotated[int | None, Option(help="Decoder layers, picked evenly.")] = None,
-    source_gate: Annotated[bool, Option(help="Let the decoder begin as a language model.")] = True,
+    source_gate: Annotated[bool, Option(help="Gate the source, initially closed.")] = True,
     dtype: Annotated[Dtype, Option(help="Dtype of the saved weights.")] = "float32",
     verify: Annotated[bool, Option(help="Compare the written folder with Qwen3.")] = True,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Make the encoder-decoder of a dense Qwen3 checkpoint, and prove that it computes the same."""
+    """Build an encoder-decoder from a dense Qwen3 checkpoint and verify its outputs."""
     from qwen3_encdec.conversion import initialize as initialization
 
     report = initialization.initialize(
@@ -130,7 +130,7 @@ def extract(
     push_to_hub: PushTo = None,
     as_json: Json = False,
 ) -> None:
-    """Take the encoder out as a plain Qwen3Model that stock tools load bidirectionally."""
+    """Extract the encoder as a plain Qwen3Model that stock tools load bidirectionally."""
     from qwen3_encdec.conversion.extract import extract_encoder
 
     report = extract_encoder(
@@ -146,23 +146,23 @@ def extract(
 
 @app.command(cls=Command)
 def prepare_data(
-    tokenizer: Annotated[Path, Option(help="Folder of a model or of `qwen3-encdec tokenizer`.")],
+    tokenizer: Annotated[Path, Option(help="Tokenizer or model folder.")],
     input: Annotated[list[str] | None, Option(help="File, folder, glob or hub dataset.")] = None,
     text_column: TextColumn = "text",
-    output: Annotated[Path | None, Option(help="Folder of the corpus, or of the page.")] = None,
-    min_tokens: Annotated[int, Option(min=2, help="Leave out shorter documents.")] = 8,
-    deduplicate: Annotated[Deduplicate, Option(help="Leave out copies, or similar too.")] = "no",
-    processes: Annotated[int | None, Option(min=1, help="Processes that tokenize [all].")] = None,
+    output: Annotated[Path | None, Option(help="Folder for the corpus or report.")] = None,
+    min_tokens: Annotated[int, Option(min=2, help="Skip shorter documents.")] = 8,
+    deduplicate: Annotated[Deduplicate, Option(help="Drop exact or near duplicates.")] = "no",
+    processes: Annotated[int | None, Option(min=1, help="Worker processes [all CPUs].")] = None,
     preset: Annotated[str, Option(help="t5gemma2, ul2, t5 or a .yaml of denoisers.")] = "t5gemma2",
-    source_length: Annotated[int, Option(help="Most source tokens in a row.")] = 512,
-    target_length: Annotated[int, Option(help="Most target tokens in a row.")] = 256,
+    source_length: Annotated[int, Option(help="Maximum source tokens in a row.")] = 512,
+    target_length: Annotated[int, Option(help="Maximum target tokens in a row.")] = 256,
     seed: Seed = 0,
     num_examples: Annotated[int, Option(min=1, help="Examples to measure.")] = 10_000,
-    show: Annotated[int, Option(min=0, help="Examples of each denoiser to print.")] = 0,
-    analyze_only: Annotated[bool, Option("--analyze-only", help="Tokenize nothing.")] = False,
+    show: Annotated[int, Option(min=0, help="Examples to print per denoiser.")] = 0,
+    analyze_only: Annotated[bool, Option("--analyze-only", help="Only measure the data.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Tokenize a corpus once and for all, or without --output measure what UL2 makes of it."""
+    """Tokenize a corpus once, or without --output measure its UL2 examples."""
     from qwen3_encdec.data.config import DataConfig
     from qwen3_encdec.folders import load_tokenizer
 
@@ -209,16 +209,16 @@ app.command(cls=Command)(train)
 def evaluate(
     model: Evaluated,
     output: Output,
-    parent: Annotated[str | None, Option(help="Causal Qwen3 of an encoder, to compare.")] = None,
-    initialization: Annotated[Path | None, Option(help="Folder before training.")] = None,
-    pairs: Annotated[list[Path] | None, Option(help=".jsonl of query and document.")] = None,
-    mteb: Annotated[list[str] | None, Option(help="Tasks, as 'MTEB(eng, v2)'.")] = None,
-    num_queries: Annotated[int, Option(min=1, help="Most queries of each task.")] = 3000,
-    num_examples: Annotated[int, Option(min=1, help="Held-out texts of each denoiser.")] = 64,
+    parent: Annotated[str | None, Option(help="Causal parent, as a baseline.")] = None,
+    initialization: Annotated[Path | None, Option(help="Model before training.")] = None,
+    pairs: Annotated[list[Path] | None, Option(help=".jsonl of query-document pairs.")] = None,
+    mteb: Annotated[list[str] | None, Option(help="Tasks, such as 'MTEB(eng, v2)'.")] = None,
+    num_queries: Annotated[int, Option(min=1, help="Maximum queries per task.")] = 3000,
+    num_examples: Annotated[int, Option(min=1, help="Held-out texts per denoiser.")] = 64,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Evaluate beside the baselines: denoising loss and infilling, or retrieval."""
+    """Evaluate against baselines: denoising loss and infilling, or retrieval."""
     from qwen3_encdec.reports import evaluation
     from qwen3_encdec.reports.scores import score_text
 
@@ -238,10 +238,10 @@ def evaluate(
 
 @app.command(cls=Command)
 def report(
-    runs: Annotated[list[Path], Argument(help="Folders of trainings, evaluations or demos.")],
+    runs: Annotated[list[Path], Argument(help="Training, evaluation or demo folders.")],
     output: Output = Path("runs/report"),
 ) -> None:
-    """Put several runs on one page: curves, scores with intervals, and infilled gaps."""
+    """Compare runs on one page: curves, scores with intervals, and infilled gaps."""
     from qwen3_encdec.reports.comparison import compare
 
     compare(runs, output)
@@ -252,12 +252,12 @@ def report(
 def finetune(
     model: Encoder,
     output: Output,
-    config: Annotated[Path | None, Option(help="YAML, as configs/finetune.yaml.")] = None,
+    config: Annotated[Path | None, Option(help="YAML like configs/finetune.yaml.")] = None,
     settings: Settings = None,
-    resume: Annotated[bool, Option("--resume", help="Continue an interrupted call.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Resume an interrupted run.")] = False,
     push_to_hub: PushTo = None,
 ) -> None:
-    """Make an embedding model of an encoder, by sentence-transformers' losses on pairs of texts."""
+    """Finetune an encoder for embedding, with sentence-transformers' losses on text pairs."""
     from qwen3_encdec.embedding import finetune as finetuning
     from qwen3_encdec.training.config import load_dataclass
 
@@ -273,9 +273,9 @@ def finetune(
 
 @app.command(cls=Command)
 def soup(
-    model: Annotated[list[Path], Option(help="Encoder or, not first, a causal parent; repeat it.")],
+    model: Annotated[list[Path], Option(help="Encoder, or causal parent (not first); repeatable.")],
     output: Output,
-    weights: Annotated[str | None, Option(help="Shares, as 0.7,0.3 [equal].")] = None,
+    weights: Annotated[str | None, Option(help="Shares, such as 0.7,0.3 [equal].")] = None,
     evaluate: Annotated[bool, Option("--evaluate", help="Score inputs and result.")] = False,
 ) -> None:
     """Average the weights of several encoders."""
@@ -304,7 +304,7 @@ def embed(
     max_length: MaxLength = None,
     dtype: ComputeDtype = None,
 ) -> None:
-    """Embed the texts of a file into another, in their order."""
+    """Embed the texts of a file, in order, and write the embeddings to another."""
     os.environ["TOKENIZERS_PARALLELISM"] = "true"
     from qwen3_encdec.embedding.encoder import TextEncoder, embed_file
 
@@ -326,7 +326,7 @@ def similarity(
     prompt_name: Prompt = None,
     as_json: Json = False,
 ) -> None:
-    """Print the cosines of texts with each other."""
+    """Print the pairwise cosine similarities of texts."""
     from sentence_transformers.util import cos_sim
 
     from qwen3_encdec.embedding.encoder import TextEncoder
@@ -341,13 +341,13 @@ def similarity(
 def serve(
     model: AnyEncoder,
     host: Annotated[str, Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 takes a free one.")] = 8000,
+    port: Annotated[int, Option(min=0, max=65535, help="Port; 0 picks a free one.")] = 8000,
     dtype: ComputeDtype = None,
     max_length: MaxLength = None,
-    queue_tokens: Annotated[int, Option(min=1, help="Tokens that may wait, then 429.")] = 262_144,
-    timeout: Annotated[float, Option(min=0.1, help="Seconds until an answer is due.")] = 60.0,
+    queue_tokens: Annotated[int, Option(min=1, help="Queued tokens before a 429.")] = 262_144,
+    timeout: Annotated[float, Option(min=0.1, help="Seconds until a request fails.")] = 60.0,
 ) -> None:
-    """Serve OpenAI's /v1/embeddings; QWEN3_ENCDEC_API_KEY asks every client for that key."""
+    """Serve OpenAI's /v1/embeddings; set QWEN3_ENCDEC_API_KEY to require that key of clients."""
     import logging
 
     from qwen3_encdec.embedding.encoder import TextEncoder
@@ -377,12 +377,12 @@ def export(
 
 @app.command(cls=Command)
 def check_endpoint(
-    url: Annotated[str, Argument(help="Of an OpenAI-compatible server.")],
+    url: Annotated[str, Argument(help="URL of an OpenAI-compatible server.")],
     model: Annotated[Path, Option(help="Encoder folder it should serve.")],
     name: Annotated[str | None, Option(help="Model name in requests [the first listed].")] = None,
     as_json: Json = False,
 ) -> None:
-    """Tell whether a server embeds bidirectionally: exit code 0 if so, 1 if not, 3 if unclear."""
+    """Check that a server embeds bidirectionally: exit code 0 if so, 1 if not, 3 if unclear."""
     from qwen3_encdec.embedding.probe import check_endpoint
 
     verdict = check_endpoint(url, model, name)
@@ -393,12 +393,12 @@ def check_endpoint(
 @app.command(cls=Command)
 def demo(
     output: Annotated[Path, Option(help="Folder to write.")] = Path("runs/demo"),
-    model: Annotated[str | None, Option(help="Qwen3, folder or hub id [a nano one].")] = None,
+    model: Annotated[str | None, Option(help="Qwen3 folder or hub id [nano model].")] = None,
     full: Annotated[bool, Option("--full", help="Score controls and baselines too.")] = False,
     seed: Seed = 0,
 ) -> None:
     """Run the whole pipeline on docstrings of the installed packages, in minutes on a CPU."""
-    # Threads that spin while they wait make it 20 times slower beside another busy process.
+    # Spinning wait threads make it 20 times slower next to another busy process.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     from qwen3_encdec.demo.pipeline import run_demo
 
@@ -406,7 +406,7 @@ def demo(
 
 
 def _print(report: Any, output: Path, as_json: bool) -> None:
-    """Print a report, a dataclass, for a human or a program."""
+    """Print a report dataclass as text or JSON."""
     print(json.dumps(asdict(report)) if as_json else f"{report}\nwrote {output}")
 
 
@@ -417,7 +417,7 @@ def _torch_dtype(name: str | None) -> Any:
 
 
 def _push(folder: Path, repository: str | None) -> None:
-    """Upload a folder as a private repository, if one is named."""
+    """Upload a folder to a private repository, if one is given."""
     if repository is None:
         return
     from huggingface_hub import HfApi
@@ -428,11 +428,11 @@ def _push(folder: Path, repository: str | None) -> None:
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = first_line(error)
         raise InputError(f"{folder} could not be uploaded to {repository}: {reason}") from None
-    print(f"uploaded {commit.commit_url}")
+    print(f"uploaded {commit.commit_url}", file=sys.stderr)
 
 
 def run(command: Callable[..., None]) -> None:
-    """Run one command as a script, with the errors of the command line."""
+    """Run one command as a script, with the CLI's error handling."""
     options: Any = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
     script = Typer(add_completion=False, **options)
     script.command(cls=Command)(command)
@@ -450,7 +450,7 @@ def _guard(application: Typer) -> None:
     try:
         application()
     except InputError as error:
-        # A DataLoader's worker wraps the sentence in its traceback, as the last line.
+        # A DataLoader worker wraps the sentence in a traceback, as its last line.
         sentence = str(error).strip().splitlines()[-1]
         _fail(sentence.removeprefix(f"{InputError.__module__}.InputError: "))
     except ModuleNotFoundError as error:

@@ -3,7 +3,7 @@
 """Configuration of the Qwen3 encoder-decoder.
 
 One flat configuration serves both stacks: encoder and decoder come from the same Qwen3 checkpoint
-and differ only in their attention and, if asked for, in their number of layers. The defaults are
+and differ only in attention and, optionally, in the number of layers. The defaults are
 Qwen3-0.6B with 100 sentinels.
 """
 
@@ -21,7 +21,7 @@ _PAD, _EOS = 151_643, 151_645
 # Fields that transformers writes around any configuration without declaring them.
 _WRITTEN_BY_TRANSFORMERS = {"_name_or_path", "auto_map", "model_type", "quantization_config"}
 
-# What a folder that carries its code can be loaded as, whichever class was saved.
+# Auto classes for a folder that includes its code, whichever class was saved.
 _CLASSES = {
     "AutoModel": "modeling_qwen3_encdec.Qwen3EncoderDecoderModel",
     "AutoModelForSeq2SeqLM": "modeling_qwen3_encdec.Qwen3ForSeq2SeqLM",
@@ -70,13 +70,13 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         attention_bias: Biases in the attention projections; off in Qwen3.
         attention_dropout: Dropout on the attention weights while training.
         source_gate: Scale the encoder states in each decoder layer, and multiply their values by a
-            learned gate per key head; off, the decoder is T5Gemma 2's.
+            learned gate per key head. If False, the decoder is T5Gemma 2's.
         use_cache: Return the decoder's key/value cache outside training.
         pad_token_id: `<|endoftext|>`; None in a vocabulary too small to have it.
-        eos_token_id: `<|im_end|>`, so that masking padded labels never hides an EOS; None likewise.
+        eos_token_id: `<|im_end|>`, so masking padded labels never hides an EOS; None likewise.
         decoder_start_token_id: Decoder input before the first target token; the padding token by
             default.
-        bos_token_id: None, Qwen3 has no BOS; accepted so that transformers can pass it.
+        bos_token_id: None: Qwen3 has no BOS. Accepted because transformers passes it.
         tie_word_embeddings: Always True: encoder input, decoder input and LM head are one matrix.
         is_encoder_decoder: Always True.
 
@@ -118,7 +118,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_decoder_layers is None:
             self.num_decoder_layers = self.num_hidden_layers
-        # A small vocabulary made by hand has neither; ids that somebody gave are checked instead.
+        # A small hand-made vocabulary has neither. Ids given explicitly are checked instead.
         if self.pad_token_id == _PAD >= self.vocab_size:
             self.pad_token_id = None
         if self.eos_token_id == _EOS >= self.vocab_size:
@@ -165,7 +165,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Build the configuration of a saved one; another model's is refused by name."""
+        """Build from a saved configuration. Raises ValueError for another model type."""
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
@@ -173,7 +173,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
                 "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID "
                 "--output-dir ./qwen3-encdec-init"
             )
-        # An ablation of early versions, off in every folder but its own.
+        # Field of an early ablation, False in all folders but those of the ablation.
         if config_dict.get("rope_on_encoder_keys") is False:
             config_dict = {k: v for k, v in config_dict.items() if k != "rope_on_encoder_keys"}
         try:
@@ -182,7 +182,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(f"{error.__cause__ or error}") from None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return what is saved: declared fields, not others that somebody set on the object."""
+        """Return the declared fields, without other attributes that were set on the object."""
         saved = super().to_dict()
         if "auto_map" in saved:
             saved["auto_map"] = _CLASSES | saved["auto_map"]
@@ -192,7 +192,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     def get_text_config(
         self, decoder: bool | None = None, encoder: bool | None = None
     ) -> "Qwen3EncoderDecoderConfig":
-        """Return this configuration; for `decoder` with its number of layers, the cache's size."""
+        """Return this configuration; for `decoder`, with its layer count, which sizes the cache."""
         if not decoder or encoder or self.num_decoder_layers == self.num_hidden_layers:
             return self
         config = copy.copy(self)
@@ -201,7 +201,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
 
     @property
     def layer_types(self) -> list[str]:
-        """Full attention in every layer; transformers' Qwen3 layers ask for it."""
+        """Full attention in every layer; transformers' Qwen3 layers read it."""
         return ["full_attention"] * self.num_hidden_layers
 
     @property

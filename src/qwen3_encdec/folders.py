@@ -1,7 +1,7 @@
-"""Errors that a user can mend, atomic output folders, and models and tokenizers read from folders.
+"""User-fixable errors, atomic output folders, and loading of models and tokenizers.
 
-A folder without `qwen3_encdec.json` is somebody else's and is never replaced. torch is imported
-where it is used: `--help` and a wrong setting need neither it nor transformers.
+A folder without `qwen3_encdec.json` was not written by this package and is never replaced. torch is
+imported where it is used, so `--help` and input checks need neither torch nor transformers.
 """
 
 import json
@@ -36,23 +36,23 @@ M = TypeVar("M", bound="PreTrainedModel")
 
 
 class InputError(ValueError):
-    """An error the caller can mend: the command line prints one sentence and exits with 2."""
+    """An error the caller can fix: the command line prints one sentence and exits with 2."""
 
 
 def first_line(error: BaseException) -> str:
-    """First line of an error's message, or its type where it has none."""
+    """Return the first line of an error's message, or its type if there is no message."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def default_device() -> "torch.device":
-    """The accelerator that is there, else the CPU."""
+    """Return the available accelerator, else the CPU."""
     import torch
 
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that decide results."""
+    """Return the installed versions of the packages that affect results."""
     versions = {"qwen3-encdec": qwen3_encdec.__version__}
     for name in PACKAGES:
         with suppress(PackageNotFoundError):
@@ -74,7 +74,7 @@ def read_json(path: str | Path) -> Any:
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
-    """Parse a YAML file, a `what`. Raises InputError as `read_json`."""
+    """Parse a YAML file, called `what` in errors. Raises InputError like `read_json`."""
     return _parse(path, yaml.safe_load, f"YAML {what}")
 
 
@@ -88,7 +88,7 @@ def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON through a temporary file and a rename: nobody ever reads half of it."""
+    """Write JSON atomically, through a temporary file and a rename."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -96,7 +96,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def check_output(output: str | Path, kind: str | None = None) -> Path:
-    """Raise InputError unless a folder is absent, empty, or ours and, if given, of that `kind`."""
+    """Raise InputError unless `output` is absent, empty, or ours and, if given, of `kind`."""
     output = Path(output)
     if output.is_file():
         raise InputError(f"output {output} is a file; name a folder")
@@ -115,7 +115,7 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     """Build a folder beside `output` and rename it into place when the block ends.
 
     `kind` (`"tokenizer"`, `"encoder"`, ...) and `provenance` are recorded in its
-    `qwen3_encdec.json`. After an exception the unfinished folder is gone and `output` is as it was.
+    `qwen3_encdec.json`. On an exception the unfinished folder is deleted and `output` is unchanged.
     """
     output = check_output(output, kind)
     output.parent.mkdir(parents=True, exist_ok=True)
@@ -136,7 +136,7 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
 
 
 def _apply_umask(folder: Path) -> None:
-    """Give every file the mode of a new one; safetensors makes its own 0600."""
+    """Give every file the mode of a new file; safetensors creates its files with 0600."""
     mode = (folder / PROVENANCE_FILE).stat().st_mode & 0o666
     for path in (folder, *folder.rglob("*")):
         if not path.is_symlink():
@@ -144,13 +144,13 @@ def _apply_umask(folder: Path) -> None:
 
 
 def copy_without_weights(source: Path, folder: Path) -> None:
-    """Copy a model folder's files but its weights and its provenance into an existing folder."""
+    """Copy a model folder's files, except weights and provenance, into an existing folder."""
     weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", PROVENANCE_FILE)
     shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 
 
 def resolve_checkpoint(name: str | Path) -> Path:
-    """The folder of a checkpoint, downloaded if `name` is a hub id. InputError if neither."""
+    """Return a checkpoint's folder, downloading a hub id. Raises InputError if it is neither."""
     folder = Path(name)
     if (folder / "config.json").exists():
         return folder
@@ -169,14 +169,14 @@ def resolve_checkpoint(name: str | Path) -> Path:
 
 
 def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
-    """Yield (name, tensor) of a checkpoint, one at a time. Raises InputError if it is damaged."""
+    """Yield (name, tensor) pairs of a checkpoint. Raises InputError if it is damaged."""
     for tensors in _safetensors(folder):
         for name in tensors.keys():  # noqa: SIM118
             yield name, tensors.get_tensor(name)
 
 
 def tensor_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """Shapes of a checkpoint's tensors, from the headers. Raises InputError as `read_tensors`."""
+    """Read the shapes of a checkpoint's tensors from the headers. Raises like `read_tensors`."""
     return {
         name: tuple(tensors.get_slice(name).get_shape())
         for tensors in _safetensors(folder)
@@ -201,7 +201,7 @@ def _safetensors(folder: Path) -> Iterator[safe_open]:
 
 
 def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
-    """Read an encoder-decoder's configuration. Raises InputError if it is missing or another's."""
+    """Load an encoder-decoder's configuration. Raises InputError if it is missing or invalid."""
     folder = _require(folder, "config.json", "model folder", INITIALIZE_COMMAND)
     try:
         return qwen3_encdec.Qwen3EncoderDecoderConfig.from_pretrained(folder)
@@ -212,7 +212,7 @@ def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
 def load_tokenizer(
     folder: str | Path, config: "qwen3_encdec.Qwen3EncoderDecoderConfig | None" = None
 ) -> "qwen3_encdec.Qwen3EncoderDecoderTokenizer":
-    """Read a tokenizer. Raises InputError if it does not load, or has not `config`'s size."""
+    """Load a tokenizer. Raises InputError if it does not load or its size is not `config`'s."""
     command = INITIALIZE_COMMAND if config else f"qwen3-encdec tokenizer --output {folder}"
     folder = _require(folder, "tokenizer.json", "tokenizer", command)
     try:
@@ -238,7 +238,7 @@ def _require(folder: str | Path, file: str, thing: str, command: str) -> Path:
 def load_model(
     folder: str | Path, dtype: "torch.dtype | None" = None
 ) -> "qwen3_encdec.Qwen3ForSeq2SeqLM":
-    """Read an encoder-decoder, in fp32 or `dtype`. Raises as `load_config` and `load_whole`."""
+    """Load an encoder-decoder in fp32 or `dtype`. Raises like `load_config` and `load_whole`."""
     import torch
 
     config = load_config(folder)
@@ -252,7 +252,7 @@ def load_whole(
     dtype: "torch.dtype",
     key_mapping: dict[str, str] | None = None,
 ) -> M:
-    """Read a model as `from_pretrained` does, but raise InputError for a gap or a damaged file."""
+    """Load with `from_pretrained`; raise InputError for unmatched tensors or a damaged file."""
     tensor_shapes(folder)  # names a damaged file, which transformers does not
     checks = {"ignore_mismatched_sizes": True, "output_loading_info": True}
     model, info = kind.from_pretrained(

@@ -1,8 +1,8 @@
 # Copyright 2026 The qwen3-encdec authors.
 # Licensed under the Apache License, Version 2.0.
-"""Cross-entropy over a large vocabulary without ever holding all of its logits.
+"""Cross-entropy over a large vocabulary without materializing all logits.
 
-Logits and log-sum-exp are fp32 whatever the dtype of the product. Gradients are formed in the
+Softmax and log-sum-exp run in fp32, whatever the dtype of the matmul. Gradients are computed in the
 forward pass, chunk by chunk, as in Liger's and Apple's fused losses.
 
 Shapes: N tokens, C tokens of a chunk, E hidden size, V vocabulary.
@@ -30,16 +30,16 @@ def chunked_cross_entropy(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the cross-entropy of `hidden @ weight.T`.
 
-    A second backward pass through the same loss (`retain_graph`) raises RuntimeError: the gradient
-    of the weight is handed over in place.
+    A second backward pass through the same loss (`retain_graph`) raises RuntimeError: the weight
+    gradient is scaled in place.
 
     Args:
         hidden: [..., E].
         weight: [V, E].
         labels: [...] int64, -100 is ignored.
-        num_items: Divisor of the sum; None takes the number of labels that are not ignored.
-        z_loss: Weight of the squared log-sum-exp of a token (PaLM, arXiv 2204.02311, section 5).
-        chunk: Tokens whose logits exist at a time; by default what suits the device.
+        num_items: Divisor of the sum; None uses the number of labels that are not ignored.
+        z_loss: Weight of each token's squared log-sum-exp (PaLM, arXiv 2204.02311, section 5).
+        chunk: Tokens per chunk of logits; by default 2,048 on CUDA and 512 elsewhere.
 
     Returns:
         Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every
@@ -49,10 +49,10 @@ def chunked_cross_entropy(
     if num_items is None:
         num_items = (flat != IGNORED).sum().clamp(min=1)
     scale = 1 / torch.as_tensor(num_items, dtype=torch.float32, device=hidden.device)
-    # Each chunk reads and writes the whole gradient of the matrix, which a GPU notices.
+    # Each chunk reads and writes the whole weight gradient, so a GPU needs larger chunks.
     chunk = chunk or (2048 if hidden.is_cuda else 512)
     options = (scale, chunk, z_loss)
-    # Finding the ignored labels would make the host wait, or break the graph.
+    # Finding the ignored labels would synchronize with the device or break the graph.
     if hidden.is_cuda or torch.compiler.is_compiling():
         loss, losses = _ChunkedCrossEntropy.apply(states, weight, flat, *options)
         return loss, losses.view(labels.shape)
@@ -68,7 +68,7 @@ def dense_cross_entropy(
     num_items: torch.Tensor | int,
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the same from [..., V] logits that exist anyway."""
+    """Compute the same from existing [..., V] logits."""
     kept = labels != IGNORED
     log_probs = logits.float().log_softmax(-1)
     losses = -log_probs.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
@@ -92,7 +92,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total = torch.zeros((), dtype=torch.float32, device=hidden.device)
             hidden_grad = torch.empty_like(hidden) if wants_hidden else None
             weight_grad = torch.zeros_like(matrix, dtype=torch.float32) if wants_weight else None
-            # On a CPU, a product that stays in the cache is added in a third of the time.
+            # On a CPU, accumulating products that fit the cache takes a third of the time.
             rows = len(matrix) if hidden.is_cuda else 4096
             for start in range(0, len(hidden), chunk):
                 part = slice(start, start + chunk)
@@ -112,7 +112,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                             some = slice(begin, begin + rows)
                             weight_grad[some] += logits[:, some].T @ states
         if weight_grad is not None:
-            # Not a view: autograd adds to it in place only if nothing else holds its storage.
+            # Not a view: autograd accumulates in place only if nothing else holds the storage.
             weight_grad = weight_grad[:classes].detach()
         ctx.save_for_backward(hidden_grad, weight_grad)
         ctx.weight_dtype = weight.dtype
@@ -131,12 +131,12 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def _form_gradient(logits, labels, scale, z_loss: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Turn [C, V] logits into the gradient of the chunk's objective times `scale`, in place.
+    """Overwrite [C, V] logits with the gradient of the chunk's objective, times `scale`.
 
     The gradient is softmax (1 + 2 z log_sum) - one_hot.
 
     Returns:
-        Losses of the tokens, [C] fp32 and 0 where ignored, and the sum of the objective.
+        Token losses, [C] fp32 and 0 where ignored, and the sum of the objective.
     """
     kept = labels != IGNORED
     target = labels.masked_fill(~kept, 0)[:, None]
@@ -166,7 +166,7 @@ def _gradient_function(device_type: str) -> Any:
 
 
 def _table(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Cast the matrix; on CUDA, pad its rows to a multiple of 64, which tensor cores want."""
+    """Cast the matrix; on CUDA, pad its rows to a multiple of 64 for the tensor cores."""
     if not weight.is_cuda:
         return weight.to(dtype)
     table = weight.new_zeros(len(weight) + -len(weight) % 64, weight.shape[1], dtype=dtype)

@@ -1,14 +1,14 @@
 # Copyright 2026 The qwen3-encdec authors.
 # Licensed under the Apache License, Version 2.0.
-"""The decoder: Qwen3 whose one attention module does self- and cross-attention together.
+"""The decoder: Qwen3 with self- and cross-attention merged into one attention module.
 
-Departures from transformers' Qwen3, after T5Gemma 2 (arXiv 2512.14856):
+Differences from transformers' Qwen3, following T5Gemma 2 (arXiv 2512.14856):
 
 - merged attention: the same q/k/v/o projections and one softmax over encoder and decoder keys;
 - q_norm and k_norm apply to everything, RoPE to decoder queries and keys only. Encoder keys are not
-  rotated: the source is a set of states whose order is already in them;
-- the source is a prefix: keys are laid out encoder first, so that the mask is exactly causal,
-  aligned to the bottom right (S = 3 source tokens, T = 4 target tokens):
+  rotated: encoder states already contain the order of the source;
+- the source is a prefix: encoder keys come first, so the mask is exactly causal, aligned
+  bottom-right (S = 3 source tokens, T = 4 target tokens):
 
               encoder   decoder
               0 1 2     0 1 2 3
@@ -17,11 +17,11 @@ Departures from transformers' Qwen3, after T5Gemma 2 (arXiv 2512.14856):
     query 2   1 1 1     1 1 1 0
     query 3   1 1 1     1 1 1 1
 
-  The cache is that of a decoder-only model, its first S entries the encoder's keys and values,
-  written once with the first target tokens;
-- optionally (`source_gate`), encoder states are scaled to the size of the decoder's own, and their
-  values multiplied by a learned gate per key head that starts at 0: a pretrained decoder then
-  starts close to the language model it was.
+  The cache is that of a decoder-only model. Its first S entries are the encoder's keys and values,
+  written once, together with the first target tokens;
+- optionally (`source_gate`), encoder states are scaled so their values match the decoder's own in
+  size, and the values are multiplied by a learned gate per key head that starts at 0. A pretrained
+  decoder then starts close to the language model it was.
 
 Shapes: B batch, S source length, T target length, P target tokens in the cache before this call, M
 source and N target tokens of a packed batch of D documents, H query heads, K key/value heads, d
@@ -53,8 +53,8 @@ from .modeling_qwen3_encoder import Qwen3Stack, check_packed, check_shape
 class SourcePrefix:
     """A cache whose first `source_length` entries are the source's; its length is the target's.
 
-    `generate` counts target tokens by `get_seq_length`; mask builders place queries behind
-    everything the cache holds by `get_query_offset`.
+    `generate` counts target tokens with `get_seq_length`; mask builders use `get_query_offset` to
+    place queries after everything in the cache.
     """
 
     source_length = 0
@@ -86,7 +86,7 @@ class SourceDynamicCache(SourcePrefix, DynamicCache):
 
 
 class SourceStaticCache(SourcePrefix, StaticCache):
-    """A cache of fixed size that begins with the source."""
+    """A fixed-size cache that begins with the source."""
 
 
 class Qwen3MergedAttention(Qwen3Attention):
@@ -117,15 +117,15 @@ class Qwen3MergedAttention(Qwen3Attention):
         Args:
             hidden_states: [B, T, E]; packed, [1, N, E].
             position_embeddings: cos and sin of the decoder positions, each [B, T, d].
-            encoder_hidden_states: [B, S, E]; packed, [1, M, E]; None where the cache already
-                begins with them.
+            encoder_hidden_states: [B, S, E]; packed, [1, M, E]; None if the cache already
+                holds them.
             source_length: S.
             merged_mask: [B, 1, T, S + P + T] or its equivalent for the backend; None is
                 bottom-right causal.
 
         Returns:
             Output [B, T, E]; self-attention weights [B, H, T, P + T] and cross-attention weights
-            [B, H, T, S], which sum to 1 together, or None where the backend returns none.
+            [B, H, T, S], which together sum to 1, or None if the backend returns none.
         """
         query = project_query(self, hidden_states)  # (B, H, T, d)
         key, value = project_key_value(self, hidden_states)  # (B, K, T, d)
@@ -144,7 +144,7 @@ class Qwen3MergedAttention(Qwen3Attention):
         return output, weights[..., source_length:], weights[..., :source_length]
 
     def source_key_value(self, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """[B, S, E] encoder states -> key and value [B, K, S, d]."""
+        """Project [B, S, E] encoder states to key and value, each [B, K, S, d]."""
         if not self.config.source_gate:
             return project_key_value(self, states)
         key, value = project_key_value(self, states * self.source_scale.to(states.dtype))
@@ -152,7 +152,7 @@ class Qwen3MergedAttention(Qwen3Attention):
 
 
 class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
-    """Qwen3's pre-norm layer around merged attention. The parameter names are Qwen3's."""
+    """Qwen3's pre-norm layer with merged attention and Qwen3's parameter names."""
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int):
         super().__init__()
@@ -167,7 +167,7 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
         encoder_hidden_states: torch.Tensor | None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """[B, T, E] -> [B, T, E]; `kwargs` are those of `Qwen3MergedAttention.forward`."""
+        """Map [B, T, E] to [B, T, E]; `kwargs` are those of `Qwen3MergedAttention.forward`."""
         normalized = self.input_layernorm(hidden_states)
         attended, _, _ = self.self_attn(
             normalized, encoder_hidden_states=encoder_hidden_states, **kwargs
@@ -177,7 +177,7 @@ class Qwen3MergedDecoderLayer(GradientCheckpointingLayer):
 
 
 class Qwen3MergedDecoder(Qwen3Stack):
-    """Target ids and encoder states -> decoder states after the final norm."""
+    """Decoder stack: target ids and encoder states to decoder states after the final norm."""
 
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": Qwen3MergedDecoderLayer,
@@ -207,26 +207,26 @@ class Qwen3MergedDecoder(Qwen3Stack):
         packed: Varlen | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Decode a padded batch, or, with `packed`, target and source tokens without padding.
+        """Decode a padded batch or, with `packed`, target and source tokens without padding.
 
         Args:
             input_ids: [B, T] int64, already shifted right; packed, [1, N].
             attention_mask: [B, P + T], 1 real and 0 padding; or a mask [B, 1, T, S + P + T] of
-                all keys, used as it is.
+                all keys, used as is.
             position_ids: [B, T]; by default counted from the first real token of the row and
                 continued from the cache.
             inputs_embeds: [B, T, E] in place of `input_ids`.
             encoder_hidden_states: [B, S, E], the encoder's output after its final norm.
             encoder_attention_mask: [B, S], 1 real and 0 padding.
-            cache: Keys and values to read and extend; made if `use_cache` asks for one. Ordinary
-                dynamic and static caches are taken too.
+            cache: Keys and values to read and extend; created if `use_cache` is set. Ordinary
+                dynamic and static caches work too.
 
         Returns:
             `last_hidden_state` [B, T, E] and the cache.
 
         Raises:
-            ValueError: no encoder states, ids and embeddings together or neither, a mask that does
-                not fit, or a cache where it would be dropped.
+            ValueError: no encoder states, both or neither of ids and embeddings, a mask that does
+                not fit, or a cache with a packed batch or gradient checkpointing.
         """
         states = self.embed(input_ids, inputs_embeds, "decoder_")
         if encoder_hidden_states is None:
@@ -271,7 +271,7 @@ class Qwen3MergedDecoder(Qwen3Stack):
         )
 
     def _cache(self, cache: Cache | None, use_cache: bool | None, packed: Any) -> Cache | None:
-        """Make a cache if one is wanted, and refuse one that could not be honoured."""
+        """Return the given cache, or create one if wanted; raise if a given one cannot be used."""
         recomputing = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
         if cache is not None and (packed is not None or recomputing):
             raise ValueError("a cache cannot be used with a packed batch or gradient checkpointing")
@@ -281,14 +281,14 @@ class Qwen3MergedDecoder(Qwen3Stack):
         return cache
 
     def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, view, past) -> Any:
-        """Make the mask of `[encoder ; decoder]` keys; None where it is bottom-right causal.
+        """Make the mask of `[encoder ; decoder]` keys; None means bottom-right causal.
 
         It is an ordinary causal mask over a past that begins with the source, so transformers'
         builder makes it for the backend.
         """
         batch, length, _ = states.shape
         source = encoder_states.shape[1]
-        if isinstance(attention_mask, dict):  # as generate() makes it ahead for a static cache
+        if isinstance(attention_mask, dict):  # generate() prepares one for a static cache
             attention_mask = attention_mask["full_attention"]
         if attention_mask is not None and len(attention_mask.shape) == 4:
             keys = attention_mask.shape[-1]
@@ -316,7 +316,7 @@ class Qwen3MergedDecoder(Qwen3Stack):
 
 
 def _positions(states: torch.Tensor, attention_mask: Any, past: Any) -> torch.Tensor:
-    """[B, T] positions: counted over real tokens where a padding mask tells them apart."""
+    """Return [B, T] positions, counted over the real tokens if there is a padding mask."""
     length = states.shape[1]
     if isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2:
         return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -length:]
@@ -324,14 +324,14 @@ def _positions(states: torch.Tensor, attention_mask: Any, past: Any) -> torch.Te
 
 
 def _holds_source(cache: Cache) -> bool:
-    """Tell if the source's keys and values are in the cache already."""
-    if torch.compiler.is_compiling():  # lengths of static caches are tensors: remember, not look
+    """Return True if the cache already holds the source's keys and values."""
+    if torch.compiler.is_compiling():  # static cache lengths are tensors: use the stored one
         return bool(getattr(cache, "source_length", 0))
     return bool(cache.get_query_offset() > 0)
 
 
 class _Prefilled:
-    """An empty cache, or none, as it is once the source has been put in: for mask builders."""
+    """Stand-in for an empty or missing cache once it holds the source, for mask builders."""
 
     def __init__(self, cache: Cache | None, source_length: int):
         self.cache, self.source_length = cache, source_length

@@ -2,12 +2,12 @@
 # Licensed under the Apache License, Version 2.0.
 """Encoder, decoder and one embedding matrix: `Qwen3ForSeq2SeqLM`.
 
-- One embedding module serves encoder input, decoder input and LM head, found under one name and
-  always called: FSDP2 shards it once, it is saved once, and wrappers see every use.
-- The right shift happens here and nowhere else, and the loss over the large vocabulary is taken
-  chunk by chunk in fp32.
+- One embedding module serves encoder input, decoder input and LM head. It has one name and is
+  always called, so FSDP2 shards it once, it is saved once, and wrappers see every use.
+- Labels are shifted right here and nowhere else. The loss over the large vocabulary is computed in
+  chunks, in fp32.
 - A batch is padded (`[B, S]` with masks) or packed (`[1, M]` with cumulative lengths, made by
-  `data.collate.collate_packed`) and stays so: outputs have the form of the inputs.
+  `data.collate.collate_packed`). Outputs have the form of the inputs.
 
 Shapes: B batch, S source length, T target length, M source and N target tokens of a packed batch of
 D documents, V vocabulary, E hidden size.
@@ -135,36 +135,36 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         input_ids: [B, S] int64 source; packed, [1, M].
         attention_mask: [B, S], 1 real and 0 padding; none in a packed batch.
         position_ids: [B, S], from 0 along the row by default; packed, [1, M].
-        encoder_outputs: Encoder output to use in place of encoding.
+        encoder_outputs: Precomputed encoder output, used instead of encoding.
         decoder_input_ids: [B, T] int64; by default `labels` shifted right.
-        decoder_attention_mask: [B, P + T], 1 real and 0 padding, which left-padded targets
-            need. Or a 4D mask, see `Qwen3MergedDecoder.forward`.
+        decoder_attention_mask: [B, P + T], 1 real and 0 padding, required for left-padded
+            targets. Or a 4D mask, see `Qwen3MergedDecoder.forward`.
         decoder_position_ids: [B, T], by default counted over the real tokens of the row.
         cu_seqlens, decoder_cu_seqlens: [D + 1] int32, cumulative lengths of the documents'
-            sources and targets: the batch is packed.
-        max_seqlen, decoder_max_seqlen: Longest of them.
+            sources and targets, for a packed batch.
+        max_seqlen, decoder_max_seqlen: Longest source and longest target.
         key_order: [M + N] int64, sorts [all sources ; all targets] document by document.
         cache: Keys and values to read and extend.
         labels: [B, T] int64 target, not shifted, -100 is ignored; packed, [1, N].
-        num_items_in_batch: Label tokens of the whole optimizer step, over micro-batches and
-            ranks: the loss is the sum over label tokens divided by it. None divides by this
-            call's own label tokens.
+        num_items_in_batch: Label tokens in the whole optimizer step, over micro-batches and
+            ranks. The loss is the sum over label tokens divided by this number; None uses the
+            label tokens of this call.
         encoder_targets: [B, S] int64, for an auxiliary masked next-token loss on the encoder
             (MNTP, arXiv 2404.05961): the original id where `input_ids` has a mask, else -100.
-            As in a causal model, the state before a token predicts it, and the first token of
-            a document cannot be asked for.
-        encoder_loss_weight: Of the sum over encoder targets, added to the sum over labels.
-        z_loss: Weight of the squared log-sum-exp of a token's logits.
-        return_logits: By default where there are no labels, and outside training.
-        logits_to_keep: Logits of the last positions only, or of these positions; 0 keeps all.
+            As in a causal model, the state before a token predicts it, so the first token of
+            a document cannot be a target.
+        encoder_loss_weight: Weight of the sum over encoder targets in the total loss.
+        z_loss: Weight of the squared log-sum-exp of each token's logits.
+        return_logits: Return logits; by default, without labels or outside training.
+        logits_to_keep: Number of last positions, or the positions, to keep; 0 keeps all.
 
     Returns:
         `loss` (fp32 scalar) and `token_losses` with labels; `logits` [B, T, V]; cache, states
         and attentions as asked.
 
     Raises:
-        ValueError: inputs missing, given twice or of shapes that do not fit.
-        TypeError: an argument that nothing reads.
+        ValueError: missing or duplicate inputs, or shapes that do not fit.
+        TypeError: an unknown argument.
     """
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
@@ -206,7 +206,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Qwen3Seq2SeqLMOutput:
-        """Compute loss and logits; the arguments are those of the class's documentation."""
+        """Compute loss and logits; the arguments are documented on the class."""
         if unknown := sorted(kwargs.keys() - _TOLERATED):
             raise TypeError(f"unexpected argument {unknown[0]!r}")
         if labels is not None:
@@ -264,7 +264,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """[B, T] labels -> [B, T] decoder input: the start token, then the labels but the last."""
+        """Return [B, T] decoder input: the start token, then the [B, T] labels but the last."""
         return self._shift_right(labels, None, None)
 
     def _shift_right(self, labels, mask, cu_seqlens) -> torch.Tensor:
@@ -287,7 +287,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
     def _prepare_cache_for_generation(
         self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
     ) -> None:
-        """Make room for the source, which is a prefix of the one cache there is."""
+        """Make room for the source, which is a prefix of the only cache."""
         source_length = model_kwargs["encoder_outputs"][0].shape[1]
         one_step = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         given = model_kwargs.get("cache")
@@ -309,16 +309,16 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
-        """Leave the decoder's mask as it is: `forward` puts the source's before it."""
+        """Return the decoder's mask unchanged; `forward` prepends the source's."""
         return attention_mask
 
     @torch.no_grad()
     def fill(self, text: str | list[str], tokenizer: Any, **generate_options: Any) -> Any:
-        """Fill the `<extra_id_N>` of a text with what the model generates for them.
+        """Fill each `<extra_id_N>` of a text with the span that the model generates for it.
 
-        The model answers `<extra_id_0> first span <extra_id_1> second span ...`; spans may come in
-        any order, one that it repeats counts the first time, one that it leaves out stays as it is
-        in the text. Every other control token that the text spells is text.
+        The model generates `<extra_id_0> first span <extra_id_1> second span ...`, in any order. Of
+        a repeated sentinel the first span counts; an omitted one stays in the text. Any other
+        control token spelled in the text is treated as text.
 
         Args:
             text: One text or a list of texts.
@@ -329,7 +329,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             The filled text, or a list of them.
 
         Raises:
-            ValueError: a text has no `<extra_id_N>`, or one that the tokenizer does not have.
+            ValueError: a text has no `<extra_id_N>`, or one that is not in the tokenizer.
         """
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
@@ -346,7 +346,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
 def _packed_keys(
     cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
 ) -> Varlen:
-    """Describe the merged keys of a packed batch; the sums are made on the device."""
+    """Describe the merged keys of a packed batch; the sums are computed on the device."""
     if decoder_cu_seqlens is None or decoder_max_seqlen is None or key_order is None:
         raise ValueError("a packed batch needs decoder_cu_seqlens, decoder_max_seqlen, key_order")
     if max_seqlen is None or decoder_cu_seqlens.shape != cu_seqlens.shape:

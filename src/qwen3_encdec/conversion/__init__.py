@@ -1,1 +1,1 @@
-"""Qwen3 into an encoder-decoder, the encoder out of it, and several encoders into one."""
+"""Initialize an encoder-decoder from Qwen3, extract its encoder, and merge encoders."""

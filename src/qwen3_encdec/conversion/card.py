@@ -1,6 +1,6 @@
-"""The model card of an encoder folder: metadata for a hub, and facts that the folders record.
+"""Model card of an encoder folder: hub metadata, and facts recorded in the folders.
 
-Names of files and folders are cut to their last part, so that no local path is published.
+File and folder names are reduced to their last part, so no local path is published.
 """
 
 import re
@@ -13,7 +13,7 @@ from huggingface_hub import metadata_load, metadata_save
 from qwen3_encdec.folders import PROVENANCE_FILE, read_json
 
 _METADATA = {
-    # Those of Qwen3's dense checkpoints and of package-docs.
+    # As for Qwen3's dense checkpoints and package-docs.
     "license": "apache-2.0",
     "language": ["en"],
     "library_name": "sentence-transformers",
@@ -43,10 +43,10 @@ def write_card(
     """Write README.md into an encoder folder under construction.
 
     Args:
-        folder: The folder.
-        name: The title.
-        metadata: For a hub: `base_model`, and what differs from the usual license and language.
-        sections: Facts by the title of their section.
+        folder: Encoder folder.
+        name: Title of the card.
+        metadata: Hub metadata: `base_model`, and overrides of the default license and language.
+        sections: Facts by section title.
     """
     parts = [f"# {name}", _USE.format(name=name)]
     for title, facts in sections.items():
@@ -58,18 +58,18 @@ def write_card(
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """The metadata of a folder's card; empty where there is none."""
+    """Read the metadata of a folder's card; empty if there is no card."""
     file = folder / "README.md"
     return (metadata_load(file) or {}) if file.is_file() else {}
 
 
 def base_of(checkpoint: Path) -> str:
-    """The base checkpoint behind an encoder-decoder: a hub id if it came from a hub.
+    """Trace an encoder-decoder to its base checkpoint: a hub id if it came from a hub.
 
-    A checkpoint records the folder that its run began with, and that folder what it was made of.
+    A checkpoint records the folder its run started from, and that folder records its source.
     """
     source = str(checkpoint)
-    for _ in range(9):  # folders made of each other
+    for _ in range(9):  # bounded, in case of a cycle
         file = Path(source) / PROVENANCE_FILE
         record = read_json(file) if file.is_file() else {}
         source = record.get("source") or record.get("model") or source
@@ -77,13 +77,13 @@ def base_of(checkpoint: Path) -> str:
 
 
 def without_path(name: str | Path) -> str:
-    """A hub id as it is; of a path its last part."""
+    """Return a hub id unchanged, or the last part of a path."""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not Path(name).exists()
     return str(name) if is_hub_id else Path(name).name
 
 
 def _public(value: Any) -> Any:
-    """A value with the local paths in it cut to their last part."""
+    """Reduce the local paths in a value to their last part."""
     if isinstance(value, list | tuple):
         return [_public(each) for each in value]
     local = isinstance(value, str | Path) and str(value).startswith(("/", "~", "./", "../"))

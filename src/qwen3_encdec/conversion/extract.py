@@ -1,17 +1,17 @@
-"""Encoder-decoder checkpoint -> a plain `Qwen3Model` folder that stock tools load bidirectionally.
+"""Extraction of the encoder to a plain `Qwen3Model` folder that stock tools load bidirectionally.
 
-The folder needs neither this package nor remote code. Each reader wants its own spelling of "not
-causal", and an old reader that knows none of them must refuse rather than embed causally:
+The folder needs neither this package nor remote code. Each reader has its own setting for "not
+causal", and an old reader that knows none of them must fail rather than embed causally:
 
 - `"is_causal": false` for transformers >= 5.2, vLLM and llama.cpp;
 - `"use_bidirectional_attention": true` for Text Embeddings Inference;
-- `"requirements"` in `config_sentence_transformers.json`, which stops sentence-transformers on
-  transformers < 5.2;
+- `"requirements"` in `config_sentence_transformers.json`, which makes sentence-transformers fail
+  on transformers < 5.2;
 - `rope_theta` at the top level beside `rope_parameters`, and one `eos_token_id`, for older readers;
-- the legacy sentence-transformers layout, which every version of it and of Text Embeddings
-  Inference reads.
+- the legacy sentence-transformers layout, which every version of sentence-transformers and of Text
+  Embeddings Inference reads.
 
-The tokenizer appends `<|im_end|>`, as every source ended in training.
+The tokenizer appends `<|im_end|>`, because every source ended with it in training.
 """
 
 import math
@@ -39,20 +39,20 @@ from qwen3_encdec.folders import (
 )
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
-# As sentence-transformers calls them, and the flags by which older readers know them.
+# Their names in sentence-transformers, and the flags that older readers use.
 POOLING = {"mean": "mean", "last": "lasttoken", "cls": "cls"}
 POOLING_FLAGS = {
     "cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "sqrt": "mean_sqrt_len_tokens",
     "weightedmean": "weightedmean_tokens", "lasttoken": "lasttoken",
 }  # fmt: skip
-# Largest difference allowed to our own encoder, relative to the largest state, in fp32.
+# Largest difference allowed from our own encoder, relative to the largest state, in fp32.
 TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
 class ExtractionReport:
-    """Largest relative differences of the extracted folder to our own encoder on a padded batch:
-    of the states, of the pooled embeddings, and of what a causal reader would make of it.
+    """Largest differences between the extracted folder and our own encoder on a padded batch:
+    of the states, relative to the largest; of pooled embeddings; and of the states read causally.
     """
 
     averaged: list[str]
@@ -82,14 +82,14 @@ def extract_encoder(
 
     Args:
         checkpoint: An encoder-decoder folder, a `step-*` checkpoint, or a run folder (its newest).
-        output_dir: Written beside and renamed into place.
+        output_dir: Folder to write; built beside it and renamed into place.
         pooling: `"mean"`, `"last"` or `"cls"`.
         average_last: Average the weights of the newest N checkpoints, up to `checkpoint`.
-        max_seq_length: Tokens after which a text is cut; by default at most 512.
+        max_seq_length: Tokens to which a text is truncated; by default at most 512.
 
     Raises:
-        InputError: no such checkpoints, damaged files, an unknown pooling, a length out of range,
-            or a folder that stock tools do not read as our encoder.
+        InputError: missing checkpoints, damaged files, an unknown pooling, a length out of range,
+            or stock tools that disagree with our encoder on the folder.
     """
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")
@@ -121,9 +121,9 @@ def extract_encoder(
 
 
 def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
-    """The newest `average_last` checkpoint folders up to `checkpoint`, oldest first.
+    """Return the newest `average_last` checkpoint folders up to `checkpoint`, oldest first.
 
-    Raises InputError if there is no checkpoint, or fewer than asked for.
+    Raises InputError if there is no checkpoint, or fewer than requested.
     """
     if not checkpoint.is_dir():
         raise InputError(f"checkpoint {checkpoint} does not exist; train one with: {TRAIN_COMMAND}")
@@ -148,7 +148,7 @@ def _step(folder: Path) -> int:
 
 
 def _average(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
-    """Mean of the encoders' tensors, in fp32 where there are several, under stock names."""
+    """Average the encoders' tensors under stock names, in fp32 if there are several."""
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
         for name, tensor in read_tensors(folder):
@@ -242,7 +242,7 @@ def _write_small_files(
 def _verify(
     folder: Path, config: Qwen3EncoderDecoderConfig, tensors: dict[str, torch.Tensor]
 ) -> tuple[float, float, float]:
-    """Differences of stock transformers, sentence-transformers and the causal control."""
+    """Measure the differences of transformers, sentence-transformers and a causal control."""
     from sentence_transformers import SentenceTransformer
 
     ours = Qwen3EncoderModel(config).eval()
@@ -269,7 +269,7 @@ def _verify(
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:
-    """[B, S, E] states under a [B, S] mask, padded on the right -> [B, E], normalized.
+    """Pool right-padded [B, S, E] states under a [B, S] mask to normalized [B, E].
 
     `pooling` is `"mean"`, `"lasttoken"` or `"cls"`, as sentence-transformers spells it.
     """

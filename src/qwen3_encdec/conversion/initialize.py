@@ -1,10 +1,10 @@
-"""Qwen3 checkpoint -> encoder-decoder folder, verified by what it computes.
+"""Initialization of an encoder-decoder folder from a Qwen3 checkpoint, verified by its outputs.
 
-Every Qwen3 tensor goes into both stacks; new are the sentinel rows alone and, with the source gate,
-a scale and a closed gate per decoder layer. The proof runs on the saved and reloaded folder: the
-encoder under a causal mask must give Qwen3's hidden states, the decoder with its whole source
-masked must give Qwen3's logits, and the same check must fail once two tensors are swapped. A folder
-that does not pass is not left behind.
+Both stacks are copied from Qwen3. Only the sentinel rows are new and, with the source gate, a scale
+and a closed gate per decoder layer. Verification runs on the saved and reloaded folder: the encoder
+under a causal mask must reproduce Qwen3's hidden states, the decoder with its whole source masked
+must reproduce Qwen3's logits, and the same check must fail once two tensors are swapped. A folder
+that fails is deleted.
 """
 
 from dataclasses import dataclass
@@ -37,10 +37,10 @@ KEY_MAP = {
     "model.norm.": ("model.encoder.norm.", "model.decoder.norm."),
     "lm_head.": (),  # the head is the embedding here
 }
-"""Beginnings of Qwen3's tensor names, and of those that become copies."""
+"""Prefixes of Qwen3's tensor names, and of the names they are copied to."""
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# Largest difference allowed, relative to the largest reference value. Rounding through 28 layers
-# in fp32 is about 1e-6.
+# Largest difference allowed, relative to the largest reference value. Rounding in fp32 through 28
+# layers is about 1e-6.
 TOLERANCE = 1e-4
 TEXTS = (
     "The committee met on Tuesday to discuss the new proposal. After two hours of debate, it"
@@ -50,15 +50,15 @@ TEXTS = (
     "Water boils at a lower temperature on a mountain, because the pressure of the air is lower"
     " there. That is why pasta takes longer to cook in the Alps than by the sea.",
 )
-"""Texts that the source's scale is measured on, and the proof with a source."""
+"""Texts on which the source scales and the losses of `Verification` are measured."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """Differences to Qwen3 relative to the largest reference value, broken controls, and losses.
+    """Differences from Qwen3 relative to the largest reference value, broken controls, and losses.
 
-    `alone` and `with_source` are nats per token of the second halves of a few texts, decoded with
-    the first halves masked and in sight.
+    `alone` and `with_source` are losses in nats per token on the second halves of a few texts, with
+    the first halves as a masked or a visible source.
     """
 
     encoder: float
@@ -70,7 +70,7 @@ class Verification:
 
     @property
     def passed(self) -> bool:
-        """True if both stacks compute what Qwen3 does and both controls fail. NaN does not pass."""
+        """True if both stacks reproduce Qwen3 and both controls fail. NaN does not pass."""
         controls = min(self.encoder_control, self.decoder_control)
         return max(self.encoder, self.decoder) < TOLERANCE < controls
 
@@ -86,7 +86,7 @@ class Verification:
 
 @dataclass(frozen=True)
 class InitializationReport:
-    """Fate of every tensor. `copied` counts tensors, `new_rows` sentinels."""
+    """Summary of the tensors. `copied` counts tensors, `new_rows` sentinels."""
 
     copied: int
     new_rows: int
@@ -128,21 +128,21 @@ def initialize(
     verify: bool = True,
     seed: int = 0,
 ) -> InitializationReport:
-    """Write the encoder-decoder folder of a dense Qwen3: weights, configuration and tokenizer.
+    """Write an encoder-decoder folder from a dense Qwen3: weights, configuration and tokenizer.
 
     Args:
         qwen3_model: Folder or hub id.
-        output_dir: Written beside and renamed into place.
-        num_sentinel_tokens: How many `<extra_id_N>` rows to append.
-        num_decoder_layers: Fewer decoder than encoder layers, picked evenly.
-        source_gate: Scale the source's values to the decoder's own size and close a gate on them,
-            so that the decoder begins as the language model it was.
+        output_dir: Folder to write; built beside it and renamed into place.
+        num_sentinel_tokens: Number of `<extra_id_N>` rows to append.
+        num_decoder_layers: Number of decoder layers, picked evenly; all by default.
+        source_gate: Scale the source's values to the size of the decoder's own, behind a gate that
+            starts closed, so the decoder starts as the language model it was.
         dtype: `"float32"` or `"bfloat16"`, of the saved weights.
-        verify: Run the functional proof; see `Verification`.
-        seed: Of the noise on the sentinel rows.
+        verify: Compare the saved folder with Qwen3; see `Verification`.
+        seed: Seed of the noise on the sentinel rows.
 
     Raises:
-        InputError: no checkpoint there, not a dense Qwen3, damaged or unexpected tensors, or a
+        InputError: no checkpoint, not a dense Qwen3, damaged or unexpected tensors, or a
             failed verification.
     """
     if dtype not in DTYPES:
@@ -196,7 +196,7 @@ def initialize(
 
 
 def pick_layers(available: int, wanted: int) -> list[int]:
-    """Pick the layers to become the `wanted` ones, evenly spaced, the first and the last kept."""
+    """Pick `wanted` of the layers, evenly spaced, including the first and the last."""
     if not 1 <= wanted <= available:
         raise InputError(f"num_decoder_layers={wanted} is not between 1 and {available}")
     if wanted == 1:
@@ -207,7 +207,7 @@ def pick_layers(available: int, wanted: int) -> list[int]:
 def _fill(
     model: Qwen3ForSeq2SeqLM, source: Path, picks: list[int], trained: int, seed: int
 ) -> tuple[int, list[str]]:
-    """Apply the key map, strictly both ways; return the number of copies, and what was dropped."""
+    """Apply the key map, strict both ways; return the number of copies and the dropped names."""
     state = model.state_dict()
     filled: set[str] = set()
     dropped = []
@@ -235,7 +235,7 @@ def _fill(
 
 
 def _grow(embedding: torch.Tensor, rows: int, trained: int, seed: int) -> torch.Tensor:
-    """Append sentinel rows: the mean of the trained rows and a tenth of their spread as noise."""
+    """Append sentinel rows: the mean of the trained rows plus a tenth of their std as noise."""
     known = embedding[:trained]
     shape = rows - embedding.shape[0], embedding.shape[1]
     noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
@@ -252,11 +252,11 @@ def _halves(tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
 
 @torch.no_grad()
 def set_source_scales(model: Qwen3ForSeq2SeqLM, tokenizer: Any) -> list[float]:
-    """Scale each layer's source values to the size of the decoder's own, measured on `TEXTS`.
+    """Scale encoder states so that each layer's source values have its own values' size on `TEXTS`.
 
-    Encoder states carry the gain of the final norm, so the values that a trained decoder makes of
-    them are several times its own. Returns the scales by decoder layer: RMS of the decoder's values
-    over RMS of the source's.
+    Encoder states carry the gain of the final norm, so a trained decoder projects them to values
+    several times larger than its own. Returns the scale of each decoder layer: RMS of the decoder's
+    values over RMS of the source's.
     """
     source, target = _halves(tokenizer)
     encoded = model.model.encoder(**source).last_hidden_state
@@ -284,7 +284,7 @@ def set_source_scales(model: Qwen3ForSeq2SeqLM, tokenizer: Any) -> list[float]:
 def verify_initialization(
     source: Path, folder: Path, picks: list[int], dtype: torch.dtype
 ) -> Verification:
-    """Compare what the saved folder computes with Qwen3, both in fp32 from weights of `dtype`."""
+    """Compare the saved folder's outputs with Qwen3's, both in fp32 from weights in `dtype`."""
     qwen3 = Qwen3ForCausalLM.from_pretrained(source, dtype=dtype).float().eval().model
     rows, length = qwen3.config.vocab_size, 17
     ids = torch.randint(rows, (3, length), generator=torch.Generator().manual_seed(0))

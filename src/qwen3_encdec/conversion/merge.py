@@ -1,7 +1,7 @@
-"""Soups: one encoder of several, by averaging tensor by tensor in fp32.
+"""Model soups: average several encoders into one, tensor by tensor in fp32.
 
-sentence-transformers' own `merge` goes through mergekit and takes equal models only. This one also
-merges an encoder with the causal Qwen3 it came from, whose tensors have other names, and whose
+sentence-transformers' own `merge` uses mergekit and accepts only equal models. This one can also
+merge an encoder with the causal Qwen3 it came from, whose tensors have other names and whose
 vocabulary lacks the sentinels.
 """
 
@@ -36,11 +36,11 @@ def soup(
 
     Args:
         models: Encoder folders of one architecture, tokenizer and pooling. From the second on, one
-            may be the causal Qwen3 that they came from: embedding rows that it lacks stay.
-        output_dir: Written beside and renamed into place.
-        weights: Share of each model, by default equal ones; they are divided by their sum.
+            may be the causal Qwen3 they came from; embedding rows it lacks are left unchanged.
+        output_dir: Folder to write; built beside it and renamed into place.
+        weights: Share of each model, equal by default; divided by their sum.
 
-    Raises InputError if the arguments do not fit, or models differ in more than their weights.
+    Raises InputError if an argument is invalid, or models differ in more than their weights.
     """
     if len(models) < 2:
         raise InputError("a soup needs at least two models")
@@ -72,7 +72,7 @@ def soup(
 
 
 def _of_encoder(named: dict[str, Any]) -> dict[str, Any]:
-    """Tensors or shapes under an encoder's names; the head of a causal model is left out."""
+    """Rename tensors or shapes to an encoder's names, without the head of a causal model."""
     named.pop("lm_head.weight", None)
     return {name.removeprefix("model."): value for name, value in named.items()}
 

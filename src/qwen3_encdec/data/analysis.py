@@ -1,4 +1,4 @@
-"""Measure what a data config will feed to a model, on the stream itself, before training."""
+"""Measure, on the stream itself, what a data config will feed to a model."""
 
 import time
 from dataclasses import dataclass
@@ -14,13 +14,13 @@ from qwen3_encdec.folders import InputError
 
 @dataclass(frozen=True)
 class Analysis:
-    """Figures of a sample of the stream."""
+    """Statistics of a sample of the stream."""
 
     denoisers: Preset
     of_each: list[np.ndarray]
-    """Source length, target length and sentinels of each denoiser's examples, [examples, 3]."""
+    """Per denoiser, [examples, 3]: source length, target length and number of sentinels."""
     totals: list[tuple[str, str]]
-    """Names and figures of the whole sample."""
+    """Names and values of statistics of the whole sample."""
     shown: list[str]
     """Examples as text."""
 
@@ -35,7 +35,7 @@ class Analysis:
 
     @property
     def table(self) -> tuple[list[str], list[list[str]]]:
-        """Header and rows, one a denoiser; nominal values in brackets, lengths as mean and most."""
+        """Header and denoiser rows; nominal values in parentheses, lengths as mean and maximum."""
         header = ["Denoiser", "Examples", "Targets", "Corruption", "Source", "Target", "Sentinels"]
         parts = zip(self.denoisers, self.shares, self.of_each, strict=True)
         return header, [_line(*part) for part in parts]
@@ -71,10 +71,10 @@ def analyze(
     num_examples: int = 10_000,
     show: int = 2,
 ) -> Analysis:
-    """Draw about `num_examples` examples (at most one epoch) and measure them; `show` of each
-    denoiser are rendered.
+    """Measure about `num_examples` examples (at most one epoch), and render `show` of each
+    denoiser.
 
-    Raises InputError as the stream does.
+    Raises InputError like the stream.
     """
     data = UL2Data(config, tokenizer)
     number = len(config.denoisers)

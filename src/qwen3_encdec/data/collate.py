@@ -1,4 +1,4 @@
-"""Rows of examples to a batch: packed, or padded for generation."""
+"""Packing of examples into rows, and collation of rows into packed batches."""
 
 import zlib
 from collections.abc import Callable, Sequence
@@ -15,7 +15,7 @@ Position = dict[str, int]
 
 
 class Row(NamedTuple):
-    """Examples that fit the length budgets together, and where their stream stands behind them."""
+    """Examples that fit the length budgets together, and the stream's position after them."""
 
     examples: list[Example]
     stream: int
@@ -30,7 +30,7 @@ def count_tokens(examples: Sequence[Example]) -> int:
 
 
 def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Lay D documents out as one packed batch without padding.
+    """Concatenate D documents into one packed batch without padding.
 
     Args:
         sources: Token ids of each document's source, int64.
@@ -39,7 +39,7 @@ def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray])
     Returns:
         The packed form that `Qwen3ForSeq2SeqLM` takes, with M source and N target tokens:
 
-        - `input_ids` [1, M] and `labels` [1, N], int64, documents one after another;
+        - `input_ids` [1, M] and `labels` [1, N], int64, the concatenated documents;
         - `position_ids` [1, M] and `decoder_position_ids` [1, N], int64, from 0 in every document;
         - `cu_seqlens` and `decoder_cu_seqlens`, [D + 1] int32, cumulative lengths;
         - `max_seqlen` and `decoder_max_seqlen`, int, longest lengths;
@@ -64,10 +64,10 @@ def collate_packed(sources: Sequence[np.ndarray], targets: Sequence[np.ndarray])
 
 
 def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
-    """Lay out all examples of some rows as a packed batch.
+    """Collate all examples of some rows into a packed batch.
 
-    Beside `collate_packed`'s entries it has `denoiser` [1, N] int64, the index of the denoiser that
-    a target token comes from.
+    In addition to `collate_packed`'s entries it has `denoiser` [1, N] int64, the index of each
+    target token's denoiser.
     """
     examples = [example for row in rows for example in row.examples]
     batch = collate_packed([e.source for e in examples], [e.target for e in examples])
@@ -79,7 +79,7 @@ def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
 def collate_micro_batches(
     rows: Sequence[Row], *, number: int, collate: Callable[[list[Row]], Any] = collate_rows
 ) -> list[Any]:
-    """Collate rows as `number` micro-batches of about as many tokens, each of at least one row."""
+    """Collate rows into `number` micro-batches of similar token counts and at least one row."""
     tokens, chosen = np.zeros(number, np.int64), np.zeros(len(rows), np.int64)
     sizes = [count_tokens(row.examples) for row in rows]
     for index in np.argsort(sizes)[::-1]:  # largest first, to the smallest micro-batch
@@ -93,13 +93,13 @@ def collate_masked_rows(
 ) -> dict[str, Any]:
     """Collate rows with source tokens masked at random.
 
-    A source alone decides which: they are the same in every worker, rank and continued run.
+    The mask depends on the source alone, so it is the same in any worker, rank or resumed run.
 
     Args:
         rows: As `collate_rows` takes them.
-        mask_id: Stands for a masked token.
+        mask_id: Id that replaces a masked token.
         kept_ids: Ids that are never masked: EOS and sentinels.
-        probability: Of masking any other token.
+        probability: Probability of masking any other token.
 
     Returns:
         The batch of `collate_rows`, and `encoder_targets` [1, M] int64: the masked tokens' ids,
@@ -118,9 +118,9 @@ def collate_masked_rows(
 
 
 def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """Return the reserved token that stands for a masked one: Qwen3 has no mask token.
+    """Return the id of the reserved token used for masking: Qwen3 has no mask token.
 
-    Raises InputError without one.
+    Raises InputError if the tokenizer lacks it.
     """
     token = "<|reserved_3|>"
     index = tokenizer.get_vocab().get(token)
@@ -133,8 +133,8 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
 class DataCollatorForPackedSeq2Seq:
     """Collate features for transformers' Trainer as the packed batch of `collate_packed`.
 
-    A feature is a dict of `input_ids` and `labels`, as lists, arrays or tensors; everything else in
-    it, such as an attention mask, is ignored: there is no padding.
+    A feature is a dict with `input_ids` and `labels` as lists, arrays or tensors. Other entries,
+    such as an attention mask, are ignored: there is no padding.
     """
 
     def __call__(self, features: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -149,10 +149,10 @@ def pack(
 ) -> list[list[Example]]:
     """Pack examples into rows: best fit, largest first.
 
-    An example goes to the row in which it leaves the least room of either budget. Deterministic;
+    An example goes to the row where it leaves the least room in the tighter budget. Deterministic;
     every example is in exactly one row. Raises ValueError if one exceeds a budget by itself.
     """
-    # In shares of the budgets, but as whole numbers, so that sums are exact.
+    # As shares of the budgets, scaled to integers so that sums are exact.
     sizes = np.array([(len(e.source), len(e.target)) for e in examples]).reshape(-1, 2)
     needs = sizes * (target_length, source_length)
     budget = source_length * target_length

@@ -18,21 +18,21 @@ class Source:
     """One source of a mixture."""
 
     inputs: list[str]
-    """As `DataConfig.inputs`."""
+    """Same as `DataConfig.inputs`."""
     weight: float = 1.0
     """Share of the tokens, relative to the other sources."""
     text_column: str = "text"
-    """As `DataConfig.text_column`."""
+    """Same as `DataConfig.text_column`."""
     name: str = ""
-    """Its name in logs; the last part of its first input without one."""
+    """Name in logs; by default the last part of the first input."""
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Everything that decides which examples there are."""
+    """Settings that determine the training examples."""
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
-    """Files, folders or globs of .jsonl, .txt (one document a line), .json, .csv (all also .gz,
+    """Files, folders or globs of .jsonl, .txt (one document per line), .json, .csv (all also .gz,
     .zst, .bz2 or .xz) or .parquet; a folder that prepare-data wrote; a hub dataset as ORG/NAME or
     ORG/NAME:CONFIG; or package-docs, the docstrings of the installed Python packages.
     """
@@ -45,27 +45,27 @@ class DataConfig:
     hub_split: str = "train"
     """Split to read of a hub dataset."""
     heldout_inputs: list[str] = field(default_factory=list)
-    """Inputs for evaluation; without any, package-docs holds packages out."""
+    """Inputs for evaluation; if empty, package-docs holds out whole packages."""
     heldout_every: int = 100
-    """Without heldout_inputs, one document in so many, by its hash, is kept from training."""
+    """If heldout_inputs is empty, hold out one document in this many, chosen by its hash."""
     preset: str | list[dict] = "t5gemma2"
     """Denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
     source_length: int = 512
-    """Most source tokens in a row, sentinels and EOS counted."""
+    """Maximum source tokens in a row, including sentinels and EOS."""
     target_length: int = 256
-    """Most target tokens in a row, sentinels and EOS counted."""
+    """Maximum target tokens in a row, including sentinels and EOS."""
     min_tokens: int = 8
-    """Shorter documents are refused and counted, and no chunk of a document is shorter."""
+    """Shorter documents are refused and counted; no chunk of a document is shorter."""
     streams: int = 64
-    """Canonical streams of rows: ranks times workers must divide it. It is part of the order."""
+    """Number of canonical streams; ranks times workers must divide it. It affects the order."""
     cache_gib: float = 32.0
-    """Compressed inputs, .csv, .json and hub datasets of up to so many GiB are unpacked or
+    """Compressed inputs, .csv, .json and hub datasets of up to this many GiB are unpacked or
     downloaded into the cache before training; larger ones are streamed.
     """
     seed: int = 0
-    """Decides order and corruption."""
+    """Seed of order and corruption."""
     accept_changes: bool = False
-    """Resume, at a new epoch, although corpus, tokenizer or these settings have changed."""
+    """Resume, at a new epoch, even if corpus, tokenizer or these settings have changed."""
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
@@ -93,7 +93,7 @@ class DataConfig:
 
     @cached_property
     def raw_lengths(self) -> list[int]:
-        """The longest text that each denoiser may take."""
+        """Longest text, in tokens, that each denoiser can take."""
         lengths = self.source_length, self.target_length
         return [raw_length(denoiser, *lengths) for denoiser in self.denoisers]
 

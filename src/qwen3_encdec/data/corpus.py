@@ -1,9 +1,9 @@
-"""Corpora: documents out of files, hub datasets and installed packages.
+"""Corpora: documents from files, hub datasets and installed packages.
 
-Every input becomes files, and a file is read in blocks that need nothing before them: a range of
-bytes of a .jsonl or .txt file, a part of a row group of a .parquet file. Compressed files, .csv and
-.json can only be read from their start. They are unpacked into a cache, as JSON lines, where they
-fit `cache_bytes`, and hub datasets are downloaded; what is larger is streamed.
+Every input becomes files, and a file is read in independent blocks: a byte range of a .jsonl or
+.txt file, or a part of a row group of a .parquet file. Compressed files, .csv and .json can only be
+read from the start. If they fit `cache_gib`, they are unpacked into a cache as JSON lines, and hub
+datasets are downloaded; larger inputs are streamed.
 """
 
 import bz2
@@ -56,7 +56,7 @@ _UNPACKERS: dict[str | None, Callable[[Any], Any]] = {
 
 
 class Document(NamedTuple):
-    """A text, or the token ids (int32) of one, and the key that equal texts share."""
+    """A text or its token ids (int32), and the key that equal texts share."""
 
     path: str
     key: int
@@ -68,24 +68,24 @@ class File:
     """A file of documents."""
 
     path: str
-    """Its name in messages."""
+    """Name in messages."""
     copy: str
     """The file that is read: downloaded, unpacked, or `path` itself."""
     size: int
     num_blocks: int
     column: str = ""
-    """Field of a JSON line, column of a table; plain lines have none."""
+    """Field of a JSON line or column of a table; empty for plain lines."""
     streamed: bool = False
-    """Unpacked while it is read, where a block is every `num_blocks`-th line."""
+    """Unpacked while it is read; a block is then every `num_blocks`-th line."""
     rows: tuple[int, ...] = ()
-    """Of each row group of a table."""
+    """Row counts of the row groups of a table."""
     tokenizer: str = ""
-    """Fingerprint of the tokenizer that prepared a table; its tokens are counted."""
+    """Fingerprint of the tokenizer that prepared a table, if it was prepared."""
     tokens: int = 0
 
     def read(self, block: int) -> Iterator[Document]:
-        """Yield the documents of a block: of the lines that begin in a range of bytes, or of a part
-        of a row group.
+        """Yield the documents of a block: the lines that begin in its byte range, or its part of a
+        row group.
         """
         return self._table(block) if self.rows else self._texts(block)
 
@@ -103,10 +103,10 @@ class File:
         return islice(lines, block, None, self.num_blocks)
 
     def _lines(self, block: int) -> Iterator[tuple[int, bytes]]:
-        """Yield lines of a range, and where they begin."""
+        """Yield the byte offset and content of each line of a block."""
         start, end = (self.size * number // self.num_blocks for number in (block, block + 1))
         with input_errors(self.path), open(self.copy, "rb") as file:
-            if start:  # a line that runs over the start belongs to the block before
+            if start:  # a line that crosses the start belongs to the previous block
                 file.seek(start - 1)
                 start += len(file.readline(end - start + 1)) - 1
             while start < end:
@@ -146,7 +146,7 @@ class Corpus:
     name: str
     files: Sequence[File]
     passed_over: list[str]
-    """Inputs that were found and not read, and why."""
+    """Inputs that were found but skipped, with the reason."""
 
     def __post_init__(self) -> None:
         self._ends = np.cumsum([file.num_blocks for file in self.files])
@@ -163,14 +163,14 @@ class Corpus:
         return (document for _, document in self.numbered(range(self.num_blocks)))
 
     def numbered(self, blocks: range) -> Iterator[tuple[int, Document]]:
-        """Yield the documents of some blocks, each with a number of its own in the corpus."""
+        """Yield the documents of some blocks, each with a unique number in the corpus."""
         for block in blocks:
             yield from enumerate(self.read(block), block << 32)
 
     def fingerprint(self) -> int:
-        """Hash names and sizes of the files, and both ends of 64 local ones.
+        """Hash the names and sizes of the files, and both ends of up to 64 local ones.
 
-        Folders do not count: a corpus may be moved.
+        Folders are not hashed, so a corpus may be moved.
         """
         seen = 0
         for number, file in enumerate(self.files):
@@ -185,11 +185,11 @@ class Corpus:
 
 
 def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> Corpus:
-    """Open the files of all inputs of a source, in an order that names decide.
+    """Open the files of all inputs of a source, sorted by name within an input.
 
-    What is up to `config.cache_gib` is unpacked or downloaded, more is streamed; `split` is that of
-    package-docs. Raises InputError if an input is not there, is of no known kind, or lacks the text
-    column.
+    Inputs of up to `config.cache_gib` are unpacked or downloaded, larger ones are streamed; `split`
+    selects the package-docs split. Raises InputError if an input is missing, of an unknown kind, or
+    lacks the text column.
     """
     cache_bytes = config.cache_gib * 2**30
     passed_over: list[str] = []
@@ -208,7 +208,7 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
         copies |= {path: _unpack(path, copies[path]) for path in packed}
         packed = set()
     sizes = {path: _size(copy) for path, copy in copies.items()}
-    # A small corpus is cut into several blocks for each stream, a streamed one into few.
+    # Cut a small corpus into several blocks per stream, a streamed one into few.
     total = sum(sizes.values())
     block_bytes = min(max(total // (8 * config.streams), 512), BLOCK_BYTES)
     streamed_bytes = max(total // (2 * config.streams), 1)
@@ -234,17 +234,17 @@ def text_key(text: str) -> int:
 
 @contextmanager
 def input_errors(what: str) -> Iterator[None]:
-    """Turn whatever goes wrong into an InputError of one line that names `what`."""
+    """Convert any exception into a one-line InputError that names `what`."""
     try:
         yield
-    except Exception as error:  # every way in which a library or a hub can fail
-        if isinstance(error, InputError):  # a clause of its own fails when the interpreter ends
+    except Exception as error:  # libraries and the hub raise many types
+        if isinstance(error, InputError):  # an `except` clause of its own fails at interpreter exit
             raise
         raise InputError(f"{what}: {first_line(error)}") from None
 
 
 def _text(line: bytes, column: str) -> str:
-    """Return the text of a line, which is JSON if there is a column."""
+    """Return the text of a line, parsed as JSON if there is a column."""
     text = line.decode("utf-8-sig").strip("\r\n")
     if not column or not text or text.isspace():
         return text
@@ -258,13 +258,13 @@ def _text(line: bytes, column: str) -> str:
     text = record[column] or ""
     if not isinstance(text, str):
         raise ValueError(f"column {column!r} is a {type(text).__name__}, not a text")
-    if not text.isascii():  # JSON can spell half a surrogate pair: no character
+    if not text.isascii():  # JSON can contain a lone surrogate, which is no character
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
 
 
 def _unpacked(path: str, copy: str) -> Iterator[bytes]:
-    """Yield the lines of text or JSON of a file that can only be read from its start."""
+    """Yield the text or JSON lines of a file that can only be read from its start."""
     kind, packing = _kind(path)
     with input_errors(path), _open(copy) as raw, _UNPACKERS[packing](raw) as file:
         if kind == "csv":
@@ -287,13 +287,13 @@ def _is_packed(path: str, copy: str) -> bool:
 
 
 def _kind(path: str) -> tuple[str, str | None]:
-    """Return kind and packing of a file, such as jsonl and .gz; empty if it is not known."""
+    """Return kind and compression of a file, such as jsonl and .gz; empty if unknown."""
     found = _KIND.search(path.lower())
     return (found[1], found[2]) if found else ("", None)
 
 
 def _unpack(path: str, copy: str) -> str:
-    """Write a file's lines into the cache, unless they are there, and return that file."""
+    """Unpack a file into the cache, unless it is there already, and return the cached file."""
     about = os.stat(copy)
     identity = f"{os.path.realpath(copy)} {about.st_size} {about.st_mtime_ns}"
     target = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.jsonl"
@@ -307,7 +307,7 @@ def _unpack(path: str, copy: str) -> str:
 
 
 def _local_files(item: str, passed_over: list[str]) -> list[str]:
-    """Return the files that a path or a glob names, and those in folders that it names."""
+    """Return the files that a path or a glob matches, including those in matched folders."""
     files = []
     matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
     for match in matches:
@@ -323,7 +323,7 @@ def _local_files(item: str, passed_over: list[str]) -> list[str]:
 
 
 def _walk(folder: str, passed_over: list[str]) -> list[str]:
-    """Return the files below a folder, links followed, but hidden ones and unknown kinds."""
+    """Return the files below a folder, following links, without hidden and unknown ones."""
     files: list[str] = []
     seen = {os.path.realpath(folder)}
     for top, folders, names in os.walk(folder, followlinks=True):
@@ -374,7 +374,7 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
 
 @lru_cache
 def _index_of(folder: str) -> dict[str, Any]:
-    """Return what `prepare` says of the files that it wrote."""
+    """Read the index that `prepare` wrote beside its files, if there is one."""
     index = Path(folder, INDEX_FILE)
     return read_json(index) if index.exists() else {}
 
@@ -388,9 +388,9 @@ def _open(path: str) -> Any:
 
 
 def _hub() -> Any:
-    """Return the hub as a file system, whose client asks again where the hub is overloaded.
+    """Return the hub as a file system whose client retries when the hub is overloaded.
 
-    `huggingface_hub` does so for downloads, not for what is asked before them.
+    `huggingface_hub` retries downloads, but not the requests before them.
     """
     from huggingface_hub import HfFileSystem, get_session
 
@@ -411,7 +411,7 @@ def _hub() -> Any:
 
 
 def _hub_files(item: str, split: str, cache_bytes: float) -> dict[str, str]:
-    """Return the files of a hub dataset and their copies: downloaded where they fit the cache."""
+    """Return the files of a hub dataset and their copies, downloaded if they fit the cache."""
     from datasets import load_dataset_builder
     from huggingface_hub import snapshot_download
 

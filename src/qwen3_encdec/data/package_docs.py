@@ -1,7 +1,7 @@
 """Docstrings of the installed Python packages: a real English corpus that needs no download.
 
 Files are parsed, never imported or run. A tenth of the packages is held out by a hash of the
-package's name, so that training never sees what evaluation asks.
+package's name, so training never sees evaluation texts.
 """
 
 import ast
@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
 _MIN_CHARACTERS = 40
-# Vendored copies of other packages would carry train texts into the held-out split.
+# Vendored copies of other packages would leak train texts into the held-out split.
 _SKIPPED_FOLDERS = {"test", "tests", "_test", "_tests", "testing"}
 _SKIPPED_FOLDERS |= {"vendor", "vendored", "_vendor", "_vendored"}
 _EXCLUDED = {"..", "bin", "qwen3_encdec"}
@@ -43,16 +43,16 @@ class Docstring(NamedTuple):
 
 
 def package_docs(split: Split) -> list[Docstring]:
-    """All documents of a split: distinct, at least 40 characters, sorted."""
+    """Return all documents of a split: distinct, at least 40 characters, sorted."""
     lines = package_docs_file(split).read_text(encoding="utf-8").splitlines()
     return sorted(Docstring(**json.loads(line)) for line in lines)
 
 
 def package_docs_file(split: Split) -> Path:
-    """Return a .jsonl file of a split's documents, in an order that spreads each package.
+    """Return a .jsonl file of a split's documents, shuffled across packages.
 
-    The first call reads every source file (a minute) and keeps the result in
-    `$XDG_CACHE_HOME/qwen3-encdec`, under a key made of the installed distributions.
+    The first call reads every source file (a minute) and caches the result in
+    `$XDG_CACHE_HOME/qwen3-encdec`, under a key derived from the installed distributions.
     """
     installed = sorted(distributions(), key=lambda d: (str(d.name), str(d.version)))
     versions = sorted({f"{d.name}=={d.version}" for d in installed})
@@ -71,16 +71,16 @@ def package_docs_file(split: Split) -> Path:
 
 
 def is_heldout(package: str) -> bool:
-    """Tell if a package is held out; depends on its name alone."""
+    """Return True if a package is held out; depends on its name alone."""
     digest = hashlib.sha256(f"1 {package}".encode()).digest()
     return int.from_bytes(digest[:4]) % 10 == 0
 
 
 def summary_pairs(split: Split) -> list[tuple[str, str]]:
-    """Pairs of a docstring's summary line and its body, for retrieval and contrastive training.
+    """Return pairs of docstring summary and body, for retrieval and contrastive training.
 
-    A summary has at least three words and a body 40 characters. A summary or body that occurs
-    twice, in either split, has no single right answer, so that all its pairs are left out.
+    A summary has at least three words, a body at least 40 characters. A summary or body that occurs
+    twice, in either split, has no single right answer, so all its pairs are dropped.
     """
     pairs = []
     for document in [*package_docs("train"), *package_docs("heldout")]:
@@ -99,7 +99,7 @@ def summary_pairs(split: Split) -> list[tuple[str, str]]:
 
 
 def cache_folder() -> Path:
-    """Return the folder for what is made once a machine, made if need be."""
+    """Return the cache folder of this machine, created if needed."""
     home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(home, "qwen3-encdec")
     folder.mkdir(parents=True, exist_ok=True)
@@ -107,10 +107,10 @@ def cache_folder() -> Path:
 
 
 def _scan(installed: list[Distribution]) -> list[Docstring]:
-    """Parse all source files in parallel; of equal texts the first by name stays.
+    """Parse all source files in parallel; of equal texts, keep the first by name.
 
-    This file run as a program needs the standard library only; a process pool would import, or
-    fork, the caller.
+    Workers run this file as a program, which needs only the standard library. A process pool would
+    import or fork the caller.
     """
     paths = sorted({path for distribution in installed for path in _source_files(distribution)})
     processes = os.cpu_count() or 1
@@ -126,7 +126,7 @@ def _scan(installed: list[Distribution]) -> list[Docstring]:
 
 
 def _source_files(distribution: Distribution) -> list[tuple[str, str]]:
-    """(path in site-packages, absolute path) of a distribution's modules without its tests."""
+    """List (path in site-packages, absolute path) of a distribution's modules, without tests."""
     return [
         (str(path), str(path.locate()))
         for path in distribution.files or ()
@@ -162,6 +162,6 @@ def _docstrings(path: tuple[str, str]) -> list[Docstring]:
 
 
 if __name__ == "__main__":
-    # A syntax tree has no cycles, and collecting while it grows takes two thirds of the time.
+    # Syntax trees have no cycles, and garbage collection would take two thirds of the time.
     gc.disable()
     json.dump(list(chain.from_iterable(map(_docstrings, json.load(sys.stdin)))), sys.stdout)

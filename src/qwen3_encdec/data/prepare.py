@@ -1,12 +1,12 @@
 """Tokenize a corpus once, into parquet files that the stream reads without tokenizing again.
 
-The corpus is cut into parts of whole blocks, each written as one file by whichever process is free.
-A run that was stopped goes on with the parts that are missing: until the last one is there, all of
-it lies in `OUTPUT.partial`, with a plan of what is made of what. An index of the files lies beside
-them, so that opening costs nothing.
+The corpus is split into parts of whole blocks, and any free process writes a part as one file. A
+stopped run resumes with the missing parts: until all are written, they stay in `OUTPUT.partial`,
+with a plan that records inputs and settings. An index beside the files makes opening the corpus
+cheap.
 
-Duplicates are found beforehand, in one pass over the texts in the order of the corpus: the first
-copy stays. A document keeps its key, so that it is held out, and corrupted, as its text would be.
+Duplicates are found first, in one pass over the texts in corpus order; the first copy is kept. A
+document keeps its key, so it is held out and corrupted as its text would be.
 """
 
 import json
@@ -45,19 +45,19 @@ _COUNTED = ("documents", "used", "short", "duplicate", "tokens")
 
 
 class Preparation:
-    """A preparation in steps, for any executor on machines that share a file system.
+    """Corpus preparation in steps, for any executor on machines that share a file system.
 
-    `begin` once, then `run` by every task, or `write` of every part, then `finish` once.
+    Call `begin` once, then `run` in every task or `write` for every part, then `finish` once.
 
     Args:
-        config: Its first source is prepared. Documents below `min_tokens` are left out.
-        tokenizer: Of the model to train.
+        config: Its first source is prepared. Documents below `min_tokens` are dropped.
+        tokenizer: Tokenizer of the model to train.
         output: Folder to write.
-        deduplicate: Leave out "exact" copies, or by "minhash" also texts that share four in five of
-            their word triples.
+        deduplicate: "exact" drops copies, "minhash" also texts that share four in five of their
+            word triples; "no" drops neither.
 
-    Raises InputError, here or in a step, for bad input, a full disk, or another corpus, tokenizer
-    or settings than the stopped run had.
+    Raises InputError, here or in a step, for bad input, a full disk, or a corpus, tokenizer
+    or settings that differ from the stopped run's.
     """
 
     def __init__(
@@ -89,15 +89,15 @@ class Preparation:
         self._duplicates = self.building / "duplicates.npy"
 
     def failure(self, error: Exception, file: Path | None = None) -> InputError:
-        """Return what to raise for an error in writing."""
+        """Return the InputError to raise for a write error."""
         return InputError(f"cannot write {file or self.building}: {error}; run again to go on")
 
     def missing(self) -> list[int]:
-        """Number the parts that are still to be written."""
+        """Return the numbers of the parts still to be written."""
         return [part for part, file in enumerate(self.files) if not file.exists()]
 
     def begin(self) -> None:
-        """Make the folder, or take up one that has the same plan, and find the duplicates."""
+        """Create the folder, or resume one with the same plan, and find the duplicates."""
         about = self.building / PROVENANCE_FILE
         try:
             (self.building / "data").mkdir(parents=True, exist_ok=True)
@@ -151,7 +151,7 @@ class Preparation:
     def _groups(
         self, blocks: range, counts: Counter[str]
     ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-        """Yield keys and tokens of row groups, and count what becomes of documents."""
+        """Yield keys and tokens of row groups, and count document outcomes."""
         keys: list[int] = []
         texts: list[np.ndarray] = []
         size = 0
@@ -175,7 +175,7 @@ class Preparation:
             yield keys, texts
 
     def finish(self, *task: Any) -> Counter[str]:
-        """Index the files and move the folder into place, as the last step, of one task.
+        """Index the files and move the folder into place; the last step, run by one task.
 
         Returns counts: `documents` = `used` + `short` + `duplicate`, and `tokens`.
         """
@@ -202,10 +202,10 @@ def prepare(
     deduplicate: str = "no",
     processes: int | None = None,
 ) -> Counter[str]:
-    """Write the tokenized `config.inputs` to a folder, or go on where a stopped run was.
+    """Write the tokenized `config.inputs` to a folder, or resume a stopped run.
 
-    One process for each processor works unless `processes` says otherwise. Arguments, result and
-    errors are those of `Preparation`.
+    Uses one process per CPU unless `processes` is given. Other arguments, result and errors are
+    those of `Preparation`.
     """
     preparation = Preparation(config, tokenizer, output, deduplicate)
     preparation.begin()
@@ -243,7 +243,7 @@ def _write(part: int) -> None:
 
 
 def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
-    """Write row counts and tokens of all files into one, and add up what became of documents."""
+    """Write row and token counts of all files into one index, and sum the document outcomes."""
     counts = Counter(dict.fromkeys(_COUNTED, 0))
     index = {}
     for file in files:
@@ -257,7 +257,7 @@ def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
 
 
 def _find_copies(corpus: Corpus, deduplicate: Any) -> Iterator[int]:
-    """Yield the numbers of documents whose text, or one like it, was there before."""
+    """Yield the numbers of documents whose text, or a similar one, occurred before."""
     if deduplicate == "no":
         return
     near = None

@@ -1,4 +1,4 @@
-"""The training stream: documents to packed rows, in one order for any number of machines.
+"""Training stream: documents to packed rows, in the same order on any number of machines.
 
     data = UL2Data(config, tokenizer)
     loader = RowLoader(data, batch_size=8, rank=rank, ranks=ranks, num_workers=4)
@@ -6,17 +6,17 @@
     state = merge_states([...loader.state_dict() of every rank])
     loader = RowLoader(data, ..., state=state)      # any ranks and workers that divide the streams
 
-The order. A corpus is an endless sequence of blocks, each epoch in an order of its own. Block q
-goes to canonical stream q mod C, which turns its blocks into rows; row i of the global sequence
-comes from stream i mod C. None of this knows of ranks or workers. Of R readers (workers of ranks, R
-dividing C), reader j makes the rows i with i mod R = j, which are those of C / R streams.
+Order: a corpus is an endless sequence of blocks, reshuffled in each epoch. Block q goes to
+canonical stream q mod C, which turns its blocks into rows; row i of the global sequence comes from
+stream i mod C. None of this depends on ranks or workers. Of R readers (all workers of all ranks; R
+divides C), reader j makes the rows i with i mod R = j, which are those of C / R streams.
 
     row      0   1   2   3   4   5   6   7   8   9 ...      C = 4 streams
     stream   0   1   2   3   0   1   2   3   0   1 ...
     reader   0   1   0   1   0   1   0   1   0   1 ...      R = 2 readers
 
-The state. Every row carries the position of its stream behind it, so that a loader knows where it
-stands by the rows that it has handed out, whatever its workers have prepared beyond.
+State: every row carries the position of its stream after that row, so a loader's state follows from
+the rows it has handed out, regardless of what its workers have prefetched.
 """
 
 import hashlib
@@ -44,12 +44,12 @@ from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
 from qwen3_encdec.folders import InputError, write_json
 
 WINDOW_ROWS = 16
-"""Rows' worth of examples of a stream that are packed together."""
+"""Number of rows' worth of examples that a stream packs together."""
 COUNTS = ("tokens", "documents", "refused", "heldout")
 BEGINNING: Position = dict.fromkeys(("turn", "epoch", "document", "row", *COUNTS), 0)
-"""A stream in a corpus: which block of it, documents done in the block, rows given behind them."""
+"""Position of a stream in a corpus: its block, documents done in it, rows given after those."""
 FREE = ("inputs", "mixture", "heldout_inputs", "accept_changes", "cache_gib")
-"""Settings that may change in a run, or whose effect on the corpora is looked at."""
+"""Settings that may change in a run, or whose effect the corpora's fingerprints cover."""
 
 
 class HeldoutText(NamedTuple):
@@ -62,7 +62,7 @@ class HeldoutText(NamedTuple):
 
 
 class UL2Data:
-    """The corpora of a config, opened, and what becomes of their documents."""
+    """The opened corpora of a config, and how their documents become examples."""
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
@@ -94,7 +94,7 @@ class UL2Data:
                 raise InputError(f"{file.path} is an input and a held-out input; take one away")
 
     def report(self) -> list[str]:
-        """Say what there is to read, by corpus, and what is passed over."""
+        """Describe, by corpus, what will be read and what is skipped."""
         lines = []
         for corpus in self.opened:
             size = sum(file.size for file in corpus.files)
@@ -106,7 +106,7 @@ class UL2Data:
         return lines
 
     def _contents(self, corpus: Corpus, size: int) -> str:
-        """Count a prepared corpus, estimate another by its first block."""
+        """Count a prepared corpus; estimate any other from its first block."""
         if all(file.tokenizer for file in corpus.files):
             documents = sum(sum(file.rows) for file in corpus.files)
             return f"{documents:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
@@ -118,13 +118,13 @@ class UL2Data:
         return f"about {len(texts) * times:,.0f} documents, {tokens * times:,.0f} tokens"
 
     def block(self, corpus: int, number: int) -> tuple[int, int]:
-        """Return the epoch and the block of a corpus at a place in its endless sequence."""
+        """Return the epoch and the block at a position in a corpus's endless sequence."""
         num_blocks = self.opened[corpus].num_blocks
         epoch, place = divmod(number, num_blocks)
         return epoch, int(block_order(self.config.seed, epoch, corpus, num_blocks)[place])
 
     def start(self, epoch: int = 0) -> dict[str, Any]:
-        """Return the state in which all streams are about to begin an epoch."""
+        """Return the state in which all streams are at the start of an epoch."""
         total = self.config.streams
         turns = [epoch * corpus.num_blocks // total for corpus in self.opened]
         positions = [BEGINNING | {"turn": turn} for turn in turns]
@@ -132,9 +132,9 @@ class UL2Data:
         return {"data": self.fingerprint, "rows": 0, "streams": streams}
 
     def adopt(self, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
-        """Return the state to continue with, and a phrase about what is not as before.
+        """Return the state to resume from, and a note if the data has changed.
 
-        Raises InputError if the data is not the same, unless `data.accept_changes`.
+        Raises InputError if the data has changed, unless `data.accept_changes` is set.
         """
         if state["data"] == self.fingerprint:
             return state, None
@@ -148,7 +148,7 @@ class UL2Data:
         return self.start(epoch) | {"rows": state["rows"]}, note
 
     def outcome(self, document: Document) -> tuple[str, np.ndarray | None]:
-        """Tell which of `COUNTS` a document belongs to, and return its tokens if it is used."""
+        """Return which of `COUNTS` a document belongs to, and its tokens if it is used."""
         if self.is_heldout(document):
             return "heldout", None
         tokens = self.encode(document.content)
@@ -156,20 +156,20 @@ class UL2Data:
         return ("documents", tokens) if used else ("refused", None)
 
     def is_heldout(self, document: Document) -> bool:
-        """Tell whether a document is kept from training. Copies share their text's fate."""
+        """Return True if a document is held out. Copies of a text are treated alike."""
         if self.config.heldout_inputs:
             return document.key in self._excluded
         # Package-docs holds out whole packages.
         return document.path != PACKAGE_DOCS and document.key % self.config.heldout_every == 0
 
     def exclude(self, texts: Iterable[HeldoutText]) -> None:
-        """Pass over copies of these texts in training."""
+        """Exclude copies of these texts from training."""
         self._excluded = {text.key for text in texts}
 
     def examples(self, tokens: np.ndarray, key: int, epoch: int, corpus: int) -> list[Example]:
-        """Cut a document into chunks, each as long as its denoiser may take, and corrupt them.
+        """Split a document into chunks, each as long as its denoiser can take, and corrupt them.
 
-        No token is lost: where less than `min_tokens` would remain, the chunk before is shorter.
+        No token is lost: if fewer than `min_tokens` would remain, the previous chunk is shortened.
         """
         config, least = self.config, self.config.min_tokens
         rng = np.random.Generator(np.random.PCG64((epoch << 128) + (config.seed << 64) + key))
@@ -185,7 +185,7 @@ class UL2Data:
         return examples
 
     def example(self, tokens: np.ndarray, number: int, rng: Any, corpus: int) -> Example:
-        """Corrupt a chunk by the preset's denoiser of that number."""
+        """Corrupt a chunk with the preset's denoiser of that index."""
         source, target = corrupt(
             tokens,
             self.config.denoisers[number],
@@ -196,10 +196,10 @@ class UL2Data:
         return Example(source, target, number, corpus)
 
     def choose_heldout(self, number: int) -> list[HeldoutText]:
-        """Choose texts for evaluation, from the corpora by their weight, spread over their files.
+        """Choose evaluation texts from the corpora by weight, spread over their files.
 
-        The seed has no influence, nor has anything that training does. Raises InputError if there
-        are too few.
+        The choice depends neither on the seed nor on training. Raises InputError if there are too
+        few.
         """
         sources = self.config.sources[:1] if self.config.heldout_inputs else self.config.sources
         weights = np.cumsum([source.weight for source in sources])
@@ -223,7 +223,7 @@ class UL2Data:
         return open_corpus(source, self.config, "heldout")
 
     def _heldout_of(self, corpus: int, number: int) -> list[HeldoutText]:
-        """Take two texts of each block in turn; more of each only where those do not suffice."""
+        """Take two texts from each block in turn, and more from each only if that is not enough."""
         config, opened = self.config, self._heldout_corpus(corpus)
         chosen: dict[int, HeldoutText] = {}
 
@@ -243,7 +243,7 @@ class UL2Data:
         return list(chosen.values())
 
     def heldout_examples(self, texts: Sequence[HeldoutText]) -> list[Example]:
-        """Corrupt each text by each denoiser, always the same way."""
+        """Corrupt each text with each denoiser, deterministically."""
         examples = []
         for text in texts:
             tokens = np.array(text.tokens, np.int32)
@@ -253,7 +253,7 @@ class UL2Data:
         return examples
 
     def check_usable(self, corpus: int) -> None:
-        """Raise InputError unless a document of the corpus can be trained on."""
+        """Raise InputError unless the corpus has a document to train on."""
         counts: Counter[str] = Counter()
         for document in self.opened[corpus].documents():
             counts[self.outcome(document)[0]] += 1
@@ -275,9 +275,9 @@ def block_order(seed: int, epoch: int, corpus: int, num_blocks: int) -> np.ndarr
 def stream_rows(
     data: UL2Data, stream: int, positions: Sequence[Position], epochs: float = inf
 ) -> Iterator[Row]:
-    """Yield the rows of a stream behind its positions, of each corpus by its weight."""
+    """Yield the rows of a stream after its positions, mixing the corpora by weight."""
     config = data.config
-    # Streams begin at different points of the mixture, so that all give a mixed first row.
+    # Streams start at different points of the mixture, so that their first rows are mixed.
     rng = np.random.default_rng([config.seed, stream, 0])
     phases = rng.random(len(positions)) * (config.source_length + config.target_length)
     weights = [source.weight for source in config.sources]
@@ -347,7 +347,7 @@ def _windows(
 
 
 def rows(data: UL2Data, epochs: float = inf) -> Iterator[Row]:
-    """Yield rows in the global order in this process; streams that have ended are passed over."""
+    """Yield rows in the global order in this process, skipping streams that have ended."""
     start = data.start()["streams"]
     streams = [stream_rows(data, int(s), positions, epochs) for s, positions in start.items()]
     while streams:
@@ -360,12 +360,12 @@ def rows(data: UL2Data, epochs: float = inf) -> Iterator[Row]:
 
 
 def reader_number(rank: int, ranks: int, worker: int) -> int:
-    """Number the readers: ranks in turn, of each its workers in turn, have the rows in order."""
+    """Number the readers so that rows go to all ranks in turn, then to their next workers."""
     return worker * ranks + rank
 
 
 class _Reader(IterableDataset):
-    """The rows of one worker of one rank; an error is the last of them."""
+    """The rows of one worker of one rank; an error is sent as the last row."""
 
     def __init__(self, data: UL2Data, state: dict[str, Any], rank: int, ranks: int) -> None:
         self.data, self.state, self.rank, self.ranks = data, state, rank, ranks
@@ -381,19 +381,19 @@ class _Reader(IterableDataset):
         try:
             for row in count(first, readers):
                 yield next(streams[row % total])
-        except Exception as error:  # not InputError: that name is gone when the interpreter ends
+        except Exception as error:  # not InputError: that name is gone at interpreter exit
             if not isinstance(error, InputError):
                 raise
-            # An exception would cross the process as 20 lines of traces.
+            # An exception would reach the main process as 20 lines of traceback.
             yield Row([], -1, 0, {}, str(error))
 
 
 class RowLoader:
     """Endless batches of one rank, collated in this process from the rows of its workers.
 
-    `batch_size` counts rows; `state` is what `merge_states` and `UL2Data.adopt` returned, to
-    continue from there. Raises InputError if ranks times workers do not divide the streams; and, at
-    `next`, for whatever is wrong with the data, at the row that it concerns.
+    `batch_size` counts rows; `state`, from `merge_states` and `UL2Data.adopt`, is where to resume.
+    Raises InputError if ranks times workers does not divide the streams and, at `next`, for an
+    error in the data, once the row that it concerns is reached.
     """
 
     def __init__(
@@ -433,12 +433,12 @@ class RowLoader:
             yield self.collate(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position behind the last batch, as JSON: small, and readable."""
+        """Return the position after the last batch as a small JSON-serializable dict."""
         streams = {str(stream): list(positions) for stream, positions in self._positions.items()}
         return {"data": self.data.fingerprint, "rows": self._rows_given, "streams": streams}
 
     def counts(self) -> dict[str, int]:
-        """Count source and target tokens, and documents, by corpus, of this rank's streams."""
+        """Count tokens (source and target) and documents by corpus, over this rank's streams."""
         total: Counter[str] = Counter()
         for positions in self._positions.values():
             for name, position in zip(self.data.corpora, positions, strict=True):
@@ -446,7 +446,7 @@ class RowLoader:
         return dict(total)
 
     def epoch(self) -> int:
-        """Return the epoch in which the last of this rank's streams is."""
+        """Return the epoch of the slowest of this rank's streams."""
         return min(at["epoch"] for positions in self._positions.values() for at in positions)
 
 
@@ -455,9 +455,9 @@ def _as_is(row: Row) -> Row:
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Make one state, for any number of ranks and workers, of the states of all ranks.
+    """Merge the states of all ranks into one, for any number of ranks and workers.
 
-    Raises InputError if they are not all, or not of one moment of one run.
+    Raises InputError if a rank's state is missing, or they are not of one step of one run.
     """
     streams = {s: positions for state in states for s, positions in state["streams"].items()}
     number = sum(len(state["streams"]) for state in states)
@@ -483,13 +483,13 @@ def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:
 def heldout_examples(
     config: DataConfig, tokenizer: PreTrainedTokenizerBase, num_per_denoiser: int
 ) -> list[Example]:
-    """Make the fixed examples for evaluation: so many texts under every denoiser."""
+    """Make the fixed evaluation examples: `num_per_denoiser` texts under every denoiser."""
     data = UL2Data(config, tokenizer)
     return data.heldout_examples(data.choose_heldout(num_per_denoiser))
 
 
 def write_heldout(path: Path, texts: Sequence[HeldoutText]) -> None:
-    """Keep held-out texts with a run."""
+    """Write held-out texts to a JSON file."""
     write_json(path, [text._asdict() for text in texts])
 
 
@@ -499,7 +499,7 @@ def read_heldout(path: Path) -> list[HeldoutText]:
 
 
 def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:
-    """Return ids of the sentinels (int32), after checking that they suffice, and of EOS."""
+    """Return the sentinel ids (int32), after checking that there are enough, and the EOS id."""
     ids = getattr(tokenizer, "sentinel_token_ids", None)
     if ids is None:
         name = tokenizer.name_or_path

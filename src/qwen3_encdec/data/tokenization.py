@@ -1,8 +1,8 @@
-"""Corpus text to token ids, fast, with control tokens in the text staying text.
+"""Fast encoding of corpus text, which treats control tokens in the text as text.
 
-`tiktoken` over the tokenizer's own vocabulary gives the same ids as `tokenizers` at several times
-the speed. That is checked on a sample before use; where it does not hold, or tiktoken is not
-installed, `tokenizers` does the work.
+`tiktoken` with the tokenizer's own vocabulary gives the same ids as `tokenizers` at several times
+the speed. This is checked on a sample before use. If the ids differ, or tiktoken is not installed,
+`tokenizers` is used.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from qwen3_encdec.tokenization_qwen3_encdec import byte_alphabet
 logger = logging.getLogger(__name__)
 
 _PIECE = 2**15
-# Between a letter or a digit and what is neither, Qwen's pattern always ends a word.
+# Qwen's pattern always ends a word between a letter or digit and anything else.
 _BORDER = re.compile(r"(?<=[^\W_])(?=[ \n。，、！？])")
 _SAMPLE = (
     "The quick brown fox's 12,345 jumps -- isn't it?  \n\n\tdef f(x):\r\n    return x**2 # ok\n",
@@ -34,21 +34,21 @@ _SAMPLE = (
     "",
 )
 _ALPHABETS = (0x20, 0x80, 0x300, 0x400, 0x5D0, 0x900, 0xE00, 0x1100, 0x2000, 0x4E00, 0x1F600)
-"""Blocks of Unicode that tokenizers trip on."""
+"""Unicode blocks that tokenizers often get wrong."""
 
 
 class Encoder:
-    """Encodes corpus text: a text by calling it; ids are int32, without EOS."""
+    """Callable that encodes corpus text to int32 ids, without EOS."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         spec = tokenizer.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(spec.encode()).hexdigest()[:16]
-        """Changes with anything that the tokenizer does."""
+        """Changes with any change to the tokenizer."""
         self.name = "tiktoken"
         """Library that encodes."""
         self.fallback_reason: str | None = None
-        """Why that is the slow one, None if it is not."""
+        """Reason for using the slow library, else None."""
         try:
             self._encode = _tiktoken(spec)
             self._compare()
@@ -57,7 +57,7 @@ class Encoder:
             _warn(self.fallback_reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # The libraries' objects cannot travel to another process.
+        # The libraries' objects cannot be sent to another process.
         return type(self), (self._tokenizer,)
 
     def __call__(self, text: str | np.ndarray) -> np.ndarray:
@@ -68,7 +68,7 @@ class Encoder:
         for piece in _pieces(text):
             try:
                 ids.append(self._encode(piece))
-            except ValueError:  # tiktoken's regular expressions give up on millions of spaces
+            except ValueError:  # tiktoken's regex engine gives up on millions of spaces
                 ids.append(self._slow(piece))
         return np.concatenate(ids) if len(ids) > 1 else ids[0]
 
@@ -77,7 +77,7 @@ class Encoder:
         return np.asarray(self._tokenizer(text, **options)["input_ids"], dtype=np.int32)
 
     def _compare(self) -> None:
-        """Raise ValueError, naming text, ids and remedy, where the two libraries differ."""
+        """Raise ValueError, naming text, ids and remedy, if the two libraries differ."""
         rng = random.Random(0)
         texts = [*_SAMPLE]
         for _ in range(200):
@@ -101,7 +101,7 @@ def _warn(reason: str) -> None:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a long text where a word ends for certain, so that time grows with length only."""
+    """Split a long text at certain word ends, so that time stays linear in its length."""
     start = 0
     while len(text) - start > _PIECE:
         border = _BORDER.search(text, start + _PIECE // 2)
@@ -113,10 +113,10 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _tiktoken(spec_text: str) -> Callable[[str], np.ndarray]:
-    """Build an encoder of the ranks and the pattern in tokenizer.json.
+    """Build an encoder from the ranks and the pattern in tokenizer.json.
 
-    Raises ValueError for one that does not normalize and split as Qwen3's, KeyError for a token
-    that is not spelled in bytes.
+    Raises ValueError if it does not normalize and split like Qwen3's, KeyError for a token that is
+    not spelled in bytes.
     """
     import tiktoken
 

@@ -1,7 +1,7 @@
 """UL2: a mixture of denoising objectives, as pure functions of (tokens, denoiser, generator).
 
-A span denoiser replaces spans of the text by sentinels; the target spells the spans out. With EOS
-written `.`:
+A span denoiser replaces spans of the text with sentinels; the target spells the spans out. With
+EOS written as `.`:
 
     tokens    the quick brown fox jumps over the lazy dog
     noise      0    1     1    0    0    1    1   0    0
@@ -34,11 +34,11 @@ class Denoiser:
     """One objective of the mixture."""
 
     name: str
-    """Its name in logs and reports."""
+    """Name in logs and reports."""
     mean_span: float | None
     """Mean length of a noise span in tokens; None is prefix-to-suffix."""
     corruption: float
-    """Share of the tokens that the target holds, above 0 and below 1."""
+    """Share of the tokens that go into the target, above 0 and below 1."""
     weight: float = 1.0
     """Share of the examples, relative to the other denoisers."""
 
@@ -100,7 +100,7 @@ def corrupt(
     """Corrupt one text: at least two tokens, none of them a sentinel.
 
     `rng` is the only source of randomness. Returns source and target, int32, both ending in
-    `eos_id`. Raises ValueError for another text, or if there are more spans than `sentinel_ids`.
+    `eos_id`. Raises ValueError for any other text, or if there are more spans than `sentinel_ids`.
     """
     length = len(tokens)
     if length < 2:
@@ -135,9 +135,9 @@ def corrupt(
 def place_spans(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
     """Return a mask, bool `[length]`, of `noise` tokens in `spans` spans, uniform over positions.
 
-    T5's segments never put noise on the first token and always put it on the last one. Turned as a
-    circle by a uniform angle they make all positions equally likely; where the turn cuts a noise
-    span in two there is one span more.
+    T5's segments never put noise on the first token and always put it on the last one. Rotating
+    them by a uniform offset makes all positions equally likely; if the rotation splits a noise
+    span, there is one more span.
     """
     circle = t5_segments(length, noise, spans, rng)
     turn = int(rng.integers(length))
@@ -145,7 +145,7 @@ def place_spans(length: int, noise: int, spans: int, rng: np.random.Generator) -
 
 
 def t5_segments(length: int, noise: int, spans: int, rng: np.random.Generator) -> np.ndarray:
-    """Alternate kept and noise segments, first kept, last noise; all cuts are equally likely."""
+    """Alternate kept and noise segments, first kept, last noise; all splits are equally likely."""
     segments = np.empty(2 * spans, np.int64)
     segments[0::2] = _cut(length - noise, spans, rng)
     segments[1::2] = _cut(noise, spans, rng)
@@ -155,7 +155,7 @@ def t5_segments(length: int, noise: int, spans: int, rng: np.random.Generator) -
 
 
 def _cut(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
-    """Cut `total` into `parts` of at least one, every way equally likely."""
+    """Split `total` into `parts` of at least one, all splits equally likely."""
     ends = np.full(parts + 1, total)
     ends[0] = 0
     ends[1:-1] = rng.choice(total - 1, parts - 1, replace=False, shuffle=False) + 1
@@ -164,8 +164,8 @@ def _cut(total: int, parts: int, rng: np.random.Generator) -> np.ndarray:
 
 
 def _round(value: float, rng: np.random.Generator) -> int:
-    """Round at random, so that the mean is kept."""
-    # A product such as 20 * 0.15 may lie a hair off the whole number that it stands for.
+    """Round stochastically, preserving the mean."""
+    # A product such as 20 * 0.15 may differ from its exact integer by rounding error.
     return floor(round(value, 6) + rng.random())
 
 
@@ -199,22 +199,22 @@ def uncorrupt(
 
 
 def sizes(denoiser: Denoiser, length: int) -> tuple[int, int, int]:
-    """Return fewest noise tokens, most noise tokens and most spans of a text of `length` tokens."""
+    """Return the fewest and the most noise tokens, and the most spans, of `length` tokens."""
     product = round(length * denoiser.corruption, 6)
     fewest = min(max(floor(product), 1), length - 1)
     most = min(max(ceil(product), 1), length - 1)
     if denoiser.mean_span is None:
         return fewest, most, 0
     spans = min(ceil(round(most / denoiser.mean_span, 6)), length - fewest)
-    # The turn can cut one span of two tokens or more in two.
+    # The rotation can split one span of two or more tokens.
     return fewest, most, min(spans + 1, most)
 
 
 @lru_cache
 def raw_length(denoiser: Denoiser, source_length: int, target_length: int) -> int:
-    """Return the longest text whose source and target fit, as do those of any shorter one.
+    """Return the longest text, in tokens, up to which every source and target fit.
 
-    EOS and sentinels are counted. Raises InputError if that is fewer than two tokens.
+    EOS and sentinels are counted. Raises InputError if that is below two tokens.
     """
     for length in range(2, source_length + target_length + 2):
         fewest, most, spans = sizes(denoiser, length)
@@ -241,7 +241,7 @@ def check_capacity(preset: Preset, source_length: int, target_length: int, senti
 
 
 def render(example: Example, tokenizer: Any, preset: Preset | None = None) -> str:
-    """Show an example as text for a human, with its special tokens visible."""
+    """Render an example as readable text, with its special tokens visible."""
     lines = [f"[{preset[example.denoiser].name if preset else example.denoiser}]"]
     for side, ids in (("source", example.source), ("target", example.target)):
         lines.append(f"  {side} ({len(ids)}): {tokenizer.decode(ids)!r}")

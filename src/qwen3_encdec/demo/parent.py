@@ -1,4 +1,4 @@
-"""A nano Qwen3, pre-trained causally: a parent to adapt where no checkpoint can be downloaded."""
+"""Pre-train a nano causal Qwen3, the parent to adapt if no checkpoint can be downloaded."""
 
 import json
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ from qwen3_encdec.tokenization_qwen3_encdec import CONTROL_TOKENS, EOS_TOKEN, qw
 
 
 def parent_tokenizer(num_ranks: int | None = None) -> Qwen2Tokenizer:
-    """Qwen3's own tokenizer without sentinels, the BPE cut after `num_ranks` entries."""
+    """Build Qwen3's own tokenizer without sentinels, its BPE cut after `num_ranks` entries."""
     bpe = json.loads(qwen3_backend(num_ranks).to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=bpe["vocab"], merges=[tuple(pair) for pair in bpe["merges"]])
     tokenizer.add_tokens(list(CONTROL_TOKENS), special_tokens=True)
@@ -34,7 +34,7 @@ def parent_tokenizer(num_ranks: int | None = None) -> Qwen2Tokenizer:
 def nano_config(
     tokenizer: PreTrainedTokenizerFast, hidden_size: int = 192, num_hidden_layers: int = 4
 ) -> Qwen3Config:
-    """A small Qwen3 with a real one's traits: wide heads, grouped KV, spare rows in the matrix."""
+    """Configure a small Qwen3 with a real one's traits: wide heads, GQA, spare embedding rows."""
     return Qwen3Config(
         vocab_size=-(-len(tokenizer) // 128) * 128,
         hidden_size=hidden_size,
@@ -66,7 +66,7 @@ def train_causal_parent(
     lr: float = 3e-3,
     seed: int = 0,
 ) -> dict[str, float]:
-    """Pre-train a nano Qwen3 on next tokens and save it as an ordinary Qwen3 folder.
+    """Pre-train a nano Qwen3 on next-token prediction and save it as an ordinary Qwen3 folder.
 
     Returns:
         `loss` (mean of the last tenth of the steps, nats per token), `tokens` and `parameters`.
@@ -98,9 +98,9 @@ def fit(
     batch_size: int,
     lr: float,
 ) -> list[float]:
-    """Train on rows (N, T) in their order and return each step's loss; a label of -100 is skipped.
+    """Train on rows (N, T) in order and return each step's loss; labels of -100 are ignored.
 
-    Adam, linear warm-up, cosine to a tenth. The model is on the CPU afterwards.
+    Uses Adam with linear warm-up and cosine decay to a tenth. The model ends on the CPU.
     """
     model.to(default_device()).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=lr, betas=(0.9, 0.95))
@@ -125,7 +125,7 @@ def fit(
 def token_blocks(
     texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, most: int, size: int, seed: int
 ) -> np.ndarray:
-    """Blocks (at most `most`, size) of shuffled texts with `<|endoftext|>` between."""
+    """Cut shuffled texts, separated by `<|endoftext|>`, into blocks (at most `most`, size)."""
     ids: list[int] = []
     for text in np.random.default_rng(seed).permutation(np.array(list(texts), dtype=object)):
         ids += [*tokenizer.encode(text, split_special_tokens=True), tokenizer.pad_token_id]
@@ -138,7 +138,7 @@ def token_blocks(
 
 
 def causal_embedder(parent: str | Path, output_dir: str | Path) -> None:
-    """Save the parent as it is, mean-pooled, as a sentence-transformers folder."""
+    """Save the unchanged parent, mean-pooled, as a sentence-transformers folder."""
     right, fp32 = {"padding_side": "right"}, {"dtype": torch.float32}
     transformer = Transformer(str(parent), model_kwargs=fp32, processor_kwargs=right)
     pooling = Pooling(transformer.get_embedding_dimension(), "mean")

@@ -1,4 +1,4 @@
-"""Every stage in one call, from a causal parent to the report of a finetuned text encoder."""
+"""Run every stage in one call, from a causal parent to the report of a finetuned text encoder."""
 
 import time
 from contextlib import redirect_stdout
@@ -30,8 +30,8 @@ NANO: dict[str, Any] = {
     "heldout_texts": 64,
     "num_queries": 1000,
 }
-"""Minutes on two cores: entries of Qwen3's BPE, arguments of `train_causal_parent`, `DataConfig`,
-`TrainingConfig` and `finetune`, held-out texts of each denoiser, and retrieval queries.
+"""Budget for minutes on two cores: entries of Qwen3's BPE, arguments of `train_causal_parent`,
+`DataConfig`, `TrainingConfig` and `finetune`, held-out texts per denoiser, and retrieval queries.
 """
 CHECKPOINT: dict[str, Any] = {
     "data": {"source_length": 128, "target_length": 64},
@@ -40,7 +40,7 @@ CHECKPOINT: dict[str, Any] = {
     "heldout_texts": 16,
     "num_queries": 1000,
 }
-"""About an hour on two cores for a parent of 135M parameters, which knows something already."""
+"""Budget for about an hour on two cores with a pre-trained parent of 135M parameters."""
 
 
 def run_demo(
@@ -51,16 +51,16 @@ def run_demo(
     full: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Run every stage and leave its folder, metrics.json and report.html in `output_dir`.
+    """Run every stage and write its folder, metrics.json and report.html to `output_dir`.
 
     Args:
-        output_dir: A former demo there is replaced when this one is complete.
+        output_dir: An earlier demo there is replaced when this one is complete.
         qwen3_model: Folder or hub id of a dense Qwen3 to start from; None trains a nano one.
-        budget: By default minutes on two cores.
-        full: Finetune the causal parent too, and score it, TF-IDF and MiniLM beside the encoder.
-        seed: Of every stage.
+        budget: By default `CHECKPOINT` if `qwen3_model` is given, else `NANO`.
+        full: Also finetune the causal parent, and score it, TF-IDF and MiniLM beside the encoder.
+        seed: Seed of every stage.
 
-    Returns the contents of metrics.json. Raises InputError where `output_dir` is not ours or
+    Returns the contents of metrics.json. Raises InputError if `output_dir` is not a demo's or
     `qwen3_model` is not a dense Qwen3.
     """
     started, output_dir = time.monotonic(), check_output(output_dir, "demo")
@@ -87,7 +87,7 @@ def run_demo(
 def _run_stages(
     root: Path, given: Path | None, budget: dict[str, Any], full: bool, seed: int
 ) -> dict[str, Any]:
-    """Run all stages from a given parent, or one of our own, and return the metrics."""
+    """Run all stages from the given parent, or a new nano one, and return the metrics."""
     clock = _Clock()
     texts, pairs = [document.text for document in package_docs("train")], summary_pairs("train")
     clock.lap("corpus", f"{len(texts):,} docstrings and {len(pairs):,} pairs of installed packages")
@@ -142,7 +142,7 @@ def _run_stages(
 
 
 class _Clock:
-    """Prints and keeps the seconds of each stage as it ends."""
+    """Print and record the seconds of each stage as it ends."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}

@@ -1,7 +1,7 @@
 """Embed texts with our own encoder, in packed batches that hold no padding.
 
 Weights, tokenizer, pooling, prompts, length limit and width are those that sentence-transformers
-reads from the folder, so embeddings of both can stand in one index. Tokenization runs ahead of the
+reads from the folder, so embeddings of both can share one index. Tokenization runs ahead of the
 model; batches are packed on the CPU and results stay on the device until a chunk ends.
 """
 
@@ -39,7 +39,7 @@ _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Tokens(NamedTuple):
-    """Token ids of texts, int32, and which texts were cut."""
+    """Token ids of texts, int32, and whether each text was cut."""
 
     ids: list[np.ndarray]
     cut: list[bool]
@@ -47,7 +47,7 @@ class Tokens(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """Everything a sentence-transformers folder says about its embeddings."""
+    """Embedding settings of a sentence-transformers folder."""
 
     pooling: str
     normalize: bool
@@ -58,7 +58,7 @@ class Layout:
     default_prompt: str | None
 
     def prompt(self, name: str | None = None) -> str:
-        """Return the prompt of a name or role, by default the folder's own, or raise InputError."""
+        """Return the prompt of a name or role, or the folder's default, or raise InputError."""
         name = self.default_prompt if name is None else name
         if name is not None and name not in self.prompts:
             names = ", ".join(self.prompts)
@@ -69,7 +69,7 @@ class Layout:
 def read_layout(folder: Path) -> Layout:
     """Read an encoder folder as sentence-transformers does, whichever version wrote it.
 
-    Raises InputError if a file is broken, or a module or pooling is not one of ours.
+    Raises InputError if a file is broken, or a module or pooling is not supported.
     """
     modules = read_json(folder / "modules.json")
     kinds = [module["type"].rpartition(".")[2] for module in modules]
@@ -77,7 +77,7 @@ def read_layout(folder: Path) -> Layout:
         listed = ", ".join(kinds)
         raise InputError(f"{folder} has the modules {listed}; only pooling and normalization work")
     pooling = read_json(folder / modules[1]["path"] / "config.json")
-    # Before 5.3: one flag a mode.
+    # Versions before 5.3 have one flag per mode.
     flags = [mode for mode, flag in POOLING_FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
     mode = pooling.get("pooling_mode") or "+".join(flags)
     if mode not in POOLING.values() or not pooling.get("include_prompt", True):
@@ -86,7 +86,7 @@ def read_layout(folder: Path) -> Layout:
     if transformer.get("do_lower_case"):
         raise InputError(f"{folder} lowers the case of its texts, which is not supported")
     limit = transformer.get("max_seq_length")
-    if limit is None:  # since 6.0 it is the tokenizer's alone
+    if limit is None:  # since 6.0 only the tokenizer has it
         limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
     config = read_json(folder / "config.json")
     settings = read_json(folder / "config_sentence_transformers.json")
@@ -103,16 +103,16 @@ def read_layout(folder: Path) -> Layout:
 
 
 class TextEncoder:
-    """An encoder folder as a function from texts to embeddings; `num_cut` counts texts it cut.
+    """Embed texts with an encoder folder; `num_cut` counts the texts that were cut.
 
     Args:
-        folder: Written by `extract_encoder`, `finetune` or sentence-transformers. Of an
-            encoder-decoder (a folder, checkpoint or run) the encoder is extracted, mean-pooled.
+        folder: Encoder written by `extract_encoder`, `finetune` or sentence-transformers, or an
+            encoder-decoder (folder, checkpoint or run), whose encoder is extracted, mean-pooled.
         dtype: By default bfloat16 where the device computes it natively, else float32.
         device: By default the accelerator, else the CPU.
         max_tokens: Tokens after which a text is cut; by default the folder's own limit.
 
-    Raises InputError if `folder` is neither, is causal or damaged.
+    Raises InputError if `folder` is neither, or is causal or damaged.
     """
 
     def __init__(
@@ -143,18 +143,18 @@ class TextEncoder:
 
     @property
     def dimensions(self) -> int:
-        """Width of an embedding unless another is asked for."""
+        """Default width of an embedding."""
         return self.layout.truncate_dim or self.layout.width
 
     @property
     def batch_tokens(self) -> int:
-        """Tokens of a batch that suit the device: larger ones leave a CPU's cache."""
+        """Default tokens per batch; larger batches would exceed a CPU's cache."""
         return 1024 if self.device.type == "cpu" else 32_768
 
     def tokenize(self, texts: Sequence[str], prompt: str = "", first: int = 1) -> Tokens:
-        """Token ids of texts behind a prompt, cut at `max_tokens`; safe to call from any thread.
+        """Tokenize texts after a prompt, cut at `max_tokens`; safe to call from any thread.
 
-        Raises InputError by the number of the text, from `first` on, if one is not Unicode text.
+        Raises InputError with the text's number, from `first`, if one is empty or not Unicode.
         """
         for number, text in enumerate(texts, first):
             if not isinstance(text, str):
@@ -180,14 +180,14 @@ class TextEncoder:
         batch_tokens: int | None = None,
         progress: bool = False,
     ) -> np.ndarray:
-        """Embed texts: [texts, dimensions] float32 in their order, or [dimensions] of one text.
+        """Embed texts in order: [texts, dimensions] float32, or [dimensions] for a single str.
 
         Args:
             texts: One text, or any number of them.
             prompt_name: One of the folder's prompts or a role, `"query"` or `"document"`.
             dimensions: Keep this many leading dimensions (Matryoshka), normalized again.
-            batch_tokens: Tokens that are computed together, about.
-            progress: Draw a bar on a terminal.
+            batch_tokens: Approximate number of tokens per batch.
+            progress: Show a progress bar on a terminal.
 
         Raises InputError if a text is not a str, or there is no such prompt or width.
         """
@@ -211,7 +211,7 @@ class TextEncoder:
         return np.concatenate(parts)
 
     def _embed(self, ids: Sequence[np.ndarray], budget: int) -> np.ndarray:
-        """[N, E] float32 of one chunk of texts; the device is waited for once, at the end."""
+        """Embed a chunk of texts, [N, E] float32; wait for the device once, at the end."""
         batches = token_batches(np.array([len(text) for text in ids]), budget)
         rows = torch.cat([self.forward([ids[i] for i in batch]) for batch in batches])
         embeddings = np.empty(rows.shape, dtype=np.float32)
@@ -219,13 +219,13 @@ class TextEncoder:
         return embeddings
 
     def check_dimensions(self, dimensions: int | None) -> None:
-        """Raise InputError unless an embedding has that many dimensions."""
+        """Raise InputError if `dimensions` is set and not in 1 ... width."""
         if dimensions is not None and not 1 <= dimensions <= self.layout.width:
             raise InputError(f"dimensions {dimensions} must lie in 1 ... {self.layout.width}")
 
     def cut_to(self, embeddings: np.ndarray, dimensions: int | None) -> np.ndarray:
-        """Cut [N, E] embeddings: to `dimensions`, normalized again; by default to the folder's own
-        `truncate_dim`, without a new norm, as sentence-transformers does.
+        """Cut [N, E] embeddings to `dimensions` and normalize again, or by default to the folder's
+        `truncate_dim` without normalizing again, as sentence-transformers does.
         """
         kept = embeddings[:, : dimensions or self.dimensions]
         if dimensions is None or not self.layout.normalize:
@@ -234,7 +234,7 @@ class TextEncoder:
 
     @torch.inference_mode()
     def forward(self, ids: Sequence[np.ndarray]) -> torch.Tensor:
-        """Embed one batch of texts' int32 ids: [texts, E] float32 on the device, not waited for."""
+        """Embed a batch of int32 ids: [texts, E] float32 on the device, without synchronizing."""
         batch = pack(ids) | {"lengths": torch.tensor([len(text) for text in ids])}
         if self.device.type != "cpu":
             batch = recursively_apply(torch.Tensor.pin_memory, batch)
@@ -251,7 +251,7 @@ class TextEncoder:
 
 
 def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
-    """Arguments of `Qwen3EncoderModel` for texts' ids: [B, S] if lengths are equal, else packed."""
+    """Build `Qwen3EncoderModel` inputs from ids: [B, S] if lengths are equal, else packed."""
     if len({len(text) for text in ids}) == 1:
         return {"input_ids": torch.from_numpy(np.stack(ids)).long()}
     batch = collate_packed(ids, [ids[0][:0]] * len(ids))
@@ -260,7 +260,7 @@ def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
 
 
 def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
-    """Indices of texts computed together, longest first: about `budget` tokens, or one text."""
+    """Group text indices, longest first, into batches of about `budget` tokens or one text."""
     order = np.argsort(-lengths, kind="stable")
     batch = (lengths[order].cumsum() - 1) // budget
     return np.split(order, np.flatnonzero(np.diff(batch)) + 1)
@@ -268,7 +268,7 @@ def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
 
 @contextmanager
 def encoder_folder(model: str | Path) -> Iterator[Path]:
-    """Yield an encoder folder; of an encoder-decoder a temporary one, and say so on stderr.
+    """Yield an encoder folder; extract a temporary one from an encoder-decoder (noted on stderr).
 
     Raises InputError if `model` is neither.
     """
@@ -290,7 +290,7 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
 
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3EncoderModel:
-    """Load our own encoder with an encoder folder's weights. Raises InputError as `load_whole`."""
+    """Load an encoder folder into our own encoder. Raises InputError as `load_whole` does."""
     stock = Qwen3Config.from_pretrained(folder)
     same = {"vocab_size": stock.vocab_size, "pad_token_id": stock.pad_token_id}
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(stock, num_sentinel_tokens=0, **same)
@@ -306,7 +306,7 @@ def _computes_bfloat16(device: torch.device) -> bool:
 
 
 def read_texts(source: str, text_column: str = "text") -> list[str]:
-    """Texts of a file, a folder, a hub dataset, or of `-`, the lines of standard input."""
+    """Read texts from a file, a folder, a hub dataset, or the lines of standard input (`-`)."""
     if source == "-":
         return [line.rstrip("\r\n") for line in sys.stdin]
     corpus = open_corpus(Source([source], text_column=text_column), DataConfig())
@@ -317,7 +317,7 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
 
 
 def write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str] = ()) -> None:
-    """Write .npy, or .parquet with the columns `text` and `embedding`: whole, or not at all."""
+    """Write .npy, or .parquet with the columns `text` and `embedding`, atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     building = path.with_name(f".{path.name}.partial")
     try:
@@ -342,7 +342,7 @@ def embed_file(
     prompt_name: str | None = None,
     dimensions: int | None = None,
 ) -> str:
-    """Embed the texts of a file into another, whole or not at all; returns a one-line summary.
+    """Embed the texts of a file, write the output atomically, and return a one-line summary.
 
     Raises InputError if a file or setting is wrong.
     """

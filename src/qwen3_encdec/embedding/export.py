@@ -6,9 +6,9 @@
 | onnx-int8                 | onnx/model_quantized.onnx | onnxruntime, transformers.js     |
 | gguf, gguf-f16, gguf-q8_0 | model-f32.gguf, ...       | llama.cpp and what builds on it  |
 
-ONNX folders also get the small files: tokenizer, pooling, prompts, length limit. GGUF carries
-tokenizer, pooling and length limit itself, but its readers do not normalize text: what is not NFC
-embeds wrongly there. The report measures that.
+ONNX folders also get the small files: tokenizer, pooling, prompts, length limit. A GGUF file
+contains tokenizer, pooling and length limit, but its readers do not normalize text, so text that is
+not NFC gets wrong embeddings. The report measures this.
 """
 
 import importlib.util
@@ -44,8 +44,8 @@ ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
 
 
 class Form(NamedTuple):
-    """Functions that write an encoder folder in this form and open it in its own runtime, the least
-    right cosine, and the packages needed with the extra that installs them.
+    """Functions that write an encoder folder in this form and open it in its runtime, the lowest
+    accepted cosine, the required packages, and the extra that installs them.
     """
 
     write: Callable[[Path, Path], None]
@@ -56,8 +56,8 @@ class Form(NamedTuple):
 
 
 class ExportReport(NamedTuple):
-    """Cosine and largest difference of the exported runtime to our own encoder, for the worst of
-    the texts; cosine of reading the weights causally (the control), and of texts that are not NFC.
+    """Lowest cosine and largest difference between the exported runtime and our own encoder; lowest
+    cosines of weights that are read causally (the control) and of texts that are not NFC.
     """
 
     form: str
@@ -82,10 +82,10 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
     """Export an encoder and verify parity in the form's own runtime.
 
     Args:
-        model: An encoder folder; of an encoder-decoder folder or run the encoder is extracted
+        model: An encoder folder, or an encoder-decoder folder or run, whose encoder is extracted
             first, mean-pooled.
         form: One of `FORMS`.
-        output_dir: Written beside and renamed into place, and only if the comparison holds.
+        output_dir: Built in a temporary folder and renamed into place if parity holds.
 
     Raises:
         InputError: `model` is neither, the form is unknown, a package that it needs is missing
@@ -100,7 +100,7 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
     with encoder_folder(model) as encoder, output as folder:
         kind.write(encoder, folder)
         report = _compare(encoder, folder, form)
-        # A control that comes close would mean that the texts cannot tell one from the other.
+        # A control that comes close means that the texts cannot detect a causal reading.
         if report.cosine < kind.cosine or 1 - report.causal < 10 * (1 - kind.cosine):
             raise InputError(f"{model} as {form} does not embed as our encoder does: {report}")
     return report
@@ -128,13 +128,13 @@ def check_packages(form: str, packages: tuple[str, ...], extra: str) -> None:
 
 
 def cosine(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
-    """[N], of the rows of two arrays [N, E]."""
+    """Return the cosines [N] between the rows of two arrays [N, E]."""
     norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
     return (found * expected).sum(-1) / norms
 
 
 def causal_embeddings(folder: Path, texts: list[str]) -> np.ndarray:
-    """[N, E] float32, normalized: the control, `folder` read as a causal model."""
+    """Embed with `folder` read as a causal model (the control): [N, E] float32, normalized."""
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     model.config.is_causal = True
     return embed_padded(folder, lambda ids, mask: model(ids, mask).last_hidden_state, texts)
@@ -143,14 +143,14 @@ def causal_embeddings(folder: Path, texts: list[str]) -> np.ndarray:
 def sample_texts(
     tokenizer: PreTrainedTokenizerBase, number: int, longest: int, seed: int = 0
 ) -> list[str]:
-    """Texts of random words of the vocabulary, 1 to about `longest` tokens each, lengths even on a
-    log scale, shuffled.
+    """Sample texts of random vocabulary words, 1 to about `longest` tokens each, in random order,
+    with lengths evenly spaced on a log scale.
     """
     rng = np.random.default_rng(seed)
     tokens = tokenizer.batch_decode(rng.permutation(len(tokenizer))[:, None])
     words = [text[1:] for text in tokens if text[:1] == " " and text[1:].isalpha()]
     words = [word for word in words if unicodedata.is_normalized("NFC", word)][:2000]
-    # EOS is one token; a word without its space before it, as the first one stands, may take more.
+    # EOS is one token; the first word has no space before it and may take several tokens.
     lengths = np.geomspace(1, longest - 8, number).round().astype(int)
     return [" ".join(rng.choice(words, length)) for length in rng.permutation(lengths)]
 
@@ -159,8 +159,8 @@ def sample_texts(
 def embed_padded(
     folder: Path, states: Callable[[torch.Tensor, torch.Tensor], Any], texts: list[str]
 ) -> np.ndarray:
-    """Tokenize and pool as the folder says, around a function of ids and mask, [B, S] int64, to
-    states [B, S, E].
+    """Embed texts with the folder's tokenizer and pooling; `states` maps ids and mask, [B, S]
+    int64, to states [B, S, E].
     """
     tokenizer, pooling = AutoTokenizer.from_pretrained(folder), read_layout(folder).pooling
     rows = []
@@ -173,7 +173,7 @@ def embed_padded(
 
 
 class _Int8Embedding(torch.nn.Module):
-    """A table of bytes with a scale for each row; onnxruntime quantizes no lookup to 8 bits."""
+    """Int8 embedding table with a scale per row; onnxruntime cannot quantize lookups to 8 bits."""
 
     def __init__(self, weight: torch.Tensor):
         super().__init__()
@@ -214,7 +214,7 @@ def quiet() -> Iterator[None]:
 
 
 def save_onnx(file: Path, module: torch.nn.Module, args: tuple = (), **options: Any) -> None:
-    """Export a module by `torch.onnx.export`, its weights beside the file: one ends at 2 GiB."""
+    """Export with `torch.onnx.export`, weights in a second file: an ONNX file ends at 2 GiB."""
     import onnx_ir
 
     with quiet():
@@ -224,7 +224,7 @@ def save_onnx(file: Path, module: torch.nn.Module, args: tuple = (), **options: 
 
 
 def _to_8_bits(file: Path) -> None:
-    """8-bit weights with a scale for every 32, and integer products, as llama.cpp's q8_0."""
+    """Quantize weights to 8 bits, one scale per 32, for integer products, as llama.cpp's q8_0."""
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
@@ -252,8 +252,8 @@ def _read_onnx(name: str, folder: Path) -> Embed:
 
 
 def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
-    """Write a GGUF as llama.cpp's own converter lays out a Qwen3, plus the keys that make it an
-    encoder: not causal, pooled, EOS added.
+    """Write a GGUF with the layout of llama.cpp's Qwen3 converter, plus the keys of an encoder: not
+    causal, pooled, EOS added.
     """
     import gguf
 
@@ -265,7 +265,7 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
         raise InputError(f"{encoder} has attention biases, which llama.cpp's Qwen3 lacks; use onnx")
     writer = gguf.GGUFWriter(output / f"model-{kind.lower()}.gguf", "qwen3")
     writer.add_file_type(gguf.LlamaFileType["ALL_F32" if kind == "F32" else f"MOSTLY_{kind}"])
-    writer.add_context_length(layout.max_tokens)  # readers take it for the limit of a text
+    writer.add_context_length(layout.max_tokens)  # readers use it as the length limit of a text
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
@@ -292,7 +292,7 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.QWEN3, config.num_hidden_layers)
     for name, tensor in read_tensors(encoder):
         values = tensor.float().numpy()
-        # As llama.cpp: vectors stay whole, rows that do not divide into blocks of 32 are F16.
+        # As in llama.cpp, vectors stay F32, and rows not divisible into blocks of 32 are F16.
         dtype = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind]
         if dtype == gguf.GGMLQuantizationType.Q8_0 and values.shape[-1] % 32:
             dtype = gguf.GGMLQuantizationType.F16
@@ -305,14 +305,14 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
 
 
 def llama_cpp_server(folder: Path) -> Any:
-    """llama.cpp's own server in this process, on a free port; it tokenizes and pools itself."""
+    """Start llama.cpp's own server in this process on a free port; it tokenizes and pools."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(next(folder.glob("*.gguf")))
     params.embedding = True
     params.n_parallel = 1
-    # Attention that is not causal wants a text in one batch.
+    # Bidirectional attention needs the whole text in one batch.
     params.n_ctx = params.n_batch = params.n_ubatch = 4096
     params.cache_type_k = params.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     params.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED

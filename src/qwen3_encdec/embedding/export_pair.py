@@ -1,12 +1,12 @@
-"""Export an encoder-decoder to ONNX: two graphs, and greedy decoding with a cache between them.
+"""Export an encoder-decoder to ONNX as two graphs, and decode greedily with a cache between them.
 
     encoder.onnx   ids, mask [B, S]                     -> prefix.N.key, prefix.N.value [B, K, S, d]
     decoder.onnx   token, position [B, 1], mask [B, L],
                    past.N.key, past.N.value             -> logits [B, V], present.N.key, ...
 
-Merged attention makes this plain: the source is a prefix of the decoder's cache, so the encoder
-graph ends with every decoder layer's keys and values of the source, and the decoder graph is that
-of any decoder-only model, L being the source and the target so far with the new token.
+In merged attention the source is a prefix of the decoder's cache. The encoder graph therefore
+returns the source's keys and values for every decoder layer, and the decoder graph is that of any
+decoder-only model. L counts the source and the target so far, including the new token.
 """
 
 from pathlib import Path
@@ -31,7 +31,7 @@ INPUTS, STEPS = 32, 24
 
 
 class PairReport(NamedTuple):
-    """Tokens equal to our own, all and, the control, with the source hidden from the decoder."""
+    """Number of tokens, how many equal ours, and how many with the source hidden (the control)."""
 
     tokens: int
     equal: int
@@ -51,7 +51,7 @@ class _Graph(torch.nn.Module):
 
 
 class _Encoder(_Graph):
-    """Ids and mask [B, S] to the source's keys and values in every decoder layer."""
+    """Map ids and mask [B, S] to the source's keys and values for every decoder layer."""
 
     def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> list[torch.Tensor]:
         states = self.model.encoder(input_ids, attention_mask).last_hidden_state
@@ -60,7 +60,7 @@ class _Encoder(_Graph):
 
 
 class _Decoder(_Graph):
-    """One token [B, 1] behind a cache to logits [B, V] and the grown cache."""
+    """Map one token [B, 1] and a cache to logits [B, V] and the extended cache."""
 
     def forward(self, token: Any, position: Any, mask: Any, past: Any) -> list[torch.Tensor]:
         decoder, states = self.model.decoder, self.model.shared(token)
@@ -134,10 +134,10 @@ def _write(model: Any, folder: Path) -> None:
 def decode(
     folder: Path, ids: Any, mask: Any, config: Any, steps: int = STEPS, hide_source: bool = False
 ) -> np.ndarray:
-    """Decode ids under a mask, [B, S] int64, greedily in onnxruntime.
+    """Decode greedily in onnxruntime from ids and mask, [B, S] int64.
 
-    `config` has the special ids; `hide_source` is the control. Returns [B, steps] int64, behind a
-    row's EOS padding.
+    `config` has the special ids; `hide_source` is the control. Returns [B, steps] int64, padded
+    after a row's EOS.
     """
     from onnxruntime import InferenceSession
 

@@ -1,8 +1,8 @@
-"""Finetune an encoder into an embedding model, by sentence-transformers' own trainer and losses.
+"""Finetune an encoder into an embedding model with sentence-transformers' own trainer and losses.
 
-A held-out part of the pairs is scored before, during and after; the best weights are kept. Batches
-that cannot be filled with distinct texts, and a loss or weight that is not finite, end it with a
-sentence and without a folder.
+Held-out pairs are scored before, during and after training, and the best weights are kept.
+Finetuning fails without writing a folder if batches cannot be filled with distinct texts or if a
+loss or weight is not finite.
 """
 
 import json
@@ -56,7 +56,7 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 @dataclass(frozen=True)
 class FinetuneConfig:
-    """Everything that decides a finetuning but the encoder it starts from."""
+    """Settings of a finetuning, except the encoder it starts from."""
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
     """package-docs (summary line and body of docstrings), .jsonl or .parquet files, hub datasets
@@ -67,7 +67,7 @@ class FinetuneConfig:
     )
     """Text columns of files and hub datasets: a query, its document, then hard negatives."""
     query_prompt: str = ""
-    """Put before every query, here and, through the written folder, wherever the model is used."""
+    """Prefix of every query, in training and, through the written folder, in every later use."""
     document_prompt: str = ""
     """The same for documents and negatives."""
     max_length: PositiveInt = 128
@@ -75,11 +75,11 @@ class FinetuneConfig:
     teacher: str | None = None
     """sentence-transformers folder to distill from; None learns from the pairs, contrastively."""
     temperature: Positive = 0.05
-    """Of the softmax over cosines."""
+    """Temperature of the softmax over cosines."""
     symmetric: bool = True
-    """Tell a document from the other queries too, not only a query from the other documents."""
+    """Also contrast each document with all queries, not only each query with all documents."""
     matryoshka_dims: list[float] = field(default_factory=list)
-    """Leading dimensions that must serve alone, as numbers or as shares of the width (0.5)."""
+    """Leading dimensions trained as embeddings of their own, as counts or shares of width (0.5)."""
     spread_weight: NonNegativeFloat = 0.0
     """Weight of the spread-out regularizer on each side's embeddings."""
     steps: PositiveInt = 200
@@ -87,21 +87,21 @@ class FinetuneConfig:
     batch_size: Annotated[int, Field(ge=2)] = 64
     """Pairs per step; each is a negative for the others, so all their texts are distinct."""
     mini_batch_size: NonNegativeInt = 0
-    """Pairs in memory at once (GradCache, for one more forward pass); 0 is all."""
+    """Pairs in memory at once (GradCache, at the cost of one more forward pass); 0 is all."""
     lr: Positive | None = None
-    """Peak learning rate after a tenth of linear warm-up, then linear decay; by default 2e-5 from
-    width 1024 on, and more for narrower encoders: 2e-5 x (1024 / width)^2, at most 1e-3.
+    """Peak learning rate after linear warm-up over a tenth of the steps, then decayed linearly.
+    Default: 2e-5 from width 1024 on, 2e-5 x (1024 / width)^2 below it, at most 1e-3.
     """
     weight_decay: NonNegativeFloat = 0.0
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
     heldout_pairs: NonNegativeInt = 256
-    """Pairs kept out of training for the score, at most a tenth of all; 0 scores nothing."""
+    """Pairs held out of training for scoring, at most a tenth of all; 0 disables scoring."""
     eval_every: NonNegativeInt = 0
     """Steps between scores and checkpoints; 0 is a quarter of the steps."""
     seed: NonNegativeInt = 0
-    """Of the choice and order of the pairs."""
+    """Seed for the choice and order of the pairs."""
 
 
 def finetune(
@@ -113,24 +113,24 @@ def finetune(
     resume: bool = False,
     **changes: Any,
 ) -> dict[str, Any]:
-    """Train an encoder so that the texts that belong together lie closer than those that do not.
+    """Train an encoder so that matching texts are closer than those that do not match.
 
     Args:
         encoder_dir: A sentence-transformers folder, such as `extract_encoder` writes.
-        output_dir: Gets a copy of it with trained weights, the config's prompts, a model card and
-            metrics.jsonl. Checkpoints lie in OUTPUT.training until then.
+        output_dir: Receives a copy of it with trained weights, the config's prompts, a model card
+            and metrics.jsonl. Until then, checkpoints are in OUTPUT.training.
         examples: (query, document) or (query, document, negative, ...) texts, instead of the
             config's `inputs`. They are shuffled and repeated as often as the steps need.
         config: By default `FinetuneConfig()`.
-        resume: Continue a call that did not end, from its newest checkpoint, with its settings.
+        resume: Continue an interrupted call from its newest checkpoint, with the same settings.
         changes: Fields of the config to replace.
 
     Returns:
-        `loss` (mean of the last tenth of the steps), `pairs` trained on, and where some are held
-        out `heldout`: their nDCG@10 `before`, `after` and at the `best` step, which is kept.
+        `loss` (mean of the last tenth of the steps), `pairs` trained on and, if some are held out,
+        `heldout`: their nDCG@10 `before`, `after` and at the `best` step, which is kept.
 
     Raises InputError if batches cannot be filled with distinct texts, a value is not finite, an
-    input or folder cannot be read, or settings do not go together.
+    input or folder cannot be read, or settings conflict.
     """
     disable_progress_bars()
     config = replace(config or FinetuneConfig(), **changes)
@@ -149,7 +149,7 @@ def finetune(
     saved_dtype = model.dtype
     try:
         history = _train(config, model, dataset, heldout, work, resume)
-    except InputError:  # after anything else the checkpoints stay
+    except InputError:  # any other error keeps the checkpoints
         shutil.rmtree(work)
         raise
     scores = {line["step"]: line[SCORE] for line in history if SCORE in line}
@@ -179,7 +179,7 @@ def finetune(
 
 
 def _fitted(config: FinetuneConfig, width: int) -> FinetuneConfig:
-    """The config with what depends on the encoder filled in."""
+    """Fill in the settings that depend on the encoder's width."""
     lr = config.lr or min(1e-3, 2e-5 * max(1.0, 1024 / width) ** 2)
     dims = [round(size * width) if 0 < size < 1 else size for size in config.matryoshka_dims]
     if not all(1 <= size <= width and size == int(size) for size in dims):
@@ -188,7 +188,7 @@ def _fitted(config: FinetuneConfig, width: int) -> FinetuneConfig:
 
 
 def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Draw the pairs to train on and those to score, no text of which is trained on."""
+    """Split the pairs into those to train on and those to score, whose texts are not trained on."""
     size = min(config.heldout_pairs, len(full) // 10)
     if size < 2:
         return full.shuffle(config.seed), None
@@ -203,7 +203,7 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
 
 
 def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
-    """Refuse too few distinct texts: the sampler would make smaller batches, down to one pair."""
+    """Reject too few distinct texts: the sampler would make smaller batches, down to one pair."""
     size = config.batch_size
     for name in dataset.column_names:
         distinct = len(set(dataset[name]))
@@ -218,7 +218,7 @@ def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
 
 
 def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:
-    """The folder beside the output that holds checkpoints and metrics while training runs."""
+    """Return the folder beside the output that holds checkpoints and metrics during training."""
     work = output.with_name(f"{output.name}.training")
     settings = json.loads(json.dumps(asdict(config)))
     interrupted = any(work.glob("checkpoint-*"))
@@ -233,8 +233,8 @@ def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:
 
 
 class HeldoutRetrieval(BaseEvaluator):
-    """nDCG@10 of finding each query's document among all held-out ones; ties and NaN count
-    against it.
+    """nDCG@10 of retrieving each query's document among all held-out ones; ties and NaN count
+    against the model.
     """
 
     def __init__(self, config: FinetuneConfig, pairs: Dataset) -> None:
@@ -254,7 +254,7 @@ class HeldoutRetrieval(BaseEvaluator):
 
 
 class _Watch(TrainerCallback):
-    """Keep metrics.jsonl, print progress, and end a training whose values are not finite."""
+    """Write metrics.jsonl, print progress, and stop training if a value is not finite."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         lines = [json.dumps(line) + "\n" for line in state.log_history]
@@ -271,7 +271,7 @@ class _Watch(TrainerCallback):
             print(f"step {state.global_step:,} of {args.max_steps:,}: {facts}", file=sys.stderr)
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:  # no checkpoint is better unless its score is
+        if state.global_step == 0:  # a checkpoint must beat the untrained encoder
             state.best_metric = metrics[SCORE]
 
 
@@ -283,7 +283,7 @@ def _train(
     work: Path,
     resume: bool,
 ) -> list[dict[str, Any]]:
-    """Train in fp32 weights, and return what the trainer logged."""
+    """Train with fp32 weights and return the trainer's log."""
     model.float()
     model.max_seq_length = min(config.max_length, model.max_seq_length or config.max_length)
     every = config.eval_every or max(1, config.steps // 4)
@@ -336,7 +336,7 @@ def _train(
 
 
 def read_examples(config: FinetuneConfig) -> Dataset:
-    """All examples of the config's inputs; one that lacks a text is left out.
+    """Read all examples of the config's inputs, without those that lack a text.
 
     Raises InputError if an input cannot be read, or has no such text column.
     """
@@ -383,10 +383,10 @@ def _load(folder: str | Path) -> SentenceTransformer:
         )
     try:
         model = SentenceTransformer(str(folder), local_files_only=True)
-    except Exception as error:  # damaged weights, configs and tokenizers each raise their own
+    except Exception as error:  # damaged weights, configs and tokenizers raise different types
         reason = first_line(error)
         raise InputError(f"{folder} cannot be loaded: {reason}") from None
-    # Else the trainer embeds examples for every checkpoint's card.
+    # Otherwise the trainer embeds examples for every checkpoint's model card.
     model.model_card_data.generate_widget_examples = False
     model.model_card_data.widget = [{}]
     return model
@@ -402,7 +402,7 @@ def _add_labels(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
 
 
 class _Contrastive(losses.CachedMultipleNegativesRankingLoss):
-    """The contrastive loss and, on the same cached embeddings, the spread-out regularizer."""
+    """Contrastive loss plus the spread-out regularizer on the same cached embeddings."""
 
     spread: losses.GlobalOrthogonalRegularizationLoss | None
 

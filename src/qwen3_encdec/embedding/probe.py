@@ -1,7 +1,7 @@
-"""Tell from an embedding server's answers whether it runs an encoder bidirectionally.
+"""Check from an embedding server's answers whether it runs an encoder bidirectionally.
 
-The answers are compared with every way in which a server can misread the encoder's folder: causal
-or not, each pooling, with and without EOS.
+The answers are compared with each way in which a server can read the encoder's folder: causal or
+not, each pooling, with and without EOS.
 """
 
 import http.client
@@ -36,22 +36,22 @@ class Verdict(NamedTuple):
 
 
 def check_endpoint(url: str, model: str | Path, name: str | None = None) -> Verdict:
-    """Judge whether the OpenAI-compatible server at `url` runs its model bidirectionally.
+    """Check whether the OpenAI-compatible server at `url` runs its model bidirectionally.
 
     Args:
-        url: Its root, `/v1` or `/v1/embeddings`.
+        url: The server's root, `/v1` or `/v1/embeddings`.
         model: The encoder folder that it is meant to serve.
-        name: Of the model in requests; None takes the first that the server lists.
+        name: Model name in requests; None takes the first that the server lists.
 
     Raises:
-        InputError: the server does not answer, or not with embeddings, or with wider ones than the
-            encoder's; `model` is no encoder folder.
+        InputError: the server does not answer, does not return embeddings, or returns wider ones
+            than the encoder's; or `model` is not an encoder folder.
     """
     url = url.rstrip("/").removesuffix("/embeddings").removesuffix("/v1") + "/v1/"
     try:
         name = name or _request(url + "models")["data"][0]["id"]
     except (InputError, LookupError, TypeError):
-        name = "default"  # many servers hold one model and do not read the name
+        name = "default"  # many servers hold one model and ignore the name
 
     def embed(texts: list[str]) -> np.ndarray:
         rows: list[dict] = []
@@ -87,7 +87,7 @@ def _request(url: str, body: dict | None = None) -> Any:
 
 @torch.inference_mode()
 def compare(embed: Embed, folder: Path) -> Verdict:
-    """Compare with the encoder in `folder`, read correctly and in every known wrong way."""
+    """Compare with the encoder in `folder`, read correctly and in each known wrong way."""
     tokenizer, layout = AutoTokenizer.from_pretrained(folder), read_layout(folder)
     model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     texts = sample_texts(tokenizer, 12, min(64, layout.max_tokens))
@@ -117,7 +117,7 @@ def compare(embed: Embed, folder: Path) -> Verdict:
         f"{folder} read as {best!r} gives cosine {cosines[best]:.4f} to the answers, "
         f"read correctly {cosines[right]:.4f}; the other attention {other:.4f}"
     )
-    # 8-bit weights leave .999; a chance match closer than this is another model.
+    # 8-bit weights still reach 0.999; a best cosine below 0.98 means another model.
     if cosines[best] < 0.98 or 1 - other < 3 * (1 - cosines[best]):
         return Verdict("unknown", evidence)
     return Verdict(attention if attention == "causal" or best == right else "misread", evidence)

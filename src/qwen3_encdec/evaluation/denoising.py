@@ -1,4 +1,4 @@
-"""Score held-out denoising: loss by denoiser, and the spans that a model writes into the gaps."""
+"""Score held-out denoising: loss by denoiser, and the spans that a model fills into the gaps."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -20,9 +20,9 @@ def denoising_losses(
     denoiser_names: Sequence[str],
     batch_size: int = 16,
 ) -> dict[str, float]:
-    """Mean loss by denoiser over a fixed list of examples, in nats per target token (EOS included).
+    """Compute mean loss by denoiser over fixed examples, in nats per target token (EOS included).
 
-    Arguments as `example_losses`. A denoiser without examples is left out.
+    Arguments are those of `example_losses`. A denoiser without examples is left out.
     """
     losses = example_losses(model, examples, batch_size)
     return mean_losses(losses, examples, [e.denoiser for e in examples], denoiser_names)
@@ -32,10 +32,10 @@ def denoising_losses(
 def example_losses(
     model: torch.nn.Module, examples: Sequence[Example], batch_size: int = 16
 ) -> torch.Tensor:
-    """Sum of the token losses of each example, [examples] fp64, in nats.
+    """Sum the token losses of each example: [examples] fp64, in nats.
 
-    It does not depend on `batch_size`, the examples per call. With sharded parameters every rank
-    must call this with the same examples. The model, wrapped or not, keeps its training mode.
+    The sums do not depend on `batch_size`, the examples per forward pass. With sharded parameters,
+    every rank must pass the same examples. The model, wrapped or not, keeps its training mode.
     """
     device = next(model.parameters()).device
     sums = torch.zeros(len(examples), dtype=torch.float64)
@@ -62,7 +62,7 @@ def mean_losses(
     groups: Sequence[int],
     names: Sequence[str],
 ) -> dict[str, float]:
-    """Mean of `example_losses` per target token by group; `groups` are indices into `names`."""
+    """Average `example_losses` per target token by group; `groups` are indices into `names`."""
     totals, counts = torch.zeros(2, len(names), dtype=torch.float64)
     index = torch.tensor(groups, dtype=torch.long)
     totals.index_add_(0, index, losses)
@@ -76,11 +76,11 @@ def mean_losses(
 def infill_examples(
     model: Any, tokenizer: Any, examples: Sequence[Example], n: int = 32
 ) -> dict[str, Any]:
-    """Let the model fill the gaps of the first `n` span-corrupted examples, greedily.
+    """Fill the gaps of the first `n` span-corrupted examples by greedy decoding.
 
-    Returns `exact_rate`, the share of the gaps whose text is exactly the document's, and
-    `examples`: dicts of `source`, `expected`, `generated` (with sentinels) and `exact` of `spans`
-    (counts). Raises InputError if no example has a gap; prefix-to-suffix ones have none.
+    Returns `exact_rate`, the share of gaps filled exactly as in the document, and `examples`: dicts
+    of `source`, `expected`, `generated` (with sentinels), and the counts `exact` and `spans`.
+    Raises InputError if no example has a gap; prefix-to-suffix ones have none.
     """
     chosen = [e for e in examples if e.target[0] in tokenizer.sentinel_token_ids][:n]
     if not chosen:

@@ -1,4 +1,4 @@
-"""Retrieval by cosine similarity, where a tie never helps the model: ranks, scores with their
+"""Score retrieval by cosine similarity, with ties counted against the model: ranks, scores with
 intervals, and the tasks that need no hub.
 """
 
@@ -15,24 +15,24 @@ from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.folders import InputError
 
 MAX_TOKENS = 128
-"""The length that both MiniLM and the demo's contrastive stage are trained on."""
+"""Length in tokens that MiniLM was trained on, and the default `max_length` of `finetune`."""
 PACKAGE_DOCS = "package-docs"
 
 
 Embed = Callable[..., np.ndarray]
-"""Texts and their role, "query", "document" or None, to [N, d] fp32; the role decides which of the
-model's prompts stands before them.
+"""Maps texts and their role ("query", "document" or None) to [N, d] fp32; the role selects which of
+the model's prompts precedes them.
 """
 Task = Any
 """An object with `name`, `metric`, `max_tokens` at which texts are cut, `corpus` (texts that TF-IDF
-may be fitted on, never the queries), `size` (answers that the score is made of), and
-`measure(embed)`, which gives `score` and, if there is an interval, `low` and `high`.
+may be fitted on, never the queries), `size` (number of scored answers), and `measure(embed)`, which
+returns `score` and, if there is an interval, `low` and `high`.
 """
 
 
 @dataclass(frozen=True)
 class Retrieval:
-    """Find the right document of each query, `relevant` [Q]; ties count against the model."""
+    """Find the relevant document of each query, `relevant` [Q]; ties count against the model."""
 
     name: str
     queries: list[str]
@@ -48,18 +48,18 @@ class Retrieval:
 
     @property
     def size(self) -> int:
-        """Queries."""
+        """Number of queries."""
         return len(self.queries)
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """R@1 as `score` with its interval, and `rank_scores`."""
+        """Compute R@1 as `score` with its interval, and `rank_scores`."""
         queries = embed(self.queries, "query")
         documents = embed(self.documents, "document")
         ranks = relevant_ranks(queries, documents, self.relevant, also=self._right())
         return mean_interval(ranks == 1) | rank_scores(ranks)
 
     def _right(self) -> list[list[int]]:
-        """All right documents of each query: the others neither help nor hurt."""
+        """List all relevant documents of each query; those beyond its own neither help nor hurt."""
         right = defaultdict(list)
         for query, document in zip(self.queries, self.relevant.tolist(), strict=True):
             right[query].append(document)
@@ -67,7 +67,7 @@ class Retrieval:
 
 
 def package_retrieval(most: int, seed: int) -> Retrieval:
-    """Find a docstring's body by its summary line, among those of all held-out packages."""
+    """Build the task of finding a docstring's body by its summary line in held-out packages."""
     pairs = summary_pairs("heldout")
     if not pairs:
         raise InputError("no held-out package has usable docstrings; install more packages")
@@ -77,10 +77,10 @@ def package_retrieval(most: int, seed: int) -> Retrieval:
 
 
 def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 512) -> Retrieval:
-    """Find the document of each query of a .jsonl file, among all its documents.
+    """Build the task of finding each query's document among all documents of a .jsonl file.
 
-    A line holds `query` and `document`, or `anchor` and `positive`. Equal documents are one. Raises
-    InputError naming a line that is not such an object, or if there are fewer than two documents.
+    A line holds `query` and `document`, or `anchor` and `positive`. Equal documents count once.
+    Raises InputError naming a line that is not such an object, or if there are under two documents.
     """
     pairs: list[tuple[str, int]] = []
     documents: dict[str, int] = {}
@@ -112,7 +112,7 @@ def _read_pair(line: str, place: str) -> tuple[str, str]:
 
 
 def rank_scores(ranks: np.ndarray) -> dict[str, float]:
-    """`mrr` over all documents, `ndcg@10` and `r@1` of ranks, [Q] integers from 1."""
+    """Compute `mrr` over all documents, `ndcg@10` and `r@1` from ranks, [Q] integers from 1."""
     gain = np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0)
     scores = {"mrr": 1 / ranks, "ndcg@10": gain, "r@1": ranks == 1}
     return {name: float(values.mean()) for name, values in scores.items()}
@@ -126,17 +126,17 @@ def relevant_ranks(
     also: Sequence[Sequence[int]] = (),
     chunk: int = 256,
 ) -> np.ndarray:
-    """The rank of each query's right document, from 1: [Q] integers.
+    """Rank each query's relevant document, from 1: [Q] integers.
 
-    It is 1 plus the number of *other* documents whose similarity is at least its own. Counting only
-    the strictly better ones would call a model perfect that gives every text the same embedding.
+    The rank is 1 plus the number of *other* documents that are at least as similar. Counting only
+    strictly better ones would give a perfect score to a model that embeds every text alike.
 
     Args:
         queries, documents: [Q, d] and [N, d] floats, normalized here; a zero row is similar to
             nothing (cosine 0).
         relevant: [Q] integers, index of each query's document.
-        also: All right documents of each query: the others are left out of its ranking.
-        chunk: Queries whose similarities, [chunk, N] fp32, exist at a time.
+        also: All relevant documents of each query; the others are left out of its ranking.
+        chunk: Queries per block of similarities, [chunk, N] fp32.
 
     Raises:
         ValueError: an embedding is not finite.
@@ -150,13 +150,13 @@ def relevant_ranks(
         for row, others in zip(similarity, also[part], strict=False):
             row[list(others)] = -np.inf
         similarity[np.arange(len(right)), relevant[part]] = right[:, 0]
-        # The right one counts itself: the 1 of the rank.
+        # The relevant document counts itself, so ranks start at 1.
         ranks.append((similarity >= right).sum(axis=1))
     return np.concatenate(ranks)
 
 
 def normalize(embeddings: np.ndarray) -> np.ndarray:
-    """Rows at length 1, fp32; a zero row stays zero. Raises ValueError if a value is not finite."""
+    """Scale rows to length 1, fp32; zero rows stay zero. Raises ValueError for NaN or infinity."""
     embeddings = np.asarray(embeddings, dtype=np.float32)
     if not np.isfinite(embeddings).all():
         raise ValueError("an embedding holds NaN or infinity")
@@ -165,8 +165,8 @@ def normalize(embeddings: np.ndarray) -> np.ndarray:
 
 
 def interval(statistic: Callable[[np.ndarray], float], units: int) -> dict[str, float]:
-    """`score`, `low`, `high`: a statistic of how often each unit was drawn, [units], and its 95 %
-    percentile bootstrap.
+    """Return `score`, `low` and `high`: a statistic of how often each unit was drawn, [units], and
+    its 95 % percentile bootstrap interval.
     """
     draws = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=1000)
     low, high = np.percentile([statistic(counts) for counts in draws], (2.5, 97.5))
@@ -174,5 +174,5 @@ def interval(statistic: Callable[[np.ndarray], float], units: int) -> dict[str, 
 
 
 def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """`interval` of a mean over independent values, [N]."""
+    """Return the `interval` of a mean over independent values, [N]."""
     return interval(lambda counts: float(counts @ values / counts.sum()), len(values))

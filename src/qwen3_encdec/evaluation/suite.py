@@ -1,8 +1,7 @@
-"""One evaluation for each kind of folder: denoising for an encoder-decoder, retrieval and mteb for
-an encoder.
+"""Evaluate a folder: denoising for an encoder-decoder, retrieval and mteb for an encoder.
 
-Every embedder, baselines first, goes through the same function in the same run. A baseline or task
-whose package is missing is reported as not run, with what to install.
+Every embedder, baselines first, is scored by the same function in the same run. A baseline or task
+whose package is missing is reported as not run, with the package to install.
 """
 
 import os
@@ -41,11 +40,11 @@ from qwen3_encdec.folders import (
 def evaluate_denoising(
     folders: Mapping[str, str | Path], *, num_examples: int = 64, data: DataConfig | None = None
 ) -> dict[str, Any]:
-    """`denoising`, nats per target token by label and denoiser, and `infill` of the last folder.
+    """Return `denoising`, nats per target token by label and denoiser, and `infill` (last folder).
 
-    `infill` holds `infill_examples` of the first denoiser that leaves gaps, each with the other
-    folders' text by label, and `by_denoiser` the share of gaps of each that are exactly filled.
-    Raises InputError as `load_model` and `heldout_examples`.
+    `infill` holds `infill_examples` of the first denoiser with gaps, each example with the other
+    folders' text by label, and `by_denoiser`, the share of exactly filled gaps by denoiser.
+    Raises InputError as `load_model` and `heldout_examples` do.
     """
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
@@ -83,19 +82,19 @@ def evaluate_retrieval(
     seed: int = 0,
     outside: bool = True,
 ) -> dict[str, Any]:
-    """Score sentence-transformers folders, by name, after the baselines.
+    """Score the baselines, then sentence-transformers folders by name.
 
     Args:
         encoders: Folders by name.
-        parent: The causal Qwen3, folder or hub id, for three of the baselines.
-        tasks: By default retrieval in the docstrings of held-out packages, of `num_queries`.
+        parent: The causal Qwen3 (folder or hub id) for three of the baselines.
+        tasks: By default retrieval in docstrings of held-out packages, with `num_queries`.
         mteb: Names of mteb's tasks and benchmarks, such as "MTEB(eng, v2)".
         seed: Chooses the queries.
-        outside: Score TF-IDF and MiniLM as well, and name a parent that is missing.
+        outside: Also score TF-IDF and MiniLM, and list the parent baselines if `parent` is None.
 
     Returns:
         `tasks` (by name `metric`, `size` and `scores` by embedder), `tasks_not_run` and `not_run`
-        (what each would need); of package-docs, `retrieval` (scores by embedder),
+        (what each would need); for package-docs also `retrieval` (scores by embedder),
         `num_queries` and `num_documents`.
 
     Raises:
@@ -144,7 +143,7 @@ def _details(row: Mapping[str, float]) -> dict[str, float]:
 def _loaders(
     encoders: Mapping[str, str | Path], parent: str | Path | None, outside: bool
 ) -> dict[str, Callable[[], Any]]:
-    """Embedders by name, not loaded yet; TF-IDF is another one for each task."""
+    """Return functions that load the embedders by name; TF-IDF is fitted for each task instead."""
 
     def read(**options: Any) -> Embedder:
         if parent is None:
@@ -162,20 +161,20 @@ def _loaders(
 
 
 class MtebTask:
-    """One task of mteb, scored by mteb, which gives no interval.
+    """A single mteb task, scored by mteb, which gives no interval.
 
-    In its retrieval the order of the results decides a tie, so that a model which cannot tell texts
-    apart scores above zero.
+    mteb's retrieval breaks ties by the order of the results, so a model that embeds all texts alike
+    scores above zero.
     """
 
     def __init__(self, task: Any) -> None:
         self.task, self.name, self.metric = task, task.metadata.name, task.metadata.main_score
         self.size = len(task.eval_splits) * len(task.hf_subsets)
         self.max_tokens = 512
-        self.corpus: list[str] = []  # not known beforehand: TF-IDF is not run
+        self.corpus: list[str] = []  # unknown in advance, so TF-IDF is not run
 
     def measure(self, embed: Embed) -> dict[str, float]:
-        """`score`. Raises NotRun if the data cannot be had."""
+        """Return `score`. Raises NotRun if the data cannot be loaded."""
         import mteb
 
         try:
@@ -188,7 +187,7 @@ class MtebTask:
 
 
 def mteb_tasks(name: str) -> list[Task]:
-    """The tasks of a benchmark, such as "MTEB(eng, v2)", or one task, such as "STSBenchmark".
+    """Return the tasks of a benchmark ("MTEB(eng, v2)") or a single task ("STSBenchmark").
 
     Raises NotRun if mteb is not installed, InputError if it knows neither.
     """
@@ -205,7 +204,7 @@ def mteb_tasks(name: str) -> list[Task]:
 
 
 def mteb_model(embed: Embed) -> Any:
-    """An embedder as mteb's encoder; mteb's prompt type of a text is its role."""
+    """Wrap an embedder as an mteb encoder; the prompt type of a text is its role."""
     from mteb.models import ModelMeta
     from mteb.models.abs_encoder import AbsEncoder
 
@@ -222,8 +221,8 @@ def mteb_model(embed: Embed) -> Any:
 
 
 def provenance(*, started: float | None = None, **facts: Any) -> dict[str, Any]:
-    """Facts that a number must carry: command, commit, versions, hardware, and `seconds` since
-    `started` (monotonic).
+    """Return the facts to record with a result: command, commit, versions, hardware, and `seconds`
+    since `started` (monotonic).
     """
     hardware = f"{_processor()}, {os.cpu_count()} cores"
     if torch.cuda.is_available():
@@ -250,7 +249,7 @@ def _embed(
     texts: Sequence[str],
     role: str | None = None,
 ) -> np.ndarray:
-    """Embeddings in the order of `texts`, computed by length, so that little is padding."""
+    """Embed texts sorted by length, to limit padding; return embeddings in the order of `texts`."""
     order = np.argsort([len(text) for text in texts], kind="stable")
     parts = []
     for start in range(0, len(texts), 256):

@@ -1,6 +1,6 @@
-"""One page about one run or several: curves, scores with intervals, and infilled gaps.
+"""Report on one or more runs: curves, scores with intervals, and infilled gaps.
 
-A run is a folder of a training (metrics.jsonl), an evaluation or a demo (metrics.json).
+A run is the folder of a training (metrics.jsonl), an evaluation or a demo (metrics.json).
 """
 
 import json
@@ -30,7 +30,7 @@ Points = list[tuple[int, float]]
 
 @dataclass(frozen=True)
 class Run:
-    """The records of a folder: `metrics` of metrics.json, `curves` of metrics.jsonl."""
+    """Records of a folder: `metrics` of metrics.json, `curves` of metrics.jsonl."""
 
     name: str
     folder: Path
@@ -69,7 +69,7 @@ def write_page(folder: Path, runs: Sequence[Run], title: str) -> None:
 
 
 def read_curves(file: Path) -> list[dict[str, Any]]:
-    """Parse a metrics.jsonl without a last line that a running or killed process half wrote.
+    """Parse a metrics.jsonl, ignoring an incomplete last line from a running or killed process.
 
     Raises:
         InputError: another line is not a JSON object.
@@ -95,7 +95,7 @@ def _read(folder: Path, name: str) -> Run:
 
 
 def _lines(runs: Sequence[Run], key: str) -> dict[str, Points]:
-    """Points of a quantity by run, or of a single run by denoiser where it is recorded so."""
+    """Collect a quantity's points by run or, for a single run that records them, by denoiser."""
     lines: dict[str, Points] = {}
     for run in runs:
         for record in run.curves:

@@ -1,4 +1,4 @@
-"""The page of a data config's analysis."""
+"""Write the page of a data config's analysis."""
 
 from collections.abc import Mapping
 from functools import partial
@@ -14,7 +14,7 @@ from qwen3_encdec.reports.page import Section, denoiser_color, figure
 
 
 def write_page(analysis: Analysis, file: Path, settings: Mapping[str, Any]) -> None:
-    """Write the page; `settings` are listed at its foot."""
+    """Write the page; `settings` are listed at the bottom."""
     figures = [
         figure(partial(_draw_shares, analysis), "Share of target tokens by denoiser."),
         figure(partial(_draw_lengths, analysis), "Lengths of examples."),

@@ -33,13 +33,13 @@ def evaluate(
     """Evaluate an encoder, or an encoder-decoder (a folder, a checkpoint or a run).
 
     Args:
-        output_dir: Folder for metrics.json, which is returned too, and report.html.
-        parent: Causal Qwen3, folder or hub id, of an encoder, for three of the baselines.
-        initialization: Encoder-decoder before its training, to be scored beside it.
+        output_dir: Folder for metrics.json, whose content is returned, and report.html.
+        parent: An encoder's causal Qwen3 (folder or hub id), for three of the baselines.
+        initialization: Encoder-decoder before training, to score beside the trained one.
         pairs: .jsonl files of queries and their documents to retrieve, instead of package-docs.
         mteb: Names of mteb's tasks and benchmarks for an encoder.
-        num_queries: Most queries of each task; `seed` chooses them.
-        num_examples: Held-out texts under each denoiser.
+        num_queries: Maximum number of queries per task; `seed` chooses them.
+        num_examples: Held-out texts per denoiser.
         data: Data of the encoder-decoder's training; by default package-docs.
     """
     check_output(output_dir, "evaluation")
@@ -70,7 +70,7 @@ def evaluate(
 
 
 def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> str:
-    """Retrieval tables of a soup and its inputs, and a sentence on which is best."""
+    """Return retrieval tables of a soup and its inputs, and a comparison with the best input."""
     causal = [model for model in models if not (Path(model) / "modules.json").is_file()]
     encoders = {str(model): model for model in (*models, merged) if model not in causal}
     metrics = evaluate_retrieval(encoders, parent=causal[0] if causal else None, seed=seed)

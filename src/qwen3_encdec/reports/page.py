@@ -1,7 +1,7 @@
-"""One look for every page: a template, a style sheet, and inline SVG figures.
+"""Shared rendering of all pages: a template, a style sheet, and inline SVG figures.
 
-Lines and text of a figure take the page's colour, so that they follow light and dark themes. A
-denoiser has the same colour in every figure of every page.
+Lines and text of a figure inherit the page's color, so that they follow light and dark themes. A
+denoiser has the same color in every figure of every page.
 """
 
 import io
@@ -42,7 +42,7 @@ class Section:
     table: Table | None = None
     figures: Sequence[Markup] = ()
     fields: Sequence[Sequence[tuple[str, str]]] = ()
-    """A list for each example or run."""
+    """One list per example or run."""
 
 
 _TEMPLATES = jinja2.Environment(
@@ -60,7 +60,7 @@ def write_page(file: Path, title: str, sections: Sequence[Section]) -> None:
 
 
 def grid(corner: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
-    """Table of cells by column and row; the order is that of their first appearance."""
+    """Build a table from cells by column and row, in the order of their first appearance."""
     rows = dict.fromkeys(row for cells in columns.values() for row in cells)
     return [corner, *columns], [
         [row, *(cells.get(row, "–") for cells in columns.values())] for row in rows
@@ -68,13 +68,13 @@ def grid(corner: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
 
 
 def denoiser_color(name: str) -> str:
-    """The colour of a denoiser, the same on every page."""
+    """Return the color of a denoiser, the same on every page."""
     known = name in DENOISERS
     return COLORS[(DENOISERS.index(name) if known else zlib.crc32(name.encode())) % len(COLORS)]
 
 
 def figure(draw: Callable[[Axes], None], caption: str) -> Markup:
-    """A figure element: what `draw` puts on the axes as inline SVG, with its caption."""
+    """Render what `draw` plots on the axes as a figure element: inline SVG with a caption."""
     with matplotlib.rc_context(STYLE):
         drawn = Figure(figsize=(5, 2.7), layout="constrained")
         axes = drawn.add_subplot()
@@ -86,7 +86,7 @@ def figure(draw: Callable[[Axes], None], caption: str) -> Markup:
     svg = buffer.getvalue()
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.DOTALL)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg).replace(INK, "currentColor")
-    prefix = f"f{zlib.crc32(caption.encode())}-"  # an id is unique on the whole page
+    prefix = f"f{zlib.crc32(caption.encode())}-"  # ids must be unique on the whole page
     svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", svg)
     svg = svg.replace("<svg", f'<svg role="img" aria-label="{escape(caption)}"', 1)
     return Markup(f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>\n")

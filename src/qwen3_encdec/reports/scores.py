@@ -21,7 +21,7 @@ TASKS_NOTE = (
 
 
 def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
-    """Denoising, retrieval and tasks out of the metrics.json of runs by name."""
+    """Build the denoising, retrieval and task sections from the runs' metrics.json, by run name."""
     losses: dict[str, dict[str, str]] = {}
     tasks: dict[str, dict[str, str]] = {}
     reasons: dict[str, str] = {}
@@ -38,7 +38,7 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
             note, title = RETRIEVAL_NOTE.format(**metrics), f"Retrieval{suffix}"
             sections.append(Section(title, note, grid("Embedder", cells)))
         for embedder, column in _task_scores(metrics.get("tasks", {})).items():
-            if tasks.setdefault(embedder, column) != column:  # of another model or sample
+            if tasks.setdefault(embedder, column) != column:  # from another model or sample
                 tasks[embedder + suffix] = column
         reasons |= metrics.get("not_run", {}) | metrics.get("tasks_not_run", {})
     if losses:
@@ -50,7 +50,7 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
 
 
 def score_text(metrics: Mapping[str, Any]) -> str:
-    """The tables of one run for a terminal."""
+    """Format the tables of one run for a terminal."""
     text = io.StringIO()
     console = Console(file=text, width=160, markup=False, highlight=False)
     for section in score_sections({"": metrics}):
@@ -65,7 +65,7 @@ def score_text(metrics: Mapping[str, Any]) -> str:
 
 
 def _task_scores(tasks: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Cells by embedder, then by task with its metric and size."""
+    """Format cells by embedder, then by task with its metric and size."""
     cells: dict[str, dict[str, str]] = {}
     for name, task in tasks.items():
         for embedder, score in task["scores"].items():

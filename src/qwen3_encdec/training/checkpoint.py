@@ -1,8 +1,8 @@
-"""Write and read checkpoints: model folders that are also exact points to resume from.
+"""Write and read checkpoints: model folders from which training resumes exactly.
 
 docs/formats.md lists their files. torch.distributed.checkpoint writes the tensors in its Hugging
-Face format, in a thread while training continues; when all ranks have written, rank 0 renames the
-folder. All machines must share its file system.
+Face format from a background thread. After all ranks have written, rank 0 renames the folder. All
+machines must share its file system.
 """
 
 import copy
@@ -31,7 +31,7 @@ _ONE_FILE = "model.safetensors"
 
 
 class Checkpointer:
-    """Write a run's checkpoints, ``last`` being the newest; all ranks call the same methods."""
+    """Write a run's checkpoints; ``last`` is the newest. All ranks must call the same methods."""
 
     def __init__(
         self, config: TrainingConfig, state: TrainingState, tokenizer: Any, last: Path | None
@@ -40,7 +40,7 @@ class Checkpointer:
         self.folder = Path(config.output_dir) / "checkpoints"
         self._ranks = state.accelerator.num_processes
         self._is_main = state.accelerator.is_main_process
-        # The writing thread must not mix its collectives with training's.
+        # The writer thread needs its own group to keep its collectives apart from training's.
         self._group = dist.new_group(backend="gloo") if self._ranks > 1 else None
         self._thread = ThreadPoolExecutor(1)
         self._writing: Future[Path] | None = None
@@ -48,7 +48,7 @@ class Checkpointer:
         self._made_by = {"versions": folders.package_versions(), "commit": commit}
 
     def save(self, step: int, position: dict[str, Any], progress: dict[str, Any]) -> None:
-        """Copy the state after ``step`` and begin to write it, unless that is done already."""
+        """Copy the state after ``step`` and start writing it, unless it is already written."""
         self.finish()
         if self.last is not None and self.last.name == folder_name(step):
             return
@@ -63,11 +63,11 @@ class Checkpointer:
 
     @property
     def failed(self) -> bool:
-        """Tell that the checkpoint could not be written; `finish` then raises on all ranks."""
+        """Return True if the checkpoint could not be written; `finish` then raises on all ranks."""
         return bool(self._writing and self._writing.done() and self._writing.exception())
 
     def finish(self) -> None:
-        """Wait for the checkpoint that is being written; raise InputError if that failed."""
+        """Wait for the checkpoint being written; raise InputError if that fails."""
         if self._writing is None:
             return
         writing, self._writing = self._writing, None
@@ -80,7 +80,7 @@ class Checkpointer:
             ) from None
 
     def close(self) -> None:
-        """Wait for the writing thread, whatever comes of it."""
+        """Wait for the writer thread and ignore its errors."""
         self._thread.shutdown()
 
     def _write(self, tensors: Any, position: dict[str, Any], training: dict[str, Any]) -> Path:
@@ -98,13 +98,13 @@ class Checkpointer:
         return folder
 
     def _write_files(self, partial: Path, tensors: Any, position: Any, training: Any) -> None:
-        """Write this rank's files; rank 0 also what is not sharded."""
+        """Write this rank's files; rank 0 also writes what is not sharded."""
         state = partial / "state"
         state.mkdir(parents=True, exist_ok=True)
         if self._is_main:
             module = self.state.module
             with torch.device("meta"):
-                plain = Qwen3ForSeq2SeqLM(module.config)  # a sharded one would save FSDP's code
+                plain = Qwen3ForSeq2SeqLM(module.config)  # a sharded model would save FSDP's code
             plain.generation_config = module.generation_config
             plain.save_pretrained(partial, state_dict={})
             (partial / _ONE_FILE).unlink(missing_ok=True)
@@ -128,7 +128,7 @@ class Checkpointer:
         dcp.save(tensors["state"], storage_writer=writer, **options)
 
     def _publish(self, partial: Path, folder: Path, loss: float | None) -> None:
-        """Rename what all have written into place, move the links, delete what is not kept."""
+        """Rename the finished checkpoint into place, update the links, delete old checkpoints."""
         shutil.rmtree(partial / "sharded")
         only = partial / "model-00001-of-00001.safetensors"
         if only.exists():
@@ -139,7 +139,7 @@ class Checkpointer:
         write_json(partial / "state/checks.json", checks)
         for path in (*files, partial / "state/checks.json"):
             with path.open("rb") as file:
-                os.fsync(file.fileno())  # a rename must not survive a crash that the data does not
+                os.fsync(file.fileno())  # a crash must not keep the rename but lose the data
         os.rename(partial, folder)
 
         _link(self.folder / "latest", folder)
@@ -157,8 +157,8 @@ class Checkpointer:
 def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
     """Load the newest undamaged checkpoint and return its training state, on all ranks.
 
-    Newer ones, damaged, are renamed lest a later step count or replace them. Raises InputError if
-    all are damaged.
+    Damaged newer ones are renamed, so that later steps neither count nor replace them. Raises
+    InputError if all are damaged.
     """
     damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
@@ -175,7 +175,7 @@ def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(damaged, aside)
         training = read_json(folder / "state/training.json")
-        if before := training.get("guard"):  # of an earlier version
+        if before := training.get("guard"):  # written by an earlier version
             training["recent"] = before.get("recent", before.get("applied"))
         ranks = [read_json(file)["data"] for file in sorted(folder.glob("state/rank-*.json"))]
         return training | {"folder": folder, "positions": ranks}
@@ -190,38 +190,38 @@ def newest(checkpoints: Path) -> Path | None:
 
 
 def changes_since(state: dict[str, Any], config: TrainingConfig, ranks: int) -> list[str]:
-    """Return a phrase about each setting that is not as it was at the checkpoint."""
+    """Describe each setting that differs from the checkpoint's."""
     before = flatten(state["config"]) | {"processes": state["world_size"]}
     now = flatten(config_to_dict(config)) | {"processes": ranks}
-    # A setting that did not exist yet is no change.
+    # A setting that the checkpoint lacks counts as unchanged.
     changed = [name for name in now if now[name] != before.get(name, now[name])]
     return [f"{n} {before[n]!r} -> {now[n]!r}" for n in changed if n != "output_dir"]
 
 
 def folder_name(step: int) -> str:
-    """Name the folder of the checkpoint after ``step``."""
+    """Return the folder name of the checkpoint after ``step``."""
     return f"step-{step:06d}"
 
 
 def _file_numbers(tensors: dict[str, Any]) -> dict[str, int]:
-    """Number the files of about 5 GB that whole tensors go to, from 1."""
-    # Under ZeRO-3 a parameter is empty and has its true shape beside it.
+    """Assign whole tensors to files of about 5 GB, numbered from 1."""
+    # Under ZeRO-3 a parameter is empty and `ds_shape` holds its true shape.
     sizes = [4 * math.prod(getattr(p, "ds_shape", p.shape)) for p in tensors.values()]
     numbers = [1 + int(end // _FILE_BYTES) for end in accumulate(sizes)]
     return dict(zip(tensors, numbers, strict=True))
 
 
 def _size_and_crc(path: Path) -> list[int]:
-    """Return a file's bytes and CRC-32; tensors have checksums of their own."""
+    """Return a file's bytes and CRC-32, which is 0 for safetensors: tensors have checksums."""
     content = b"" if path.suffix == ".safetensors" else path.read_bytes()
     return [path.stat().st_size, zlib.crc32(content)]
 
 
 def _check_files(folder: Path) -> None:
-    """Raise InputError for a file that is missing, cut or altered, but for tensors' content."""
+    """Raise InputError if a file is missing, cut or altered; tensor content is not checked."""
     state = folder / "state"
     if [*state.glob("checks-*.json"), *state.glob("sha256-*.txt")]:
-        return  # of an earlier version: what cannot be loaded is still found
+        return  # from an earlier version; files that cannot be loaded are detected later
     for name, check in read_json(state / "checks.json").items():
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing")
@@ -230,7 +230,7 @@ def _check_files(folder: Path) -> None:
 
 
 def _step_folders(checkpoints: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
+    """Return finished checkpoints, oldest first."""
     found = [path for path in checkpoints.glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))
 
@@ -242,9 +242,9 @@ def _heldout_loss(folder: Path) -> float:
 
 
 def _link(link: Path, folder: Path) -> None:
-    """Point a symbolic link at a folder, without a moment in which there is none.
+    """Point a symbolic link at a folder atomically; a failure is only printed.
 
-    A copied run may hold a folder in its place, and some file systems have no links.
+    A copied run may have a folder in place of the link, and some file systems have no links.
     """
     temporary = link.with_name(f".{link.name}")
     try:

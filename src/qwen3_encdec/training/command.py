@@ -1,4 +1,4 @@
-"""Define the training command apart from the loop, so that ``--help`` answers at once."""
+"""Define the training command apart from the loop, so that ``--help`` responds immediately."""
 
 from pathlib import Path
 from typing import Annotated

@@ -1,6 +1,7 @@
 """Read and check the training configuration: one YAML file and dotted overrides."""
 
 import difflib
+import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,18 +33,18 @@ _RETIRED |= {"label_smoothing", "mode_tokens"}
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """A training run but for model and machines; configs/training_config.yaml has the meanings."""
+    """Settings of a training run; configs/training_config.yaml documents each one."""
 
     model: str = "./qwen3-encdec-init"
     output_dir: str = "./runs/ul2"
     data: DataConfig = field(default_factory=DataConfig)
 
-    # A step is batch_size rows x accumulation steps x processes.
+    # Rows per step: batch_size x gradient_accumulation_steps x processes.
     max_steps: Count = 1000
     batch_size: Count = 8
     gradient_accumulation_steps: Count = 1
 
-    # The step.
+    # Optimizer.
     lr: Positive = 1e-4
     source_gate_lr_multiplier: Positive = 200.0
     schedule: Literal["wsd", "cosine", "linear"] = "wsd"
@@ -54,7 +55,7 @@ class TrainingConfig:
     betas: tuple[Share, Share] = (0.9, 0.95)
     max_grad_norm: NotNegative = 1.0
 
-    # The loss.
+    # Loss.
     z_loss: NotNegative = 0.0
     mntp_weight: NotNegative = 0.0
     mntp_probability: Share = 0.15
@@ -67,7 +68,7 @@ class TrainingConfig:
     num_workers: Natural = 1
     seed: Natural = 0
 
-    # What is logged and kept, in optimizer steps.
+    # Logging, evaluation and checkpoints, in optimizer steps.
     log_every: Count = 10
     eval_every: Natural = 500
     eval_examples_per_denoiser: Count = 64
@@ -89,17 +90,17 @@ class TrainingConfig:
 
 
 def load_config(path: str | Path | None, overrides: Iterable[str] = ()) -> TrainingConfig:
-    """Read a training YAML, see `load_dataclass`."""
+    """Read a training YAML; see `load_dataclass`."""
     return load_dataclass(TrainingConfig, path, overrides)
 
 
 def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[str] = ()) -> T:
-    """Read a YAML, or the defaults, and apply overrides such as ``data.source_length=256``.
+    """Read a YAML file, or use the defaults, and apply overrides like ``data.source_length=256``.
 
     Raises InputError naming the file or override, the key and the value.
     """
     values: Any = {} if path is None else read_yaml(path, "config") or {}
-    read_dataclass(cls, values, str(path))  # alone first, so that its errors name the file
+    read_dataclass(cls, values, str(path))  # first without overrides, so that errors name the file
     for override in overrides:
         key, equals, text = override.partition("=")
         section, _, name = key.strip().rpartition(".")
@@ -110,6 +111,9 @@ def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[st
             target[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"override {override!r} has a value that is not YAML") from None
+    names = {name.rpartition(".")[2] for name in flatten(values)}
+    if retired := sorted(_RETIRED & names):
+        print(f"ignored: {', '.join(retired)}, which earlier versions had", file=sys.stderr)
     return read_dataclass(cls, values, "the command line")
 
 
@@ -142,7 +146,7 @@ def config_to_dict(config: Any) -> dict[str, Any]:
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Put the keys of each section beside the others, dotted."""
+    """Flatten one level of sections into dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         inner = value.items() if isinstance(value, dict) else ()

@@ -1,6 +1,6 @@
 """Train under DeepSpeed's ZeRO-2 and ZeRO-3, whose optimizers hold flat pieces of parameters.
 
-Whole tensors are gathered and written to the files that every other launch writes and reads.
+Checkpoints gather whole tensors into the same files that every other launch writes and reads.
 """
 
 import os
@@ -24,7 +24,7 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class DeepSpeedState(distributed.TrainingState):
-    """`TrainingState` over DeepSpeed's engine, which clips by itself."""
+    """`TrainingState` over DeepSpeed's engine, which clips gradients itself."""
 
     def __init__(self, engine: Any, optimizer: Any, accelerator: Accelerator) -> None:
         super().__init__(engine, optimizer, accelerator)
@@ -38,11 +38,11 @@ class DeepSpeedState(distributed.TrainingState):
             optimizer.optimizer.state[piece] = moments  # torch's own optimizer
             self._moments.append(moments)
         if not self._zero3:
-            # It notes where moments are when it has stepped the first group, and misses the others.
+            # DeepSpeed links moments after stepping the first group and misses the other groups.
             optimizer._lazy_init_hp_params_optimizer_state()
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Tell the engine when to reduce."""
+        """Tell the engine whether to reduce after this micro-batch."""
         self.engine.set_gradient_accumulation_boundary(last)
         return nullcontext()
 
@@ -51,7 +51,7 @@ class DeepSpeedState(distributed.TrainingState):
         self.engine.backward(loss, scale_wrt_gas=False)
 
     def gradients(self, prefix: str = "") -> list[Any]:
-        """Gather the gradients of parameters of such names."""
+        """Gather the gradients of parameters whose names start with ``prefix``."""
         found = [p for name, p in self.parameters.items() if name.startswith(prefix)]
         return [utils.safe_get_full_grad(parameter) for parameter in found]
 
@@ -60,7 +60,7 @@ class DeepSpeedState(distributed.TrainingState):
         self.engine.step()
 
     def discard(self) -> None:
-        """Drop the gradients by the engine's own way out: it applies none that are not finite."""
+        """Drop the gradients by setting them to NaN, since the engine skips steps with NaN."""
         for parameter, gradient in zip(self.parameters.values(), self.gradients(), strict=True):
             utils.safe_set_full_grad(parameter, gradient.fill_(float("nan")))
         self.engine.step()
@@ -83,7 +83,7 @@ class DeepSpeedState(distributed.TrainingState):
         return whole
 
     def read(self, folder: Path) -> None:
-        """Fill the optimizer's pieces with what rank 0 reads; the weights are there already."""
+        """Fill the optimizer's pieces with what rank 0 reads; the weights are already loaded."""
         loaded = Path(self.module.name_or_path)
         if folder != loaded:
             raise InputError(f"the weights were loaded from {loaded}; rename that folder")
@@ -107,7 +107,7 @@ class DeepSpeedState(distributed.TrainingState):
             for moments in self._moments:
                 moments["step"].copy_(value)
         elif self._zero3:
-            # DeepSpeed's own setter fails where the last rank's piece is shorter.
+            # DeepSpeed's own setter fails if the last rank's piece is shorter.
             piece = utils.safe_get_local_optimizer_state(parameter, key)
             mine = value.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
             piece[: mine.numel()] = mine
@@ -116,7 +116,7 @@ class DeepSpeedState(distributed.TrainingState):
 
 
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:
-    """Make ZeRO-2 or ZeRO-3 as the accelerate YAML says, told what the loop does itself."""
+    """Build ZeRO-2 or ZeRO-3 from the accelerate YAML, adjusted to what the loop does itself."""
     plugin = DeepSpeedPlugin()
     if plugin.zero_stage not in (2, 3) or mixed_precision != "no":
         raise InputError(
@@ -128,7 +128,7 @@ def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin
     settings["gradient_accumulation_steps"] = 1
     settings["gradient_clipping"] = config.max_grad_norm
     settings["zero_allow_untested_optimizer"] = True
-    # Ranks must gather alike, whatever batches they have seen.
+    # Ranks must issue the same gathers, whatever batches they have seen.
     for name in ("prefetch_bucket_size", "max_reuse_distance", "param_persistence_threshold"):
         settings["zero_optimization"][f"stage3_{name}"] = 0
     return plugin

@@ -1,4 +1,4 @@
-"""Launch a run on whatever devices there are and hold its model and optimizer."""
+"""Launch a run on the available devices and hold its model and optimizer."""
 
 import os
 import time
@@ -42,17 +42,17 @@ class TrainingState:
         self.saved: Tensors = {**self.parameters, **buffers}
 
     def accumulating(self, last: bool) -> AbstractContextManager:
-        """Return the context of a micro-batch: DDP reduces at the last one only, FSDP2 at each."""
+        """Return the context of a micro-batch: DDP reduces only at the last one, FSDP2 at each."""
         if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Add a micro-batch's gradients, averaged over the ranks by the last one."""
+        """Add a micro-batch's gradients; after the last one they are averaged over ranks."""
         loss.backward()
 
     def gradients(self, prefix: str = "") -> list[Any]:
-        """Return the gradients of parameters of such names, sharded or not."""
+        """Return gradients, sharded or not, of parameters whose names start with ``prefix``."""
         found = [p.grad for name, p in self.parameters.items() if name.startswith(prefix)]
         return [gradient for gradient in found if gradient is not None]
 
@@ -65,7 +65,7 @@ class TrainingState:
         return torch.stack(norms).double() ** 2
 
     def step(self, norm: float, max_norm: float) -> None:
-        """Apply gradients of this norm, clipped to ``max_norm``; 0 does not clip."""
+        """Apply the gradients, whose norm is ``norm``, clipped to ``max_norm``; 0 does not clip."""
         if max_norm:
             parameters = self.parameters.values()
             nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
@@ -78,17 +78,17 @@ class TrainingState:
 
     def weights(self) -> Tensors:
         """Return parameters and persistent buffers by name, the tied matrix once."""
-        self.module.state_dict()  # shards again what an evaluation has left gathered
+        self.module.state_dict()  # reshards what an evaluation has left gathered
         return {name: tensor.detach() for name, tensor in self.saved.items()}
 
     def optimizer_state(self) -> Tensors:
-        """Return the optimizer's own tensors as PARAMETER.KEY, made if there are none yet."""
+        """Return the optimizer's own tensors as PARAMETER.KEY, creating them if there are none."""
         options = StateDictOptions(flatten_optimizer_state_dict=True)
         flat: Any = get_optimizer_state_dict(self.model, self.optimizer, options=options)
         return {k.removeprefix("state."): v for k, v in flat.items() if k.startswith("state.")}
 
     def read(self, folder: Path) -> None:
-        """Fill weights and optimizer from a checkpoint: one rank reads a shard and sends it.
+        """Fill weights and optimizer from a checkpoint; one rank reads each shard and sends it.
 
         Raises InputError on all ranks if the checkpoint is damaged.
         """
@@ -104,12 +104,12 @@ class TrainingState:
 
 
 def first_held(tensors: Tensors) -> Tensors:
-    """Return the tensors, or shards, that no earlier rank holds too."""
+    """Return the tensors, or shards, that no lower rank also holds."""
     return {n: t for n, t in tensors.items() if not any(map(dist.get_rank, _replicas(t)))}
 
 
 def read_tensors(tensors: Tensors, folder: Path) -> None:
-    """Fill tensors, sharded or not, from safetensors. Raises InputError if that cannot be done."""
+    """Fill tensors, sharded or not, from safetensors. Raises InputError if that fails."""
     try:
         reader = dcp.HuggingFaceStorageReader(str(folder))
         dcp.load(tensors, storage_reader=reader, no_dist=True)
@@ -118,13 +118,13 @@ def read_tensors(tensors: Tensors, folder: Path) -> None:
 
 
 def checksums(tensors: Tensors) -> dict[str, int]:
-    """Add up the words of each tensor: sums of shards add up too, however it was sharded."""
+    """Sum the 32-bit words of each tensor; sums of shards add up to that of the whole tensor."""
     words = {name: _local(t).detach().flatten().view(torch.int32) for name, t in tensors.items()}
     return {name: int(word.sum(dtype=torch.int64)) for name, word in words.items()}
 
 
 def verify(own: dict[str, int], folder: Path) -> None:
-    """Raise InputError on all ranks unless the sums of what they read are those written."""
+    """Raise InputError on all ranks if the checksums of what they read are not those written."""
     written: Counter[str] = Counter()
     for file in (folder / "state").glob("rank-*.json"):
         written.update(read_json(file).get("checksums", {}))
@@ -138,7 +138,7 @@ def verify(own: dict[str, int], folder: Path) -> None:
 
 @contextmanager
 def shared_errors(group: Any = None, kind: type[BaseException] = InputError) -> Iterator[None]:
-    """Raise an error of any rank within the block as an InputError on all of them."""
+    """Raise any rank's error in the block as an InputError on all ranks."""
     error = None
     try:
         yield
@@ -154,12 +154,12 @@ def shared_errors(group: Any = None, kind: type[BaseException] = InputError) -> 
 
 @contextmanager
 def launched(config: TrainingConfig) -> Iterator[Accelerator]:
-    """Make the accelerator of this launch, and release it: the process may choose another later.
+    """Create this launch's accelerator and reset its state at the end, so another can follow.
 
-    Under FSDP2 gradients are reduced in fp32, which accelerate would round. Raises InputError for a
-    launch that the loop cannot run.
+    Under FSDP2, gradients are reduced in fp32; accelerate alone would round them. Raises InputError
+    for a launch that the loop cannot run.
     """
-    # Read when CUDA starts: batches of ever new lengths would leave holes.
+    # Read when CUDA starts. Without it, batches of varying length fragment memory.
     os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     allow_distributed_cpu()
     precision: str = config.mixed_precision
@@ -175,7 +175,7 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
         plugins["fsdp_plugin"] = plugin
     if _uses("DEEPSPEED"):
         if not torch.accelerator.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read when it is imported
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import
         from qwen3_encdec.training.deepspeed import make_plugin
 
         plugins["deepspeed_plugin"] = make_plugin(config, precision)
@@ -197,11 +197,11 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
             )
         yield accelerator
     finally:
-        with suppress(Exception):  # of a tracker
+        with suppress(Exception):  # errors of trackers
             accelerator.end_training()
         AcceleratorState._reset_state(reset_partial_state=True)
         GradientState._reset_state()
-        # A thread of gloo's that lets go of a tensor while the interpreter ends aborts the process
+        # A gloo thread that frees a tensor while the interpreter exits aborts the process
         # (pytorch/pytorch#190489).
         time.sleep(0.1 if seen > 1 else 0)
 
@@ -209,23 +209,23 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
 def prepare(
     model: nn.Module, optimizer: torch.optim.Optimizer, accelerator: Accelerator
 ) -> TrainingState:
-    """Shard or replicate a model and its optimizer as this launch wants it."""
+    """Shard or replicate a model and its optimizer for this launch."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
         from qwen3_encdec.training.deepspeed import prepare_deepspeed
 
         return prepare_deepspeed(model, optimizer, accelerator)
     model, wrapped = accelerator.prepare(model, optimizer)
     if accelerator.is_fsdp2:
-        # Lookups and loss use the matrix three times in a pass: keep it gathered meanwhile.
+        # Two lookups and the loss use this matrix in each pass: keep it gathered in between.
         model.get_input_embeddings().set_reshard_after_forward(False)  # type: ignore[operator]
     # accelerate's wrapper would only hide the real optimizer's state
     return TrainingState(model, wrapped.optimizer, accelerator)
 
 
 def allow_distributed_cpu() -> None:
-    """Let accelerate run over gloo when a launcher started us without a GPU.
+    """Let accelerate use gloo when a launcher starts processes without a GPU.
 
-    By itself it chooses no backend, and each process believes it is alone.
+    Otherwise it chooses no backend, and each process trains alone.
     """
     original = PartialState._prepare_backend
     if original.__module__ == __name__:
@@ -237,7 +237,7 @@ def allow_distributed_cpu() -> None:
         if found[1] != DistributedType.NO or not launched or torch.accelerator.is_available():
             return found
         self.device = torch.device("cpu")
-        # To accelerate FSDP is a refinement of MULTI_GPU.
+        # accelerate derives FSDP and DeepSpeed from MULTI_GPU.
         refined = _uses("FSDP") or _uses("DEEPSPEED")
         return "gloo", DistributedType.MULTI_GPU if refined else DistributedType.MULTI_CPU
 
@@ -253,7 +253,7 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _replicas(tensor: torch.Tensor) -> list[Any]:
-    """The process groups whose members hold the same values of a tensor."""
+    """Return the process groups whose members hold the same values of a tensor."""
     if not dist.is_initialized():
         return []
     if not isinstance(tensor, DTensor):
@@ -263,7 +263,7 @@ def _replicas(tensor: torch.Tensor) -> list[Any]:
 
 
 def _reason(error: BaseException) -> str:
-    """One line on an error, out of what torch.distributed.checkpoint wraps it in."""
+    """Return an error's message in one line, unwrapped from a torch checkpoint exception."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
     return " ".join(str(error).split()) or type(error).__name__

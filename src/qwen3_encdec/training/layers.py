@@ -37,16 +37,16 @@ def recompute_layers(model: nn.Module, config: TrainingConfig) -> None:
 
 
 def _keep_products(context: Any, operator: Any, *args: Any, **kwargs: Any) -> Any:
-    """Keep matrix products and attention, by whichever kernel."""
+    """Save the outputs of matrix products and attention kernels; recompute the rest."""
     expensive = any(word in str(operator) for word in _EXPENSIVE)
     policy = checkpoint.CheckpointPolicy
     return policy.MUST_SAVE if expensive else policy.PREFER_RECOMPUTE
 
 
 def compile_layers(model: nn.Module, config: TrainingConfig, **options: Any) -> None:
-    """Compile each layer's forward, for every length at once; ``options`` are torch.compile's.
+    """Compile each layer's forward with dynamic shapes; ``options`` are torch.compile's.
 
-    The model is sharded before: otherwise a layer silently loses its recomputation to FSDP2.
+    Shard the model first: otherwise a layer silently loses its recomputation under FSDP2.
     """
     wanted = config.compile
     if wanted == "auto":
@@ -61,10 +61,10 @@ def choose_attention(
     device: torch.device,
     show: Callable[[str], object],
 ) -> str:
-    """Return the attention implementation to train with, and ``show`` why not a faster one.
+    """Return the attention implementation to train with; ``show`` it and why others were refused.
 
-    "auto" is the first of `FASTEST_FIRST` that agrees with sdpa, torch's varlen kernel, or else
-    sdpa. Raises InputError if the one that is asked for does not.
+    On CUDA, "auto" is the first of `FASTEST_FIRST` that agrees with sdpa (torch's varlen kernel),
+    or else sdpa. Raises InputError if a requested implementation does not agree.
     """
     if wanted == "auto" and device.type != "cuda":
         return "sdpa"
@@ -85,7 +85,7 @@ def choose_attention(
 def disagreement(
     name: str, model_config: Qwen3EncoderDecoderConfig, device: torch.device
 ) -> str | None:
-    """Return why an implementation is unfit, or None if a small model's loss and gradient agree."""
+    """Return why an implementation is unfit, or None if loss and gradient norm match sdpa's."""
     sizes: dict[str, Any] = {"vocab_size": 256, "num_hidden_layers": 1, "num_decoder_layers": 1}
     sizes |= {"num_sentinel_tokens": 10, "eos_token_id": 1, "pad_token_id": 0}
     sizes |= {"decoder_start_token_id": 0, "attention_dropout": 0.0}

@@ -1,8 +1,8 @@
-"""Train an encoder-decoder on UL2 denoising, by hand around accelerate.
+"""Train an encoder-decoder on UL2 denoising, with a plain loop on top of accelerate.
 
-The loss of an optimizer step is the sum over its target tokens, in all micro-batches and on all
-ranks, divided by their number. While the device works on a step, the host fetches the next one; it
-waits once, when it reads what all ranks have to say about the step.
+The loss of an optimizer step is the mean over its target tokens in all micro-batches and on all
+ranks. While the device computes a step, the host fetches the next one. The host waits for the
+device once per step, when it reads the results reduced over all ranks.
 """
 
 import faulthandler
@@ -24,8 +24,8 @@ from qwen3_encdec.training.steps import Run
 def run_training(config: TrainingConfig) -> Path:
     """Train to ``config.max_steps``, or until asked to stop; return the last checkpoint's folder.
 
-    SIGTERM, or a file STOP in ``output_dir``, saves and ends. Raises InputError for whatever the
-    caller can mend, including a loss or gradient that is not finite.
+    SIGTERM, or a file STOP in ``output_dir``, saves a checkpoint and stops. Raises InputError for
+    errors that the caller can fix, including a loss or gradient that is not finite.
     """
     config = read_dataclass(TrainingConfig, config_to_dict(config), "TrainingConfig")
     with launched(config) as accelerator, hearing_sigterm() as sigterm:
@@ -36,14 +36,14 @@ def run_training(config: TrainingConfig) -> Path:
         try:
             return _train(run)
         finally:
-            run.batches.close()  # ends the data workers, which do not hear SIGTERM
+            run.batches.close()  # ends the data workers, which ignore SIGTERM
             run.saver.close()
             faulthandler.cancel_dump_traceback_later()
             gc.unfreeze()
 
 
 def train_to_the_end(config: TrainingConfig) -> Path:
-    """Train to max_steps; exit with 143 if interrupted, since a checkpoint is there to resume."""
+    """Train to max_steps; exit with 143 if interrupted, leaving a checkpoint to resume from."""
     last = run_training(config)
     if last.name != folder_name(config.max_steps):
         raise SystemExit(143)
@@ -51,7 +51,7 @@ def train_to_the_end(config: TrainingConfig) -> Path:
 
 
 def _train(run: Run) -> Path:
-    """Run the optimizer steps: the algorithm, with its parts named."""
+    """Run the optimizer steps and return the last checkpoint's folder."""
     config, state, saver, show = run.config, run.state, run.saver, run.accelerator.print
     step = run.start
     if step == 0 and config.eval_every:
@@ -70,7 +70,7 @@ def _train(run: Run) -> Path:
         waited = run.fetch() if step < config.max_steps else 0.0
         goes_on = run.agree(totals)
 
-        # Everything is checked before the step can spoil the weights.
+        # Check loss and norm before the update can corrupt the weights.
         if not math.isfinite(run.loss + run.norm):
             if step - 1 > run.start:
                 run.save(step - 1)

@@ -36,8 +36,8 @@ _SHOWN = {
 class SpikeGuard:
     """Detect a loss or gradient norm ``sigma`` deviations above the mean of the ``recent`` steps.
 
-    0 never skips, nor does anything before half of the ``window`` is filled. Skipped values enter
-    the window, so that a new level is accepted after a while.
+    A sigma of 0 never skips. No step is skipped before half of the ``window`` is filled. Skipped
+    values enter the window too, so that a new level is accepted after a while.
     """
 
     def __init__(self, sigma: float, window: int, recent: Iterable[list[float]]) -> None:
@@ -45,7 +45,7 @@ class SpikeGuard:
         self.recent = deque(recent, maxlen=window)
 
     def skips(self, loss: float, norm: float) -> bool:
-        """Decide whether to leave a step out, and remember its values."""
+        """Decide whether to skip a step, and record its values."""
         spike = False
         if self.sigma and len(self.recent) * 2 >= self.window:
             past = np.array(self.recent)  # (steps, 2)
@@ -57,7 +57,7 @@ class SpikeGuard:
 
 @contextmanager
 def hearing_sigterm() -> Iterator[threading.Event]:
-    """Set an event at SIGTERM, instead of ending."""
+    """Yield an event that SIGTERM sets instead of ending the process."""
     asked = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
@@ -67,18 +67,18 @@ def hearing_sigterm() -> Iterator[threading.Event]:
 
 
 def ignore_sigterm(worker: int) -> None:
-    """Shield a data worker: a launcher's SIGTERM reaches it, and the last checkpoint needs it."""
+    """Ignore a launcher's SIGTERM in a data worker, which the last checkpoint still needs."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def expect_step(seconds: float) -> None:
-    """End the process with its stacks unless called again in time: a rank may be gone."""
+    """Dump all stacks and exit unless called again within ``seconds``: a rank may be gone."""
     if seconds:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Make a run's folder, and keep other processes from it while the returned file is open."""
+    """Create a run's folder and lock out other processes while the returned file is open."""
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / ".lock").open("w")
     try:
@@ -92,25 +92,25 @@ def lock(run_dir: Path) -> TextIO:
 
 
 def remove_unused(run_dir: Path) -> None:
-    """Remove a run's folder that holds its lock and its provenance alone."""
+    """Remove a run's folder if it holds only its lock and provenance."""
     if {path.name for path in run_dir.iterdir()} <= {".lock", folders.PROVENANCE_FILE}:
         shutil.rmtree(run_dir)
 
 
 class Meter:
-    """Sum up the steps between two log lines, and ``totals`` of the run across resumes."""
+    """Sum up the steps between two log lines, and the run's ``totals`` across resumes."""
 
     def __init__(
         self, denoisers: list[str], per_sum: np.ndarray, peak: float, totals: dict[str, int]
     ) -> None:
-        # FLOPs for each of `plan.length_sums`, and all devices' FLOP/s, or 0.
+        # FLOPs per unit of each `plan.length_sums`; peak FLOP/s of all devices, 0 if unknown.
         self.denoisers, self.per_sum, self.peak = denoisers, per_sum, peak
         self.totals = dict.fromkeys((*TOTALS, "skipped_steps"), 0) | totals
         self.losses = np.zeros((2, len(denoisers)))
         self.sums = np.zeros(9)
 
     def add(self, counts: np.ndarray, losses: np.ndarray, seconds: float, waited: float) -> None:
-        """Add a step: what `Run.agree` has found, and ``waited`` seconds without data."""
+        """Add counts and losses of `Run.agree`, ``seconds``, and those ``waited`` for data."""
         for name, count in zip(TOTALS, counts, strict=False):
             self.totals[name] += int(count)
         self.losses += losses
@@ -135,7 +135,7 @@ class Meter:
 
 
 def progress_line(step: int, steps: int, metrics: dict[str, Any], done: int, elapsed: float) -> str:
-    """Say where a run is, with units; ``done`` steps took ``elapsed`` seconds."""
+    """Format a run's progress with units; ``done`` steps took ``elapsed`` seconds."""
     parts = [form.format(metrics[name]) for name, form in _SHOWN.items() if name in metrics]
     for name, value in metrics.items():
         if name.startswith(("eval_loss/", "eval_loss_on/")):
@@ -147,7 +147,7 @@ def progress_line(step: int, steps: int, metrics: dict[str, Any], done: int, ela
 
 
 def keep_lines(path: Path, last_step: int) -> None:
-    """Drop lines of metrics.jsonl from after a step, and a line that a crash has torn."""
+    """Drop lines of metrics.jsonl after ``last_step``, and a line left incomplete by a crash."""
     path.touch()
     kept: list[str] = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

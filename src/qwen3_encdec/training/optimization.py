@@ -12,12 +12,12 @@ from qwen3_encdec.training.config import TrainingConfig
 def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.AdamW:
     """Build AdamW over projection matrices, the rest, and the source gates.
 
-    Only projections have weight decay: rare rows of the embedding, without gradients, would fade.
+    Only projections have weight decay: it would shrink embedding rows that rarely get gradients.
     """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices, others, gates = [], [], []
     for name, parameter in model.named_parameters():
-        # DeepSpeed's ZeRO-3 leaves an empty parameter and its true shape beside it.
+        # Under ZeRO-3 a parameter is empty and `ds_shape` holds its true shape.
         shape = getattr(parameter, "ds_shape", parameter.shape)
         if name.endswith(".source_gate"):
             gates.append(parameter)
@@ -36,13 +36,13 @@ def build_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Ada
 
 
 def set_learning_rate(optimizer: Any, rate: float) -> None:
-    """Give every group its multiple of the step's learning rate."""
+    """Set each group's learning rate to its multiple of ``rate``."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_multiplier"]
 
 
 def learning_rate(step: int, config: TrainingConfig) -> float:
-    """Learning rate of optimizer step ``step``, from 1; the peak at ``warmup_steps``."""
+    """Return the learning rate of optimizer step ``step``, from 1; it peaks at ``warmup_steps``."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     start = config.warmup_steps

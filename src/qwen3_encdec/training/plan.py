@@ -1,4 +1,4 @@
-"""Plan a run from its sizes alone, by the formulas of docs/scaling.md."""
+"""Estimate a run's cost from its sizes alone, with the formulas of docs/scaling.md."""
 
 import json
 import re
@@ -18,10 +18,10 @@ from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 from qwen3_encdec.training.distributed import launched
 from qwen3_encdec.training.start import check_settings
 
-MFU = 0.29  # share of an H100's peak that was measured for the 0.6B pair
-# Dense bf16 peak in FLOP/s and memory in bytes, from the makers' data sheets.
+MFU = 0.29  # share of an H100's peak, measured for the 0.6B pair
+# Dense bf16 peak in FLOP/s and memory in bytes, from the vendors' data sheets.
 DEVICES = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
-# Hidden and intermediate sizes, layers, query heads of the dense Qwen3 with 8 KV heads of 128.
+# Hidden and intermediate size, layers, query heads of each dense Qwen3 (8 KV heads of 128).
 QWEN3 = {
     "0.6B": (1024, 3072, 28, 16),
     "1.7B": (2048, 6144, 28, 16),
@@ -32,12 +32,12 @@ QWEN3 = {
 }
 
 
-# Parameter counts; the stacks without the shared embedding.
+# Parameter counts; the stacks exclude the shared embedding.
 Sizes = namedtuple("Sizes", ("encoder", "decoder", "embedding"))
 
 
 class Machines(NamedTuple):
-    """Processes, one a device; shards that divide the states (1 is DDP); a device's figures."""
+    """Number of processes (one per device) and of shards (1 is DDP); figures of one device."""
 
     processes: int = 1
     shards: int = 1
@@ -46,7 +46,7 @@ class Machines(NamedTuple):
 
 
 def count_parameters(model_config: Qwen3EncoderDecoderConfig) -> Sizes:
-    """Count on the meta device, without allocating a weight."""
+    """Count parameters on the meta device, without allocating weights."""
     with torch.device("meta"):
         model: Any = Qwen3ForSeq2SeqLM(model_config).model
     embedding, encoder = model.shared.weight.numel(), model.encoder.num_parameters()
@@ -60,7 +60,7 @@ def length_sums(source: np.ndarray, target: np.ndarray) -> np.ndarray:
 
 
 def flops_per_sum(c: Qwen3EncoderDecoderConfig, sizes: Sizes) -> np.ndarray:
-    """FLOPs of a forward and backward pass for each of `length_sums`, (4,) fp64."""
+    """Return FLOPs of a forward and backward pass per unit of each `length_sums`, (4,) fp64."""
     keys_values = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
     source = sizes.encoder + keys_values * c.num_decoder_layers
     target = sizes.decoder + sizes.embedding
@@ -70,7 +70,7 @@ def flops_per_sum(c: Qwen3EncoderDecoderConfig, sizes: Sizes) -> np.ndarray:
 
 
 def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
-    """Return the pair's configuration of a Qwen3 by size (0.6B to 32B), folder or hub id."""
+    """Return the pair's configuration for a Qwen3 size (0.6B to 32B), folder or hub id."""
     size = re.fullmatch(r"(?:Qwen/)?(?:Qwen3-)?([\d.]+B)(?:-Base)?", name)
     if size and size[1] in QWEN3:
         names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -82,7 +82,7 @@ def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
 
 
 def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
-    """Return this launch's machines, or ``8xH100`` (8 shards), ``4x8xH100`` (8 of 32, HSDP)."""
+    """Return this launch's machines, or parse ``8xH100`` (8 shards), ``4x8xH100`` (HSDP, 4 x 8)."""
     if devices is None:
         processes, device = accelerator.num_processes, accelerator.device
         replicas = getattr(accelerator.parallelism_config, "dp_replicate_size", 1)
@@ -108,12 +108,12 @@ def _width(config: TrainingConfig, machines: Machines) -> int:
 def memory(
     c: Qwen3EncoderDecoderConfig, sizes: Sizes, config: TrainingConfig, machines: Machines
 ) -> dict[str, float]:
-    """Estimate a process's bytes by purpose at the peak of a step, with rows taken as full."""
+    """Estimate a process's peak bytes in a step by purpose, assuming full rows."""
     wide, states = _width(config, machines), sum(sizes) / machines.shards
     hidden, queries = c.hidden_size, c.num_attention_heads * c.head_dim
     keys = c.num_key_value_heads * c.head_dim
     products = 2 * (hidden + queries + keys) + 3 * c.intermediate_size
-    norms = 2 * (hidden + queries + keys)  # inputs and outputs that norms and rotation keep
+    norms = 2 * (hidden + queries + keys)  # saved inputs and outputs of norms and RoPE
     kept = {False: hidden + products + norms, "selective": hidden + products}
     per_token = kept.get(config.gradient_checkpointing, hidden)
     source = config.batch_size * config.data.source_length
@@ -134,7 +134,7 @@ def memory(
 
 
 def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> float:
-    """Bytes that a process sends in an optimizer step, with rings."""
+    """Estimate the bytes a process sends per optimizer step with ring collectives."""
     shards, replicas = machines.shards, machines.processes // machines.shards
     summed = 8 * sum(sizes) / shards * (replicas - 1) / replicas
     if shards == 1:
@@ -151,7 +151,7 @@ def dry_run(
     mfu: float = MFU,
     as_json: bool = False,
 ) -> None:
-    """Print what a run costs, for full rows, so at most; an InputError says that it cannot fit."""
+    """Print a run's cost with full rows, an upper bound; raise InputError if it cannot fit."""
     c = qwen3_sizes(model) if model else load_config(config.model)
     with launched(config) as accelerator:
         show, there = accelerator.print, machines(accelerator, devices)

@@ -1,4 +1,4 @@
-"""Build the prepared model of a run, with its last state, and find its batch size."""
+"""Build a run's prepared model, restore its last state, and find its batch size."""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +21,7 @@ from qwen3_encdec.training.optimization import build_optimizer, learning_rate
 
 
 def check_settings(config: TrainingConfig, sentinels: int, processes: int) -> None:
-    """Raise InputError for settings that cannot work together or a tracker that is missing."""
+    """Raise InputError for settings that conflict or a tracker that is not installed."""
     data = config.data
     check_capacity(data.denoisers, data.source_length, data.target_length, sentinels)
     stream.check_readers(data, processes, config.num_workers)
@@ -33,7 +33,7 @@ def check_settings(config: TrainingConfig, sentinels: int, processes: int) -> No
 def build_state(
     config: TrainingConfig, accelerator: Accelerator, newest: Path | None = None
 ) -> TrainingState:
-    """Build the prepared model and its optimizer, without weights if ``newest`` will be read."""
+    """Build the prepared model and its optimizer; weights may stay unset if ``newest`` is given."""
     logging.disable_progress_bar()
     model_config = load_config(newest or config.model)
     device, show = accelerator.device, accelerator.print
@@ -53,7 +53,7 @@ def build_state(
 def resume(
     config: TrainingConfig, accelerator: Accelerator
 ) -> tuple[TrainingState, dict[str, Any]]:
-    """Build what is trained and read the newest undamaged checkpoint, as `checkpoint.restore`."""
+    """Build the training state and load the newest undamaged checkpoint (`checkpoint.restore`)."""
     checkpoints, show = Path(config.output_dir) / "checkpoints", accelerator.print
     state = build_state(config, accelerator, checkpoint.newest(checkpoints))
     resumed = checkpoint.restore(checkpoints, state)
@@ -71,7 +71,7 @@ def resume(
 
 
 def find_batch_size(config: TrainingConfig) -> None:
-    """Print the largest batch_size that takes a whole step on full rows, by accelerate's search."""
+    """Print the largest batch_size that fits a whole step on full rows, by accelerate's search."""
     with launched(config) as accelerator:
         vocabulary, data = load_config(config.model).vocab_size, config.data
         state = build_state(config, accelerator)

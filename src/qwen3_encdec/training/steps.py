@@ -1,4 +1,4 @@
-"""Hold what the steps of a training run share, and do each of them."""
+"""Implement the steps of a training run and hold their shared state."""
 
 import json
 import math
@@ -27,12 +27,12 @@ from qwen3_encdec.training.optimization import learning_rate
 
 
 class Run:
-    """State that the steps of a run share; each method is one step of `loop.run_training`."""
+    """Shared state of a run; each method is one step of `loop.run_training`."""
 
     def __init__(
         self, config: TrainingConfig, accelerator: Accelerator, sigterm: threading.Event
     ) -> None:
-        """Build a run, or resume it; until all is checked, nothing is written."""
+        """Build or resume a run; if a check fails, a new, unused folder is removed again."""
         self.config, self.accelerator, self.sigterm = config, accelerator, sigterm
         processes, self.device = accelerator.num_processes, accelerator.device
         self.run_dir = folders.check_output(config.output_dir, "training run")
@@ -40,7 +40,7 @@ class Run:
         tokenizer = folders.load_tokenizer(config.model, model_config)
         start.check_settings(config, tokenizer.num_sentinel_tokens, processes)
         data = stream.UL2Data(config.data, tokenizer)
-        with shared_errors():  # all ranks have looked before rank 0 writes
+        with shared_errors():  # stops all ranks if rank 0 cannot get the lock
             if accelerator.is_main_process:
                 self.lock = monitor.lock(self.run_dir)
         try:
@@ -83,7 +83,7 @@ class Run:
         accelerator.print(f"step {self.start:,} of {config.max_steps:,} done")
 
     def _heldout(self, data: stream.UL2Data) -> list[Any]:
-        """Choose the held-out texts once, keep them with the run, and corrupt them."""
+        """Choose the held-out texts once, save them with the run, and corrupt them."""
         config, path = self.config, self.run_dir / "heldout.json"
         if not (config.eval_every or config.data.heldout_inputs):
             return []
@@ -125,7 +125,7 @@ class Run:
         )
 
     def _open_folder(self) -> None:
-        """Drop what is from after the point of resumption, and open the trackers."""
+        """Write the config, drop records after the step to resume from, and open the trackers."""
         settings = yaml.safe_dump(config_to_dict(self.config), sort_keys=False)
         if self.accelerator.is_main_process:
             for unfinished in self.run_dir.glob("checkpoints/.step-*"):
@@ -133,15 +133,15 @@ class Run:
             (self.run_dir / "config.yaml").write_text(settings, encoding="utf-8")
             monitor.keep_lines(self.run_dir / "metrics.jsonl", self.start)
         if self.config.trackers:
-            # Steps that a crash has made a run repeat are shown once.
+            # Show steps that a run repeats after a crash only once.
             options = {"tensorboard": {"purge_step": self.start + 1}}
             try:
                 self.accelerator.init_trackers("qwen3-encdec", {"config": settings}, options)
-            except Exception as error:  # trackers raise whatever they like, and stop nothing
+            except Exception as error:  # trackers raise any type and must not stop training
                 self.accelerator.print(f"warning: trackers do not work: {error}")
 
     def asked_to_stop(self) -> bool:
-        """Tell whether to save and end: at SIGTERM, or a file STOP."""
+        """Return whether to save and stop: after SIGTERM, or if a file STOP exists."""
         return self.sigterm.is_set() or (self.run_dir / "STOP").exists()
 
     def fetch(self) -> float:
@@ -156,9 +156,9 @@ class Run:
     def backward(self, step: int, tokens: float) -> torch.Tensor:
         """Accumulate the gradient of the step's loss over the micro-batches.
 
-        ``tokens`` are all ranks' target tokens. Gradients are averaged over the ranks, so the loss
-        is multiplied by their number. A dropout draws by seed, step and rank: nothing is saved of
-        it. Returns loss sums and token counts by denoiser, (2, denoisers) fp64, on the device.
+        ``tokens`` are all ranks' target tokens. Gradients are averaged over ranks, so the loss is
+        multiplied by their number. Dropout is seeded by seed, step and rank; no RNG state is saved.
+        Returns loss sums and token counts by denoiser, (2, denoisers) fp64, on the device.
         """
         processes, rank = self.accelerator.num_processes, self.accelerator.process_index
         torch.manual_seed(self.config.seed + step * processes + rank)
@@ -177,9 +177,9 @@ class Run:
         return totals
 
     def agree(self, totals: torch.Tensor | None = None) -> bool:
-        """Sum over all ranks what each knows: the host's one wait for the device in a step.
+        """Sum flags, counts, losses and norms over ranks: the host's only device wait in a step.
 
-        Sets the next step's counts, and this one's losses and norms. Returns false to end the run.
+        Sets the next step's counts, and this one's losses and norms. Returns False to end the run.
         """
         flags = [self.saver.failed, self.asked_to_stop(), self.data_error is not None]
         counts = sum((batch["counts"] for batch in self.upcoming), np.zeros(7))
@@ -200,7 +200,7 @@ class Run:
         return not self.stopped and not data_failed
 
     def log_step(self, step: int, rate: float) -> None:
-        """Log what the meter has summed up since the last time."""
+        """Log the meter's metrics since the last call."""
         metrics = self.meter.read()
         metrics |= {"lr": rate, "grad_norm": self.norm, "epoch": self.loader.epoch()}
         metrics |= {f"grad_norm/{stack}": norm for stack, norm in self.norms.items()}
@@ -210,7 +210,7 @@ class Run:
         self.log(step, metrics | corpora)
 
     def evaluate(self, step: int) -> None:
-        """Log the held-out loss of each denoiser and, of a mixture, of each corpus."""
+        """Log the held-out loss of each denoiser and, for a mixture, of each corpus."""
         heldout = self.heldout
         losses = example_losses(self.state.model, heldout, self.config.batch_size)
         by_denoiser = mean_losses(losses, heldout, [e.denoiser for e in heldout], self.denoisers)
@@ -222,7 +222,7 @@ class Run:
         self.log(step, metrics)
 
     def save(self, step: int) -> None:
-        """Begin to write a checkpoint after ``step``."""
+        """Start writing a checkpoint after ``step``."""
         progress = {
             "totals": self.meter.totals,
             "recent": list(self.guard.recent),
@@ -232,7 +232,7 @@ class Run:
         self.saver.save(step, self.position, progress)
 
     def log(self, step: int, metrics: dict[str, Any]) -> None:
-        """Write metrics to metrics.jsonl, trackers and terminal; a failure stops nothing."""
+        """Write metrics to metrics.jsonl, trackers and terminal; failures only print a warning."""
         if not self.accelerator.is_main_process:
             return
         try:
@@ -247,14 +247,14 @@ class Run:
 
 
 def _send(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """Send a packed batch to the device, with ``counts`` of what it holds.
+    """Send a packed batch to the device and add its ``counts``.
 
-    (7,): target tokens, source tokens, examples, and the four `plan.length_sums`.
+    They are (7,): target tokens, source tokens, examples, and the four `plan.length_sums`.
     """
     source = np.diff(batch["cu_seqlens"].numpy())
     target = np.diff(batch["decoder_cu_seqlens"].numpy())
     targets = int((batch["labels"] != -100).sum())
     counts = [targets, source.sum(), len(source), *plan.length_sums(source, target)]
-    if device.type == "cuda":  # only pinned memory is copied while the host goes on
+    if device.type == "cuda":  # only pinned memory is copied asynchronously
         batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
     return send_to_device(batch, device, non_blocking=True) | {"counts": np.array(counts)}

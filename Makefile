@@ -154,9 +154,6 @@ test-clients: $(CLIENTS) ## test the openai, langchain, llama-index and Chroma c
 bench-serve: env ## benchmark the server against sentence-transformers behind Starlette: 1, 8 and 64 clients; then 10,000 requests with faults
 	$(BIN)/python bench/serve.py
 
-bench-finetune: env ## score finetuning of the encoder and its causal parent, by embedding width; needs `make demo DEMO=--full`; 15 minutes
-	$(BIN)/python bench/finetune.py
-
 objective: $(VENV)/extras-benchmarks wordnet ## run the experiment of docs/results.md; restartable; half a day on 2 cores
 	$(BENCHMARKS) $(BIN)/python experiments/objective/run.py --jobs 2 $(OBJECTIVE)
 	$(BIN)/python experiments/objective/report.py

@@ -46,8 +46,8 @@ def main() -> None:
         text = (folder / "corpus.jsonl").write_text("".join(lines[: size["documents"]]))
         print(f"text: docstrings of the installed packages, {text:,} characters")
         for part, wanted in (
-            (packaged_speed, ">= 1.0 M tokens/s a worker"),
-            (checkpoint_speed, ">= 1.0 M tokens/s a worker"),
+            (packaged_speed, ">= 1.0 M tokens/s per worker"),
+            (checkpoint_speed, ">= 1.0 M tokens/s per worker"),
             (memory, "<= 1.1 x from 10^5 tokens on"),
             (resume, "<= 1.0 s to the first row"),
             (opening, "<= 2.0 s to open all shards"),

@@ -42,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy size")
-    parser.add_argument("--forms", default=",".join(RUNTIMES), help="exported forms, by commas")
+    parser.add_argument("--forms", default=",".join(RUNTIMES), help="comma-separated export forms")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     arguments = parser.parse_args()
     logging.disable_progress_bar()

@@ -56,7 +56,7 @@ def part(name: str, do: Callable[..., dict[str, Any]], *given: Any, **options: A
     """Run one part and print its figures, or the reason why there are none."""
     try:
         if time.time() - _began > 60 * TIME_LIMIT:
-            raise TimeoutError(f"not started, {TIME_LIMIT:g} minutes were up")
+            raise TimeoutError(f"not started: the limit of {TIME_LIMIT:g} minutes has passed")
         figures = do(*given, **options)
     except Exception as error:  # whatever a kernel raises, the other parts continue
         reason = (str(error).strip().splitlines() or [""])[0][:200]
@@ -313,7 +313,7 @@ def main() -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("no CUDA GPU is visible; --device cpu --tiny tests this script without one")
     if args.device == "cpu" and not args.tiny:
-        parser.error("--device cpu goes with --tiny; the full size is for a GPU")
+        parser.error("--device cpu requires --tiny; the full size needs a GPU")
 
     part("baseline", measured, args, "sdpa", "compile", profile=True)
     times = {}

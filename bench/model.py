@@ -362,7 +362,7 @@ def check_same_size(plan: Plan) -> None:
                 sum(p.numel() for n, p in named if not re.search("vision|multi_modal", n))
             )
         print(f"{label}: {counts[0]:,} parameters, theirs {counts[1]:,}")
-        assert abs(counts[1] / counts[0] - 1) < 0.01, f"{label}: not the same size"
+        assert abs(counts[1] / counts[0] - 1) < 0.01, f"{label}: the sizes differ by over 1 %"
 
 
 def main() -> None:

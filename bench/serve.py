@@ -54,7 +54,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="toy size")
-    parser.add_argument("--clients", default="1,8,64", help="numbers of clients, by commas")
+    parser.add_argument("--clients", default="1,8,64", help="comma-separated numbers of clients")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--plain", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -178,14 +178,14 @@ def storm(encoder: TextEncoder, requests: int) -> None:
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         done = test_serving.storm(url, encoder, requests - requests // 5, seed=1)
         grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
-    target("memory grown in the last four fifths", f"{grown:.1f} MB", "< 20 MB", grown < 20)
-    print(f"storm: {done:,} requests in them, every good one answered right")
+    target("memory growth in the last four fifths", f"{grown:.1f} MB", "< 20 MB", grown < 20)
+    print(f"storm: {done:,} requests in them, every valid one answered correctly")
 
 
 def report(rows: dict[str, dict], alone: dict[str, float], clients: list[int]) -> None:
     """Print the targets."""
     errors = sum(row["errors"] for name, row in rows.items() if name.startswith("ours"))
-    target("errors of ours", f"{errors}", "0", errors == 0)
+    target("our errors", f"{errors}", "0", errors == 0)
     most = max(clients)
     for kind in alone:
         ours, plain = (rows[f"{side}, {most} clients, {kind}"] for side in ("ours", "plain loop"))

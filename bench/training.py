@@ -67,8 +67,8 @@ def no_op(self: Any, labels: torch.Tensor, **options: Any) -> Any:
 def main() -> None:
     """Measure, print figures, then targets."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=60, help="of each run with the real model")
-    parser.add_argument("--rounds", type=int, default=3, help="runs of each way to save")
+    parser.add_argument("--steps", type=int, default=60, help="steps per run with the real model")
+    parser.add_argument("--rounds", type=int, default=3, help="runs per checkpoint mode")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -78,7 +78,7 @@ def main() -> None:
         durations = step_seconds(tiny, folder / "run", 400, batch_size=1)[100:]
         Qwen3ForSeq2SeqLM.forward = forward
         overhead = 1000 * statistics.median(durations)
-        print(f"loop with a no-op model: median {overhead:.2f} ms a step")
+        print(f"loop with a no-op model: median {overhead:.2f} ms per step")
 
         model, every = model_folder(folder / "model", 256, 4), args.steps // 3
         modes: dict[str, dict[str, Any]] = {
@@ -92,7 +92,7 @@ def main() -> None:
                 means[mode].append(statistics.fmean(taken[5:]))
     for mode, values in means.items():
         shown = ", ".join(f"{1000 * mean:.1f}" for mean in values)
-        print(f"checkpoints {mode}: {shown} ms a step in each round, one every {every} steps")
+        print(f"checkpoints {mode}: {shown} ms per step by round, one every {every} steps")
     cost = statistics.median(means["asynchronous"]) / statistics.median(means["none"]) - 1
     verdict = {True: "met", False: "missed"}
     print(f"target loop-overhead: {overhead:.2f} ms (wanted < 3 ms) {verdict[overhead < 3]}")

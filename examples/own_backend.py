@@ -46,7 +46,7 @@ def main() -> None:
             losses.append(model(**source, labels=labels).token_losses)
         generated.append(model.generate(**source, max_new_tokens=8, do_sample=False))
     difference = (losses[0] - losses[1]).abs().max()
-    print(f"losses: {difference:.1e} apart")
+    print(f"largest difference of losses: {difference:.1e}")
     print(f"generated: {'equal' if torch.equal(*generated) else 'different'}")
 
 

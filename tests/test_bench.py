@@ -143,7 +143,7 @@ def test_a_part_that_fails_is_one_line(gpu_report, capsys, monkeypatch):
     gpu_report.part("one", broken)
     assert gpu_report.part("two", lambda: {"seconds": 1.0}) == {"seconds": 1.0}
     monkeypatch.setattr(gpu_report, "TIME_LIMIT", -1)
-    assert "minutes were up" in gpu_report.part("late", lambda: {"seconds": 1.0})["failed"]
+    assert "minutes has passed" in gpu_report.part("late", lambda: {"seconds": 1.0})["failed"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     assert lines[0].split()[1:] == [

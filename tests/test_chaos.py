@@ -107,7 +107,7 @@ def test_asked_to_stop_it_saves_and_ends_well(init_folder, corpus, tmp_path, how
         (run / "STOP").touch()
     assert life.end() == [0, 0]
     saved = (run / "checkpoints/latest").resolve().name
-    assert "asked to stop: ended after step" in log(run)
+    assert "stop requested: stopped after step" in log(run)
     assert saved == f"step-{last_step(run):06d}" != "step-000060"
     assert not (run / "STOP").exists()
     for folder in (run, straight):
@@ -236,7 +236,7 @@ def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(init_folder, c
     run = tmp_path / "run"
     assert Life(settings(init_folder, corpus, run, max_steps=2)).end() == [0, 0]
     assert Life(settings(init_folder, corpus, run, max_steps=40), full=True).end() == [2, 2]
-    sentence = "could not be written to: (.*); training stopped, the last checkpoint is (.*)"
+    sentence = "cannot write to [^:]*: (.*); training stopped, the last checkpoint is (.*)"
     for rank in range(2):
         found = re.search(sentence, log(run, rank))
         assert "File too large" in found[1]

@@ -146,8 +146,8 @@ def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path
     ("part", "how", "named"),
     [
         ("model.safetensors", "cut", "model.safetensors has changed"),
-        ("model.safetensors", "flipped", ".weight does not have its checksum"),
-        (SHARD, "flipped", "does not have its checksum"),
+        ("model.safetensors", "flipped", ".weight does not match its checksum"),
+        (SHARD, "flipped", "does not match its checksum"),
         (f"state/rank-{ONE}.json", "flipped", f"rank-{ONE}.json has changed"),
     ],
 )
@@ -201,7 +201,7 @@ def test_settings_may_change_at_a_resume_and_are_said(
     init_folder, corpus, straight, tmp_path, capsys
 ):
     cut = interrupted(straight, tmp_path / "cut")
-    with pytest.raises(InputError, match="the saved position is of another"):
+    with pytest.raises(InputError, match="the saved position belongs to another"):
         run_training(small_run(init_folder, corpus, output_dir=cut, **{"data.seed": 7}))
     assert "data.seed 0 -> 7" in capsys.readouterr().out
     config = small_run(init_folder, corpus, output_dir=cut, lr=1e-4, batch_size=4)

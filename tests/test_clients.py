@@ -29,7 +29,7 @@ def test_openai(encoder, url, monkeypatch):  # noqa: F811
     assert near(prompted.data[0].embedding, encoder.encode("One.", prompt_name="query"))
     assert [model.id for model in client.models.list()] == ["mean"]
     assert client.models.retrieve("mean").id == "mean"
-    with pytest.raises(openai.BadRequestError, match="must lie in 1 ... 40"):
+    with pytest.raises(openai.BadRequestError, match="must be between 1 and 40"):
         client.embeddings.create(model="mean", input="a", dimensions=4000)
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("other")

@@ -84,13 +84,13 @@ def test_scaled_rope_is_copied():
 @pytest.mark.parametrize(
     ("field", "message"),
     [
-        ({"hiden_size": 3}, "'hiden_size' is not read .* did you mean 'hidden_size'"),
-        ({"sliding_window": 4096}, "'sliding_window' is not read"),
+        ({"hiden_size": 3}, "'hiden_size' is not used .* did you mean 'hidden_size'"),
+        ({"sliding_window": 4096}, "'sliding_window' is not used"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
         ({"head_dim": 13}, "head_dim=13 is odd"),
         ({"tie_word_embeddings": False}, "tie_word_embeddings=False"),
         ({"is_encoder_decoder": False}, "is_encoder_decoder=False"),
-        ({"num_sentinel_tokens": 331}, "num_sentinel_tokens=331"),
+        ({"num_sentinel_tokens": 331}, "num_sentinel_tokens=331 is not between"),
         ({"pad_token_id": 331}, "pad_token_id=331 is outside"),
     ],
 )

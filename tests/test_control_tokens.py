@@ -175,7 +175,7 @@ def test_a_real_checkpoint_is_encoded_fast(init_folder, with_qwen_flags, spelled
         assert again("<think>").tolist() == control("<think>").tolist() == [think]
     assert control.name == "tokenizers"
     assert caplog.text.count("tiktoken and tokenizers differ on") == 1
-    assert "make the tokenizer anew with initialize" in caplog.text
+    assert "rebuild the tokenizer with initialize" in caplog.text
 
 
 def test_verification_allows_any_pad(parent_folder, tmp_path):

@@ -92,7 +92,7 @@ def test_parent_depends_on_its_seed_alone(nano, tmp_path):
 
 
 def test_parent_refuses_a_corpus_of_less_than_a_block(tmp_path):
-    with pytest.raises(InputError, match="less than one block of 32"):
+    with pytest.raises(InputError, match="fewer than one block of 32"):
         train_causal_parent(
             tmp_path / "parent", tokenizer=parent_tokenizer(512), texts=["short"], block_size=32
         )

@@ -111,7 +111,7 @@ def test_an_incomplete_packed_batch_is_refused():
     for name in ("position_ids", "max_seqlen"):
         with pytest.raises(ValueError, match=f"a packed batch needs .*{name}"):
             encoder(**{**whole, name: None})
-    with pytest.raises(ValueError, match="leave out attention_mask"):
+    with pytest.raises(ValueError, match="omit attention_mask"):
         encoder(**whole, attention_mask=torch.ones(1, 11))
     with pytest.raises(
         ValueError, match="cu_seqlens ends at 11, but the packed batch has 9 tokens"

@@ -121,7 +121,7 @@ def test_infill_counts_gaps(init_folder):
     model.generate = lambda **_: answer
     fixed = [Example(np.array([sentinels[0], 70, eos]), target, 0) for target in truth]
     assert infill_examples(model, tokenizer, fixed)["exact_rate"] == pytest.approx(2 / 3)
-    with pytest.raises(InputError, match="no span-corrupted"):
+    with pytest.raises(InputError, match="one span-corrupted"):
         infill_examples(model, tokenizer, [Example(np.array([70, eos]), np.array([71, eos]), 4)])
 
 
@@ -219,7 +219,7 @@ def test_only_the_unmasked_parent_looks_ahead(parent_folder, causal):
 
 
 def test_parent_must_be_a_qwen3(init_folder):
-    with pytest.raises(InputError, match="holds a qwen3_encdec model"):
+    with pytest.raises(InputError, match="has model_type qwen3_encdec"):
         baselines.parent(init_folder, pooling="mean")
 
 
@@ -237,6 +237,7 @@ def test_tfidf_knows_the_documents_only():
     embed = baselines.tfidf(["red apples", "green pears"])
     assert embed(["purple plums"]).sum() == 0
     assert embed(["red"]) @ embed(["red apples"]).T > 0
+    assert not baselines.tfidf(["a", "!"])(["a"], role="query").any()
 
 
 # The suite
@@ -312,7 +313,8 @@ def test_a_users_own_pairs_are_scored_beside_the_baselines(
 ):
     rows = [{"query": query, "document": body} for query, body in PAIRS]
     rows += [{"anchor": PAIRS[0][0], "positive": "A second right answer about apples."}]
-    (tmp_path / "mine.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n\n")
+    lines = [json.dumps({**row, "note": "\u2028"}, ensure_ascii=False) for row in rows]
+    (tmp_path / "mine.jsonl").write_text("\r\n".join(lines) + "\n\n", encoding="utf-8-sig")
     metrics = evaluate(
         encoder_folder, tmp_path / "out", parent=parent_folder, pairs=[tmp_path / "mine.jsonl"]
     )
@@ -338,11 +340,11 @@ def test_a_users_own_pairs_are_scored_beside_the_baselines(
     ("line", "sentence"),
     [
         ("{", "mine.jsonl:1 is not valid JSON"),
-        ("[1]", "mine.jsonl:1 holds neither query and document"),
-        ('{"query": "a"}', "mine.jsonl:1 holds neither query and document"),
-        ('{"query": "a", "document": ""}', "mine.jsonl:1 holds neither query and document"),
-        ('{"query": "a", "document": "b"}', "1 documents; retrieval needs at least two"),
-        ("", "0 documents; retrieval needs at least two"),
+        ("[1]", "mine.jsonl:1 must have non-empty query and document"),
+        ('{"query": "a"}', "mine.jsonl:1 must have non-empty query and document"),
+        ('{"query": "a", "document": ""}', "mine.jsonl:1 must have non-empty query and document"),
+        ('{"query": "a", "document": "b"}', r"has 1 distinct document\(s\); two are needed"),
+        ("", r"has 0 distinct document\(s\); two are needed"),
     ],
 )
 def test_bad_pairs_are_named(tmp_path, line, sentence):

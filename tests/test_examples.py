@@ -13,7 +13,7 @@ from qwen3_encdec.data.package_docs import Docstring
 EXAMPLES = Path(__file__).parent.parent / "examples"
 SAYS = {
     "own_denoiser": ["[R-words]", "[X-halves]", "[S-late]", "<extra_id_0>"],
-    "own_dataset": ["examples in 200 rows", "texts that training never sees"],
+    "own_dataset": ["examples in 200 rows", "examples from held-out texts"],
     "own_backend": ["losses: ", "e-0", "generated: equal"],
     "pipeline": ["stock transformers differs by", "1.0000, "],
 }

@@ -133,7 +133,7 @@ def test_averaging_the_last_checkpoints(init_folder, tmp_path):
         assert len(report.averaged) == last
         extracted = load_file(tmp_path / "out" / "model.safetensors")["norm.weight"]
         torch.testing.assert_close(extracted, original * scale)
-    with pytest.raises(InputError, match="average-last 4: there are only 3 checkpoints"):
+    with pytest.raises(InputError, match="average_last=4 must be 1 to 3 checkpoints"):
         checkpoints_to_average(run, 4)
 
 
@@ -180,10 +180,10 @@ def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):
         extract_encoder(parent_folder, out)
     with pytest.raises(InputError, match="pooling 'max' is not one of mean, last, cls"):
         extract_encoder(init_folder, out, pooling="max")
-    with pytest.raises(InputError, match=r"max-seq-length 0 must lie in 2 \.\.\. 32768"):
+    with pytest.raises(InputError, match=r"max_seq_length=0 is not between 2 and 32768"):
         extract_encoder(init_folder, out, max_seq_length=0)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="holds neither a config.json nor checkpoints"):
+    with pytest.raises(InputError, match="has neither a config.json nor checkpoints"):
         extract_encoder(tmp_path / "empty", out)
     broken = shutil.copytree(init_folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])

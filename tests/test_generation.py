@@ -310,5 +310,5 @@ def test_fill_takes_no_other_control_token_out_of_a_text(tokenizer):
     # the control: the ordinary call takes it for the end
     assert tokenizer.eos_token_id in tokenizer("a<|im_end|>b")["input_ids"]
     for text in ("nothing here", "<extra_id_11>"):
-        with pytest.raises(ValueError, match="nothing to fill"):
+        with pytest.raises(ValueError, match="must contain <extra_id_N>"):
             tokenizer.encode_with_sentinels([text])

@@ -6,7 +6,9 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy.stats import chisquare
 
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer, qwen3_backend
 from tests.hub import Hub, serve
@@ -92,10 +94,13 @@ print(len(tokenizer), tokenizer({text!r}, split_special_tokens=True)["input_ids"
 
 
 READ = """
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.stream import RowLoader, UL2Data
+from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 cache_gib, flag, *runs = sys.argv[1:]
@@ -103,7 +108,9 @@ config = DataConfig(
     inputs=["org/texts"], source_length=256, target_length=192, cache_gib=float(cache_gib)
 )
 try:
-    data = UL2Data(config, build_tokenizer(num_ranks=512))
+    tokenizer = build_tokenizer(num_ranks=512)
+    data = UL2Data(config, tokenizer)
+    marks = {"sentinel_ids": data.sentinel_ids, "eos_id": data.eos_id}
     for run in runs:
         workers, ranks, steps = map(int, run.split(":"))
         loaders = [
@@ -111,19 +118,22 @@ try:
                            num_workers=workers, collate=list))
             for rank in range(ranks)
         ]
-        made = []
+        made, files = [], Counter()
         for _ in range(steps):
-            rows = [row for loader in loaders for row in next(loader)]
-            made.append(hash(frozenset(e.source.tobytes() for row in rows for e in row.examples)))
+            examples = [e for loader in loaders for row in next(loader) for e in row.examples]
+            made.append(hash(frozenset(e.source.tobytes() for e in examples)))
+            for e in examples:
+                text = tokenizer.decode(uncorrupt(e.source, e.target, **marks))
+                files[int(re.search("of file (.) says", text)[1])] += 1
             Path(flag).touch()
-        print(*made, flush=True)
+        print(*made, "files", *(files[file] for file in range(5)), flush=True)
 except InputError as error:
     print("InputError:", error)
 """
 
 
 def start(hub: Hub, cache: Path, cache_gib: int, *runs: str) -> subprocess.Popen:
-    """Read in a process of its own; a run is workers:ranks:steps, a line of its hashes by step."""
+    """Read in a process of its own; a run is workers:ranks:steps, a line of hashes by step and documents by file."""
     command = [sys.executable, "-c", READ, str(cache_gib), str(cache / "flag"), *runs]
     environment = hub.environment(cache, PYTHONHASHSEED="0", XDG_CACHE_HOME=str(cache))
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
@@ -144,7 +154,18 @@ def test_a_hub_dataset_gives_the_same_steps_to_any_workers_and_ranks(hub, tmp_pa
     )
     assert len(runs) == 5
     assert len(set(runs)) == 1
-    assert len(set(runs[0].split())) == 5
+    assert len(set(runs[0].partition("files")[0].split())) == 5
+
+
+@pytest.mark.parametrize("cache_gib", [1, 0], ids=["downloaded", "streamed"])
+def test_hub_files_count_by_their_size(hub, tmp_path, cache_gib):
+    runs = read(hub, tmp_path, cache_gib, *(f"0:{readers}:12" for readers in (1, 2, 4, 8)))
+    for run in runs:
+        found = np.array(run.partition("files")[2].split(), int)
+        assert found.sum() > 200
+        assert chisquare(found, np.arange(1, 6) / 15 * found.sum()).pvalue > 1e-3
+        # the control: each file as often as any other
+        assert chisquare(found, np.full(5, 1 / 5) * found.sum()).pvalue < 1e-3
 
 
 @pytest.mark.parametrize("cache_gib", [1, 0], ids=["downloaded", "streamed"])

@@ -4,7 +4,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion import initialize as module
@@ -171,9 +171,9 @@ def test_verification_reads_the_saved_folder(parent_folder, init_folder, tmp_pat
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(2)}), "has no place"),
-        (lambda t: t.update({"model.norm.weight": torch.zeros(1)}), r"\(1,\) has no place as"),
-        (lambda t: t.pop("model.norm.weight"), "nothing becomes model.decoder.norm.weight"),
+        (lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(2)}), "does not fit"),
+        (lambda t: t.update({"model.norm.weight": torch.zeros(1)}), r"\(1,\) does not fit model"),
+        (lambda t: t.pop("model.norm.weight"), "no tensor for model.decoder.norm.weight"),
     ],
 )
 def test_the_key_map_is_strict_both_ways(parent_copy, tmp_path, change, sentence):
@@ -181,6 +181,17 @@ def test_the_key_map_is_strict_both_ways(parent_copy, tmp_path, change, sentence
     with pytest.raises(InputError, match=sentence):
         initialize(parent_copy, tmp_path / "out")
     assert {path.name for path in tmp_path.iterdir()} == {"parent"}
+
+
+def test_a_folder_saved_from_qwen3model_has_names_without_their_prefix(
+    parent_copy, init_folder, tmp_path
+):
+    """Qwen3-Embedding's checkpoints are such folders."""
+    Qwen3Model.from_pretrained(parent_copy).save_pretrained(parent_copy)
+    assert "norm.weight" in load_file(parent_copy / "model.safetensors")
+    assert initialize(parent_copy, tmp_path / "out", num_sentinel_tokens=11).verification.passed
+    found, expected = (load_file(f / "model.safetensors") for f in (tmp_path / "out", init_folder))
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_bad_sources_are_named(parent_copy, tmp_path):
@@ -195,6 +206,10 @@ def test_bad_sources_are_named(parent_copy, tmp_path):
         initialize(parent_copy, out)
     config = json.loads((parent_copy / "config.json").read_text())
     (parent_copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_moe"}))
-    with pytest.raises(InputError, match="holds a 'qwen3_moe' model, which is not a dense Qwen3"):
+    with pytest.raises(InputError, match="has model_type 'qwen3_moe', which is not a dense Qwen3"):
+        initialize(parent_copy, out)
+    quantized = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
+    (parent_copy / "config.json").write_text(json.dumps(quantized))
+    with pytest.raises(InputError, match=r"is quantized \(gptq\); use the unquantized checkpoint"):
         initialize(parent_copy, out)
     assert {path.name for path in tmp_path.iterdir()} == {"parent"}

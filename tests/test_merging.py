@@ -94,8 +94,8 @@ def test_dtype_is_the_first_models(encoders, tmp_path):
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"weights": [1, 2]}, "must be 3 numbers of 0 or more"),
-        ({"weights": [1, -1, 1]}, "must be 3 numbers of 0 or more"),
+        ({"weights": [1, 2]}, "must be 3 non-negative numbers"),
+        ({"weights": [1, -1, 1]}, "must be 3 non-negative numbers"),
         ({"weights": [0, 0, 0]}, "not all 0"),
     ],
 )
@@ -120,7 +120,7 @@ def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tm
     first = encoders[0]
     assert "at least two" in refused(first)
     assert "the first model must be one" in refused(parent_folder, first)
-    assert "holds no Qwen3" in refused(first, init_folder)
+    assert "must both have model_type qwen3" in refused(first, init_folder)
     assert "does not exist" in refused(first, tmp_path / "nowhere")
     differs = "in more than its weights: "
     assert f"{differs}rms_norm_eps" in refused(first, changed("config.json", rms_norm_eps=0.1))
@@ -167,7 +167,7 @@ def test_command_evaluates_every_input_and_the_result(
         cli.main()
     out = capsys.readouterr().out
     assert "a table" in out
-    assert f"{tmp_path / 'soup'} is better than its best input {encoders[0]}: 0.400, 0.300" in out
+    assert f"is better than its best input {encoders[0]}: nDCG@10 0.400 vs. 0.300" in out
     assert seen["parent"] == parent_folder
     monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, seed: (
         {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}))  # fmt: skip

@@ -209,7 +209,7 @@ def test_attention_is_chosen_by_what_is_there():
     assert choose_attention("auto", config, cpu, lines.append) == "sdpa"
     assert choose_attention("eager", config, cpu, lines.append) == "eager"
     assert lines == ["attention: eager"]
-    with pytest.raises(InputError, match="attention: not flash_attention_2 .ImportError"):
+    with pytest.raises(InputError, match="attention: cannot use flash_attention_2 .ImportError"):
         choose_attention("flash_attention_2", config, cpu, lines.append)
 
 
@@ -219,4 +219,4 @@ def test_an_attention_that_computes_something_else_is_refused():
         return output * 1.5, weights
 
     AttentionInterface.register("wrong", wrong)
-    assert "from those of sdpa" in layers.disagreement("wrong", tiny_config(), torch.device("cpu"))
+    assert "differ from sdpa by" in layers.disagreement("wrong", tiny_config(), torch.device("cpu"))

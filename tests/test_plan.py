@@ -159,7 +159,7 @@ def test_recipes_load_and_fit(name, capsys):
 
 
 def test_a_plan_that_cannot_fit_is_refused(capsys):
-    sentence = r"batch_size=512 needs \d+\.\d GiB a device and there are 74\.5; lower batch_size"
+    sentence = r"batch_size=512 needs \d+\.\d GiB per device, but only 74\.5 are available; lower batch_size"
     with pytest.raises(InputError, match=sentence):
         plan.dry_run(load_config(None, ["batch_size=512"]), "8xH100", "0.6B")
     assert "memory GiB: activations" in capsys.readouterr().out  # the cost is said first

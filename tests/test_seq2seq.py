@@ -156,7 +156,7 @@ def test_an_incomplete_packed_batch_is_refused(model):
         model(**torn)
     with pytest.raises(ValueError, match="a cache cannot be used with a packed batch"):
         model(**packed, cache=DynamicCache())
-    with pytest.raises(ValueError, match="leave out decoder_attention_mask"):
+    with pytest.raises(ValueError, match="omit decoder_attention_mask"):
         model(**packed, decoder_attention_mask=torch.ones(1, 13))
 
 
@@ -185,7 +185,7 @@ def test_encoder_targets_are_masked_next_token_prediction(model, packed):
     torch.testing.assert_close(total - plain, 0.7 * loss(1) / items, atol=1e-5, rtol=1e-4)
     # the control: the state of the mask itself predicting it, which is masked language modelling
     assert abs(loss(0) - loss(1)) > 1e-2
-    with pytest.raises(ValueError, match="give labels too"):
+    with pytest.raises(ValueError, match="requires labels"):
         model(input_ids=inputs["input_ids"], decoder_input_ids=given, encoder_targets=given)
 
 

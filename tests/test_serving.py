@@ -130,9 +130,9 @@ def test_models_health_and_metrics(url, encoder):
         ({"input": ["a"] * 2049}, "at most 2048 items"),
         ({"input": "a", "dimensions": "8"}, "dimensions: Input should be a valid integer"),
         ({"input": "a", "dimensions": True}, "dimensions: Input should be a valid integer"),
-        ({"input": "a", "dimensions": 999}, "must lie in 1 ... 40"),
+        ({"input": "a", "dimensions": 999}, "must be between 1 and 40"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format: Input should be 'float' or"),
-        ({"input": "a", "prompt_name": "no"}, "is not one of the model's"),
+        ({"input": "a", "prompt_name": "no"}, "'no' is unknown; the model has"),
         ({"input": "a", "prompt_name": 3}, "prompt_name: Input should be a valid string"),
     ],
 )

@@ -1,6 +1,9 @@
 import json
+import shutil
 
 import pytest
+from tokenizers import Tokenizer
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer
@@ -102,6 +105,22 @@ def test_base_folder_gives_the_same_tokenizer(parent_folder):
         from_folder("Same text, same ids.")["input_ids"]
         == packaged("Same text, same ids.")["input_ids"]
     )
+
+
+def test_what_a_base_tokenizer_does_to_texts_is_left_behind(parent_folder, tmp_path):
+    """Qwen3-Embedding's appends `<|endoftext|>`; finetuned ones truncate and pad."""
+    base = shutil.copytree(parent_folder, tmp_path / "base")
+    backend = Tokenizer.from_file(str(base / "tokenizer.json"))
+    pad = ("<|endoftext|>", backend.token_to_id("<|endoftext|>"))
+    backend.post_processor = TemplateProcessing(single=f"$A {pad[0]}", special_tokens=[pad])
+    backend.enable_truncation(4)
+    backend.enable_padding(length=4)
+    backend.save(str(base / "tokenizer.json"))
+    text = "Same text, same ids, and more of them."
+    assert AutoTokenizer.from_pretrained(base)(text)["input_ids"][-1] == pad[1]
+    expected = build_tokenizer(parent_folder, 11)
+    for texts in (text, [text, "a"]):
+        assert build_tokenizer(base, 11)(texts)["input_ids"] == expected(texts)["input_ids"]
 
 
 def test_bad_requests_are_refused(small, tmp_path):

@@ -228,7 +228,7 @@ def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):
     command = [sys.executable, "-c", script, str(run_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(InputError, match=r"another run trains in .*run; stop that one"):
+        with pytest.raises(InputError, match=r"another run is training in .*run; stop it first"):
             run_training(small_run(init_folder, corpus, output_dir=run_dir))
         other.kill()
     assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).exists()
@@ -240,7 +240,7 @@ def test_stop_is_looked_at_during_start_up(init_folder, corpus, tmp_path, capsys
     (run_dir / "qwen3_encdec.json").write_text('{"kind": "training run"}')
     (run_dir / "STOP").touch()
     run_training(small_run(init_folder, corpus, output_dir=run_dir))
-    assert "asked to stop: ended after step 0 of 4" in capsys.readouterr().out
+    assert "stop requested: stopped after step 0 of 4" in capsys.readouterr().out
     assert not (run_dir / "STOP").exists()
     assert not (run_dir / "checkpoints").exists()
 

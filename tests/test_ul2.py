@@ -303,7 +303,7 @@ def test_the_documented_needs_are_the_true_ones():
 @pytest.mark.parametrize(
     ("preset", "message"),
     [
-        ("ul3", "'ul3' is not one of t5gemma2"),
+        ("ul3", "'ul3' must be one of t5gemma2"),
         ([], "at least one"),
         ([{"name": "a", "mean_span": 3, "corruption": 0.15}] * 2, "distinct"),
         ([{"name": "a", "mean_span": 3, "corruption": 1.5}], "a: corruption=1.5"),
@@ -325,7 +325,7 @@ def test_texts_too_short_to_corrupt(tokens):
 
 
 def test_a_sentinel_in_the_text_is_an_error():
-    with pytest.raises(ValueError, match="is a sentinel"):
+    with pytest.raises(ValueError, match="has a sentinel token"):
         corrupt(np.array([1, FIRST, 2]), PRESETS["t5"][0], np.random.default_rng(0), **IDS)
 
 

@@ -68,7 +68,7 @@ def main() -> None:
     text = between(page, *RETRIEVAL, retrieval(pieces))
     stale += rewrite({page: text}, arguments.check)
     print(
-        f"{len(records)} runs, {len(pieces)} pieces of retrieval; not what they say: {', '.join(stale) or 'nothing'}"
+        f"{len(records)} runs, {len(pieces)} pieces of retrieval; stale files: {', '.join(stale) or 'none'}"
     )
     raise SystemExit(int(arguments.check and bool(stale)))
 

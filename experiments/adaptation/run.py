@@ -287,7 +287,7 @@ def check(settings: Settings, init: Path, results: Path) -> None:
         training.measure()
         losses = training.points[-1]["losses"]
         worst = max(worst, *(abs(losses[name] - x) for name, x in expected["losses"].items()))
-    print(f"largest difference {worst:.4f} nats, allowed {wanted['tolerance']}")
+    print(f"largest difference {worst:.4f} nats, tolerance {wanted['tolerance']}")
     raise SystemExit(int(worst > wanted["tolerance"]))
 
 
@@ -315,10 +315,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parent", type=Path, help="Qwen3 folder; the first call needs it")
-    parser.add_argument("--minutes", type=float, default=1e9, help="stop, resumable, after these")
-    parser.add_argument("--check", action="store_true", help="repeat a committed beginning")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="settings' block")
+    parser.add_argument("--parent", type=Path, help="Qwen3 folder; needed on the first call")
+    parser.add_argument("--minutes", type=float, default=1e9, help="stop after these; resumable")
+    parser.add_argument("--check", action="store_true", help="rerun committed first steps")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="settings block")
     parser.add_argument("--results", type=Path, default=HERE / "results", help="JSON, committed")
     parser.add_argument("--runs", type=Path, default=ROOT / "runs" / "adaptation", help="weights")
     arguments = parser.parse_args()

@@ -161,7 +161,7 @@ def needles(most: int, seed: int) -> list[Task]:
     asked, rest = order[: min(most, NEEDLES)], order[min(most, NEEDLES) :]
     hay = " ".join(pairs[i][1] for i in rest).split()
     if len(hay) < 2 * max(NEEDLE_LENGTHS):
-        raise NotRun("install more packages: there is too little held-out text")
+        raise NotRun("too little held-out text; install more packages")
     tasks: list[Task] = []
     for length in NEEDLE_LENGTHS:
         for place, share in NEEDLE_PLACES.items():

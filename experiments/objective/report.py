@@ -60,18 +60,16 @@ def main() -> None:
     files[page] = between(page, BEGIN, END, tables(plan, found))
     stale = rewrite(files, arguments.check)
     if arguments.check and stale:
-        print(f"not what the JSON files say: {', '.join(stale)}", file=sys.stderr)
+        print(f"out of date with the JSON files: {', '.join(stale)}", file=sys.stderr)
         raise SystemExit(1)
-    print(
-        f"{len(found)} pieces: {len(files) - len(stale)} of {len(files)} files are what they were"
-    )
+    print(f"{len(found)} pieces: {len(files) - len(stale)} of {len(files)} files are unchanged")
 
 
 def between(page: Path, begin: str, end: str, content: str) -> str:
     """Return the text of a page with new content between its two marks."""
     text = page.read_text(encoding="utf-8")
     if text.count(begin) != 1 or text.count(end) != 1:
-        print(f"{page} does not hold the two marks {begin} and {end}", file=sys.stderr)
+        print(f"{page} must contain {begin} and {end} once each", file=sys.stderr)
         raise SystemExit(2)
     before, rest = text.split(begin)
     return f"{before}{begin}\n\n{content}\n\n{end}{rest.split(end)[1]}"

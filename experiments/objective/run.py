@@ -558,7 +558,7 @@ def main() -> None:
         "--runs", type=Path, default=ROOT / "runs" / "objective", help="weights, not committed"
     )
     parser.add_argument(
-        "--scale", type=float, default=1.0, help="share of its tokens, steps and queries"
+        "--scale", type=float, default=1.0, help="fraction of its tokens, steps and queries"
     )
     parser.add_argument(
         "--size", action="append", default=[], help="only this size; may be repeated"
@@ -567,11 +567,9 @@ def main() -> None:
         "--seed", action="append", default=[], type=int, help="only this seed; may be repeated"
     )
     parser.add_argument("--no-ablations", action="store_true")
+    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if available")
     parser.add_argument(
-        "--device", choices=["cpu", "cuda"], help="default: cuda where there is one"
-    )
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="pieces at a time, each with its share of the cores"
+        "--jobs", type=int, default=1, help="pieces in parallel, which share the cores"
     )
     parser.add_argument("--piece", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -595,7 +593,7 @@ def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
         import torch
 
         if not torch.cuda.is_available():
-            raise InputError("device cuda: this machine has none")
+            raise InputError("device cuda is not available; use --device cpu")
     environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
     waiting = pieces(plan, not arguments.no_ablations, arguments.results, arguments.runs)
     running: dict[str, subprocess.Popen] = {}

@@ -210,7 +210,7 @@ def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: flo
     if not query.is_cuda:
         return _by_document(query, key, value, packed, scaling, dropout)
     if dropout:
-        raise ValueError("attention_dropout is not supported by torch's variable-length attention")
+        raise ValueError("attention_dropout must be 0: torch's varlen attention has no dropout")
     output: Any = varlen_attn(
         query[0].transpose(0, 1),  # (N, H, d)
         key[0].transpose(0, 1),  # (M, K, d)

@@ -284,7 +284,7 @@ def soup(
     try:
         shares = None if weights is None else [float(share) for share in weights.split(",")]
     except ValueError:
-        raise InputError(f"weights {weights!r} are not numbers with commas between them") from None
+        raise InputError(f"weights {weights!r} must be comma-separated numbers") from None
     merging.soup(model, output, weights=shares)
     print(f"wrote {output}")
     if evaluate:
@@ -447,17 +447,19 @@ def main() -> None:
 def _guard(application: Typer) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
     try:
         application()
     except InputError as error:
         # A DataLoader worker wraps the sentence in a traceback, as its last line.
-        sentence = str(error).strip().splitlines()[-1]
-        _fail(sentence.removeprefix(f"{InputError.__module__}.InputError: "))
+        sentence = str(error).rpartition(f"{InputError.__module__}.InputError: ")[2]
+        _fail(" ".join(sentence.split()))
     except ModuleNotFoundError as error:
         extras = "pip install -e '.[training,evaluation,serve]'"
-        _fail(f"this command needs the package {error.name}; in a checkout: {extras}")
+        _fail(f"package {error.name} is not installed; in a checkout, run: {extras}")
     except KeyboardInterrupt:
-        print("interrupted; nothing half-written was left", file=sys.stderr)
+        print("interrupted; no output is half-written", file=sys.stderr)
         sys.exit(130)
 
 

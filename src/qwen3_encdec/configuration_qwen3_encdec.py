@@ -131,9 +131,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         for name in sorted(vars(self).keys() & kwargs.keys() - fields):
             near = difflib.get_close_matches(name, fields, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(
-                f"configuration field {name!r} is not read by any code of this model{hint}"
-            )
+            raise ValueError(f"configuration field {name!r} is not used by this model{hint}")
 
     def _check(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
@@ -143,20 +141,20 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             )
         if self.head_dim % 2:
             raise ValueError(
-                f"head_dim={self.head_dim} is odd; rotary embeddings turn pairs of dimensions"
+                f"head_dim={self.head_dim} is odd; rotary embeddings rotate pairs of dimensions"
             )
         if not self.tie_word_embeddings:
             raise ValueError(
-                "tie_word_embeddings=False: encoder input, decoder input and LM head are one matrix"
+                "tie_word_embeddings=False is not supported: inputs and LM head share one matrix"
             )
         if not self.is_encoder_decoder:
             raise ValueError(
-                "is_encoder_decoder=False: the encoder alone is the class Qwen3EncoderModel"
+                "is_encoder_decoder=False is not supported; use Qwen3EncoderModel for the encoder"
             )
         size = self.vocab_size
         if not 0 <= self.num_sentinel_tokens < size:
             raise ValueError(
-                f"num_sentinel_tokens={self.num_sentinel_tokens} in a vocabulary of {size}"
+                f"num_sentinel_tokens={self.num_sentinel_tokens} is not between 0 and {size - 1}"
             )
         for name in ("pad_token_id", "decoder_start_token_id"):
             token = getattr(self, name)
@@ -169,9 +167,9 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         kind = config_dict.get("model_type", cls.model_type)
         if kind != cls.model_type:
             raise ValueError(
-                f"this is a {kind!r} model, not an encoder-decoder; make one of a Qwen3 with: "
-                "python scripts/initialize_from_qwen3.py --qwen3-model FOLDER_OR_HUB_ID "
-                "--output-dir ./qwen3-encdec-init"
+                f"this is a {kind!r} model, not an encoder-decoder; create one from a Qwen3 with: "
+                "python scripts/initialize_from_qwen3.py --model FOLDER_OR_HUB_ID "
+                "--output ./qwen3-encdec-init"
             )
         # Field of an early ablation, False in all folders but those of the ablation.
         if config_dict.get("rope_on_encoder_keys") is False:

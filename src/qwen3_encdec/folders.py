@@ -80,7 +80,7 @@ def read_yaml(path: str | Path, what: str) -> Any:
 
 def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:
     try:
-        return parse(Path(path).read_text(encoding="utf-8"))
+        return parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
     except (ValueError, yaml.YAMLError) as error:
@@ -99,14 +99,14 @@ def check_output(output: str | Path, kind: str | None = None) -> Path:
     """Raise InputError unless `output` is absent, empty, or ours and, if given, of `kind`."""
     output = Path(output)
     if output.is_file():
-        raise InputError(f"output {output} is a file; name a folder")
+        raise InputError(f"output {output} is a file; choose a folder")
     if not output.exists() or not any(output.iterdir()):
         return output
     if not (output / PROVENANCE_FILE).exists():
-        raise InputError(f"output {output} was not written by qwen3-encdec; name another folder")
+        raise InputError(f"output {output} was not written by qwen3-encdec; choose another folder")
     found = read_json(output / PROVENANCE_FILE).get("kind")
     if kind and kind != found:
-        raise InputError(f"output {output} holds a {found}, not a {kind}; name another folder")
+        raise InputError(f"output {output} holds a {found}, not a {kind}; choose another folder")
     return output
 
 
@@ -155,7 +155,7 @@ def resolve_checkpoint(name: str | Path) -> Path:
     if (folder / "config.json").exists():
         return folder
     if folder.exists():
-        raise InputError(f"{folder} holds no config.json; it is not a checkpoint folder")
+        raise InputError(f"{folder} has no config.json; it is not a checkpoint folder")
     if not re.fullmatch(r"\w[\w.-]*(/[\w.-]+)?", str(name)):
         raise InputError(f"checkpoint {name} does not exist")
     from huggingface_hub import snapshot_download
@@ -190,7 +190,7 @@ def _safetensors(folder: Path) -> Iterator[safe_open]:
     if index.exists():
         files = set(read_json(index)["weight_map"].values())
     elif not (folder / "model.safetensors").exists():
-        raise InputError(f"{folder} holds no model.safetensors (only safetensors are read)")
+        raise InputError(f"{folder} has no model.safetensors; convert it with save_pretrained")
     for file in sorted(files):
         try:
             tensors = safe_open(folder / file, framework="pt")
@@ -218,10 +218,10 @@ def load_tokenizer(
     try:
         tokenizer = qwen3_encdec.Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
     except Exception as error:  # `tokenizers` raises bare exceptions
-        raise InputError(f"{folder} holds a tokenizer that cannot be read: {error}") from None
+        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
     if config and len(tokenizer) != config.vocab_size:
         raise InputError(
-            f"{folder}: the tokenizer has {len(tokenizer):,} entries and the model "
+            f"{folder}: the tokenizer has {len(tokenizer):,} entries but the model "
             f"{config.vocab_size:,} rows; save the model with its own tokenizer"
         )
     return tokenizer
@@ -230,8 +230,8 @@ def load_tokenizer(
 def _require(folder: str | Path, file: str, thing: str, command: str) -> Path:
     folder = Path(folder)
     if not (folder / file).is_file():
-        missing = f"holds no {file}" if folder.is_dir() else "does not exist"
-        raise InputError(f"{thing} {folder} {missing}; make it with: {command}")
+        missing = f"has no {file}" if folder.is_dir() else "does not exist"
+        raise InputError(f"{thing} {folder} {missing}; create it with: {command}")
     return folder
 
 
@@ -259,7 +259,7 @@ def load_whole(
         folder, config=config, dtype=dtype, key_mapping=key_mapping, **checks
     )
     faults = [f"{name} is missing" for name in info["missing_keys"]]
-    faults += [f"{name} is not one of the model's" for name in info["unexpected_keys"]]
+    faults += [f"{name} is not part of the model" for name in info["unexpected_keys"]]
     for name, found, expected in info["mismatched_keys"]:
         faults.append(f"{name} is {tuple(found)}, expected {tuple(expected)}")
     if faults:

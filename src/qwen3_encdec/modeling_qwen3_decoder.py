@@ -294,8 +294,8 @@ class Qwen3MergedDecoder(Qwen3Stack):
             keys = attention_mask.shape[-1]
             if not isinstance(past, torch.Tensor) and keys < source + past + length:
                 raise ValueError(
-                    f"a 4D decoder_attention_mask of {keys} keys: it must cover the {source} source"
-                    f" and the {past + length} target keys"
+                    f"the 4D decoder_attention_mask has {keys} keys, but must cover {source} source"
+                    f" and {past + length} target keys"
                 )
             return attention_mask
         check_shape("attention_mask", encoder_mask, (batch, source))

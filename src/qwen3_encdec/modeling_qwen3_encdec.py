@@ -218,9 +218,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                     labels, decoder_attention_mask, decoder_cu_seqlens
                 )
         elif encoder_targets is not None:
-            raise ValueError("encoder_targets is an auxiliary loss: give labels too")
+            raise ValueError("encoder_targets adds an auxiliary loss and requires labels")
         if decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("give labels, decoder_input_ids or decoder_inputs_embeds")
+            raise ValueError("pass labels, decoder_input_ids or decoder_inputs_embeds")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -352,7 +352,7 @@ def _packed_keys(
     if max_seqlen is None or decoder_cu_seqlens.shape != cu_seqlens.shape:
         raise ValueError(
             f"cu_seqlens has {len(cu_seqlens) - 1} sources and decoder_cu_seqlens "
-            f"{len(decoder_cu_seqlens) - 1} targets; every source needs its target"
+            f"{len(decoder_cu_seqlens) - 1} targets; pass max_seqlen and one target per source"
         )
     inverse = torch.empty_like(key_order)
     inverse[key_order] = torch.arange(len(key_order), device=key_order.device)

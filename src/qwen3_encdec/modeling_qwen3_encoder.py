@@ -166,11 +166,11 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
     ) -> torch.Tensor:
         """Return [B, L, E] embeddings, given exactly one of [B, L] ids and [B, L, E] embeddings."""
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError(f"give exactly one of {prefix}input_ids and {prefix}inputs_embeds")
+            raise ValueError(f"pass exactly one of {prefix}input_ids and {prefix}inputs_embeds")
         if inputs_embeds is not None:
             return inputs_embeds
         if self._owner[0] is None:
-            raise ValueError(f"this stack has no embedding of its own: give {prefix}inputs_embeds")
+            raise ValueError(f"this stack has no embedding; pass {prefix}inputs_embeds")
         embedding: Any = self._owner[0].shared
         return embedding(input_ids)
 
@@ -245,7 +245,7 @@ def check_shape(name: str, tensor: Any, *shapes: tuple[int, ...]) -> None:
         return
     if tuple(tensor.shape) not in [tuple(shape) for shape in shapes]:
         raise ValueError(
-            f"{name} has shape {tuple(tensor.shape)}; these inputs need {tuple(shapes[0])}"
+            f"{name} has shape {tuple(tensor.shape)}, but these inputs require {tuple(shapes[0])}"
         )
 
 
@@ -254,7 +254,7 @@ def check_packed(
 ) -> int:
     """Return `max_seqlen`; raise ValueError unless one side of a packed batch is complete."""
     if mask is not None:
-        raise ValueError(f"a packed batch has no padding: leave out {prefix}attention_mask")
+        raise ValueError(f"a packed batch has no padding; omit {prefix}attention_mask")
     if position_ids is None or cu_seqlens is None or max_seqlen is None:
         needed = ", ".join(prefix + name for name in ("position_ids", "cu_seqlens", "max_seqlen"))
         raise ValueError(f"a packed batch needs {needed}")

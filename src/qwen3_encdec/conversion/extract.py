@@ -65,7 +65,7 @@ class ExtractionReport:
         return (
             f"encoder of {', '.join(self.averaged)}: {self.parameters:,} parameters\n"
             f"stock transformers differs by {self.transformers:.1e}, sentence-transformers by "
-            f"{self.sentence_transformers:.1e}; read causally it would differ by "
+            f"{self.sentence_transformers:.1e}; with causal attention the difference is "
             f"{self.causal_control:.1e} (limit {TOLERANCE:.0e})"
         )
 
@@ -99,7 +99,7 @@ def extract_encoder(
     longest = config.max_position_embeddings
     length = min(512, longest) if max_seq_length is None else max_seq_length
     if not 2 <= length <= longest:
-        raise InputError(f"max-seq-length {length} must lie in 2 ... {longest}")
+        raise InputError(f"max_seq_length={length} is not between 2 and {longest}")
     names = [folder.name for folder in folders]
     facts = {"source": str(checkpoint), "averaged": names, "pooling": pooling}
     with new_folder(output_dir, "encoder", **facts) as folder:
@@ -114,9 +114,7 @@ def extract_encoder(
         report = ExtractionReport(names, parameters, *_verify(folder, config, encoder.state_dict()))
         worst = max(report.transformers, report.sentence_transformers)
         if not worst < TOLERANCE < report.causal_control:
-            raise InputError(
-                f"{checkpoint}: stock tools do not read the extracted encoder: {report}"
-            )
+            raise InputError(f"{checkpoint}: stock tools do not reproduce the encoder: {report}")
     return report
 
 
@@ -136,9 +134,9 @@ def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
         parent = checkpoint / "checkpoints"
     found = sorted((path for path in parent.iterdir() if 0 <= _step(path) <= last), key=_step)
     if not found:
-        raise InputError(f"{checkpoint} holds neither a config.json nor checkpoints/step-*")
+        raise InputError(f"{checkpoint} has neither a config.json nor checkpoints/step-*")
     if not 1 <= average_last <= len(found):
-        raise InputError(f"average-last {average_last}: there are only {len(found)} checkpoints")
+        raise InputError(f"average_last={average_last} must be 1 to {len(found)} checkpoints")
     return found[-average_last:]
 
 
@@ -179,7 +177,7 @@ def _stock_encoder(
     with torch.device("meta"):
         encoder = Qwen3Model(stock)
     if unfit := sorted(encoder.state_dict().keys() ^ tensors.keys()):
-        raise InputError(f"{source} lacks tensors of the encoder: {', '.join(unfit[:3])}")
+        raise InputError(f"{source}: missing or unexpected tensors: {', '.join(unfit[:3])}")
     encoder.load_state_dict(tensors, assign=True)
     return encoder
 

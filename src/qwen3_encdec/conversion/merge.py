@@ -47,13 +47,13 @@ def soup(
     weights = weights or [1.0] * len(models)
     valid = len(weights) == len(models) and all(0 <= weight < math.inf for weight in weights)
     if not valid or not sum(weights):
-        raise InputError(f"weights {weights} must be {len(models)} numbers of 0 or more, not all 0")
+        raise InputError(f"weights {weights} must be {len(models)} non-negative numbers, not all 0")
     shares = [weight / sum(weights) for weight in weights]
     output_dir = check_output(output_dir, "encoder")
     folders = [resolve_checkpoint(model) for model in models]
     first = folders[0]
     if not (first / "modules.json").is_file():
-        raise InputError(f"{first} is no encoder folder; the first model must be one")
+        raise InputError(f"{first} is not an encoder folder; the first model must be one")
     for folder in folders[1:]:
         _check_same(first, folder)
     own = _of_encoder(dict(read_tensors(first)))
@@ -80,7 +80,7 @@ def _of_encoder(named: dict[str, Any]) -> dict[str, Any]:
 def _check_same(first: Path, other: Path) -> None:
     configs = [read_json(folder / "config.json") for folder in (first, other)]
     if any(config.get("model_type") != "qwen3" for config in configs):
-        raise InputError(f"{other} holds no Qwen3; a soup is made of encoders and their parent")
+        raise InputError(f"{first} and {other} must both have model_type qwen3")
     causal = configs[1].get("is_causal") is not False
     facts: list[dict[str, Any]] = []
     for folder in (first, other):

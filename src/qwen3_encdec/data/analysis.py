@@ -96,7 +96,7 @@ def analyze(
             break
     seconds = time.perf_counter() - start
     if not fills:
-        raise InputError(f"there is no example in {', '.join(config.inputs)}")
+        raise InputError(f"there are no examples in {', '.join(config.inputs)}")
     counts = {name: sum(position[name] for position in last.values()) for name in COUNTS}
     used, refused, heldout = counts["documents"], counts["refused"], counts["heldout"]
     filled = np.array(fills) / (config.source_length, config.target_length)
@@ -110,7 +110,7 @@ def analyze(
         ("documents", f"{total} + {heldout:,} held out"),
         ("tokens", f"{counts['tokens']:,} in sources and targets"),
         ("rows", f"{len(fills):,} with {sum(map(len, sizes)):,} examples"),
-        ("filled", f"{budgets}; the fuller one {fuller:.1%}"),
+        ("filled", f"{budgets}; the fuller of the two {fuller:.1%}"),
         ("speed", f"{speed}, encoding with {data.encode.name}{why}"),
     ]
     of_each = [np.array(own, int).reshape(-1, 3) for own in sizes]

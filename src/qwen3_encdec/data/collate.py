@@ -126,7 +126,7 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     index = tokenizer.get_vocab().get(token)
     if index is None:
         name = tokenizer.name_or_path
-        raise InputError(f"mntp_weight: tokenizer {name!r} has no {token} to mask with")
+        raise InputError(f"tokenizer {name!r} has no {token}; mntp_weight needs it as a mask")
     return index
 
 

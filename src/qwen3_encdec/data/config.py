@@ -76,7 +76,7 @@ class DataConfig:
                 raise InputError(f"data.inputs is empty or not a list: {source.inputs!r}")
             if not isinstance(source.weight, int | float) or not 0 < source.weight < inf:
                 raise InputError(
-                    f"data.mixture: weight={source.weight!r} of {source.name} is not above 0"
+                    f"data.mixture: weight={source.weight!r} of {source.name} must be positive"
                 )
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
@@ -122,7 +122,7 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
     if isinstance(preset, str) and preset in PRESETS:
         return PRESETS[preset]
     if isinstance(preset, str) and not preset.endswith((".yaml", ".yml")):
-        raise InputError(f"preset {preset!r} is not one of {', '.join(PRESETS)}")
+        raise InputError(f"preset {preset!r} must be one of {', '.join(PRESETS)} or a .yaml file")
     listed = read_yaml(preset, "preset") if isinstance(preset, str) else preset
     if isinstance(listed, str):
         raise InputError(f"preset {preset!r} is not a list of denoisers")
@@ -134,5 +134,5 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
         ) from None
     names = [denoiser.name for denoiser in denoisers]
     if not names or len(set(names)) < len(names):
-        raise InputError(f"preset: the denoisers {names} are not at least one with distinct names")
+        raise InputError(f"preset: denoiser names {names} must be distinct, and at least one")
     return denoisers

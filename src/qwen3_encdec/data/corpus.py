@@ -112,7 +112,7 @@ class File:
             while start < end:
                 line = file.readline()
                 if not line:
-                    raise InputError(f"{self.path} has become shorter since it was opened")
+                    raise InputError(f"{self.path} was truncated after it was opened")
                 yield start, line
                 start += len(line)
 
@@ -254,10 +254,10 @@ def _text(line: bytes, column: str) -> str:
         raise ValueError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict) or column not in record:
         there = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
-        raise ValueError(f"no column {column!r}; there is {there}")
+        raise ValueError(f"no column {column!r}; found {there}")
     text = record[column] or ""
     if not isinstance(text, str):
-        raise ValueError(f"column {column!r} is a {type(text).__name__}, not a text")
+        raise ValueError(f"column {column!r} is {type(text).__name__}, not a string")
     if not text.isascii():  # JSON can contain a lone surrogate, which is no character
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
@@ -318,7 +318,7 @@ def _local_files(item: str, passed_over: list[str]) -> list[str]:
         else:
             raise InputError(f"input {match} is not {_KNOWN}")
     if matches and not files:
-        raise InputError(f"input {item!r}: no file in it is {_KNOWN}")
+        raise InputError(f"input {item!r} has no file of type {_KNOWN}")
     return files
 
 
@@ -331,12 +331,12 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
             path = os.path.join(top, name)
             if name.startswith(".") or os.path.realpath(path) in seen:
                 folders.remove(name)
-                passed_over.append(f"{path} (hidden, or a link to a folder that is read)")
+                passed_over.append(f"{path} (hidden, or a link to a folder already read)")
             seen.add(os.path.realpath(path))
         for name in set(names) - {PROVENANCE_FILE, INDEX_FILE}:
             path = os.path.join(top, name)
             if name.startswith((".", "_")) or not _kind(name)[0]:
-                passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'no known kind'})")
+                passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'unknown type'})")
             else:
                 files.append(path)
     return sorted(files)
@@ -359,11 +359,11 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
         return File(path, copy, size, len(rows), column, False, rows, tokenizer)
     if schema.names.count(column) != 1:
         count = "no" if column not in schema.names else "more than one"
-        raise InputError(f"{path}: {count} column {column!r}; there is {', '.join(schema.names)}")
+        raise InputError(f"{path}: {count} column {column!r}; found {', '.join(schema.names)}")
     kind = schema.field(column).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string(), pa.string_view()):
-        raise InputError(f"{path}: column {column!r} is {kind}, not a text")
+        raise InputError(f"{path}: column {column!r} is {kind}, not a string")
     leaf = [metadata.schema.column(i).path for i in range(metadata.num_columns)].index(column)
     whole = max((group.column(leaf).total_uncompressed_size for group in groups), default=0)
     # Every part decodes its whole row group.
@@ -420,9 +420,7 @@ def _hub_files(item: str, split: str, cache_bytes: float) -> dict[str, str]:
         hub = _hub()
         data_files = load_dataset_builder(name, config or None).config.data_files or {}
         if split not in data_files:
-            raise InputError(
-                f"input {item!r}: no split {split!r}; there is {', '.join(data_files)}"
-            )
+            raise InputError(f"input {item!r}: no split {split!r}; found {', '.join(data_files)}")
         paths = sorted(map(str, data_files[split]))
         for path in paths:
             if not _kind(path)[0]:

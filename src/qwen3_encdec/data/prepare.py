@@ -90,7 +90,7 @@ class Preparation:
 
     def failure(self, error: Exception, file: Path | None = None) -> InputError:
         """Return the InputError to raise for a write error."""
-        return InputError(f"cannot write {file or self.building}: {error}; run again to go on")
+        return InputError(f"cannot write {file or self.building}: {error}; run again to resume")
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts still to be written."""
@@ -104,8 +104,8 @@ class Preparation:
             same = about.exists() and self.plan.items() <= read_json(about).items()
             if not same and any(path.is_file() for path in self.building.rglob("*")):
                 raise InputError(
-                    f"{self.building} holds an unfinished preparation of another corpus, with "
-                    "another tokenizer or other settings; delete it or name another output"
+                    f"{self.building} holds an unfinished preparation with another corpus, "
+                    "tokenizer or other settings; delete it or choose another output"
                 )
             for leftover in self.building.rglob("*.tmp*"):
                 leftover.unlink()
@@ -157,7 +157,7 @@ class Preparation:
         size = 0
         for number, document in self.corpus.numbered(blocks):
             if not isinstance(document.content, str):
-                raise InputError(f"{self.corpus.name} is tokenized already")
+                raise InputError(f"{self.corpus.name} is already tokenized; train on it directly")
             tokens = self.encode(document.content)
             outcome = "short" if len(tokens) < self.min_tokens else "used"
             outcome = "duplicate" if number in self._copies else outcome

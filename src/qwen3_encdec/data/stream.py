@@ -91,7 +91,7 @@ class UL2Data:
         mine = {os.path.realpath(file.copy) for file in files}
         for file in self._heldout_corpus(0).files if self.config.heldout_inputs else ():
             if os.path.realpath(file.copy) in mine:
-                raise InputError(f"{file.path} is an input and a held-out input; take one away")
+                raise InputError(f"{file.path} is an input and a held-out input; remove one")
 
     def report(self) -> list[str]:
         """Describe, by corpus, what will be read and what is skipped."""
@@ -102,7 +102,7 @@ class UL2Data:
             lines.append(f"{corpus.name}: {about}")
             if corpus.passed_over:
                 number, shown = len(corpus.passed_over), ", ".join(corpus.passed_over[:3])
-                lines.append(f"{corpus.name}: passed over {number:,}, such as {shown}")
+                lines.append(f"{corpus.name}: skipped {number:,}, such as {shown}")
         return lines
 
     def _contents(self, corpus: Corpus, size: int) -> str:
@@ -140,11 +140,11 @@ class UL2Data:
             return state, None
         if not self.config.accept_changes:
             raise InputError(
-                "the saved position is of another corpus, data config or tokenizer; "
-                "data.accept_changes=true goes on with what is there now, at a new epoch"
+                "the saved position belongs to another corpus, data config or tokenizer; "
+                "set data.accept_changes=true to continue with the current ones at a new epoch"
             )
         epoch = 1 + max(at.get("epoch", 0) for stream in state["streams"].values() for at in stream)
-        note = f"the data has changed and begins anew at epoch {epoch}"
+        note = f"the data has changed; continuing with it at epoch {epoch}"
         return self.start(epoch) | {"rows": state["rows"]}, note
 
     def outcome(self, document: Document) -> tuple[str, np.ndarray | None]:
@@ -209,8 +209,8 @@ class UL2Data:
             chosen += self._heldout_of(corpus, share)
         if len(chosen) < number:
             raise InputError(
-                f"{number} held-out texts are wanted and there are {len(chosen)}: lower "
-                f"data.heldout_every={self.config.heldout_every}, name data.heldout_inputs, or "
+                f"{number} held-out texts are needed, but there are only {len(chosen)}; lower "
+                f"data.heldout_every={self.config.heldout_every}, set data.heldout_inputs, or "
                 "evaluate on fewer"
             )
         return chosen
@@ -261,7 +261,7 @@ class UL2Data:
                 return
         inputs = ", ".join(self.config.sources[corpus].inputs)
         raise InputError(
-            f"there is nothing to train on in {inputs}: {counts['heldout']:,} documents held out, "
+            f"no documents to train on in {inputs}: {counts['heldout']:,} are held out, "
             f"{counts['refused']:,} shorter than data.min_tokens={self.config.min_tokens}"
         )
 
@@ -463,7 +463,7 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     number = sum(len(state["streams"]) for state in states)
     apart = {(state["data"], state["rows"]) for state in states}
     if len(apart) > 1 or number != len(streams) or set(streams) != set(map(str, range(number))):
-        raise InputError("the saved positions in the data are not those of all ranks of one step")
+        raise InputError("the saved data positions are not those of all ranks at one step")
     return states[0] | {"streams": streams}
 
 
@@ -473,10 +473,10 @@ def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:
     if config.streams % readers == 0:
         return
     fitting = [n for n in range(1, config.streams + 1) if config.streams % (ranks * n) == 0]
-    workers = f"num_workers of {', '.join(map(str, fitting))}" if fitting else "no num_workers"
+    hint = f"use num_workers {', '.join(map(str, fitting))}" if fitting else "no num_workers fits"
     raise InputError(
-        f"{ranks} ranks with {max(num_workers, 1)} workers each are {readers} readers, "
-        f"which do not divide data.streams={config.streams}: with {ranks} ranks, {workers} would"
+        f"{ranks} ranks x {max(num_workers, 1)} workers = {readers}, which does not divide "
+        f"data.streams={config.streams}; with {ranks} ranks, {hint}"
     )
 
 
@@ -503,6 +503,6 @@ def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple
     ids = getattr(tokenizer, "sentinel_token_ids", None)
     if ids is None:
         name = tokenizer.name_or_path
-        raise InputError(f"tokenizer {name!r} has no sentinels; make one of Qwen3's first")
+        raise InputError(f"tokenizer {name!r} has no sentinels; build one: qwen3-encdec tokenizer")
     check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
     return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id)

@@ -90,14 +90,14 @@ class Encoder:
                 at = len(list(same))
                 raise ValueError(
                     f"tiktoken and tokenizers differ on {text[:60]!r}: {fast[at : at + 8]} and "
-                    f"{slow[at : at + 8]} from token {at} on; make the tokenizer anew with "
+                    f"{slow[at : at + 8]} from token {at} on; rebuild the tokenizer with "
                     "initialize, which marks all added tokens as special"
                 )
 
 
 @lru_cache
 def _warn(reason: str) -> None:
-    logger.warning("encoding with tokenizers, several times slower: %s", reason)
+    logger.warning("encoding with tokenizers, several times slower than tiktoken: %s", reason)
 
 
 def _pieces(text: str) -> Iterator[str]:

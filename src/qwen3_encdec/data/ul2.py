@@ -52,7 +52,7 @@ class Denoiser:
             if not isinstance(value, int | float):
                 raise InputError(f"denoiser {self.name}: {name}={value!r} is not a number")
             if not low <= value < high:
-                raise InputError(f"denoiser {self.name}: {name}={value!r} is out of range")
+                raise InputError(f"denoiser {self.name}: {name}={value!r} not in [{low}, {high})")
 
 
 class Example(NamedTuple):
@@ -104,10 +104,10 @@ def corrupt(
     """
     length = len(tokens)
     if length < 2:
-        raise ValueError(f"{length} tokens are too few to corrupt; the least is 2")
+        raise ValueError(f"{length} tokens are too few to corrupt; at least 2 are needed")
     first = sentinel_ids[0] if len(sentinel_ids) else inf
     if tokens.max() >= first and np.isin(tokens, sentinel_ids).any():
-        raise ValueError("a token is a sentinel: tokenize with split_special_tokens=True")
+        raise ValueError("the text has a sentinel token; use split_special_tokens=True")
     noise_tokens = _round(length * denoiser.corruption, rng)
     noise_tokens = min(max(noise_tokens, 1), length - 1)
     if denoiser.mean_span is None:
@@ -122,7 +122,7 @@ def corrupt(
     begins[1:] &= ~noise[:-1]
     spans = int(np.count_nonzero(begins))
     if spans > len(sentinel_ids):
-        raise ValueError(f"{spans} spans need as many sentinels; there are {len(sentinel_ids)}")
+        raise ValueError(f"{spans} spans need as many sentinels, got {len(sentinel_ids)}")
     # Every token with room for a sentinel before it. Both sides keep the sentinels.
     pairs = np.empty((length, 2), np.int32)
     pairs[begins, 0] = sentinel_ids[:spans]
@@ -187,7 +187,7 @@ def uncorrupt(
     marks = np.flatnonzero(np.isin(target, sentinel_ids))
     expected = sentinel_ids[: len(holes)]
     if not np.array_equal(source[holes], expected) or not np.array_equal(target[marks], expected):
-        raise ValueError("the sentinels of source and target are not each there once and in order")
+        raise ValueError("source and target must have the same sentinels, each once and in order")
     first, *kept = np.split(source, holes)
     suffix, *spans = np.split(target, marks)
     if len(holes) and len(suffix):
@@ -222,7 +222,7 @@ def raw_length(denoiser: Denoiser, source_length: int, target_length: int) -> in
             break
     if length == 2:
         raise InputError(
-            f"denoiser {denoiser.name}: not even two tokens fit {source_length=}, {target_length=}"
+            f"denoiser {denoiser.name}: {source_length=}, {target_length=} cannot fit 2 tokens"
         )
     return length - 1
 
@@ -235,8 +235,8 @@ def check_capacity(preset: Preset, source_length: int, target_length: int, senti
         worst = needs.index(max(needs))
         raise InputError(
             f"denoiser {preset[worst].name} needs up to {max(needs)} sentinels for texts of "
-            f"{lengths[worst]} tokens ({source_length=}, {target_length=}) and the tokenizer has "
-            f"{sentinels}; build it with --num-sentinel-tokens {max(needs)} or shorten the lengths"
+            f"{lengths[worst]} tokens ({source_length=}, {target_length=}) but the tokenizer has "
+            f"{sentinels}; build it with --num-sentinel-tokens {max(needs)} or reduce the lengths"
         )
 
 

@@ -109,7 +109,7 @@ def fit(
     )
     inputs, targets = (torch.from_numpy(ids).long().to(model.device) for ids in (input_ids, labels))
     losses = []
-    for step in tqdm(range(steps), desc="causal", disable=None):
+    for step in tqdm(range(steps), desc="causal parent", disable=None):
         rows = torch.arange(step * batch_size, (step + 1) * batch_size) % len(inputs)
         loss = model(input_ids=inputs[rows], labels=targets[rows]).loss
         loss.backward()
@@ -133,7 +133,7 @@ def token_blocks(
             break
     count = min(most, len(ids) // size)
     if not count:
-        raise InputError(f"the corpus has {len(ids)} tokens, less than one block of {size}")
+        raise InputError(f"the corpus has {len(ids)} tokens, fewer than one block of {size}")
     return np.array(ids[: count * size], np.int32).reshape(count, size)
 
 

@@ -90,7 +90,7 @@ def _run_stages(
     """Run all stages from the given parent, or a new nano one, and return the metrics."""
     clock = _Clock()
     texts, pairs = [document.text for document in package_docs("train")], summary_pairs("train")
-    clock.lap("corpus", f"{len(texts):,} docstrings and {len(pairs):,} pairs of installed packages")
+    clock.lap("corpus", f"{len(texts):,} docstrings and {len(pairs):,} pairs in installed packages")
 
     parent = given or root / "parent"
     if given is None:
@@ -98,7 +98,7 @@ def _run_stages(
         result = train_causal_parent(
             parent, tokenizer=tokenizer, texts=texts, seed=seed, **budget["parent"]
         )
-        clock.lap("parent", f"a nano Qwen3 with a loss of {result['loss']:.3f} nats a token")
+        clock.lap("parent", f"nano Qwen3 with a loss of {result['loss']:.3f} nats per token")
 
     report = initialize(parent, root / "init", seed=seed)
     clock.lap("initialize", f"encoder-decoder of {report.parameters:,} parameters, verified")
@@ -118,10 +118,10 @@ def _run_stages(
     )
     with (root / "ul2.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
         checkpoint = train_to_the_end(config)
-    clock.lap("ul2", f"{steps} steps; ul2.log is its log")
+    clock.lap("ul2", f"{steps} steps, logged in ul2.log")
 
     extracted = extract_encoder(checkpoint, root / "encoder")
-    clock.lap("extract", f"a plain Qwen3Model of {extracted.parameters:,} parameters")
+    clock.lap("extract", f"plain Qwen3Model of {extracted.parameters:,} parameters")
 
     encoders = {ENCODER: root / "encoder"}
     tuned = {CONTRASTIVE: "encoder"}
@@ -137,7 +137,7 @@ def _run_stages(
     metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=data)
     options: Any = {"num_queries": budget["num_queries"], "seed": seed, "outside": full}
     metrics |= evaluate_retrieval(encoders, parent=parent if full else None, **options)
-    clock.lap("evaluate", f"{metrics['num_documents']:,} documents of held-out packages")
+    clock.lap("evaluate", f"{metrics['num_documents']:,} documents from held-out packages")
     return metrics | {"seconds": clock.seconds}
 
 

@@ -62,7 +62,7 @@ class Layout:
         name = self.default_prompt if name is None else name
         if name is not None and name not in self.prompts:
             names = ", ".join(self.prompts)
-            raise InputError(f"prompt {name!r} is not one of the model's: {names}")
+            raise InputError(f"prompt {name!r} is unknown; the model has: {names}")
         return "" if name is None else self.prompts[name]
 
 
@@ -75,16 +75,16 @@ def read_layout(folder: Path) -> Layout:
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         listed = ", ".join(kinds)
-        raise InputError(f"{folder} has the modules {listed}; only pooling and normalization work")
+        raise InputError(f"{folder} has modules {listed}; only Pooling and Normalize are supported")
     pooling = read_json(folder / modules[1]["path"] / "config.json")
     # Versions before 5.3 have one flag per mode.
     flags = [mode for mode, flag in POOLING_FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
     mode = pooling.get("pooling_mode") or "+".join(flags)
     if mode not in POOLING.values() or not pooling.get("include_prompt", True):
-        raise InputError(f"{folder} pools in another way than {', '.join(POOLING)}")
+        raise InputError(f"{folder}: pooling must be {', '.join(POOLING)} and include the prompt")
     transformer = read_json(folder / "sentence_bert_config.json")
     if transformer.get("do_lower_case"):
-        raise InputError(f"{folder} lowers the case of its texts, which is not supported")
+        raise InputError(f"{folder} sets do_lower_case, which is not supported")
     limit = transformer.get("max_seq_length")
     if limit is None:  # since 6.0 only the tokenizer has it
         limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
@@ -132,12 +132,12 @@ class TextEncoder:
             try:
                 self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
             except Exception as error:  # `tokenizers` raises bare exceptions
-                raise InputError(f"{path}: the tokenizer cannot be read: {error}") from None
+                raise InputError(f"tokenizer of {path} cannot be read: {error}") from None
             self.model = load_encoder(path, self.dtype).to(self.device)
         self.max_tokens = self.layout.max_tokens if max_tokens is None else max_tokens
         longest = self.model.config.max_position_embeddings
         if not 2 <= self.max_tokens <= longest:
-            raise InputError(f"max tokens {self.max_tokens} must lie in 2 ... {longest}")
+            raise InputError(f"max_tokens {self.max_tokens} must be between 2 and {longest}")
         self.tokenizer.no_padding()
         self.tokenizer.enable_truncation(self.max_tokens)
 
@@ -161,8 +161,8 @@ class TextEncoder:
                 raise InputError(f"text {number} is {type(text).__name__}, not str")
             if not text.isascii() and (found := _SURROGATE.search(text)):
                 raise InputError(
-                    f"text {number} holds the lone surrogate {found[0]!a}, which is not "
-                    "Unicode text"
+                    f"text {number} contains the lone surrogate {found[0]!a}, which is not valid "
+                    "Unicode"
                 )
         encodings = self.tokenizer.encode_batch_fast([prompt + text for text in texts])
         ids = [np.array(encoding.ids, dtype=np.int32) for encoding in encodings]
@@ -221,7 +221,7 @@ class TextEncoder:
     def check_dimensions(self, dimensions: int | None) -> None:
         """Raise InputError if `dimensions` is set and not in 1 ... width."""
         if dimensions is not None and not 1 <= dimensions <= self.layout.width:
-            raise InputError(f"dimensions {dimensions} must lie in 1 ... {self.layout.width}")
+            raise InputError(f"dimensions {dimensions} must be between 1 and {self.layout.width}")
 
     def cut_to(self, embeddings: np.ndarray, dimensions: int | None) -> np.ndarray:
         """Cut [N, E] embeddings to `dimensions` and normalize again, or by default to the folder's
@@ -312,7 +312,7 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     corpus = open_corpus(Source([source], text_column=text_column), DataConfig())
     texts: list[Any] = [document.content for document in corpus.documents()]
     if not all(isinstance(text, str) for text in texts):
-        raise InputError(f"input {source} holds token ids of prepare-data, not texts")
+        raise InputError(f"input {source} contains token ids from prepare-data; pass the texts")
     return texts
 
 
@@ -351,7 +351,7 @@ def embed_file(
         raise InputError(f"output {output} must be a file ending in .npy or .parquet")
     texts = read_texts(source, text_column)
     if not texts:
-        raise InputError(f"input {source} holds no texts")
+        raise InputError(f"input {source} contains no texts")
     embeddings = encoder.encode(
         texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
     )

@@ -69,12 +69,12 @@ class ExportReport(NamedTuple):
 
     def __str__(self) -> str:
         line = (
-            f"{self.form}: cosine >= {self.cosine:.7f} (limit {self.limit}), difference <= "
-            f"{self.difference:.1e}; read causally {self.causal:.4f}; texts that are not NFC "
-            f"{self.decomposed:.4f}"
+            f"{self.form}: cosine to our encoder >= {self.cosine:.7f} (limit {self.limit}), "
+            f"difference <= {self.difference:.1e}; cosine of a causal reading {self.causal:.4f}, "
+            f"of text not in NFC {self.decomposed:.4f}"
         )
         if self.decomposed < self.limit:
-            line += "\nits readers do not normalize text: convert texts to NFC before embedding"
+            line += "\nthe runtime does not normalize text: convert texts to NFC before embedding"
         return line
 
 
@@ -102,7 +102,7 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
         report = _compare(encoder, folder, form)
         # A control that comes close means that the texts cannot detect a causal reading.
         if report.cosine < kind.cosine or 1 - report.causal < 10 * (1 - kind.cosine):
-            raise InputError(f"{model} as {form} does not embed as our encoder does: {report}")
+            raise InputError(f"{model} exported as {form} failed verification: {report}")
     return report
 
 
@@ -260,7 +260,7 @@ def _write_gguf(kind: str, encoder: Path, output: Path) -> None:
     config, layout = Qwen3Config.from_pretrained(encoder), read_layout(encoder)
     rope: Any = config.rope_parameters
     if rope["rope_type"] != "default":
-        raise InputError(f"{encoder}: rope_type {rope['rope_type']} cannot be written as GGUF")
+        raise InputError(f"{encoder}: GGUF export does not support rope_type {rope['rope_type']}")
     if config.attention_bias:
         raise InputError(f"{encoder} has attention biases, which llama.cpp's Qwen3 lacks; use onnx")
     writer = gguf.GGUFWriter(output / f"model-{kind.lower()}.gguf", "qwen3")

@@ -39,8 +39,8 @@ class PairReport(NamedTuple):
 
     def __str__(self) -> str:
         return (
-            f"{PAIR}: greedy decoding of {INPUTS} inputs, {self.tokens:,} tokens: {self.equal:,} "
-            f"equal to ours; with the source hidden {self.blind:,}"
+            f"{PAIR}: {self.equal:,} of {self.tokens:,} greedy tokens of {INPUTS} inputs equal "
+            f"ours; with the source hidden {self.blind:,}"
         )
 
 
@@ -98,7 +98,7 @@ def export_pair(model: str | Path, output_dir: str | Path) -> PairReport:
         )
         report = PairReport(expected.size, equal, blind)
         if report.equal != report.tokens:
-            raise InputError(f"{model} as ONNX does not decode as ours: {report}")
+            raise InputError(f"{model} exported as ONNX failed verification: {report}")
     return report
 
 

@@ -59,8 +59,8 @@ class FinetuneConfig:
     """Settings of a finetuning, except the encoder it starts from."""
 
     inputs: list[str] = field(default_factory=lambda: ["package-docs"])
-    """package-docs (summary line and body of docstrings), .jsonl or .parquet files, hub datasets
-    (ORG/NAME:CONFIG).
+    """package-docs (summary line and body of docstrings), .jsonl, .csv or .parquet files, hub
+    datasets (ORG/NAME:CONFIG).
     """
     columns: Annotated[list[str], Field(min_length=2)] = field(
         default_factory=lambda: ["anchor", "positive"]
@@ -138,7 +138,7 @@ def finetune(
     model = _load(encoder_dir)
     config = _fitted(config, model.get_embedding_dimension() or 0)
     if config.teacher and (config.mini_batch_size or config.spread_weight):
-        raise InputError("mini_batch_size and spread_weight do not go with a teacher")
+        raise InputError("mini_batch_size and spread_weight cannot be used with a teacher")
     full = read_examples(config) if examples is None else _dataset(examples)
     dataset, heldout = _split(config, full)
     _check_batches(config, dataset)
@@ -183,7 +183,7 @@ def _fitted(config: FinetuneConfig, width: int) -> FinetuneConfig:
     lr = config.lr or min(1e-3, 2e-5 * max(1.0, 1024 / width) ** 2)
     dims = [round(size * width) if 0 < size < 1 else size for size in config.matryoshka_dims]
     if not all(1 <= size <= width and size == int(size) for size in dims):
-        raise InputError(f"matryoshka_dims {dims} must lie in 1 ... {width}, the encoder's width")
+        raise InputError(f"matryoshka_dims {dims} must be integers from 1 to the width {width}")
     return replace(config, lr=lr, matryoshka_dims=[int(size) for size in dims])
 
 
@@ -197,7 +197,7 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
     texts = {*heldout["anchor"], *heldout["positive"]}
     train = parts["train"].filter(lambda row: not {row["anchor"], row["positive"]} & texts)
     if len(train) < 0.8 * len(full):
-        print("warning: nothing is held out, texts repeat in too many pairs", file=sys.stderr)
+        print("warning: no pairs held out; texts repeat in too many of them", file=sys.stderr)
         return full.shuffle(config.seed), None
     return train, heldout
 
@@ -209,12 +209,12 @@ def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
         distinct = len(set(dataset[name]))
         if distinct < size:
             raise InputError(
-                f"column {name} has {distinct} distinct texts, and a batch of {size} needs as "
-                f"many: use batch_size={distinct} or more texts"
+                f"column {name} has {distinct} distinct texts, and a batch of {size} needs {size}: "
+                f"lower batch_size to {distinct} or add texts"
             )
         if distinct < len(dataset) / 2:
             counts = f"{distinct:,} distinct texts in {len(dataset):,} pairs"
-            print(f"warning: column {name} has {counts}; rare ones repeat", file=sys.stderr)
+            print(f"warning: column {name} has {counts}; rare ones repeat more", file=sys.stderr)
 
 
 def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:
@@ -223,10 +223,10 @@ def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:
     settings = json.loads(json.dumps(asdict(config)))
     interrupted = any(work.glob("checkpoint-*"))
     if resume != interrupted:
-        found = "an interrupted finetuning: resume or delete it" if interrupted else "no checkpoint"
+        found = "an interrupted run: resume or delete it" if interrupted else "no checkpoint"
         raise InputError(f"{work} holds {found}")
     if resume and read_json(work / "settings.json") != settings:
-        raise InputError(f"{work} was made with other settings; resume with the same ones")
+        raise InputError(f"{work} has other settings in settings.json; resume with those")
     work.mkdir(parents=True, exist_ok=True)
     write_json(work / "settings.json", settings)
     return work
@@ -264,7 +264,7 @@ class _Watch(TrainerCallback):
             if not math.isfinite(value):
                 raise InputError(
                     f"{name} is {value} at step {state.global_step}: lower lr "
-                    f"(now {args.learning_rate:g}) or look for texts that break the objective"
+                    f"(now {args.learning_rate:g}) or check the training texts"
                 )
         if shown:
             facts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
@@ -327,7 +327,7 @@ def _train(
     trainer.remove_callback(PrinterCallback)
     trainer.train(resume_from_checkpoint=resume or None)
     if trainer.state.global_step != config.steps:
-        made = f"only {trainer.state.global_step} of {config.steps} steps could be made"
+        made = f"training ended at step {trainer.state.global_step} of {config.steps}"
         raise InputError(f"{made}: too few pairs with distinct texts; lower batch_size")
     for name, weight in model.named_parameters():
         if not torch.isfinite(weight).all():
@@ -347,12 +347,15 @@ def read_examples(config: FinetuneConfig) -> Dataset:
         elif len(config.columns) == 2:
             parts.append(_dataset(summary_pairs("train")))
         else:
-            raise InputError("package-docs has pairs: beside it, columns must be two")
+            raise InputError("package-docs has pairs: list two columns, or remove it from inputs")
     return concatenate_datasets(parts)
 
 
 def _read(name: str, columns: list[str]) -> Dataset:
-    kind = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}.get(Path(name).suffix)
+    kinds = {".jsonl": "json", ".json": "json", ".parquet": "parquet", ".csv": "csv"}
+    kind = kinds.get(Path(name).suffix.lower())
+    if kind is None and Path(name).is_file():
+        raise InputError(f"input {name} must be one of {', '.join(kinds)}")
     hub_id, _, subset = name.partition(":")
     try:
         if kind:
@@ -363,7 +366,10 @@ def _read(name: str, columns: list[str]) -> Dataset:
     except (DatasetsError, OSError, TypeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"input {name} cannot be read: {reason}") from None
+    full = len(part)
     part = part.filter(lambda row: all(text and not text.isspace() for text in row.values()))
+    if len(part) < full:
+        print(f"input {name}: {full - len(part):,} examples lack a text, left out", file=sys.stderr)
     return part.rename_columns(dict(zip(columns, _names(len(columns)), strict=True)))
 
 

@@ -66,7 +66,7 @@ def check_endpoint(url: str, model: str | Path, name: str | None = None) -> Verd
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-        raise InputError(f"{url} does not answer {len(texts)} texts with embeddings")
+        raise InputError(f"{url} did not return embeddings for {len(texts)} texts")
 
     with encoder_folder(model) as folder:
         return compare(embed, folder)
@@ -82,7 +82,7 @@ def _request(url: str, body: dict | None = None) -> Any:
             return json.load(answer)
     except (http.client.HTTPException, OSError, ValueError, OverflowError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{url} does not answer as an HTTP server does: {reason}") from None
+        raise InputError(f"request to {url} failed: {reason}") from None
 
 
 @torch.inference_mode()
@@ -95,7 +95,7 @@ def compare(embed: Embed, folder: Path) -> Verdict:
     width = found.shape[1]  # the server may cut the embeddings
     if width > layout.width:
         raise InputError(
-            f"the server answers with {width} dimensions, {folder} has {layout.width}: "
+            f"the server returns {width} dimensions, but {folder} has {layout.width}: "
             "it serves another model"
         )
     prompted = [layout.prompt() + text for text in texts]
@@ -114,8 +114,8 @@ def compare(embed: Embed, folder: Path) -> Verdict:
     other = max(value for reading, value in cosines.items() if not reading.startswith(attention))
     right = f"bidirectional, {layout.pooling}, with EOS"
     evidence = (
-        f"{folder} read as {best!r} gives cosine {cosines[best]:.4f} to the answers, "
-        f"read correctly {cosines[right]:.4f}; the other attention {other:.4f}"
+        f"the answers best match {folder} read as {best!r}, cosine {cosines[best]:.4f}; "
+        f"read correctly {cosines[right]:.4f}, with the other attention {other:.4f}"
     )
     # 8-bit weights still reach 0.999; a best cosine below 0.98 means another model.
     if cosines[best] < 0.98 or 1 - other < 3 * (1 - cosines[best]):

@@ -69,8 +69,8 @@ def parse_request(encoder: TextEncoder, body: bytes) -> tuple[EmbeddingRequest, 
         message = ": ".join([*map(str, last["loc"]), last["msg"]])
         if len(last["loc"]) > 2 and isinstance(last["input"], int | list):
             message = (
-                "input holds token ids, which are taken as texts only: another model's would embed "
-                "wrongly (LangChain: check_embedding_ctx_length=False)"
+                "input contains token ids; send texts, because token ids depend on the tokenizer "
+                "(LangChain: check_embedding_ctx_length=False)"
             )
         raise InputError(message) from None
     encoder.check_dimensions(wanted.dimensions)
@@ -124,7 +124,7 @@ class Batcher:
         tokens = sum(map(len, ids))
         waiting = self.counts["queue_tokens"]
         if waiting and waiting + tokens > self.queue_tokens:
-            raise HTTPException(429, f"{waiting:,.0f} tokens wait", {"Retry-After": "2"})
+            raise HTTPException(429, f"queue full, {waiting:,.0f} tokens", {"Retry-After": "2"})
         self.counts["queue_tokens"] += tokens
         texts = [
             QueuedText(turn, next(self._numbers), text, asyncio.Future())
@@ -205,7 +205,7 @@ class Service:
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         try:
             if self.running > MOST_REQUESTS:
-                raise HTTPException(503, f"{MOST_REQUESTS:,} requests run", {"Retry-After": "2"})
+                raise HTTPException(503, f"{MOST_REQUESTS:,} requests open", {"Retry-After": "2"})
             if key and not hmac.compare_digest(given.encode(), key.encode()):
                 raise HTTPException(401, "the API key is missing or wrong")
             response = await call_next(request)
@@ -241,7 +241,7 @@ class Service:
                 size += len(part)
                 body += part if size <= BODY_BYTES else b""
         if size > BODY_BYTES:
-            raise HTTPException(413, f"a request holds at most {BODY_BYTES:,} bytes, got {size:,}")
+            raise HTTPException(413, f"body of {size:,} bytes exceeds the limit of {BODY_BYTES:,}")
         return bytes(body)
 
     async def _compute(self, request: Request, ids: list[np.ndarray]) -> np.ndarray:
@@ -255,7 +255,7 @@ class Service:
                 return work.result()
             if gone.done():
                 raise ClientDisconnect
-            raise HTTPException(503, f"not computed within {seconds:g} s", {"Retry-After": "5"})
+            raise HTTPException(503, f"timed out after {seconds:g} s", {"Retry-After": "5"})
         finally:
             gone.cancel()
             work.cancel()
@@ -263,15 +263,15 @@ class Service:
 
 async def error_response(request: Request, error: Exception) -> Response:
     """Convert an exception into a JSON response."""
-    status, message, headers = 500, f"unexpected {type(error).__name__}; the log has more", None
+    status, message, headers = 500, f"unexpected {type(error).__name__}; see the server log", None
     if isinstance(error, HTTPException):
         status, message, headers = error.status_code, str(error.detail), error.headers
     elif isinstance(error, InputError):
         status, message = 400, str(error)
     elif isinstance(error, TimeoutError):
-        status, message, headers = 408, "the request did not arrive", {"Connection": "close"}
+        status, message, headers = 408, "request body timed out", {"Connection": "close"}
     elif isinstance(error, ClientDisconnect):
-        status, message = 499, "the client left"
+        status, message = 499, "client disconnected"
     else:
         log.error("unexpected error", exc_info=error)
     kinds = {401: "authentication_error", 429: "rate_limit_error"}

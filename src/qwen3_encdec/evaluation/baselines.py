@@ -43,7 +43,10 @@ def tfidf(corpus: Sequence[str]) -> Embedder:
 
     words = min(2**14, 2**29 // len(corpus))
     vectorizer = TfidfVectorizer(sublinear_tf=True, dtype=np.float32, max_features=words)
-    vectorizer.fit(corpus)
+    try:
+        vectorizer.fit(corpus)
+    except ValueError:  # no word of two characters: nothing is similar to anything
+        return lambda texts, max_tokens=0, role=None: np.zeros((len(texts), 1), np.float32)
     return lambda texts, max_tokens=0, role=None: vectorizer.transform(texts).toarray()
 
 
@@ -68,7 +71,7 @@ def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder
 
     kind = read_json(Path(folder) / "config.json").get("model_type")
     if kind != "qwen3":
-        raise InputError(f"parent {folder} holds a {kind} model, not a Qwen3 one")
+        raise InputError(f"parent {folder} has model_type {kind}; it must be a qwen3 checkpoint")
 
     def modules() -> dict[str, Any]:
         local = {"local_files_only": True}

@@ -84,7 +84,7 @@ def infill_examples(
     """
     chosen = [e for e in examples if e.target[0] in tokenizer.sentinel_token_ids][:n]
     if not chosen:
-        raise InputError("there is no span-corrupted example to fill in")
+        raise InputError("infilling needs at least one span-corrupted example")
     sources = [torch.from_numpy(example.source.astype(np.int64)) for example in chosen]
     input_ids = pad_sequence(sources, batch_first=True, padding_value=tokenizer.pad_token_id)
     training = model.training

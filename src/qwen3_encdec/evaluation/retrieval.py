@@ -85,7 +85,7 @@ def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 51
     pairs: list[tuple[str, int]] = []
     documents: dict[str, int] = {}
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"pairs {file} cannot be read: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -93,7 +93,7 @@ def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 51
             query, document = _read_pair(line, f"{file}:{number}")
             pairs.append((query, documents.setdefault(document, len(documents))))
     if len(documents) < 2:
-        raise InputError(f"pairs {file}: {len(documents)} documents; retrieval needs at least two")
+        raise InputError(f"pairs {file} has {len(documents)} distinct document(s); two are needed")
     rows = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
     queries, relevant = [pairs[i][0] for i in rows], np.array([pairs[i][1] for i in rows])
     return Retrieval(Path(file).stem, queries, list(documents), relevant, max_tokens)
@@ -108,7 +108,7 @@ def _read_pair(line: str, place: str) -> tuple[str, str]:
         first, second = (row.get(name) if isinstance(row, dict) else None for name in names)
         if isinstance(first, str) and isinstance(second, str) and first.strip() and second.strip():
             return first, second
-    raise InputError(f"{place} holds neither query and document nor anchor and positive, as texts")
+    raise InputError(f"{place} must have non-empty query and document, or anchor and positive")
 
 
 def rank_scores(ranks: np.ndarray) -> dict[str, float]:
@@ -159,7 +159,7 @@ def normalize(embeddings: np.ndarray) -> np.ndarray:
     """Scale rows to length 1, fp32; zero rows stay zero. Raises ValueError for NaN or infinity."""
     embeddings = np.asarray(embeddings, dtype=np.float32)
     if not np.isfinite(embeddings).all():
-        raise ValueError("an embedding holds NaN or infinity")
+        raise ValueError("embeddings contain NaN or infinity")
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     return embeddings / np.where(norms > 0, norms, 1)
 

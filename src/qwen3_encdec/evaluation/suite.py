@@ -147,7 +147,7 @@ def _loaders(
 
     def read(**options: Any) -> Embedder:
         if parent is None:
-            raise NotRun("name the parent's folder")
+            raise NotRun("pass the causal parent's folder or hub id")
         return baselines.parent(resolve_checkpoint(parent), **options)
 
     own = {name: partial(baselines.encoder, folder) for name, folder in encoders.items()}
@@ -200,7 +200,7 @@ def mteb_tasks(name: str) -> list[Task]:
             return [MtebTask(task) for task in find()]
         except KeyError:
             continue
-    raise InputError(f"mteb knows neither a benchmark nor a task {name!r}")
+    raise InputError(f"mteb has no benchmark or task named {name!r}")
 
 
 def mteb_model(embed: Embed) -> Any:

@@ -20,7 +20,7 @@ from qwen3_encdec.reports.scores import score_sections
 CURVES = {
     "loss": ("Training loss.", "nats per target token"),
     "eval_loss": ("Held-out loss.", "nats per target token"),
-    "grad_norm": ("Norm of the gradient.", "norm"),
+    "grad_norm": ("Gradient norm.", "norm"),
     "lr": ("Learning rate.", "learning rate"),
     "tokens_per_second": ("Throughput, source and target tokens.", "tokens per second"),
 }
@@ -129,7 +129,7 @@ def _infilling(runs: Sequence[Run]) -> page.Section:
         shares[run.name] = {name: f"{share:.1%}" for name, share in rates.items()}
         for example in infill.get("examples", [])[:5]:
             examples.append([("run", run.name), *example.items()])
-    note = "Share of gaps that greedy decoding fills exactly, and examples."
+    note = "Share of gaps filled exactly by greedy decoding, and examples."
     return page.Section("Infilling", note, page.grid("Denoiser", shares), fields=examples)
 
 

@@ -19,14 +19,14 @@ def write_page(analysis: Analysis, file: Path, settings: Mapping[str, Any]) -> N
         figure(partial(_draw_shares, analysis), "Share of target tokens by denoiser."),
         figure(partial(_draw_lengths, analysis), "Lengths of examples."),
     ]
-    note = "Nominal values in brackets; lengths are mean and most."
+    note = "Nominal values in parentheses; lengths as mean ≤ maximum."
     sections = [
         Section("", fields=[analysis.totals]),
         Section("Denoisers", note, analysis.table, figures),
         Section("Examples", fields=[[("", text) for text in analysis.shown]]),
         Section("Settings", fields=[[(name, str(value)) for name, value in settings.items()]]),
     ]
-    page.write_page(file, "What UL2 makes of the corpus", sections)
+    page.write_page(file, "UL2 data analysis", sections)
 
 
 def _draw_shares(analysis: Analysis, axes: Axes) -> None:

@@ -78,5 +78,5 @@ def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0
     soup_score = scores.pop(str(merged))
     best = max(scores, key=lambda name: scores[name])
     verdict = "better than" if soup_score > scores[best] else "not better than"
-    figures = f"{soup_score:.3f}, {scores[best]:.3f}"
+    figures = f"nDCG@10 {soup_score:.3f} vs. {scores[best]:.3f}"
     return f"{score_text(metrics)}\n{merged} is {verdict} its best input {best}: {figures}"

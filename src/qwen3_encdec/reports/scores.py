@@ -11,12 +11,12 @@ from qwen3_encdec.reports.page import Section, grid
 
 DENOISING_NOTE = "Mean loss on held-out text, in nats per target token; lower is better."
 RETRIEVAL_NOTE = (
-    "{num_queries:,} summary lines of docstrings, each looking for its body among "
-    "{num_documents:,} of held-out packages. Ties count against the model."
+    "Find the body of each of {num_queries:,} docstring summary lines among {num_documents:,} "
+    "bodies from held-out packages. Ties count against the model."
 )
 TASKS_NOTE = (
-    "Score and half the width of its 95 % interval (bootstrap over queries, texts or documents). "
-    "In brackets the metric and the number of answers."
+    "Score ± half the width of its 95 % interval (bootstrap over queries, texts or documents). "
+    "The metric and the number of answers are in parentheses."
 )
 
 

@@ -75,8 +75,8 @@ class Checkpointer:
             self.last = writing.result()
         except InputError as error:
             raise InputError(
-                f"{self.folder.parent} could not be written to: {error}; training stopped, the "
-                f"last checkpoint is {self.last or 'none'}"
+                f"cannot write to {self.folder.parent}: {error}; training stopped, the last "
+                f"checkpoint is {self.last or 'none'}"
             ) from None
 
     def close(self) -> None:
@@ -151,7 +151,7 @@ class Checkpointer:
             if not kept and old.name != best.resolve().name:
                 shutil.rmtree(old, ignore_errors=True)
                 if old.exists():
-                    print(f"{old} could not be deleted; delete it by hand", flush=True)
+                    print(f"{old} could not be deleted; delete it manually", flush=True)
 
 
 def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
@@ -252,4 +252,4 @@ def _link(link: Path, folder: Path) -> None:
         temporary.symlink_to(folder.name)
         os.replace(temporary, link)
     except OSError as error:
-        print(f"{link} could not be pointed at {folder.name}: {error.strerror}", flush=True)
+        print(f"{link} could not be linked to {folder.name}: {error.strerror}", flush=True)

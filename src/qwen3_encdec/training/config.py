@@ -106,14 +106,14 @@ def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[st
         section, _, name = key.strip().rpartition(".")
         target = values.setdefault(section, {}) if section else values
         if not equals or not isinstance(target, dict):
-            raise InputError(f"override {override!r} is not key=value or data.key=value")
+            raise InputError(f"override {override!r} must be key=value or data.key=value")
         try:
             target[name] = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise InputError(f"override {override!r} has a value that is not YAML") from None
+            raise InputError(f"override {override!r}: the value is not valid YAML") from None
     names = {name.rpartition(".")[2] for name in flatten(values)}
     if retired := sorted(_RETIRED & names):
-        print(f"ignored: {', '.join(retired)}, which earlier versions had", file=sys.stderr)
+        print(f"ignored keys of earlier versions: {', '.join(retired)}", file=sys.stderr)
     return read_dataclass(cls, values, "the command line")
 
 

@@ -86,7 +86,7 @@ class DeepSpeedState(distributed.TrainingState):
         """Fill the optimizer's pieces with what rank 0 reads; the weights are already loaded."""
         loaded = Path(self.module.name_or_path)
         if folder != loaded:
-            raise InputError(f"the weights were loaded from {loaded}; rename that folder")
+            raise InputError(f"DeepSpeed has loaded {loaded}; rename that folder and retry")
         sums: dict[str, int] = {}
         for name, parameter in self.parameters.items():
             shape = getattr(parameter, "ds_shape", parameter.shape)
@@ -120,8 +120,8 @@ def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin
     plugin = DeepSpeedPlugin()
     if plugin.zero_stage not in (2, 3) or mixed_precision != "no":
         raise InputError(
-            "under DeepSpeed the loop runs ZeRO stages 2 and 3 with mixed_precision=no; "
-            "launch it with configs/accelerate_fsdp2.yaml"
+            "DeepSpeed is supported only as ZeRO stages 2 and 3 with mixed_precision=no; "
+            "otherwise, launch with configs/accelerate_fsdp2.yaml"
         )
     settings = plugin.deepspeed_config
     settings["train_micro_batch_size_per_gpu"] = config.batch_size

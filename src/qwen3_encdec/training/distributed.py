@@ -133,7 +133,7 @@ def verify(own: dict[str, int], folder: Path) -> None:
         read.update(part)
     for name in read if written else ():
         if read[name] != written[name]:
-            raise InputError(f"{name} does not have its checksum")
+            raise InputError(f"{name} does not match its checksum")
 
 
 @contextmanager
@@ -191,8 +191,8 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
     try:
         if started != seen:
             raise InputError(
-                f"the launcher started {started} processes but accelerate sees {seen}: each would "
-                "train a model of its own; launch with configs/accelerate_fsdp2.yaml, or with "
+                f"the launcher started {started} processes but accelerate sees {seen}, so each "
+                "would train its own model; launch with configs/accelerate_fsdp2.yaml, or with "
                 "--num_processes 1"
             )
         yield accelerator

@@ -73,7 +73,7 @@ def choose_attention(
         reason = disagreement(name, model_config, device)
         if reason is None:
             break
-        refused.append(f"not {name} ({reason})")
+        refused.append(f"cannot use {name} ({reason})")
     else:
         if wanted != "auto":
             raise InputError(f"attention: {refused[0]}; use attention=auto")
@@ -108,4 +108,4 @@ def disagreement(
         return f"{type(error).__name__}: {first_line(error)}"[:120]
     loss, norm = (found[1] / found[0] - 1).abs().tolist()
     agrees = loss < 0.01 and norm < 0.05
-    return None if agrees else f"loss {loss:.1%} and gradient {norm:.1%} from those of sdpa"
+    return None if agrees else f"loss and gradient norm differ from sdpa by {loss:.1%}, {norm:.1%}"

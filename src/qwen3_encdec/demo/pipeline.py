@@ -14,6 +14,7 @@ from qwen3_encdec.data.package_docs import package_docs, summary_pairs
 from qwen3_encdec.demo.parent import causal_embedder, parent_tokenizer, train_causal_parent
 from qwen3_encdec.embedding.finetune import finetune
 from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
+from qwen3_encdec.evaluation.retrieval import package_retrieval
 from qwen3_encdec.evaluation.suite import evaluate_denoising, evaluate_retrieval, provenance
 from qwen3_encdec.folders import check_output, new_folder, resolve_checkpoint, write_json
 from qwen3_encdec.reports.comparison import Run, read_curves, write_page
@@ -38,7 +39,8 @@ CHECKPOINT: dict[str, Any] = {
     "ul2": {"max_steps": 150, "warmup_steps": 15, "batch_size": 4, "lr": 1e-4},
     "contrastive": {"steps": 64, "batch_size": 32, "max_length": 32, "heldout_pairs": 64},
     "heldout_texts": 16,
-    "num_queries": 1000,
+    "num_queries": 500,
+    "num_documents": 500,
 }
 """Budget for about an hour on two cores with a pre-trained parent of 135M parameters."""
 
@@ -135,8 +137,9 @@ def _run_stages(
 
     folders = {"initialization": root / "init", "trained": checkpoint}
     metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=data)
-    options: Any = {"num_queries": budget["num_queries"], "seed": seed, "outside": full}
-    metrics |= evaluate_retrieval(encoders, parent=parent if full else None, **options)
+    task = package_retrieval(budget["num_queries"], seed, budget.get("num_documents"))
+    scored = parent if full else None
+    metrics |= evaluate_retrieval(encoders, parent=scored, tasks=[task], outside=full)
     clock.lap("evaluate", f"{metrics['num_documents']:,} documents from held-out packages")
     return metrics | {"seconds": clock.seconds}
 

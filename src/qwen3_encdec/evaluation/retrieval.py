@@ -3,6 +3,7 @@ intervals, and the tasks that need no hub.
 """
 
 import json
+import random
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,14 +67,19 @@ class Retrieval:
         return [right[query] for query in self.queries]
 
 
-def package_retrieval(most: int, seed: int) -> Retrieval:
-    """Build the task of finding a docstring's body by its summary line in held-out packages."""
+def package_retrieval(most: int, seed: int, documents: int | None = None) -> Retrieval:
+    """Build the task of finding a docstring's body by its summary line in held-out packages.
+
+    `most` queries search among all bodies, or among a sample of `documents`.
+    """
     pairs = summary_pairs("heldout")
     if not pairs:
         raise InputError("no held-out package has usable docstrings; install more packages")
+    if documents is not None:
+        pairs = random.Random(seed).sample(pairs, min(documents, len(pairs)))
     rows = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    queries, documents = [pairs[i][0] for i in rows], [body for _, body in pairs]
-    return Retrieval(PACKAGE_DOCS, queries, documents, rows)
+    queries, bodies = [pairs[i][0] for i in rows], [body for _, body in pairs]
+    return Retrieval(PACKAGE_DOCS, queries, bodies, rows)
 
 
 def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 512) -> Retrieval:

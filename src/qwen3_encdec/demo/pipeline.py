@@ -27,7 +27,7 @@ NANO: dict[str, Any] = {
     "parent": {"hidden_size": 128, "num_hidden_layers": 2, "steps": 600},
     "data": {"source_length": 256, "target_length": 128},
     "ul2": {"max_steps": 800, "warmup_steps": 40, "batch_size": 4, "lr": 2e-3},
-    "contrastive": {"steps": 1500, "batch_size": 64, "max_length": 24, "lr": 2e-3},
+    "contrastive": {"steps": 1400, "batch_size": 64, "max_length": 24, "lr": 2e-3},
     "heldout_texts": 64,
     "num_queries": 1000,
 }

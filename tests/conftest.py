@@ -2,6 +2,7 @@
 own.
 """
 
+import io
 import itertools
 import json
 import os
@@ -20,7 +21,7 @@ from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import logging
 
-from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
+from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM, cli
 from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
@@ -139,6 +140,22 @@ def run_script(monkeypatch, capsys):
             code = stop.code or 0
         captured = capsys.readouterr()
         return code, captured.out, captured.err
+
+    return call
+
+
+@pytest.fixture
+def command(monkeypatch, capsys):
+    """Run `qwen3-encdec ...` in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qwen3-encdec", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return stop.value.code or 0, captured.out, captured.err
 
     return call
 

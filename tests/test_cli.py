@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,20 +13,6 @@ from typer.testing import CliRunner
 from qwen3_encdec import __version__, cli
 
 ROOT = Path(__file__).parent.parent
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Run `qwen3-encdec ...` in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["qwen3-encdec", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ order, width, precision and number of processes.
 """
 
 import gzip
-import io
 import json
 import shutil
 import subprocess
@@ -17,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 
-from qwen3_encdec import cli
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding.encoder import (
     TextEncoder,
@@ -233,20 +231,6 @@ def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(InputError, match="model.safetensors is truncated"):
         TextEncoder(weights.parent)
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    def call(*arguments, stdin=""):
-        monkeypatch.setattr("sys.argv", ["qwen3-encdec", *map(str, arguments)])
-        monkeypatch.setattr("sys.stdin", io.StringIO(stdin))
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return stop.value.code or 0, captured.out, captured.err
-
-    return call
 
 
 def test_embed_from_stdin_to_npy(command, mean_encoder, tmp_path, fp32):

@@ -13,9 +13,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
-from typer.testing import CliRunner
 
-from qwen3_encdec import cli
 from qwen3_encdec.conversion.card import read_card
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import finetune as finetuning
@@ -377,17 +375,16 @@ def test_bad_inputs(tmp_path):
         read_examples(FinetuneConfig(columns=["q", "d", "n"]))
 
 
-def test_the_command_prints_its_scores(encoder, tmp_path):
+def test_the_command_prints_its_scores(command, encoder, tmp_path):
     lines = [json.dumps({"anchor": a, "positive": b}) for a, b in PAIRS]
     (tmp_path / "pairs.jsonl").write_text("\n".join(lines))
     settings = {**QUICK, "inputs": f"[{tmp_path / 'pairs.jsonl'}]", "steps": 3}
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
 
     def printed(output, *more: str) -> str:
-        arguments = ["finetune", "--model", encoder, "--output", output, *words, *more]
-        done = CliRunner().invoke(cli.app, list(map(str, arguments)))
-        assert done.exit_code == 0, done.exception
-        return done.stdout
+        code, out, err = command("finetune", "--model", encoder, "--output", output, *words, *more)
+        assert code == 0, err
+        return out
 
     result = json.loads(printed(tmp_path / "one", "--json"))
     lines = printed(tmp_path / "two").splitlines()

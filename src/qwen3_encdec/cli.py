@@ -264,11 +264,14 @@ def finetune(
 
     loaded = load_dataclass(finetuning.FinetuneConfig, config, settings or ())
     result = finetuning.finetune(model, output, config=loaded, resume=resume)
-    scores = result.get("heldout", {})
-    listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
-    said = f"loss {result['loss']:.4f} over {result['pairs']:,} examples"
-    said += f"\nnDCG@10 of held-out pairs: {listed} (kept)" if scores else ""
-    print(json.dumps(result) if as_json else f"{said}\nwrote {output}")
+    if as_json:
+        print(json.dumps(result))
+    else:
+        print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples")
+        if scores := result.get("heldout"):
+            listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
+            print(f"nDCG@10 of held-out pairs: {listed} (kept)")
+        print(f"wrote {output}")
     _push(output, push_to_hub)
 
 

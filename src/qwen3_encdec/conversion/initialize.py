@@ -149,11 +149,11 @@ def initialize(
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
     output_dir = check_output(output_dir, "encoder-decoder")
     source = resolve_checkpoint(qwen3_model)
-    read = read_json(source / "config.json")
-    if quantization := read.get("quantization_config"):
+    fields = read_json(source / "config.json")
+    if quantization := fields.get("quantization_config"):
         method = quantization.get("quant_method")
         raise InputError(f"{qwen3_model} is quantized ({method}); use the unquantized checkpoint")
-    if (kind := read.get("model_type")) != "qwen3":
+    if (kind := fields.get("model_type")) != "qwen3":
         raise InputError(f"{qwen3_model} has model_type {kind!r}, which is not a dense Qwen3")
     base: Path | None = source
     if not any((source / name).exists() for name in ("tokenizer.json", "vocab.json")):
@@ -258,7 +258,7 @@ def _halves(tokenizer: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.Te
 
 @torch.no_grad()
 def set_source_scales(model: Qwen3ForSeq2SeqLM, tokenizer: Any) -> list[float]:
-    """Scale encoder states so that each layer's source values have its own values' size on `TEXTS`.
+    """Scale encoder states to give source values the size of the decoder's own, on `TEXTS`.
 
     Encoder states carry the gain of the final norm, so a trained decoder projects them to values
     several times larger than its own. Returns the scale of each decoder layer: RMS of the decoder's

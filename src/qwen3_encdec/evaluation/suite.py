@@ -49,26 +49,24 @@ def evaluate_denoising(
     data = data or DataConfig()
     names = [denoiser.name for denoiser in data.denoisers]
     metrics: dict[str, Any] = {"denoising": {}}
+    gapped = [i for i, denoiser in enumerate(data.denoisers) if denoiser.mean_span is not None]
     filled: dict[str, dict[str, Any]] = {}
     for label, folder in tqdm(folders.items(), "held-out denoising", disable=None):
         model, tokenizer = load_model(folder).to(default_device()), load_tokenizer(folder)
         examples = heldout_examples(data, tokenizer, num_examples)
         metrics["denoising"][label] = denoising_losses(model, examples, denoiser_names=names)
-        filled[label] = {
-            denoiser.name: infill_examples(
-                model, tokenizer, [example for example in examples if example.denoiser == index]
-            )
-            for index, denoiser in enumerate(data.denoisers)
-            if denoiser.mean_span is not None
-        }
-    *others, last = filled.values()
-    if last:
-        first = next(iter(last))
-        rates = {name: found["exact_rate"] for name, found in last.items()}
-        metrics["infill"] = last[first] | {"by_denoiser": rates}
-        for label, other in zip(filled, others, strict=False):
-            for row, before in zip(last[first]["examples"], other[first]["examples"], strict=True):
-                row[label] = before["generated"]
+        own = [[example for example in examples if example.denoiser == i] for i in gapped]
+        if gapped:
+            filled[label] = infill_examples(model, tokenizer, own[0])
+    if gapped:
+        _, infill = filled.popitem()  # the last folder's
+        rest = [infill_examples(model, tokenizer, gaps)["exact_rate"] for gaps in own[1:]]
+        rates = (infill["exact_rate"], *rest)
+        infill["by_denoiser"] = dict(zip((names[i] for i in gapped), rates, strict=True))
+        for label, found in filled.items():
+            for row, other in zip(infill["examples"], found["examples"], strict=True):
+                row[label] = other["generated"]
+        metrics["infill"] = infill
     return metrics
 
 

@@ -28,6 +28,12 @@ def test_config_survives_a_round_trip(tmp_path):
     assert config.betas == (0.9, 0.95)
 
 
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load_config(None, ["output_dir=~/run", "model=~/init"])
+    assert (config.output_dir, config.model) == ("/home/me/run", "/home/me/init")
+
+
 def test_the_traps_of_yaml_1_1(tmp_path, capsys):
     path = tmp_path / "config.yaml"
     path.write_text(
@@ -48,6 +54,10 @@ def test_the_traps_of_yaml_1_1(tmp_path, capsys):
         ("data: {sorce_length: 3}", "key data.sorce_length; did you mean data.source_length?"),
         ("lr: fast", "lr: Input should be a valid number, "),
         ("lr: .nan", "lr: Input should be a finite number, got nan"),
+        ("lr: yes", "lr: Input should be a valid number, "),
+        ("betas: [0.9, 1]", "betas.1: Input should be less than 1, got 1"),
+        ("seed: 4294967296", "seed: Input should be less than 4294967296, got 4294967296"),
+        ("stall_seconds: 1e12", "stall_seconds: Input should be less than or equal to 1000000000"),
         ("max_steps: true", "max_steps: Input should be a valid integer, got True"),
         ("batch_size: 0", "batch_size: Input should be greater than or equal to 1, got 0"),
         ("compile: maybe", "compile: Input should be False, True or 'auto', got 'maybe'"),

@@ -1,6 +1,7 @@
 """Read and check the training configuration: one YAML file and dotted overrides."""
 
 import difflib
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -8,17 +9,27 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BeforeValidator, Field, TypeAdapter, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.folders import InputError, read_yaml
 
 T = TypeVar("T")
+# YAML 1.1 reads 1e-4 as a string, so strings are parsed; pydantic would take `lr: yes` as 1.0.
+Number = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
+]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, le=1)]
+Beta = Annotated[Number, Field(ge=0, lt=1)]
+Seconds = Annotated[Number, Field(ge=0, le=1e9)]  # the timer's limit is near 1e10
 Count = Annotated[int, Field(ge=1, strict=True)]
 Natural = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
+Seed = Annotated[Natural, Field(lt=2**32)]  # numpy's limit
+Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 # YAML 1.1 reads a bare `no` as false.
 Precision = Annotated[
     Literal["auto", "no", "bf16"],
@@ -35,8 +46,8 @@ _RETIRED |= {"label_smoothing", "mode_tokens"}
 class TrainingConfig:
     """Settings of a training run; configs/training_config.yaml documents each one."""
 
-    model: str = "./qwen3-encdec-init"
-    output_dir: str = "./runs/ul2"
+    model: Folder = "./qwen3-encdec-init"
+    output_dir: Folder = "./runs/ul2"
     data: DataConfig = field(default_factory=DataConfig)
 
     # Rows per step: batch_size x gradient_accumulation_steps x processes.
@@ -52,7 +63,7 @@ class TrainingConfig:
     decay_fraction: Share = 0.2
     min_lr_ratio: Share = 0.1
     weight_decay: NotNegative = 0.1
-    betas: tuple[Share, Share] = (0.9, 0.95)
+    betas: tuple[Beta, Beta] = (0.9, 0.95)
     max_grad_norm: NotNegative = 1.0
 
     # Loss.
@@ -66,7 +77,7 @@ class TrainingConfig:
     gradient_checkpointing: Literal[False, True, "full", "selective"] = False
     compile: Literal[False, True, "auto"] = "auto"
     num_workers: Natural = 1
-    seed: Natural = 0
+    seed: Seed = 0
 
     # Logging, evaluation and checkpoints, in optimizer steps.
     log_every: Count = 10
@@ -80,7 +91,7 @@ class TrainingConfig:
     # Guards.
     spike_sigma: NotNegative = 6.0
     spike_window: Count = 128
-    stall_seconds: NotNegative = 1800.0
+    stall_seconds: Seconds = 1800.0
 
     def __post_init__(self) -> None:
         if self.warmup_steps > self.max_steps:

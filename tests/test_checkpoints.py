@@ -149,20 +149,26 @@ def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path
         ("model.safetensors", "flipped", ".weight does not match its checksum"),
         (SHARD, "flipped", "does not match its checksum"),
         (f"state/rank-{ONE}.json", "flipped", f"rank-{ONE}.json has changed"),
+        ("config.json", "missing", "config.json is missing"),  # half copied
+        ("state/checks.json", "missing", "checks.json cannot be read"),
+        ("foreign.safetensors", "added", "foreign.safetensors does not belong to it"),
     ],
 )
 def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys, part, how, named):
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     file = copy / "checkpoints/step-000004" / part
-    content = bytearray(file.read_bytes())
+    content = bytearray(file.read_bytes() if how != "added" else 100)
     content[-100] ^= 1
     file.write_bytes(content[: -100 if how == "cut" else None])
+    if how == "missing":
+        file.unlink()
     run_training(small_run(init_folder, corpus, output_dir=copy))
-    printed = capsys.readouterr().out
+    printed, errors = capsys.readouterr()
+    assert errors == ""
     assert f"checkpoint {copy}/checkpoints/step-000004 is damaged: " in printed
     assert named in printed
     assert same_run(straight, copy)
-    assert (copy / "checkpoints/damaged-step-000004/config.json").exists()
+    assert (copy / "checkpoints/damaged-step-000004/state").exists()
 
 
 def test_without_a_whole_checkpoint_it_stops(init_folder, corpus, straight, tmp_path):
@@ -213,6 +219,12 @@ def test_settings_may_change_at_a_resume_and_are_said(
     assert checkpoint.changes_since(state, config, 2)[-1] == "processes 1 -> 2"
 
 
+def test_fewer_steps_than_are_done_are_refused(init_folder, corpus, straight, tmp_path):
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    with pytest.raises(InputError, match=r"step-000004 is beyond max_steps=2; raise it"):
+        run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=2))
+
+
 def test_prolonging_a_decayed_run_is_said(init_folder, corpus, straight, tmp_path, capsys):
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=8))
@@ -247,6 +259,23 @@ def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     assert (run_dir / "checkpoints/best").resolve().name == "step-000002"
     # one that cannot be deleted costs room and not the run
     assert f"{run_dir}/checkpoints/step-000001 could not be deleted" in capsys.readouterr().out
+
+
+def test_a_full_disk_at_start_up_leaves_the_run_as_it_was(
+    init_folder, corpus, straight, tmp_path, monkeypatch
+):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    before = (copy / "metrics.jsonl").read_text()
+    monkeypatch.setattr("qwen3_encdec.training.monitor.os.replace", full)
+    for run_dir in (copy, tmp_path / "new"):
+        with pytest.raises(InputError, match=f"cannot write to {run_dir}: No space left"):
+            run_training(small_run(init_folder, corpus, output_dir=run_dir, max_steps=6))
+    assert (copy / "metrics.jsonl").read_text() == before
+    assert list(copy.glob(".*.tmp")) == []
+    assert not (tmp_path / "new").exists()
 
 
 def test_tensorboard_shows_each_step_once(init_folder, corpus, tmp_path):

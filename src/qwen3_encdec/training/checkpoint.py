@@ -11,6 +11,7 @@ import os
 import shutil
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -184,9 +185,13 @@ def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
     return {"folder": None, "step": 0, "totals": {}, "recent": [], "positions": []}
 
 
-def newest(checkpoints: Path) -> Path | None:
-    """Return the newest finished checkpoint, damaged or not."""
-    return next(reversed(_step_folders(checkpoints)), None)
+def newest_whole(checkpoints: Path) -> Path | None:
+    """Return the newest checkpoint whose files are all there, with or without damaged tensors."""
+    for folder in reversed(_step_folders(checkpoints)):
+        with suppress(InputError):
+            _check_files(folder)
+            return folder
+    return None
 
 
 def changes_since(state: dict[str, Any], config: TrainingConfig, ranks: int) -> list[str]:
@@ -222,11 +227,15 @@ def _check_files(folder: Path) -> None:
     state = folder / "state"
     if [*state.glob("checks-*.json"), *state.glob("sha256-*.txt")]:
         return  # from an earlier version; files that cannot be loaded are detected later
-    for name, check in read_json(state / "checks.json").items():
+    checks = read_json(state / "checks.json")
+    for name, check in checks.items():
         if not (folder / name).is_file():
             raise InputError(f"{name} is missing")
         if _size_and_crc(folder / name) != check:
             raise InputError(f"{name} has changed since it was written")
+    for path in (*folder.glob("*.safetensors"), *state.glob("*.safetensors")):
+        if str(path.relative_to(folder)) not in checks:  # torch would read it too
+            raise InputError(f"{path.name} does not belong to it; remove that file")
 
 
 def _step_folders(checkpoints: Path) -> list[Path]:

@@ -27,6 +27,7 @@ STACKS = {"encoder": "model.encoder.", "decoder": "model.decoder.", "embedding":
 Tensors = dict[str, torch.Tensor]
 
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninit")
+warnings.filterwarnings("ignore", message="`log_with=")  # `start.check_settings` says it
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")  # only read
 
 
@@ -266,4 +267,6 @@ def _reason(error: BaseException) -> str:
     """Return an error's message in one line, unwrapped from a torch checkpoint exception."""
     if isinstance(error, dcp.CheckpointException):
         error = next(iter(error.failures.values()))[0]
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename2 or error.filename}: {error.strerror}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -55,12 +55,17 @@ def resume(
 ) -> tuple[TrainingState, dict[str, Any]]:
     """Build the training state and load the newest undamaged checkpoint (`checkpoint.restore`)."""
     checkpoints, show = Path(config.output_dir) / "checkpoints", accelerator.print
-    state = build_state(config, accelerator, checkpoint.newest(checkpoints))
+    state = build_state(config, accelerator, checkpoint.newest_whole(checkpoints))
     resumed = checkpoint.restore(checkpoints, state)
     if folder := resumed["folder"]:
+        step, before = resumed["step"], resumed.get("lr", float("inf"))
+        if step > config.max_steps:
+            raise InputError(
+                f"{folder} is beyond max_steps={config.max_steps}; raise it or choose another "
+                "output_dir"
+            )
         changes = checkpoint.changes_since(resumed, config, accelerator.num_processes)
         show("; ".join([f"resuming from {folder}", *changes]))
-        step, before = resumed["step"], resumed.get("lr", float("inf"))
         after = learning_rate(step + 1, config)
         if step >= config.warmup_steps and after > before * 1.0001:
             show(

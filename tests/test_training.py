@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,7 +22,7 @@ from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.loop import run_training
-from qwen3_encdec.training.monitor import SpikeGuard
+from qwen3_encdec.training.monitor import SpikeGuard, hearing_signals
 from qwen3_encdec.training.optimization import (
     build_optimizer,
     learning_rate,
@@ -155,9 +156,9 @@ def test_a_mixture_has_a_held_out_loss_for_each_corpus(init_folder, corpus, tmp_
     assert (losses[:, 0] != losses[:, 1]).all()
 
 
-@pytest.mark.parametrize("signal", ["z_loss=0.01", "mntp_weight=0.5"])
-def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, signal):
-    name, value = signal.split("=")
+@pytest.mark.parametrize("option", ["z_loss=0.01", "mntp_weight=0.5"])
+def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, option):
+    name, value = option.split("=")
     options = {
         "output_dir": tmp_path / "run",
         "gradient_accumulation_steps": 2,
@@ -223,6 +224,8 @@ def test_what_people_see(init_folder, corpus, tmp_path, capfd):
 
 def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):
     run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "qwen3_encdec.json").write_text('{"kind": "training run"}')
     script = "import pathlib, sys, time; from qwen3_encdec.training.monitor import lock"
     script += "; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", script, str(run_dir)]
@@ -243,6 +246,15 @@ def test_stop_is_looked_at_during_start_up(init_folder, corpus, tmp_path, capsys
     assert "stop requested: stopped after step 0 of 4" in capsys.readouterr().out
     assert not (run_dir / "STOP").exists()
     assert not (run_dir / "checkpoints").exists()
+
+
+def test_the_second_ctrl_c_ends_at_once(capfd):
+    with hearing_signals() as asked:
+        signal.raise_signal(signal.SIGINT)
+        assert asked.is_set()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert "press Ctrl-C again to end at once" in capfd.readouterr().err
 
 
 def test_a_tracker_that_fails_stops_nothing(init_folder, corpus, tmp_path, monkeypatch, capsys):

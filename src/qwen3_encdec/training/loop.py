@@ -16,7 +16,7 @@ from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
 from qwen3_encdec.training.distributed import launched, shared_errors
-from qwen3_encdec.training.monitor import expect_step, hearing_sigterm
+from qwen3_encdec.training.monitor import expect_step, hearing_signals
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
 
@@ -24,19 +24,19 @@ from qwen3_encdec.training.steps import Run
 def run_training(config: TrainingConfig) -> Path:
     """Train to ``config.max_steps``, or until asked to stop; return the last checkpoint's folder.
 
-    SIGTERM, or a file STOP in ``output_dir``, saves a checkpoint and stops. Raises InputError for
-    errors that the caller can fix, including a loss or gradient that is not finite.
+    SIGTERM, Ctrl-C, or a file STOP in ``output_dir`` saves a checkpoint and stops. Raises
+    InputError for errors that the caller can fix, including a non-finite loss or gradient.
     """
     config = read_dataclass(TrainingConfig, config_to_dict(config), "TrainingConfig")
-    with launched(config) as accelerator, hearing_sigterm() as sigterm:
+    with launched(config) as accelerator, hearing_signals() as asked:
         config = replace(config, mixed_precision=accelerator.mixed_precision)
-        run = Run(config, accelerator, sigterm)
+        run = Run(config, accelerator, asked)
         gc.collect()
         gc.freeze()
         try:
             return _train(run)
         finally:
-            run.batches.close()  # ends the data workers, which ignore SIGTERM
+            run.batches.close()  # ends the data workers, which ignore signals
             run.saver.close()
             faulthandler.cancel_dump_traceback_later()
             gc.unfreeze()

@@ -3,8 +3,8 @@
 import faulthandler
 import fcntl
 import json
+import os
 import resource
-import shutil
 import signal
 import sys
 import threading
@@ -18,8 +18,9 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from qwen3_encdec import folders
+from qwen3_encdec.folders import InputError
 
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 TOTALS = ("target_tokens", "source_tokens", "examples")
 _SHOWN = {
     "loss": "loss {:.4f} nats/token",
@@ -56,25 +57,43 @@ class SpikeGuard:
 
 
 @contextmanager
-def hearing_sigterm() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM sets instead of ending the process."""
+def hearing_signals() -> Iterator[threading.Event]:
+    """Yield an event that SIGTERM, or the first Ctrl-C, sets instead of ending the process."""
     asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+
+    def ask(number: int, frame: Any) -> None:
+        asked.set()
+        if number == signal.SIGINT:
+            os.write(2, b"stopping after this step; press Ctrl-C again to end at once\n")
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    before = {number: signal.signal(number, ask) for number in _STOPPING}
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
-def ignore_sigterm(worker: int) -> None:
-    """Ignore a launcher's SIGTERM in a data worker, which the last checkpoint still needs."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+def ignore_signals(worker: int) -> None:
+    """Let a data worker go on after a request to stop: the last step still needs it."""
+    for number in _STOPPING:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def expect_step(seconds: float) -> None:
     """Dump all stacks and exit unless called again within ``seconds``: a rank may be gone."""
     if seconds:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+
+
+@contextmanager
+def writing(run_dir: Path) -> Iterator[None]:
+    """Raise an OSError in the block as an InputError that names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write to {run_dir}: {error.strerror}") from None
 
 
 def lock(run_dir: Path) -> TextIO:
@@ -85,16 +104,8 @@ def lock(run_dir: Path) -> TextIO:
         # A record lock ends with the process and is not inherited by its data workers.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        raise folders.InputError(f"another run is training in {run_dir}; stop it first") from None
-    made_by = {"kind": "training run", "versions": folders.package_versions()}
-    folders.write_json(run_dir / folders.PROVENANCE_FILE, made_by)
+        raise InputError(f"another run is training in {run_dir}; stop it first") from None
     return file
-
-
-def remove_unused(run_dir: Path) -> None:
-    """Remove a run's folder if it holds only its lock and provenance."""
-    if {path.name for path in run_dir.iterdir()} <= {".lock", folders.PROVENANCE_FILE}:
-        shutil.rmtree(run_dir)
 
 
 class Meter:
@@ -148,10 +159,20 @@ def progress_line(step: int, steps: int, metrics: dict[str, Any], done: int, ela
 
 def keep_lines(path: Path, last_step: int) -> None:
     """Drop lines of metrics.jsonl after ``last_step``, and a line left incomplete by a crash."""
-    path.touch()
     kept: list[str] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-    path.write_text("".join(kept), encoding="utf-8")
+    replace_text(path, "".join(kept))
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary one: a full disk leaves the file as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

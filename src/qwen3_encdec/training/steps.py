@@ -30,29 +30,34 @@ class Run:
     """Shared state of a run; each method is one step of `loop.run_training`."""
 
     def __init__(
-        self, config: TrainingConfig, accelerator: Accelerator, sigterm: threading.Event
+        self, config: TrainingConfig, accelerator: Accelerator, asked: threading.Event
     ) -> None:
-        """Build or resume a run; if a check fails, a new, unused folder is removed again."""
-        self.config, self.accelerator, self.sigterm = config, accelerator, sigterm
+        """Build or resume a run; a folder made for it is removed again if that fails."""
+        self.config, self.accelerator, self.asked = config, accelerator, asked
         processes, self.device = accelerator.num_processes, accelerator.device
         self.run_dir = folders.check_output(config.output_dir, "training run")
         model_config = folders.load_config(config.model)
         tokenizer = folders.load_tokenizer(config.model, model_config)
         start.check_settings(config, tokenizer.num_sentinel_tokens, processes)
         data = stream.UL2Data(config.data, tokenizer)
-        with shared_errors():  # stops all ranks if rank 0 cannot get the lock
+        self.is_new = not self.run_dir.exists() or not any(self.run_dir.iterdir())
+        with shared_errors(), monitor.writing(self.run_dir):  # rank 0's errors stop all ranks
             if accelerator.is_main_process:
                 self.lock = monitor.lock(self.run_dir)
         try:
             self._build(data, tokenizer, model_config)
         except BaseException:
-            if accelerator.is_main_process:
-                monitor.remove_unused(self.run_dir)
+            if accelerator.is_main_process and self.is_new:
+                shutil.rmtree(self.run_dir, ignore_errors=True)
             raise
 
     def _build(self, data: stream.UL2Data, tokenizer: Any, model_config: Any) -> None:
         config, accelerator = self.config, self.accelerator
         processes = accelerator.num_processes
+        with shared_errors(), monitor.writing(self.run_dir):
+            if accelerator.is_main_process and self.is_new:
+                made_by = {"kind": "training run", "versions": folders.package_versions()}
+                folders.write_json(self.run_dir / folders.PROVENANCE_FILE, made_by)
         set_seed(config.seed)
         self.state, resumed = start.resume(config, accelerator)
         self.start: int = resumed["step"]
@@ -87,7 +92,7 @@ class Run:
         config, path = self.config, self.run_dir / "heldout.json"
         if not (config.eval_every or config.data.heldout_inputs):
             return []
-        with shared_errors():
+        with shared_errors(), monitor.writing(self.run_dir):
             if self.accelerator.is_main_process and not path.exists():
                 texts = data.choose_heldout(config.eval_examples_per_denoiser)
                 stream.write_heldout(path, texts)
@@ -120,18 +125,19 @@ class Run:
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
             num_workers=config.num_workers,
-            worker_init_fn=monitor.ignore_sigterm,
+            worker_init_fn=monitor.ignore_signals,
             **options,
         )
 
     def _open_folder(self) -> None:
         """Write the config, drop records after the step to resume from, and open the trackers."""
         settings = yaml.safe_dump(config_to_dict(self.config), sort_keys=False)
-        if self.accelerator.is_main_process:
-            for unfinished in self.run_dir.glob("checkpoints/.step-*"):
-                shutil.rmtree(unfinished)
-            (self.run_dir / "config.yaml").write_text(settings, encoding="utf-8")
-            monitor.keep_lines(self.run_dir / "metrics.jsonl", self.start)
+        with shared_errors(), monitor.writing(self.run_dir):
+            if self.accelerator.is_main_process:
+                for unfinished in self.run_dir.glob("checkpoints/.step-*"):
+                    shutil.rmtree(unfinished)
+                monitor.replace_text(self.run_dir / "config.yaml", settings)
+                monitor.keep_lines(self.run_dir / "metrics.jsonl", self.start)
         if self.config.trackers:
             # Show steps that a run repeats after a crash only once.
             options = {"tensorboard": {"purge_step": self.start + 1}}
@@ -141,8 +147,8 @@ class Run:
                 self.accelerator.print(f"warning: trackers could not be started: {error}")
 
     def asked_to_stop(self) -> bool:
-        """Return whether to save and stop: after SIGTERM, or if a file STOP exists."""
-        return self.sigterm.is_set() or (self.run_dir / "STOP").exists()
+        """Return whether to save and stop: after SIGTERM or Ctrl-C, or if a file STOP exists."""
+        return self.asked.is_set() or (self.run_dir / "STOP").exists()
 
     def fetch(self) -> float:
         """Fetch the micro-batches of the next step to the device. Returns the seconds it took."""

@@ -114,7 +114,7 @@ class Meter:
     def __init__(
         self, denoisers: list[str], per_sum: np.ndarray, peak: float, totals: dict[str, int]
     ) -> None:
-        # FLOPs per unit of each `plan.length_sums`; peak FLOP/s of all devices, 0 if unknown.
+        # FLOPs per unit of each `flops.length_sums`; peak FLOP/s of all devices, 0 if unknown.
         self.denoisers, self.per_sum, self.peak = denoisers, per_sum, peak
         self.totals = dict.fromkeys((*TOTALS, "skipped_steps"), 0) | totals
         self.losses = np.zeros((2, len(denoisers)))

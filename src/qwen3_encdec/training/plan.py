@@ -1,8 +1,7 @@
 """Estimate a run's cost from its sizes alone, with the formulas of docs/scaling.md."""
 
-import json
+import math
 import re
-from collections import namedtuple
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,9 +12,9 @@ from transformers import AutoConfig, Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.folders import InputError, load_config, resolve_checkpoint
-from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 from qwen3_encdec.training.distributed import launched
+from qwen3_encdec.training.flops import Sizes, count_parameters, flops_per_sum, length_sums
 from qwen3_encdec.training.start import check_settings
 
 MFU = 0.29  # share of an H100's peak, measured for the 0.6B pair
@@ -32,10 +31,6 @@ QWEN3 = {
 }
 
 
-# Parameter counts; the stacks exclude the shared embedding.
-Sizes = namedtuple("Sizes", ("encoder", "decoder", "embedding"))
-
-
 class Machines(NamedTuple):
     """Number of processes (one per device) and of shards (1 is DDP); figures of one device."""
 
@@ -43,30 +38,6 @@ class Machines(NamedTuple):
     shards: int = 1
     memory: float | None = None  # bytes
     peak: float | None = None  # FLOP/s
-
-
-def count_parameters(model_config: Qwen3EncoderDecoderConfig) -> Sizes:
-    """Count parameters on the meta device, without allocating weights."""
-    with torch.device("meta"):
-        model: Any = Qwen3ForSeq2SeqLM(model_config).model
-    embedding, encoder = model.shared.weight.numel(), model.encoder.num_parameters()
-    return Sizes(encoder, model.num_parameters() - encoder - embedding, embedding)
-
-
-def length_sums(source: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Sum S, T, S^2 and T S + T^2 / 2 over examples of these lengths, (4,) fp64."""
-    s, t = source.astype(np.float64), target.astype(np.float64)
-    return np.array([s.sum(), t.sum(), s @ s, t @ s + t @ t / 2])
-
-
-def flops_per_sum(c: Qwen3EncoderDecoderConfig, sizes: Sizes) -> np.ndarray:
-    """Return FLOPs of a forward and backward pass per unit of each `length_sums`, (4,) fp64."""
-    keys_values = 2 * c.hidden_size * c.num_key_value_heads * c.head_dim
-    source = sizes.encoder + keys_values * c.num_decoder_layers
-    target = sizes.decoder + sizes.embedding
-    attention = 2 * c.num_attention_heads * c.head_dim
-    layers = c.num_hidden_layers, c.num_decoder_layers
-    return 6.0 * np.array([source, target, attention * layers[0], attention * layers[1]])
 
 
 def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
@@ -144,52 +115,49 @@ def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> f
     return config.gradient_accumulation_steps * (inside + summed)
 
 
+def estimate(
+    c: Qwen3EncoderDecoderConfig, config: TrainingConfig, machines: Machines, mfu: float
+) -> dict[str, Any]:
+    """Estimate a run's cost with full rows, an upper bound; the time needs a known device."""
+    sizes, steps, data = count_parameters(c), config.max_steps, config.data
+    rows = config.batch_size * config.gradient_accumulation_steps * machines.processes
+    lengths = np.array([[data.source_length], [data.target_length]])
+    tokens = rows * int(lengths.sum())
+    work = rows * flops_per_sum(c, sizes) @ length_sums(*lengths)
+    parts = {name: size / 2**30 for name, size in memory(c, sizes, config, machines).items()}
+    sent = communication(sizes, config, machines) / 2**30
+    cost: dict[str, Any] = {
+        "parameters": {"total": sum(sizes), **sizes._asdict()},
+        "devices": machines.processes,
+        "step": {"rows": rows, "tokens": tokens, "flops": work, "sent_gib_per_device": sent},
+        "run": {"steps": steps, "tokens": steps * tokens, "flops": steps * work},
+        "memory_gib": {"peak": sum(parts.values()), **parts},
+    }
+    if machines.peak:
+        seconds = work / (machines.processes * machines.peak * mfu)
+        cost["time"] = {"mfu": mfu, "seconds_per_step": seconds, "hours": seconds * steps / 3600}
+    return cost
+
+
 def dry_run(
-    config: TrainingConfig,
-    devices: str | None = None,
-    model: str | None = None,
-    mfu: float = MFU,
-    as_json: bool = False,
+    config: TrainingConfig, devices: str | None = None, model: str | None = None, mfu: float = MFU
 ) -> None:
-    """Print a run's cost with full rows, an upper bound; raise InputError if it cannot fit."""
+    """Print a run's config and cost; raise InputError if it cannot fit."""
     c = qwen3_sizes(model) if model else load_config(config.model)
     with launched(config) as accelerator:
         show, there = accelerator.print, machines(accelerator, devices)
     check_settings(config, c.num_sentinel_tokens, there.processes)
-    sizes, steps = count_parameters(c), config.max_steps
-    rows = config.batch_size * config.gradient_accumulation_steps * there.processes
-    source, target = config.data.source_length, config.data.target_length
-    tokens = rows * (source + target)
-    work = rows * flops_per_sum(c, sizes) @ length_sums(np.array([source]), np.array([target]))
-    parts, sent = memory(c, sizes, config, there), communication(sizes, config, there)
-    needed = sum(parts.values())
-    cost: dict[str, Any] = {
-        "parameters": {"total": sum(sizes), **sizes._asdict()},
-        "devices": there.processes,
-        "step": {
-            "rows": rows,
-            "tokens": tokens,
-            "flops": work,
-            "sent_gib_per_device": sent / 2**30,
-        },
-        "run": {"steps": steps, "tokens": steps * tokens, "flops": steps * work},
-        "memory_gib": {"peak": needed / 2**30, **{k: v / 2**30 for k, v in parts.items()}},
-    }
-    if there.peak:
-        seconds = work / (there.processes * there.peak * mfu)
-        cost["time"] = {"mfu": mfu, "seconds_per_step": seconds, "hours": seconds * steps / 3600}
-    if as_json:
-        show(json.dumps({"config": config_to_dict(config), **cost}))
-    else:
-        show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
-        for name, value in flatten(cost).items():
-            label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
-            show(f"{label:40}{_figure(value)}")
-    if there.memory and needed > there.memory:
+    cost = estimate(c, config, there, mfu)
+    show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+    for name, value in flatten(cost).items():
+        label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
+        show(f"{label:40}{_figure(value)}")
+    needed, present = cost["memory_gib"]["peak"], (there.memory or math.inf) / 2**30
+    if needed > present:
         raise InputError(
-            f"batch_size={config.batch_size} needs {needed / 2**30:.1f} GiB per device, but only "
-            f"{there.memory / 2**30:.1f} are available; lower batch_size, set "
-            "gradient_checkpointing, or shard over more devices"
+            f"batch_size={config.batch_size} needs {needed:.1f} GiB per device, but only "
+            f"{present:.1f} are available; lower batch_size, set gradient_checkpointing, or shard "
+            "over more devices"
         )
 
 

@@ -19,7 +19,7 @@ from accelerate.utils import gather_object, send_to_device, set_seed
 from qwen3_encdec import folders
 from qwen3_encdec.data import collate, stream
 from qwen3_encdec.evaluation.denoising import example_losses, mean_losses
-from qwen3_encdec.training import monitor, plan, start
+from qwen3_encdec.training import flops, monitor, plan, start
 from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict
 from qwen3_encdec.training.distributed import STACKS, shared_errors
@@ -65,9 +65,9 @@ class Run:
         self.guard = monitor.SpikeGuard(config.spike_sigma, config.spike_window, resumed["recent"])
         self.denoisers = [denoiser.name for denoiser in config.data.denoisers]
         self.corpora = data.corpora
-        sizes = plan.count_parameters(model_config)
+        sizes = flops.count_parameters(model_config)
         peak = processes * (plan.machines(accelerator).peak or 0)
-        per_sum = plan.flops_per_sum(model_config, sizes)
+        per_sum = flops.flops_per_sum(model_config, sizes)
         self.meter = monitor.Meter(self.denoisers, per_sum, peak, resumed["totals"])
         self.heldout = self._heldout(data)
         self.loader = self._loader(data, tokenizer, resumed["positions"])
@@ -255,12 +255,12 @@ class Run:
 def _send(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """Send a packed batch to the device and add its ``counts``.
 
-    They are (7,): target tokens, source tokens, examples, and the four `plan.length_sums`.
+    They are (7,): target tokens, source tokens, examples, and the four `flops.length_sums`.
     """
     source = np.diff(batch["cu_seqlens"].numpy())
     target = np.diff(batch["decoder_cu_seqlens"].numpy())
     targets = int((batch["labels"] != -100).sum())
-    counts = [targets, source.sum(), len(source), *plan.length_sums(source, target)]
+    counts = [targets, source.sum(), len(source), *flops.length_sums(source, target)]
     if device.type == "cuda":  # only pinned memory is copied asynchronously
         batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
     return send_to_device(batch, device, non_blocking=True) | {"counts": np.array(counts)}

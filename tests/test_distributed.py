@@ -85,23 +85,36 @@ def corpus(tmp_path_factory) -> Path:
     return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
-@pytest.mark.parametrize("config", ["fsdp2", "ddp"])
-def test_two_processes_train_one_model(init_folder, corpus, tmp_path, config):
-    script, run_dir, sharded = tmp_path / "train.py", tmp_path / "run", config == "fsdp2"
+@pytest.mark.parametrize(
+    ("config", "processes", "kind", "shards"),
+    [
+        ("fsdp2", 2, "FSDP2", 2),
+        ("ddp", 2, "DDP", 1),
+        ("hsdp", 4, "FSDP2", 2),  # two replicas of two shards each
+        pytest.param("deepspeed_zero2", 2, "DeepSpeed", 0, marks=needs_deepspeed),
+        pytest.param("deepspeed_zero3", 2, "DeepSpeed", 0, marks=needs_deepspeed),
+    ],
+)
+def test_each_file_launches_one_model(
+    init_folder, corpus, tmp_path, config, processes, kind, shards
+):
+    script, run_dir = tmp_path / "train.py", tmp_path / "run"
     script.write_text(TRAIN)
-    settings = overrides(init_folder, corpus, output_dir=run_dir)
-    printed = launch(script, *settings, config=config)
-    assert f"2 x cpu, {'FSDP2' if sharded else 'DDP'}, compute fp32\n" in printed
-    look = json.loads(printed.split("LOOK ")[1].splitlines()[0])
-    rows = json.loads((init_folder / "config.json").read_text())["vocab_size"]
-    assert look.pop("local rows") == (-(-rows // 2) if sharded else rows)
-    assert look == {"matrices": 1, "in the optimizer": 1, "sharded": sharded}
+    more = {"gradient_accumulation_steps": 4 // processes, "output_dir": run_dir}
+    settings = overrides(init_folder, corpus, **more)
+    printed = launch(script, *settings, config=config, processes=processes)
+    assert f"{processes} x cpu, {kind}, compute fp32\n" in printed
+    if shards:
+        look = json.loads(printed.split("LOOK ")[1].splitlines()[0])
+        rows = json.loads((init_folder / "config.json").read_text())["vocab_size"]
+        assert look.pop("local rows") == -(-rows // shards)
+        assert look == {"matrices": 1, "in the optimizer": 1, "sharded": shards > 1}
 
-    alone = small_run(init_folder, corpus, output_dir=run_dir, gradient_accumulation_steps=2)
+    alone = small_run(init_folder, corpus, **more)
     trace = read_metrics(run_dir, "loss", "grad_norm")
     assert len(trace) == 4
-    torch.testing.assert_close(trace, list(plain_trace(alone, 2)), rtol=1e-5, atol=1e-5)
-    wrong = list(plain_trace(alone, 2, per_micro_batch=True))
+    torch.testing.assert_close(trace, list(plain_trace(alone, processes)), rtol=1e-5, atol=1e-5)
+    wrong = list(plain_trace(alone, processes, per_micro_batch=True))
     with pytest.raises(AssertionError):
         torch.testing.assert_close(trace, wrong, rtol=1e-5, atol=1e-5)
     # a sharded checkpoint holds the model's own code, not torch's
@@ -161,33 +174,11 @@ def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
         launched(config).__enter__()
 
 
-@pytest.mark.parametrize(
-    ("stage", "changes"),
-    [("1", {}), ("2", {"mixed_precision": "bf16"})],
-)
+@pytest.mark.parametrize(("stage", "precision"), [("1", "no"), ("2", "bf16")])
 @needs_deepspeed
-def test_what_deepspeed_cannot_do_is_refused(monkeypatch, stage, changes):
+def test_what_deepspeed_cannot_do_is_refused(monkeypatch, stage, precision):
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", stage)
-    config = TrainingConfig(**{"trackers": [], "mixed_precision": "no", **changes})
+    config = TrainingConfig(trackers=[], mixed_precision=precision)
     with pytest.raises(InputError, match="ZeRO stages 2 and 3 with mixed_precision=no"):
         launched(config).__enter__()
-
-
-@pytest.mark.parametrize(
-    ("config", "processes", "kind"),
-    [
-        ("hsdp", 4, "FSDP2"),  # two replicas of two shards each
-        pytest.param("deepspeed_zero2", 2, "DeepSpeed", marks=needs_deepspeed),
-        pytest.param("deepspeed_zero3", 2, "DeepSpeed", marks=needs_deepspeed),
-    ],
-)
-def test_the_other_files_launch_one_model(init_folder, corpus, tmp_path, config, processes, kind):
-    more = {"gradient_accumulation_steps": 4 // processes, "output_dir": tmp_path / "run"}
-    settings = overrides(init_folder, corpus, **more)
-    script = ROOT / "scripts/train.py"
-    printed = launch(script, *settings, config=config, processes=processes)
-    assert f"{processes} x cpu, {kind}, compute fp32\n" in printed
-    trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
-    alone = small_run(init_folder, corpus, **more)
-    torch.testing.assert_close(trace, list(plain_trace(alone, processes)), rtol=1e-5, atol=1e-5)

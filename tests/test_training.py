@@ -120,22 +120,16 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
 def test_trace_is_that_of_a_plain_loop(init_folder, corpus, tmp_path, recompute):
-    config = small_run(
-        init_folder,
-        corpus,
-        output_dir=tmp_path / "run",
-        gradient_accumulation_steps=3,
-        gradient_checkpointing=recompute,
-    )
+    options = {"gradient_accumulation_steps": 3, "gradient_checkpointing": recompute}
+    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", **options)
     checkpoint = run_training(config)
     assert checkpoint == tmp_path / "run/checkpoints/step-000004"
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
     assert len(trace) == 4
     torch.testing.assert_close(trace, list(plain_trace(config, 1)), rtol=1e-5, atol=1e-5)
+    wrong = list(plain_trace(config, 1, per_micro_batch=True))
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(
-            trace, list(plain_trace(config, 1, per_micro_batch=True)), rtol=1e-5, atol=1e-5
-        )
+        torch.testing.assert_close(trace, wrong, rtol=1e-5, atol=1e-5)
 
     rates = [learning_rate(step, config) for step in range(1, 5)]
     assert read_metrics(tmp_path / "run", "lr") == [(rate,) for rate in rates]
@@ -159,12 +153,8 @@ def test_a_mixture_has_a_held_out_loss_for_each_corpus(init_folder, corpus, tmp_
 @pytest.mark.parametrize("option", ["z_loss=0.01", "mntp_weight=0.5"])
 def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, option):
     name, value = option.split("=")
-    options = {
-        "output_dir": tmp_path / "run",
-        "gradient_accumulation_steps": 2,
-        "eval_every": 0,
-        name: value,
-    }
+    options = {"output_dir": tmp_path / "run", "gradient_accumulation_steps": 2}
+    options |= {"eval_every": 0, name: value}
     config = small_run(init_folder, corpus, **options)
     run_training(config)
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
@@ -192,11 +182,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tm
 def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
     with pytest.raises(InputError, match=r"initialize_from_qwen3\.py --model"):
         run_training(small_run(tmp_path / "nowhere", corpus))
-    other = shutil.copytree(init_folder, tmp_path / "other")
-    whole = (other / "model.safetensors").read_bytes()
-    (other / "model.safetensors").write_bytes(whole[:1000])
-    with pytest.raises(InputError, match="is truncated, damaged or missing"):
-        run_training(small_run(other, corpus))
     long = {"data.source_length": 512, "data.target_length": 512}
     with pytest.raises(InputError, match=r"R2 needs up to \d+ sentinels"):
         run_training(small_run(init_folder, corpus, **long))

@@ -150,7 +150,9 @@ def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path
         (SHARD, "flipped", "does not match its checksum"),
         (f"state/rank-{ONE}.json", "flipped", f"rank-{ONE}.json has changed"),
         ("config.json", "missing", "config.json is missing"),  # half copied
+        (f"state/rank-{ONE}.json", "missing", f"rank-{ONE}.json is missing"),
         ("state/checks.json", "missing", "checks.json cannot be read"),
+        ("state/checks.json", "cut", "checks.json is not valid JSON"),
         ("foreign.safetensors", "added", "foreign.safetensors does not belong to it"),
     ],
 )

@@ -1,5 +1,6 @@
 """What a dry run says: parameters, operations, memory, bytes sent, hours."""
 
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -148,10 +149,9 @@ def test_recipes_load_and_fit(name, capsys):
     lines = capsys.readouterr().out.partition("\nparameters")[2].splitlines()
     names = [line.partition(":")[0] for line in lines]
     assert {"step", "run", "memory GiB", "time"} < set(names)
-    devices, model = RECIPES[name]
-    there = plan.machines(accelerator(), devices)
-    cost = plan.estimate(plan.qwen3_sizes(model), config, there, plan.MFU)
-    assert cost["run"]["steps"] == config.max_steps
+    plan.dry_run(config, *RECIPES[name], as_json=True)
+    cost = json.loads(capsys.readouterr().out)
+    assert cost["config"]["max_steps"] == cost["run"]["steps"] == config.max_steps
     parts = cost["memory_gib"]
     assert parts.pop("peak") == pytest.approx(sum(parts.values()))
     seconds = cost["time"]["seconds_per_step"] * config.max_steps

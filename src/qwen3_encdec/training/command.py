@@ -24,6 +24,7 @@ def train(
     mfu: Annotated[
         float, typer.Option(help="Dry run: share of the devices' peak; measured: 0.29.")
     ] = 0.29,
+    as_json: Annotated[bool, typer.Option("--json", help="Dry run: print JSON.")] = False,
     find_batch_size: Annotated[
         bool, typer.Option("--find-batch-size", help="Print the largest batch_size that fits.")
     ] = False,
@@ -36,7 +37,7 @@ def train(
     if dry_run:
         from qwen3_encdec.training import plan
 
-        plan.dry_run(resolved, devices, qwen3_model, mfu)
+        plan.dry_run(resolved, devices, qwen3_model, mfu, as_json)
     elif find_batch_size:
         from qwen3_encdec.training import start
 

@@ -1,5 +1,6 @@
 """Estimate a run's cost from its sizes alone, with the formulas of docs/scaling.md."""
 
+import json
 import math
 import re
 from typing import Any, NamedTuple
@@ -140,7 +141,11 @@ def estimate(
 
 
 def dry_run(
-    config: TrainingConfig, devices: str | None = None, model: str | None = None, mfu: float = MFU
+    config: TrainingConfig,
+    devices: str | None = None,
+    model: str | None = None,
+    mfu: float = MFU,
+    as_json: bool = False,
 ) -> None:
     """Print a run's config and cost; raise InputError if it cannot fit."""
     c = qwen3_sizes(model) if model else load_config(config.model)
@@ -148,10 +153,13 @@ def dry_run(
         show, there = accelerator.print, machines(accelerator, devices)
     check_settings(config, c.num_sentinel_tokens, there.processes)
     cost = estimate(c, config, there, mfu)
-    show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
-    for name, value in flatten(cost).items():
-        label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
-        show(f"{label:40}{_figure(value)}")
+    if as_json:
+        show(json.dumps({"config": config_to_dict(config), **cost}))
+    else:
+        show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+        for name, value in flatten(cost).items():
+            label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
+            show(f"{label:40}{_figure(value)}")
     needed, present = cost["memory_gib"]["peak"], (there.memory or math.inf) / 2**30
     if needed > present:
         raise InputError(

@@ -22,16 +22,8 @@ from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding.encoder import TextEncoder, encoder_folder, read_texts, token_batches
 from qwen3_encdec.folders import InputError, read_json, write_json
 
-TEXTS = [
-    "",
-    "One.",
-    "A few more words to read.",
-    "naïve <|im_end|> text",
-    "word " * 700,
-    "short",
-    "x" * 90,
-    "Two.",
-]
+TEXTS = ["", "One.", "A few more words to read.", "naïve <|im_end|> text"]
+TEXTS += ["word " * 700, "short", "x" * 90, "Two."]
 
 
 @pytest.fixture(scope="module", params=["mean", "last", "cls"])
@@ -41,19 +33,9 @@ def encoder(request, init_folder, tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def mean_encoder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / "mean"
-    extract_encoder(init_folder, folder, max_seq_length=200)
-    settings = read_json(folder / "config_sentence_transformers.json")
-    prompts = {"query": "query: ", "document": ""}
-    write_json(folder / "config_sentence_transformers.json", {**settings, "prompts": prompts})
-    return folder
-
-
 @pytest.fixture
-def fp32(mean_encoder):
-    return TextEncoder(mean_encoder, dtype=torch.float32)
+def fp32(prompted_encoder):
+    return TextEncoder(prompted_encoder, dtype=torch.float32)
 
 
 def stock(folder, **options):
@@ -92,20 +74,20 @@ def test_batches_hold_every_text_once_and_about_the_budget():
     assert [int(lengths[batch].sum()) for batch in batches] == [900, 100, 13]
 
 
-def test_dimensions_are_cut_and_normalized_again(fp32, mean_encoder):
-    expected = stock(mean_encoder, truncate_dim=10).encode(TEXTS, normalize_embeddings=True)
+def test_dimensions_are_cut_and_normalized_again(fp32, prompted_encoder):
+    expected = stock(prompted_encoder, truncate_dim=10).encode(TEXTS, normalize_embeddings=True)
     assert near(fp32.encode(TEXTS, dimensions=10), expected)
     with pytest.raises(InputError, match="dimensions 41 must be between 1 and 40"):
         fp32.encode(TEXTS, dimensions=41)
 
 
-def test_bfloat16_is_near_and_the_default_where_it_is_native(fp32, mean_encoder, monkeypatch):
-    near = TextEncoder(mean_encoder, dtype=torch.bfloat16).encode(TEXTS)
+def test_bfloat16_is_near_and_the_default_where_it_is_native(fp32, prompted_encoder, monkeypatch):
+    near = TextEncoder(prompted_encoder, dtype=torch.bfloat16).encode(TEXTS)
     cosines = (near * fp32.encode(TEXTS)).sum(1)
     assert 0.99 < cosines.min() < 1 - 1e-6
     for name, expected in (("amx_bf16", torch.bfloat16), ("avx2", torch.float32)):
         monkeypatch.setattr(torch.cpu, "get_capabilities", lambda name=name: {name: True})
-        assert TextEncoder(mean_encoder, device="cpu").dtype == expected
+        assert TextEncoder(prompted_encoder, device="cpu").dtype == expected
 
 
 SETTINGS = {
@@ -142,8 +124,8 @@ def of_other_tools(folder):
 
 
 @pytest.mark.parametrize("write", [of_this_version, of_older_versions, of_other_tools])
-def test_folders_are_read_as_sentence_transformers_reads_them(mean_encoder, tmp_path, write):
-    folder = shutil.copytree(mean_encoder, tmp_path / "folder")
+def test_folders_are_read_as_sentence_transformers_reads_them(prompted_encoder, tmp_path, write):
+    folder = shutil.copytree(prompted_encoder, tmp_path / "folder")
     write(folder)
     ours, theirs = TextEncoder(folder, dtype=torch.float32), stock(folder)
     assert ours.max_tokens == theirs.max_seq_length
@@ -186,15 +168,15 @@ def test_what_is_no_text_is_named(fp32, texts, sentence):
         fp32.encode(TEXTS, prompt_name="questions")
 
 
-def test_very_long_text_and_max_tokens(mean_encoder):
+def test_very_long_text_and_max_tokens(prompted_encoder):
     text = "many words " * 50_000
-    encoder = TextEncoder(mean_encoder, dtype=torch.float32, max_tokens=300)
+    encoder = TextEncoder(prompted_encoder, dtype=torch.float32, max_tokens=300)
     tokens = encoder.tokenize([text, "short"])
     assert len(tokens.ids[0]) == 300
-    assert tokens.ids[0][-1] == read_json(mean_encoder / "config.json")["eos_token_id"]
+    assert tokens.ids[0][-1] == read_json(prompted_encoder / "config.json")["eos_token_id"]
     assert tokens.cut == [True, False]
     with pytest.raises(InputError, match=r"max_tokens 90000 must be between 2 and 32768"):
-        TextEncoder(mean_encoder, max_tokens=90_000)
+        TextEncoder(prompted_encoder, max_tokens=90_000)
 
 
 def test_an_encoder_decoder_is_taken_apart_and_that_is_said(init_folder, fp32, capsys):
@@ -206,8 +188,10 @@ def test_an_encoder_decoder_is_taken_apart_and_that_is_said(init_folder, fp32, c
     assert not folder.exists()
 
 
-def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
-    causal = changed(shutil.copytree(mean_encoder, tmp_path / "causal"), "config.json", is_causal=1)
+def test_what_is_no_encoder_is_refused(prompted_encoder, parent_folder, tmp_path):
+    causal = changed(
+        shutil.copytree(prompted_encoder, tmp_path / "causal"), "config.json", is_causal=1
+    )
     for folder in (tmp_path / "nowhere", parent_folder, causal):
         with pytest.raises(InputError, match="is not an encoder folder; make one with: qwen3-enc"):
             TextEncoder(folder)
@@ -226,14 +210,16 @@ def test_what_is_no_encoder_is_refused(mean_encoder, parent_folder, tmp_path):
         ("sentence_bert_config.json", {"do_lower_case": True}, "sets do_lower_case"),
     ],
 )
-def test_settings_that_cannot_be_read_are_named(mean_encoder, tmp_path, file, changes, sentence):
-    folder = changed(shutil.copytree(mean_encoder, tmp_path / "folder"), file, **changes)
+def test_settings_that_cannot_be_read_are_named(
+    prompted_encoder, tmp_path, file, changes, sentence
+):
+    folder = changed(shutil.copytree(prompted_encoder, tmp_path / "folder"), file, **changes)
     with pytest.raises(InputError, match=sentence):
         TextEncoder(folder)
 
 
-def test_damaged_files_are_named(mean_encoder, tmp_path):
-    folder = shutil.copytree(mean_encoder, tmp_path / "folder")
+def test_damaged_files_are_named(prompted_encoder, tmp_path):
+    folder = shutil.copytree(prompted_encoder, tmp_path / "folder")
 
     def refused(sentence):
         with pytest.raises(InputError, match=sentence):
@@ -251,9 +237,9 @@ def test_damaged_files_are_named(mean_encoder, tmp_path):
     refused("must contain a JSON object, not list")
 
 
-def test_embed_from_stdin_to_npy(command, mean_encoder, tmp_path, fp32):
+def test_embed_from_stdin_to_npy(command, prompted_encoder, tmp_path, fp32):
     output, lines = tmp_path / "new" / "x.npy", "".join(f"{text}\n" for text in TEXTS)
-    paths = ("--model", mean_encoder, "--input", "-", "--output", output)
+    paths = ("--model", prompted_encoder, "--input", "-", "--output", output)
     code, out, _ = command("embed", *paths, "--dtype", "float32", stdin=lines)
     assert code == 0
     assert "8 texts in float32, 1 cut at 200 tokens: (8, 40) float32" in out
@@ -262,12 +248,12 @@ def test_embed_from_stdin_to_npy(command, mean_encoder, tmp_path, fp32):
 
 
 def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
-    command, mean_encoder, tmp_path, fp32
+    command, prompted_encoder, tmp_path, fp32
 ):
     lines = "\n".join(json.dumps({"body": text}) for text in TEXTS)
     source, output = tmp_path / "texts.jsonl.gz", tmp_path / "x.parquet"
     source.write_bytes(gzip.compress(lines.encode()))
-    paths = ("--model", mean_encoder, "--input", source, "--output", output)
+    paths = ("--model", prompted_encoder, "--input", source, "--output", output)
     options = ("--text-column", "body", "--prompt-name", "query", "--dimensions", 8)
     code, _, err = command("embed", *paths, *options, "--dtype", "float32")
     assert code == 0, err
@@ -292,13 +278,13 @@ def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
     ],
 )
 def test_embed_refuses_and_writes_nothing(
-    command, mean_encoder, tmp_path, monkeypatch, output, arguments, sentence
+    command, prompted_encoder, tmp_path, monkeypatch, output, arguments, sentence
 ):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "folder.npy").mkdir()
-    paths = ("--model", mean_encoder, "--input", "texts.txt", "--output", output)
+    paths = ("--model", prompted_encoder, "--input", "texts.txt", "--output", output)
     code, _, err = command("embed", *paths, *arguments)
     assert code == 2
     assert sentence in err
@@ -312,8 +298,10 @@ def test_standard_input_that_is_not_utf8_is_named(monkeypatch):
         read_texts("-")
 
 
-def test_similarity_prints_the_matrix(command, mean_encoder):
-    code, out, _ = command("similarity", "--model", mean_encoder, "One.", "One.", "Another thing")
+def test_similarity_prints_the_matrix(command, prompted_encoder):
+    code, out, _ = command(
+        "similarity", "--model", prompted_encoder, "One.", "One.", "Another thing"
+    )
     assert code == 0
     rows = np.array([float(cell) for cell in out.replace("[", " ").replace("]", " ").split()])
     rows = rows.reshape(3, 3)

@@ -28,7 +28,7 @@ from tqdm import tqdm
 from transformers import Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
+from qwen3_encdec.conversion.extract import POOLING, extract_encoder, pooling_mode
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import open_corpus
@@ -86,11 +86,10 @@ def _layout(folder: Path) -> Layout:
         listed = ", ".join(kinds)
         raise InputError(f"{folder} has modules {listed}; only Pooling and Normalize are supported")
     pooling = read_json(folder / modules[1]["path"] / "config.json")
-    # Versions before 5.3 have one flag per mode.
-    flags = [mode for mode, flag in POOLING_FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
-    mode = pooling.get("pooling_mode") or "+".join(flags)
+    mode = pooling_mode(pooling)
     if mode not in POOLING.values() or not pooling.get("include_prompt", True):
-        raise InputError(f"{folder}: pooling must be {', '.join(POOLING)} and include the prompt")
+        modes = ", ".join(POOLING)
+        raise InputError(f"{folder}: pooling {mode!r} must be {modes} and include the prompt")
     transformer = _read_optional(folder / "sentence_bert_config.json")
     if transformer.get("do_lower_case"):
         raise InputError(f"{folder} sets do_lower_case, which is not supported")

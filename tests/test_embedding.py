@@ -200,7 +200,7 @@ def test_what_is_no_encoder_is_refused(prompted_encoder, parent_folder, tmp_path
 @pytest.mark.parametrize(
     ("file", "changes", "sentence"),
     [
-        ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling must be mean, last, cls"),
+        ("1_Pooling/config.json", {"pooling_mode": "max"}, "pooling 'max' must be mean"),
         ("config.json", {"hidden_size": "40"}, "malformed settings: Validation error .*hidden"),
         ("config.json", {"layer_types": ["sliding_attention"] * 3}, "sliding-window layers"),
         ("config.json", {"intermediate_size": 64}, r"down_proj.weight is \(40, 56\), expected"),

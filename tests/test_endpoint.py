@@ -124,6 +124,7 @@ def test_a_server_that_cannot_be_reached_is_named(encoder_folder, url):
         answer_with(np.full((12, 40), np.inf)),
         answer_with(np.full((12, 40), np.nan)),
         answer_with(np.zeros((12, 40))),
+        answer_with(np.ones((12, 1, 40))),
     ],
 )
 def test_what_is_not_an_embedding_is_named(encoder_folder, answer):

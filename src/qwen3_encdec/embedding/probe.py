@@ -62,7 +62,7 @@ def check_endpoint(url: str, model: str | Path, name: str | None = None) -> Verd
                 rows += sorted(data, key=lambda row: row["index"])
             found = np.array([row["embedding"] for row in rows], dtype=np.float32)
             norms = np.linalg.norm(found, axis=1)
-            if len(found) == len(texts) and 0 < norms.min() <= norms.max() < np.inf:
+            if found.shape[:-1] == (len(texts),) and 0 < norms.min() <= norms.max() < np.inf:
                 return found
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, InputError):

@@ -22,6 +22,7 @@ from transformers.masking_utils import AttentionMaskInterface, flash_attention_m
 from transformers.utils import logging
 
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM, cli
+from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
@@ -229,4 +230,23 @@ def init_folder(parent_folder, tmp_path_factory) -> Path:
     """The encoder-decoder initialized from `parent_folder`."""
     folder = tmp_path_factory.mktemp("init") / "encdec"
     initialize(parent_folder, folder, num_sentinel_tokens=11)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder_folder(init_folder, tmp_path_factory) -> Path:
+    """The encoder extracted from `init_folder` with default settings."""
+    folder = tmp_path_factory.mktemp("encoder") / "out"
+    extract_encoder(init_folder, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prompted_encoder(init_folder, tmp_path_factory) -> Path:
+    """The same encoder, named `mean`, with a prompt for queries and a limit of 200 tokens."""
+    folder = tmp_path_factory.mktemp("prompted") / "mean"
+    extract_encoder(init_folder, folder, max_seq_length=200)
+    file = folder / "config_sentence_transformers.json"
+    prompts = {"query": "query: ", "document": ""}
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"prompts": prompts}))
     return folder

@@ -13,20 +13,12 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from qwen3_encdec import cli
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.export import export_encoder, llama_cpp_server
 from qwen3_encdec.embedding.probe import check_endpoint
 from qwen3_encdec.folders import InputError
 from tests.test_serving import running as embedding_server
-
-
-@pytest.fixture(scope="module")
-def encoder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / "out"
-    extract_encoder(init_folder, folder)
-    return folder
 
 
 @contextmanager
@@ -71,61 +63,74 @@ def answer_with(vectors):
 CAUSAL = {"config_kwargs": {"is_causal": True}}
 
 
-def test_our_server_is_bidirectional(encoder, monkeypatch):
+def test_our_server_is_bidirectional(encoder_folder, monkeypatch):
     monkeypatch.setenv("QWEN3_ENCDEC_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    with embedding_server(TextEncoder(encoder)) as url:
-        assert check_endpoint(url, encoder).kind == "bidirectional"
+    with embedding_server(TextEncoder(encoder_folder)) as url:
+        assert check_endpoint(url, encoder_folder).kind == "bidirectional"
 
 
-@pytest.mark.parametrize("path", ["", "/v1", "/v1/embeddings"])
-def test_a_causal_server_is_told_from_a_bidirectional_one(encoder, path):
-    for options, kind in (({}, "bidirectional"), (CAUSAL, "causal")):
-        with stock(encoder, **options) as url:
-            assert check_endpoint(url + path, encoder).kind == kind
-
-
-@pytest.mark.parametrize("pooling", ["last", "cls"])
-def test_other_poolings_are_told(init_folder, tmp_path, pooling):
+@pytest.mark.parametrize(
+    ("pooling", "path"), [("mean", ""), ("last", "/v1"), ("cls", "/v1/embeddings")]
+)
+def test_a_causal_server_is_told_from_a_bidirectional_one(
+    init_folder, tmp_path, command, pooling, path
+):
     extract_encoder(init_folder, tmp_path / "encoder", pooling=pooling)
-    for options, kind in (({}, "bidirectional"), (CAUSAL, "causal")):
+    for options, expected in (({}, (0, "bidirectional")), (CAUSAL, (1, "causal"))):
         with stock(tmp_path / "encoder", **options) as url:
-            assert check_endpoint(url, tmp_path / "encoder").kind == kind
+            code, out, _ = command("check-endpoint", url + path, "--model", tmp_path / "encoder")
+        assert (code, out.partition(":")[0]) == expected
 
 
-def test_a_wrong_pooling_and_another_model_are_not_called_right(encoder, tmp_path, init_folder):
+def test_a_wrong_pooling_and_another_model_are_not_called_right(
+    encoder_folder, tmp_path, init_folder
+):
     extract_encoder(init_folder, tmp_path / "last", pooling="last")
     with stock(tmp_path / "last") as url:
-        verdict = check_endpoint(url, encoder)
+        verdict = check_endpoint(url, encoder_folder)
     assert verdict.kind == "misread"
     assert "read as 'bidirectional, lasttoken, with EOS'" in verdict.evidence
     generator = np.random.default_rng(0)
     with serve(
         lambda path, request: answer_with(generator.standard_normal((len(request["input"]), 40)))
     ) as url:
-        assert check_endpoint(url, encoder).kind == "unknown"
+        assert check_endpoint(url, encoder_folder).kind == "unknown"
 
 
-def test_what_does_not_answer_with_embeddings_is_named(encoder):
-    for url in ("127.0.0.1:1", "ftp://127.0.0.1"):
-        with pytest.raises(InputError, match="request to .* failed: "):
-            check_endpoint(url, encoder)
+@pytest.mark.parametrize(
+    "url",
+    [
+        "127.0.0.1:1",
+        "ftp://127.0.0.1",
+        "http://127.0.0.1:9",
+        "http://[::1",
+        "http://127.0.0.1:http",
+        "http://127.0.0.1:99999",
+    ],
+)
+def test_a_server_that_cannot_be_reached_is_named(encoder_folder, url):
     with pytest.raises(InputError, match="request to .* failed: "):
-        check_endpoint("http://127.0.0.1:9", encoder)
-    for port in ("99999", "http"):
-        with pytest.raises(InputError, match="request to .* failed: "):
-            check_endpoint(f"http://127.0.0.1:{port}", encoder)
-    for answer in (
+        check_endpoint(url, encoder_folder)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
         {"data": []},
         {"error": "no"},
         [],
         {"data": [{"index": 0, "embedding": "text"}]},
-    ):
-        with (
-            serve(lambda path, request, answer=answer: answer) as url,
-            pytest.raises(InputError, match="did not return embeddings for 12 texts"),
-        ):
-            check_endpoint(url, encoder)
+        answer_with(np.full((12, 40), np.inf)),
+        answer_with(np.full((12, 40), np.nan)),
+        answer_with(np.zeros((12, 40))),
+        answer_with(np.ones((12, 1, 40))),
+    ],
+)
+def test_what_is_not_an_embedding_is_named(encoder_folder, answer):
+    with serve(lambda path, request: answer) as url:
+        with pytest.raises(InputError, match="did not return embeddings for 12 texts"):
+            check_endpoint(url, encoder_folder)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +141,7 @@ def test_what_does_not_answer_with_embeddings_is_named(encoder):
         b'HTTP/1.1 200 OK\r\nContent-Length: 5000\r\n\r\n{"data": [',
     ],
 )
-def test_a_port_that_is_no_http_and_a_cut_answer_are_named(said, encoder):
+def test_a_port_that_is_no_http_and_a_cut_answer_are_named(said, encoder_folder):
     with socket.create_server(("127.0.0.1", 0)) as listening:
 
         def answer():
@@ -149,36 +154,22 @@ def test_a_port_that_is_no_http_and_a_cut_answer_are_named(said, encoder):
         threading.Thread(target=answer, daemon=True).start()
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
         with pytest.raises(InputError, match="request to .* failed: "):
-            check_endpoint(url, encoder)
+            check_endpoint(url, encoder_folder)
 
 
-def test_another_models_width_is_named_and_a_shorter_one_is_judged(encoder):
+def test_another_models_width_is_named_and_a_shorter_one_is_judged(encoder_folder):
     rng = np.random.default_rng(0)
     with serve(lambda path, request: answer_with(rng.random((len(request["input"]), 768)))) as url:
         with pytest.raises(InputError, match="returns 768 dimensions, but .* has 40: it serves"):
-            check_endpoint(url, encoder)
-    with stock(encoder, truncate_dim=20) as url:
-        assert check_endpoint(url, encoder).kind == "bidirectional"
+            check_endpoint(url, encoder_folder)
+    with stock(encoder_folder, truncate_dim=20) as url:
+        assert check_endpoint(url, encoder_folder).kind == "bidirectional"
 
 
-@pytest.mark.parametrize(
-    ("options", "code", "word"), [({}, 0, "bidirectional: "), (CAUSAL, 1, "causal: ")]
-)
-def test_the_command_answers_by_its_exit_code(encoder, monkeypatch, capsys, options, code, word):
-    with stock(encoder, **options) as url:
-        monkeypatch.setattr(
-            "sys.argv", ["qwen3-encdec", "check-endpoint", url, "--model", str(encoder)]
-        )
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-    assert stop.value.code == code
-    assert capsys.readouterr().out.startswith(word)
-
-
-def test_llama_cpps_own_server(encoder, tmp_path):
+def test_llama_cpps_own_server(encoder_folder, tmp_path):
     """The exported file as it is, and without the key of its header that says it is not causal."""
     pytest.importorskip("xllamacpp")
-    export_encoder(encoder, "gguf", tmp_path / "out")
+    export_encoder(encoder_folder, "gguf", tmp_path / "out")
     file = tmp_path / "out" / "model-f32.gguf"
     whole = file.read_bytes()
     key = b"qwen3.attention.causal"
@@ -189,4 +180,4 @@ def test_llama_cpps_own_server(encoder, tmp_path):
     ):
         file.write_bytes(content)
         server = llama_cpp_server(file.parent)
-        assert check_endpoint(server.listening_address, encoder).kind == kind
+        assert check_endpoint(server.listening_address, encoder_folder).kind == kind

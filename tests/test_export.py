@@ -1,10 +1,10 @@
 """Exported files embed as our encoder does, in their own runtimes (`make interop` installs them)."""
 
 import importlib.util
-import json
 import re
 import shutil
 import tomllib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,6 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
-from qwen3_encdec import cli
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import export
 from qwen3_encdec.embedding import export_pair as export_pair_module
@@ -37,53 +36,32 @@ FILES = {
 }
 
 
-@pytest.fixture(scope="module")
-def encoder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / "out"
-    extract_encoder(init_folder, folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def texts(encoder) -> list[str]:
-    return sample_texts(AutoTokenizer.from_pretrained(encoder), 9, 100, seed=1)
-
-
 def runtime(form: str) -> None:
     for package in FORMS[form].packages:
-        if importlib.util.find_spec(package) is None:
-            pytest.skip(f"{package} is not installed")
+        pytest.importorskip(package)
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_a_form_embeds_as_our_encoder_does(encoder, texts, tmp_path, form):
+def test_a_form_embeds_as_our_encoder_does(encoder_folder, tmp_path, monkeypatch, form):
     runtime(form)
-    # weights this wide put the bytes' error beyond the limit: what is tested is that nothing else
-    # is wrong
+    # Weights this wide put the error of 8 bits beyond the limit; nothing else may be wrong.
     limit = 0.98 if FORMS[form].cosine < 0.9999 else FORMS[form].cosine
-    report = export_encoder_with(limit, encoder, form, tmp_path / "out")
+    monkeypatch.setitem(FORMS, form, FORMS[form]._replace(cosine=limit))
+    report = export_encoder(encoder_folder, form, tmp_path / "out")
     assert report.cosine >= limit > report.causal
     assert (tmp_path / "out" / FILES[form]).is_file()
     # ONNX folders carry the tokenizer, which normalizes; GGUF readers do not.
     assert (tmp_path / "out" / "tokenizer.json").is_file() is form.startswith("onnx")
     assert (report.decomposed >= limit) is form.startswith("onnx")
     assert ("convert texts to NFC" in str(report)) is not form.startswith("onnx")
-    expected = TextEncoder(encoder, dtype=torch.float32, device="cpu").encode(texts)
+    texts = sample_texts(AutoTokenizer.from_pretrained(encoder_folder), 9, 100, seed=1)
+    expected = TextEncoder(encoder_folder, dtype=torch.float32, device="cpu").encode(texts)
     found = FORMS[form].read(tmp_path / "out")(texts)
     assert (found * expected).sum(-1).min() >= limit
-    assert (causal_embeddings(encoder, texts) * expected).sum(-1).min() < 0.9
-    # eight bits are eight bits: not another copy in 32
+    assert (causal_embeddings(encoder_folder, texts) * expected).sum(-1).min() < 0.9
+    # Eight bits must not be another copy in 32.
     if form in ("onnx-int8", "gguf-q8_0"):
         assert not np.allclose(found, expected, atol=1e-4)
-
-
-def export_encoder_with(limit, encoder, form, output):
-    whole = FORMS[form]
-    try:
-        FORMS[form] = whole._replace(cosine=limit)
-        return export_encoder(encoder, form, output)
-    finally:
-        FORMS[form] = whole
 
 
 @pytest.mark.parametrize(("form", "pooling"), [("onnx", "last"), ("gguf", "cls")])
@@ -93,64 +71,63 @@ def test_the_folders_own_pooling_goes_with_it(init_folder, tmp_path, form, pooli
     assert export_encoder(tmp_path / "encoder", form, tmp_path / "out").cosine >= FORMS[form].cosine
 
 
-def stock_form(reader=None) -> Form:
-    """The folder itself, read by sentence-transformers."""
-
-    def read(folder):
-        return SentenceTransformer(str(folder), device="cpu").encode
-
-    def write(encoder, output):
-        shutil.copytree(encoder, output, dirs_exist_ok=True)
-
-    return Form(write, reader or read, 0.99999, (), "export")
+STOCK = Form(
+    write=partial(shutil.copytree, dirs_exist_ok=True),
+    read=lambda folder: SentenceTransformer(str(folder), device="cpu").encode,
+    cosine=0.99999,
+    packages=(),
+    extra="export",
+)
+"""The folder itself, read by sentence-transformers."""
 
 
-def test_wrong_readers_are_caught_and_nothing_is_written(encoder, tmp_path, monkeypatch):
+def test_wrong_readers_are_caught_and_nothing_is_written(encoder_folder, tmp_path, monkeypatch):
     """The controls: a causal reader, one that is a little off, and texts that could not tell."""
-    right = stock_form()
 
     def causal(folder):
         return lambda texts: causal_embeddings(folder, texts)
 
     def noisy(folder):
-        rng = np.random.default_rng(0)
-        embed = right.read(folder)
+        rng, embed = np.random.default_rng(0), STOCK.read(folder)
         return lambda texts: embed(texts) + 0.01 * rng.standard_normal((len(texts), 40))
 
-    monkeypatch.setitem(FORMS, "stock", right)
-    export_encoder(encoder, "stock", tmp_path / "right")
-    for reader in (causal, noisy):
-        monkeypatch.setitem(FORMS, "stock", stock_form(reader))
+    def refused(reader):
+        monkeypatch.setitem(FORMS, "stock", STOCK._replace(read=reader))
         with pytest.raises(InputError, match="exported as stock failed verification"):
-            export_encoder(encoder, "stock", tmp_path / "out")
-    monkeypatch.setitem(FORMS, "stock", right)
-    monkeypatch.setattr(
-        export, "causal_embeddings", lambda folder, texts: right.read(folder)(texts)
-    )
-    with pytest.raises(InputError, match="failed verification"):
-        export_encoder(encoder, "stock", tmp_path / "out")
+            export_encoder(encoder_folder, "stock", tmp_path / "out")
+
+    refused(causal)
+    refused(noisy)
+    monkeypatch.setattr(export, "causal_embeddings", lambda *given: STOCK.read(given[0])(given[1]))
+    refused(STOCK.read)
+    monkeypatch.undo()
+    monkeypatch.setitem(FORMS, "stock", STOCK)
+    export_encoder(encoder_folder, "stock", tmp_path / "right")
     assert [folder.name for folder in tmp_path.iterdir()] == ["right"]
 
 
 @pytest.mark.parametrize("form", ["onnx", "gguf"])
-def test_prompts_width_and_limit_travel(encoder, tmp_path, form):
+def test_prompts_width_and_limit_travel(encoder_folder, tmp_path, form):
     runtime(form)
-    folder = shutil.copytree(encoder, tmp_path / "encoder")
+    folder = shutil.copytree(encoder_folder, tmp_path / "encoder")
     file = folder / "config_sentence_transformers.json"
     changes = {"prompts": {"query": "q: "}, "default_prompt_name": "query", "truncate_dim": 24}
     write_json(file, read_json(file) | changes)
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": 50})
+    write_json(folder / "modules.json", read_json(folder / "modules.json")[:2])  # not normalized
     report = export_encoder(folder, form, tmp_path / "out")
     assert report.cosine >= FORMS[form].cosine
+    assert report.difference < 1e-5
     if form == "onnx":
-        assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 512
+        assert AutoTokenizer.from_pretrained(tmp_path / "out").model_max_length == 50
         return
     from gguf import GGUFReader
 
     reader = GGUFReader(tmp_path / "out" / "model-f32.gguf")
-    assert reader.get_field("qwen3.context_length").contents() == 512
+    assert reader.get_field("qwen3.context_length").contents() == 50
 
 
-def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder, tmp_path):
+def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder_folder, tmp_path):
     runtime("onnx")
     report = export_pair(init_folder, tmp_path / "pair")
     assert report.equal == report.tokens == 32 * 24
@@ -169,7 +146,7 @@ def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder, tmp_path)
     together = decode(tmp_path / "pair", *arguments, config, steps=9)
     assert np.array_equal(together, np.array(alone))
     with pytest.raises(InputError, match="not an encoder-decoder"):
-        export_pair(encoder, tmp_path / "out")
+        export_pair(encoder_folder, tmp_path / "out")
 
 
 def test_a_pair_that_decodes_otherwise_is_not_written(init_folder, tmp_path, monkeypatch):
@@ -181,56 +158,47 @@ def test_a_pair_that_decodes_otherwise_is_not_written(init_folder, tmp_path, mon
     assert not list(tmp_path.iterdir())
 
 
-def test_sample_texts_reach_from_one_token_to_the_longest(encoder):
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
+def test_sample_texts_reach_from_one_token_to_the_longest(encoder_folder):
+    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
     texts = sample_texts(tokenizer, 32, 400)
     lengths = [len(ids) for ids in tokenizer(texts)["input_ids"]]
     assert min(lengths) <= 4
     assert 300 <= max(lengths) <= 400
     assert texts == sample_texts(tokenizer, 32, 400) != sample_texts(tokenizer, 32, 400, seed=1)
     assert lengths != sorted(lengths)  # so that batches are padded
+    assert all(sample_texts(tokenizer, 4, longest=2))
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_the_extra_that_is_named_installs_what_is_missing(form):
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())[
-        "project"
-    ]
-    extra = {
-        re.split("[>=]", entry)[0].replace("-", "_")
-        for entry in project["optional-dependencies"][FORMS[form].extra]
-    }
-    assert set(FORMS[form].packages) <= extra
+    text = (Path(__file__).parent.parent / "pyproject.toml").read_text()
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    names = [re.split("[>=]", entry)[0].replace("-", "_") for entry in extras[FORMS[form].extra]]
+    assert set(FORMS[form].packages) <= set(names)
 
 
-def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_named(encoder_folder, parent_folder, tmp_path, monkeypatch, command):
     out = tmp_path / "out"
     with pytest.raises(InputError, match="form 'tflite' is not one of onnx, onnx-int8, gguf"):
-        export_encoder(encoder, "tflite", out)
-    monkeypatch.setitem(FORMS, "stock", stock_form())
+        export_encoder(encoder_folder, "tflite", out)
+    monkeypatch.setitem(FORMS, "stock", STOCK)
     for folder in (parent_folder, tmp_path / "nowhere"):
         with pytest.raises(InputError, match="is not an encoder folder; make one with"):
             export_encoder(folder, "stock", out)
-    damaged = shutil.copytree(encoder, tmp_path / "damaged")
+    damaged = shutil.copytree(encoder_folder, tmp_path / "damaged")
     (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-50])
     with pytest.raises(InputError, match=r"damaged/model.safetensors is truncated"):
         export_encoder(damaged, "stock", out)
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "file").touch()
     with pytest.raises(InputError, match="theirs"):
-        export_encoder(encoder, "stock", tmp_path / "theirs")
+        export_encoder(encoder_folder, "stock", tmp_path / "theirs")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for form in ("onnx", "gguf"):
-        message = rf"{form} needs the package {form}: pip install -e '\.\[{form}\]'"
-        with pytest.raises(InputError, match=message):
-            export_encoder(encoder, form, out)
-    command = ["qwen3-encdec", "export", "--model", encoder, "--to", "gguf", "--output", out]
-    monkeypatch.setattr("sys.argv", [str(word) for word in command])
-    with pytest.raises(SystemExit) as stop:
-        cli.main()
-    assert stop.value.code == 2
-    expected = "error: gguf needs the package gguf: pip install -e '.[gguf]'\n"
-    assert capsys.readouterr().err == expected
+        arguments = ("--model", encoder_folder, "--to", form, "--output", out)
+        code, _, err = command("export", *arguments)
+        expected = f"error: {form} needs the package {form}: pip install -e '.[{form}]'\n"
+        assert (code, err) == (2, expected)
     assert not out.exists()
 
 
@@ -241,11 +209,10 @@ def test_bad_input_is_named(encoder, parent_folder, tmp_path, monkeypatch, capsy
         ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}, "linear"),
     ],
 )
-def test_an_encoder_that_llama_cpp_cannot_run_is_refused(encoder, tmp_path, change, message):
+def test_an_encoder_that_llama_cpp_cannot_run_is_refused(encoder_folder, tmp_path, change, message):
     pytest.importorskip("gguf")
-    folder = shutil.copytree(encoder, tmp_path / "other")
-    config = json.loads((folder / "config.json").read_text()) | change
-    (folder / "config.json").write_text(json.dumps(config))
+    folder = shutil.copytree(encoder_folder, tmp_path / "other")
+    write_json(folder / "config.json", read_json(folder / "config.json") | change)
     with pytest.raises(InputError, match=message):
         FORMS["gguf"].write(folder, tmp_path)
     assert not list(tmp_path.glob("*.gguf"))

@@ -1,9 +1,7 @@
-import json
 import os
 import shutil
 
 import pytest
-import sentence_transformers.util
 import torch
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -17,21 +15,13 @@ from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_j
 TEXTS = ["One.", "A sentence of a few more words, to be padded against.", "def f(x): return x"]
 
 
-@pytest.fixture(scope="module")
-def encoder_folder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / "out"
-    extract_encoder(init_folder, folder)
-    return folder
-
-
 def run_of(init_folder, tmp_path, scales=(1.0, 2.0, 6.0)):
     """A run folder whose checkpoints are scaled copies."""
     checkpoints = tmp_path / "run" / "checkpoints"
+    original = load_file(init_folder / "model.safetensors")
     for step, scale in enumerate(scales, start=1):
         folder = shutil.copytree(init_folder, checkpoints / f"step-{step:06d}")
-        tensors = {
-            name: tensor * scale for name, tensor in load_file(folder / "model.safetensors").items()
-        }
+        tensors = {name: tensor * scale for name, tensor in original.items()}
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     (checkpoints / "step-000009.partial").mkdir()
     return tmp_path / "run"
@@ -99,55 +89,46 @@ def test_configuration_speaks_to_every_reader(encoder_folder):
     assert not list(encoder_folder.glob("*.py"))
 
 
-@pytest.mark.skipif(
-    not hasattr(sentence_transformers.util, "check_version_requirements"),
-    reason="this sentence-transformers is too old to read `requirements`",
-)
 def test_sentence_transformers_honours_the_requirement(encoder_folder, tmp_path):
     folder = shutil.copytree(encoder_folder, tmp_path / "future")
     path = folder / "config_sentence_transformers.json"
-    declared = json.loads(path.read_text())
-    assert declared["requirements"] == {"transformers": ">=5.2.0"}
-    SentenceTransformer(str(folder), device="cpu")
-    path.write_text(json.dumps({**declared, "requirements": {"transformers": ">=999"}}))
+    assert read_json(path)["requirements"] == {"transformers": ">=5.2.0"}
+    write_json(path, read_json(path) | {"requirements": {"transformers": ">=999"}})
     with pytest.raises(ImportError, match="transformers"):
         SentenceTransformer(str(folder), device="cpu")
 
 
 def test_tokenizer_ends_with_eos_as_in_training(init_folder, encoder_folder):
-    ours, stock = (
-        Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder),
-        AutoTokenizer.from_pretrained(encoder_folder),
-    )
+    ours = Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder)
+    stock = AutoTokenizer.from_pretrained(encoder_folder)
     assert type(stock).__module__.startswith("transformers")
     assert stock("Some text")["input_ids"] == [*ours("Some text")["input_ids"], ours.eos_token_id]
 
 
 def test_averaging_the_last_checkpoints(init_folder, tmp_path):
     run = run_of(init_folder, tmp_path)
+    checkpoints = run / "checkpoints"
     original = load_file(init_folder / "model.safetensors")["model.encoder.norm.weight"]
-    for checkpoint, last, scale in (
-        (run, 1, 6.0), (run, 2, 4.0), (run / "checkpoints" / "step-000002", 2, 1.5), (run / "checkpoints", 3, 3.0),
-    ):  # fmt: skip
+    cases = (run, 1, 6.0), (run, 2, 4.0), (checkpoints / "step-000002", 2, 1.5), (checkpoints, 3, 3)
+    for checkpoint, last, scale in cases:
         report = extract_encoder(checkpoint, tmp_path / "out", average_last=last)
         assert len(report.averaged) == last
         extracted = load_file(tmp_path / "out" / "model.safetensors")["norm.weight"]
         torch.testing.assert_close(extracted, original * scale)
-    with pytest.raises(InputError, match="average_last=4 must be 1 to 3 checkpoints"):
+    with pytest.raises(InputError, match="average_last=4 must be between 1 and 3, the"):
         checkpoints_to_average(run, 4)
 
 
 def test_files_have_the_umasks_mode(init_folder, tmp_path):
-    mask = 0o027
-    before = os.umask(mask)
+    before = os.umask(0o027)
     try:
         extract_encoder(init_folder, tmp_path / "out")
     finally:
         os.umask(before)
     files = [path for path in (tmp_path / "out").rglob("*") if path.is_file()]
-    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o640}
     folders = [tmp_path / "out", tmp_path / "out" / "1_Pooling"]
-    assert {path.stat().st_mode & 0o777 for path in folders} == {0o777 & ~mask}
+    assert {path.stat().st_mode & 0o777 for path in folders} == {0o750}
 
 
 def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, encoder_folder, tmp_path):
@@ -172,22 +153,20 @@ def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, encoder_fo
 
 def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(
-        InputError, match="nowhere does not exist; train one with: accelerate launch"
-    ):
-        extract_encoder(tmp_path / "nowhere", out)
-    with pytest.raises(InputError, match="this is a 'qwen3' model, not an encoder-decoder"):
-        extract_encoder(parent_folder, out)
-    with pytest.raises(InputError, match="pooling 'max' is not one of mean, last, cls"):
-        extract_encoder(init_folder, out, pooling="max")
-    with pytest.raises(InputError, match=r"max_seq_length=0 is not between 2 and 32768"):
-        extract_encoder(init_folder, out, max_seq_length=0)
+
+    def refused(sentence, checkpoint, **options):
+        with pytest.raises(InputError, match=sentence):
+            extract_encoder(checkpoint, out, **options)
+
+    refused("nowhere does not exist; train one with: accelerate launch", tmp_path / "nowhere")
+    refused("this is a 'qwen3' model, not an encoder-decoder", parent_folder)
+    refused("pooling 'max' is not one of mean, last, cls", init_folder, pooling="max")
+    refused("max_seq_length=0 is not between 2 and 32768", init_folder, max_seq_length=0)
+    refused("average_last=2 must be between 1 and 0, the number of", init_folder, average_last=2)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match="has neither a config.json nor checkpoints"):
-        extract_encoder(tmp_path / "empty", out)
+    refused("has neither a config.json nor checkpoints", tmp_path / "empty")
     broken = shutil.copytree(init_folder, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes((broken / "model.safetensors").read_bytes()[:-100])
-    with pytest.raises(InputError, match=r"broken/model.safetensors is truncated"):
-        extract_encoder(broken, out)
+    refused("broken/model.safetensors is truncated", broken)
     assert not out.exists()
     assert {path.name for path in tmp_path.iterdir()} == {"empty", "broken"}

@@ -8,8 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
-from qwen3_encdec import cli
-from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.conversion.merge import soup
 from qwen3_encdec.demo.parent import causal_embedder
 from qwen3_encdec.embedding.encoder import TextEncoder
@@ -20,21 +18,13 @@ PAIRS = [(f"Add {n} to x.", f"The result is x + {n}, as a number.") for n in ran
 
 
 @pytest.fixture(scope="module")
-def encoders(init_folder, tmp_path_factory):
+def encoders(encoder_folder, tmp_path_factory):
     """An encoder and two finetunes of it."""
     root = tmp_path_factory.mktemp("encoders")
-    extract_encoder(init_folder, root / "encoder")
-    for seed in (0, 1):
-        finetune(
-            root / "encoder",
-            root / f"tuned{seed}",
-            PAIRS,
-            steps=2,
-            batch_size=8,
-            lr=1e-2,
-            seed=seed,
-        )
-    return [root / "encoder", root / "tuned0", root / "tuned1"]
+    tuned = [root / "tuned0", root / "tuned1"]
+    for seed, folder in enumerate(tuned):
+        finetune(encoder_folder, folder, PAIRS, steps=2, batch_size=8, lr=1e-2, seed=seed)
+    return [encoder_folder, *tuned]
 
 
 def weights(folder):
@@ -42,12 +32,9 @@ def weights(folder):
 
 
 def small_files(folder):
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name != PROVENANCE_FILE)
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in files
-        if file.suffix != ".safetensors"
-    }
+    written = (PROVENANCE_FILE, "model.safetensors")
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name not in written]
+    return {file.relative_to(folder): file.read_bytes() for file in files}
 
 
 def test_linear_is_the_weighted_mean(encoders, tmp_path):
@@ -75,18 +62,19 @@ def test_causal_parent_is_merged_but_for_the_sentinels(encoders, parent_folder, 
     assert torch.allclose(merged["embed_tokens.weight"][:rows], mean, atol=1e-6)
     assert torch.equal(merged["embed_tokens.weight"][rows:], tuned["embed_tokens.weight"][rows:])
     assert AutoModel.from_pretrained(tmp_path / "soup").config.is_causal is False
-    causal_embedder(
-        parent_folder, tmp_path / "embedder"
-    )  # the same weights under an encoder's names
+    # The same weights under an encoder's names.
+    causal_embedder(parent_folder, tmp_path / "embedder")
     soup([encoders[1], tmp_path / "embedder"], tmp_path / "same", weights=[1, 1])
     same = weights(tmp_path / "same")
     assert all(torch.equal(value, merged[name]) for name, value in same.items())
 
 
-def test_dtype_is_the_first_models(encoders, tmp_path):
+def test_dtype_is_the_first_models_and_layouts_may_differ(encoders, tmp_path):
     half = shutil.copytree(encoders[1], tmp_path / "half")
     tensors = {name: tensor.bfloat16() for name, tensor in weights(half).items()}
     save_file(tensors, half / "model.safetensors", metadata={"format": "pt"})
+    # Present versions of sentence-transformers write no flags for the pooling.
+    write_json(half / "1_Pooling/config.json", {"embedding_dimension": 40, "pooling_mode": "mean"})
     soup([half, encoders[2]], tmp_path / "soup")
     assert {tensor.dtype for tensor in weights(tmp_path / "soup").values()} == {torch.bfloat16}
 
@@ -96,7 +84,8 @@ def test_dtype_is_the_first_models(encoders, tmp_path):
     [
         ({"weights": [1, 2]}, "must be 3 non-negative numbers"),
         ({"weights": [1, -1, 1]}, "must be 3 non-negative numbers"),
-        ({"weights": [0, 0, 0]}, "not all 0"),
+        ({"weights": [0, 0, 0]}, "with a positive, finite sum"),
+        ({"weights": [1e308, 1e308, 1]}, "with a positive, finite sum"),
     ],
 )
 def test_bad_settings(encoders, tmp_path, options, sentence):
@@ -118,6 +107,8 @@ def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tm
         return folder
 
     first = encoders[0]
+    with pytest.raises(InputError, match="is one of the models; choose another folder"):
+        soup(encoders, encoders[1])
     assert "at least two" in refused(first)
     assert "the first model must be one" in refused(parent_folder, first)
     assert "must both have model_type qwen3" in refused(first, init_folder)
@@ -132,40 +123,31 @@ def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tm
     assert f"{differs}vocabulary" in refused(first, other)
     cut = shutil.copytree(encoders[1], tmp_path / "cut")
     tensors = weights(cut)
-    tensors["embed_tokens.weight"] = tensors["embed_tokens.weight"][:-3].contiguous()
+    name = "embed_tokens.weight"
+    tensors[name] = tensors[name][:-3].contiguous()
     save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
-    assert f"{differs}embed_tokens.weight" in refused(first, cut)
+    assert f"{differs}{name}" in refused(first, cut)
+    tensors[name] = weights(first)[name].log()
+    save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
+    assert f"{cut}: tensor {name} contains NaN" in refused(first, cut)
 
 
 def test_command_evaluates_every_input_and_the_result(
-    encoders, parent_folder, tmp_path, monkeypatch, capsys
+    encoders, parent_folder, tmp_path, monkeypatch, command
 ):
     from qwen3_encdec.reports import evaluation as suite
 
-    seen = {}
+    seen, output = {}, tmp_path / "soup"
 
     def scores(folders, parent, seed):
         seen.update(folders=folders, parent=parent)
-        ndcg = {str(encoders[0]): 0.3, str(tmp_path / "soup"): 0.4}
+        ndcg = {str(encoders[0]): 0.3, str(output): 0.4}
         return {"retrieval": {name: {"ndcg@10": ndcg[name]} for name in folders}}
 
     monkeypatch.setattr(suite, "evaluate_retrieval", scores)
     monkeypatch.setattr(suite, "score_text", lambda metrics: "a table")
-    arguments = [
-        "--model",
-        encoders[0],
-        "--model",
-        parent_folder,
-        "--weights",
-        "0.9,0.1",
-        "--evaluate",
-    ]
-    monkeypatch.setattr(
-        "sys.argv", ["x", "soup", *map(str, arguments), "--output", str(tmp_path / "soup")]
-    )
-    with pytest.raises(SystemExit):
-        cli.main()
-    out = capsys.readouterr().out
+    models = ("--model", encoders[0], "--model", parent_folder, "--output", output)
+    _, out, _ = command("soup", *models, "--weights", "0.9,0.1", "--evaluate")
     assert "a table" in out
     assert f"is better than its best input {encoders[0]}: nDCG@10 0.400 vs. 0.300" in out
     assert seen["parent"] == parent_folder

@@ -2,7 +2,6 @@
 
 import base64
 import concurrent.futures
-import http.client
 import json
 import random
 import resource
@@ -17,25 +16,17 @@ import numpy as np
 import pytest
 import torch
 
-from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import serve
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.serve import Limits, make_server
-from qwen3_encdec.folders import InputError, read_json, write_json
+from qwen3_encdec.folders import InputError
 
 TEXTS = ["", "One.", "A few more words to read.", "naïve text", "word " * 700, "x" * 90]
 
 
 @pytest.fixture(scope="module")
-def encoder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / "mean"
-    extract_encoder(init_folder, folder, max_seq_length=200)
-    settings = read_json(folder / "config_sentence_transformers.json")
-    write_json(
-        folder / "config_sentence_transformers.json",
-        settings | {"prompts": {"query": "query: ", "document": ""}},
-    )
-    return TextEncoder(folder, dtype=torch.float32, device="cpu")
+def encoder(prompted_encoder):
+    return TextEncoder(prompted_encoder, dtype=torch.float32, device="cpu")
 
 
 @contextmanager
@@ -60,14 +51,26 @@ def url(encoder):
         yield address
 
 
-def post(url, body, path="/v1/embeddings", **headers):
-    """Status and parsed answer."""
+def post(url, body, path="/v1/embeddings", method="POST", **headers):
+    """Status and parsed answer, with the response's headers."""
     data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    request = urllib.request.Request(url + path, data, headers, method=method)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url + path, data, headers)) as answer:
+        with urllib.request.urlopen(request) as answer:
             return answer.status, json.load(answer)
     except urllib.error.HTTPError as error:
-        return error.code, json.load(error)
+        return error.code, json.load(error) | {"headers": error.headers}
+
+
+def get(url, path):
+    with urllib.request.urlopen(url + path) as answer:
+        return answer.read().decode()
+
+
+def metrics(url):
+    """The counters by name."""
+    lines = [line.rpartition(" ") for line in get(url, "/metrics").splitlines()]
+    return {name: float(value) for name, _, value in lines}
 
 
 def vectors(answer):
@@ -91,26 +94,17 @@ def test_answers_are_openais(url, encoder):
 
 
 def test_models_health_and_metrics(url, encoder):
-    def get(path):
-        with urllib.request.urlopen(url + path) as answer:
-            return answer.read().decode()
-
-    assert json.loads(get("/health")) == {"status": "ok"}
-    (card,) = json.loads(get("/v1/models?limit=1"))["data"]
+    assert json.loads(get(url, "/health")) == {"status": "ok"}
+    (card,) = json.loads(get(url, "/v1/models?limit=1"))["data"]
     assert (card["id"], card["max_tokens"], card["dimensions"]) == ("mean", 200, 40)
-    assert json.loads(get("/v1/models/mean")) == card
-    before = get("/metrics")
+    assert json.loads(get(url, "/v1/models/mean")) == card
     post(url, {"input": TEXTS})
-    after = get("/metrics")
-
-    def value(text, name):
-        return float(
-            next(line for line in text.splitlines() if line.startswith(name + " ")).split()[1]
-        )
-
-    assert value(after, "qwen3_encdec_texts_total") - value(before, "qwen3_encdec_texts_total") == 6
-    assert value(after, "qwen3_encdec_queue_tokens") == 0
-    assert 'requests_total{path="/v1/embeddings",status="200"}' in after
+    before = metrics(url)
+    post(url, {"input": TEXTS})
+    after = metrics(url)
+    assert after["qwen3_encdec_texts_total"] - before["qwen3_encdec_texts_total"] == 6
+    assert after["qwen3_encdec_queue_tokens"] == 0
+    assert after['qwen3_encdec_requests_total{path="/v1/embeddings",status="200"}'] >= 2
 
 
 @pytest.mark.parametrize(
@@ -145,10 +139,14 @@ def test_a_bad_request_is_refused_with_a_sentence(url, body, sentence):
 
 
 def test_every_failure_has_the_same_shape(encoder, url, monkeypatch):
-    for path, status in (("/nowhere", 404), ("/v1/models", 405), ("/v1/models/other", 404)):
-        found = post(url, {}, path) if status == 405 else get_refused(url + path)
-        assert found[0] == status
-        assert set(found[1]["error"]) == {"message", "type", "param", "code"}
+    for method, path, expected in (
+        ("GET", "/nowhere", 404),
+        ("POST", "/v1/models", 405),
+        ("GET", "/v1/models/other", 404),
+    ):
+        status, answer = post(url, {}, path, method)
+        assert status == expected
+        assert set(answer["error"]) == {"message", "type", "param", "code"}
     status, answer = post(url, b" " * (16 * 2**20 + 1))
     assert (status, answer["error"]["code"]) == (413, 413)
 
@@ -163,20 +161,15 @@ def test_every_failure_has_the_same_shape(encoder, url, monkeypatch):
     assert post(url, {"input": "a"})[0] == 200
 
 
-def get_refused(url):
-    with pytest.raises(urllib.error.HTTPError) as refused:
-        urllib.request.urlopen(url)
-    return refused.value.code, json.load(refused.value)
-
-
 def test_the_key_guards_v1_alone(encoder, monkeypatch):
-    monkeypatch.setenv(serve.API_KEY, "secret")
+    monkeypatch.setenv(serve.API_KEY, "schlüssel")
     with running(encoder) as address:
-        for headers in ({}, {"Authorization": "Bearer wrong"}):
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Host": "x?"}):
             status, answer = post(address, {"input": "a"}, **headers)
             assert (status, answer["error"]["type"]) == (401, "authentication_error")
-        assert post(address, {"input": "a"}, Authorization="Bearer secret")[0] == 200
-        assert urllib.request.urlopen(address + "/health").status == 200
+        given = "Bearer schlüssel".encode().decode("latin-1")  # curl sends UTF-8
+        assert post(address, {"input": "a"}, Authorization=given)[0] == 200
+        assert get(address, "/health")
 
 
 def test_a_crowd_is_answered_right_and_shares_batches(encoder):
@@ -192,41 +185,44 @@ def test_a_crowd_is_answered_right_and_shares_batches(encoder):
             return vectors(answers[-1][1])[0]
 
         assert np.allclose(list(crowd.map(ask, range(64))), expected, atol=1e-6)
-        text = urllib.request.urlopen(address + "/metrics").read().decode()
-    line = next(line for line in text.splitlines() if line.startswith("qwen3_encdec_batches_total"))
-    assert int(line.split()[1]) < 256
+        assert metrics(address)["qwen3_encdec_batches_total"] < 256
 
 
-def test_a_kept_connection_answers_without_delay(url):
+def test_an_accepted_connection_answers_without_delay(encoder):
     """Nagle's algorithm against a delayed acknowledgement would cost 40 ms a request."""
-    connection = http.client.HTTPConnection(url.removeprefix("http://"))
-    seconds = []
-    for _ in range(30):
-        began = time.perf_counter()
-        connection.request("POST", "/v1/embeddings", json.dumps({"input": "short"}))
-        assert connection.getresponse().read()
-        seconds.append(time.perf_counter() - began)
-    assert min(seconds) < 0.035
+    listening = make_server(encoder, port=0).listening
+    with listening, socket.create_connection(listening.getsockname()), listening.accept()[0] as one:
+        assert one.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
 
 
 def test_half_sent_requests_are_closed_and_hold_no_thread(url):
     host, port = url.removeprefix("http://").split(":")
     threads = threading.active_count()
     head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n"
-    parts = [head, head + b"Content-Length: 50\r\n\r\n{", b""]
+    whole = b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"
+    parts = [head, head + b"Content-Length: 50\r\n\r\n{", b"", head]
     held = []
     for i in range(200):
         held.append(socket.create_connection((host, int(port))))
-        held[-1].sendall(parts[i % 3])
+        if i % 4 == 3:  # the half-sent request is its second
+            held[-1].sendall(whole)
+            assert b"200 OK" in held[-1].recv(4096)
+        held[-1].sendall(parts[i % 4])
     assert post(url, {"input": "between them"})[0] == 200
-    assert threading.active_count() <= threads + 1
+    assert threading.active_count() <= threads + 3  # the server has three of its own
     answers = []
     for connection in held:
         connection.settimeout(10)
-        answers.append(connection.recv(4096))
-        connection.close()
-    assert all(b"408" in answer.split(b"\r\n")[0] for answer in answers[1::3])
-    assert not any(answers[::3])
+        with connection, connection.makefile("rb") as file:
+            answers.append(file.read())  # until the server closes it
+    assert all(b"408" in answer.split(b"\r\n")[0] for answer in answers[1::4])
+    assert not any(answers[::2])
+
+
+def test_a_shutdown_waits_for_every_accepted_request(encoder):
+    server = make_server(encoder, port=0, limits=Limits(read_seconds=3.0, answer_seconds=40.0))
+    server.listening.close()
+    assert server.config.timeout_graceful_shutdown == 43
 
 
 def hold(encoder, monkeypatch):
@@ -253,13 +249,9 @@ def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
             assert entered.wait(10)
             second = crowd.submit(post, address, {"input": "waits " * 8})
             time.sleep(0.3)
-            request = urllib.request.Request(
-                address + "/v1/embeddings", json.dumps({"input": "w " * 30}).encode()
-            )
-            with pytest.raises(urllib.error.HTTPError) as refused:
-                urllib.request.urlopen(request)
-            assert refused.value.code == 429
-            assert int(refused.value.headers["Retry-After"]) >= 1
+            status, answer = post(address, {"input": "w " * 30})
+            assert status == 429
+            assert int(answer["headers"]["Retry-After"]) >= 1
             release.set()
             assert first.result()[0] == second.result()[0] == 200
 
@@ -350,7 +342,7 @@ def test_faults_do_not_reach_good_clients(encoder):
         assert storm(address, encoder, 640, seed=1) == 640
         grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
         assert grown < 20_000  # kB
-        assert 'status="500"' not in urllib.request.urlopen(address + "/metrics").read().decode()
+        assert 'status="500"' not in get(address, "/metrics")
 
 
 def test_ports_out_of_range_and_taken_ones_are_named(url, encoder):

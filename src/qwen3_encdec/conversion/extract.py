@@ -16,9 +16,10 @@ The tokenizer appends `<|im_end|>`, because every source ended with it in traini
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import processors
@@ -133,10 +134,11 @@ def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
     elif (checkpoint / "checkpoints").is_dir():
         parent = checkpoint / "checkpoints"
     found = sorted((path for path in parent.iterdir() if 0 <= _step(path) <= last), key=_step)
-    if not found:
+    if not found and math.isinf(last):
         raise InputError(f"{checkpoint} has neither a config.json nor checkpoints/step-*")
     if not 1 <= average_last <= len(found):
-        raise InputError(f"average_last={average_last} must be 1 to {len(found)} checkpoints")
+        there = f"{len(found)}, the number of step-* checkpoints in {parent}"
+        raise InputError(f"average_last={average_last} must be between 1 and {there}")
     return found[-average_last:]
 
 
@@ -264,6 +266,13 @@ def _verify(
     error = float((pooled - pool(reference, batch["attention_mask"], mode)).abs().max())
     worst = max(difference("eager"), difference("sdpa"))
     return worst, error, difference("sdpa", is_causal=True)
+
+
+def pooling_mode(settings: Mapping[str, Any]) -> str:
+    """Return the mode in a folder's pooling settings, or several joined by `+`."""
+    # Versions of sentence-transformers before 5.3 have one flag per mode.
+    flags = [mode for mode, flag in POOLING_FLAGS.items() if settings.get(f"pooling_mode_{flag}")]
+    return settings.get("pooling_mode") or "+".join(flags)
 
 
 def pool(states: torch.Tensor, mask: torch.Tensor, pooling: str) -> torch.Tensor:

@@ -10,9 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import Qwen3Config
 
+from qwen3_encdec.conversion.extract import pooling_mode
 from qwen3_encdec.folders import (
     PROVENANCE_FILE,
     InputError,
@@ -45,21 +47,24 @@ def soup(
     if len(models) < 2:
         raise InputError("a soup needs at least two models")
     weights = weights or [1.0] * len(models)
-    valid = len(weights) == len(models) and all(0 <= weight < math.inf for weight in weights)
-    if not valid or not sum(weights):
-        raise InputError(f"weights {weights} must be {len(models)} non-negative numbers, not all 0")
-    shares = [weight / sum(weights) for weight in weights]
+    total = sum(weights)
+    if len(weights) != len(models) or min(weights) < 0 or not 0 < total < math.inf:
+        rule = f"{len(models)} non-negative numbers with a positive, finite sum"
+        raise InputError(f"weights {weights} must be {rule}")
+    shares = [weight / total for weight in weights]
     output_dir = check_output(output_dir, "encoder")
     folders = [resolve_checkpoint(model) for model in models]
+    if output_dir.resolve() in [folder.resolve() for folder in folders]:
+        raise InputError(f"output {output_dir} is one of the models; choose another folder")
     first = folders[0]
     if not (first / "modules.json").is_file():
         raise InputError(f"{first} is not an encoder folder; the first model must be one")
     for folder in folders[1:]:
         _check_same(first, folder)
-    own = _of_encoder(dict(read_tensors(first)))
+    own = _read(first)
     merged = {name: tensor.float().clone() for name, tensor in own.items()}
     for folder, share in zip(folders[1:], shares[1:], strict=True):
-        for name, tensor in _of_encoder(dict(read_tensors(folder))).items():
+        for name, tensor in _read(folder).items():
             rows = len(tensor)
             merged[name][:rows] += share * (tensor.float() - own[name][:rows].float())
     record = read_json(first / PROVENANCE_FILE) if (first / PROVENANCE_FILE).is_file() else {}
@@ -69,6 +74,14 @@ def soup(
         copy_without_weights(first, folder)
         tensors = {name: tensor.to(own[name].dtype) for name, tensor in merged.items()}
         save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+
+
+def _read(folder: Path) -> dict[str, torch.Tensor]:
+    tensors = _of_encoder(dict(read_tensors(folder)))
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise InputError(f"{folder}: tensor {name} contains NaN or infinity")
+    return tensors
 
 
 def _of_encoder(named: dict[str, Any]) -> dict[str, Any]:
@@ -89,7 +102,7 @@ def _check_same(first: Path, other: Path) -> None:
         if causal:  # it has no rows for the sentinels
             shapes["embed_tokens.weight"] = shapes["embed_tokens.weight"][1:]
         else:
-            shapes["pooling"] = read_json(folder / "1_Pooling/config.json")
+            shapes["pooling"] = pooling_mode(read_json(folder / "1_Pooling/config.json"))
         vocabulary = read_json(folder / "tokenizer.json")["model"]["vocab"]
         heads, eps = stock.num_attention_heads, stock.rms_norm_eps
         facts.append(shapes | {"num_attention_heads": heads, "rms_norm_eps": eps})

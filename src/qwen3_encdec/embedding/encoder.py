@@ -9,9 +9,9 @@ import itertools
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,16 +22,17 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from accelerate.utils import recursively_apply, send_to_device
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from qwen3_encdec.conversion.extract import POOLING, POOLING_FLAGS, extract_encoder
+from qwen3_encdec.conversion.extract import POOLING, extract_encoder, pooling_mode
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import open_corpus
-from qwen3_encdec.folders import InputError, default_device, load_whole, read_json
+from qwen3_encdec.folders import InputError, default_device, first_line, load_whole, read_json
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
 _CHUNK = 4096
@@ -52,8 +53,9 @@ class Layout:
     pooling: str
     normalize: bool
     max_tokens: int
+    truncation_side: str
     width: int
-    truncate_dim: int | None
+    dimensions: int
     prompts: dict[str, str]
     default_prompt: str | None
 
@@ -71,35 +73,50 @@ def read_layout(folder: Path) -> Layout:
 
     Raises InputError if a file is broken, or a module or pooling is not supported.
     """
+    try:
+        return _layout(folder)
+    except (AttributeError, LookupError, TypeError, StrictDataclassError) as error:
+        raise InputError(f"{folder} has malformed settings: {first_line(error)}") from None
+
+
+def _layout(folder: Path) -> Layout:
     modules = read_json(folder / "modules.json")
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         listed = ", ".join(kinds)
         raise InputError(f"{folder} has modules {listed}; only Pooling and Normalize are supported")
     pooling = read_json(folder / modules[1]["path"] / "config.json")
-    # Versions before 5.3 have one flag per mode.
-    flags = [mode for mode, flag in POOLING_FLAGS.items() if pooling.get(f"pooling_mode_{flag}")]
-    mode = pooling.get("pooling_mode") or "+".join(flags)
+    mode = pooling_mode(pooling)
     if mode not in POOLING.values() or not pooling.get("include_prompt", True):
-        raise InputError(f"{folder}: pooling must be {', '.join(POOLING)} and include the prompt")
-    transformer = read_json(folder / "sentence_bert_config.json")
+        modes = ", ".join(POOLING)
+        raise InputError(f"{folder}: pooling {mode!r} must be {modes} and include the prompt")
+    transformer = _read_optional(folder / "sentence_bert_config.json")
     if transformer.get("do_lower_case"):
         raise InputError(f"{folder} sets do_lower_case, which is not supported")
-    limit = transformer.get("max_seq_length")
-    if limit is None:  # since 6.0 only the tokenizer has it
-        limit = read_json(folder / "tokenizer_config.json").get("model_max_length")
-    config = read_json(folder / "config.json")
-    settings = read_json(folder / "config_sentence_transformers.json")
-    longest = config["max_position_embeddings"]
+    tokenizer = _read_optional(folder / "tokenizer_config.json")
+    # Since 6.0 only the tokenizer has the limit.
+    limit = transformer.get("max_seq_length") or tokenizer.get("model_max_length")
+    config = Qwen3Config.from_pretrained(folder)
+    longest, width = config.max_position_embeddings, config.hidden_size
+    settings = _read_optional(folder / "config_sentence_transformers.json")
     return Layout(
         pooling=mode,
         normalize=kinds[-1] == "Normalize",
         max_tokens=int(min(limit or longest, longest)),
-        width=config["hidden_size"],
-        truncate_dim=settings.get("truncate_dim"),
-        prompts={"query": "", "document": ""} | (settings.get("prompts") or {}),
+        truncation_side=tokenizer.get("truncation_side", "right"),
+        width=width,
+        dimensions=min(settings.get("truncate_dim") or width, width),
+        prompts={"query": "", "document": "", **(settings.get("prompts") or {})},
         default_prompt=settings.get("default_prompt_name"),
     )
+
+
+def _read_optional(file: Path) -> dict[str, Any]:
+    """Read a JSON object; empty if there is no such file."""
+    values = read_json(file) if file.is_file() else {}
+    if not isinstance(values, dict):
+        raise InputError(f"{file} must contain a JSON object, not {type(values).__name__}")
+    return values
 
 
 class TextEncoder:
@@ -139,12 +156,12 @@ class TextEncoder:
         if not 2 <= self.max_tokens <= longest:
             raise InputError(f"max_tokens {self.max_tokens} must be between 2 and {longest}")
         self.tokenizer.no_padding()
-        self.tokenizer.enable_truncation(self.max_tokens)
+        self.tokenizer.enable_truncation(self.max_tokens, direction=self.layout.truncation_side)
 
     @property
     def dimensions(self) -> int:
         """Default width of an embedding."""
-        return self.layout.truncate_dim or self.layout.width
+        return self.layout.dimensions
 
     @property
     def batch_tokens(self) -> int:
@@ -193,7 +210,9 @@ class TextEncoder:
         """
         if isinstance(texts, str):
             return self.encode([texts], prompt_name=prompt_name, dimensions=dimensions)[0]
-        if not isinstance(texts, Iterable):
+        # A data frame or a dict would yield its keys, a set no order.
+        unordered = isinstance(texts, Mapping | Set | bytes) or getattr(texts, "ndim", 1) != 1
+        if unordered or not isinstance(texts, Iterable):
             raise InputError(f"texts must be a str or a list of them, got {type(texts).__name__}")
         texts = list(texts)
         prompt = itertools.repeat(self.layout.prompt(prompt_name))
@@ -273,7 +292,7 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
     Raises InputError if `model` is neither.
     """
     folder = Path(model)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = _read_optional(folder / "config.json")
     kind = config.get("model_type")
     if kind == Qwen3EncoderDecoderConfig.model_type or (folder / "checkpoints").is_dir():
         with tempfile.TemporaryDirectory() as scratch:
@@ -290,12 +309,23 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
 
 
 def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3EncoderModel:
-    """Load an encoder folder into our own encoder. Raises InputError as `load_whole` does."""
+    """Load an encoder folder into our own encoder.
+
+    Raises InputError as `load_whole` does, or if the configuration is not supported or a weight is
+    not finite.
+    """
     stock = Qwen3Config.from_pretrained(folder)
     same = {"vocab_size": stock.vocab_size, "pad_token_id": stock.pad_token_id}
-    config = Qwen3EncoderDecoderConfig.from_qwen3_config(stock, num_sentinel_tokens=0, **same)
+    try:
+        config = Qwen3EncoderDecoderConfig.from_qwen3_config(stock, num_sentinel_tokens=0, **same)
+    except ValueError as error:
+        raise InputError(f"{folder / 'config.json'}: {error}") from None
     names = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
-    return load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=names).eval()
+    model = load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=names).eval()
+    for name, weight in model.named_parameters():
+        if not weight.isfinite().all():
+            raise InputError(f"{folder}: tensor {name} contains NaN or infinity")
+    return model
 
 
 def _computes_bfloat16(device: torch.device) -> bool:
@@ -308,7 +338,10 @@ def _computes_bfloat16(device: torch.device) -> bool:
 def read_texts(source: str, text_column: str = "text") -> list[str]:
     """Read texts from a file, a folder, a hub dataset, or the lines of standard input (`-`)."""
     if source == "-":
-        return [line.rstrip("\r\n") for line in sys.stdin]
+        try:
+            return [line.rstrip("\r\n") for line in sys.stdin]
+        except UnicodeDecodeError as error:
+            raise InputError(f"standard input is not UTF-8: {error}") from None
     corpus = open_corpus(Source([source], text_column=text_column), DataConfig())
     texts: list[Any] = [document.content for document in corpus.documents()]
     if not all(isinstance(text, str) for text in texts):
@@ -316,21 +349,31 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     return texts
 
 
-def write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str] = ()) -> None:
-    """Write .npy, or .parquet with the columns `text` and `embedding`, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    building = path.with_name(f".{path.name}.partial")
+@contextmanager
+def _new_file(path: Path) -> Iterator[Path]:
+    """Build a file beside `path` and rename it into place when the block ends.
+
+    Raises InputError if it cannot be written, before the block if that is known by then.
+    """
+    building = path.with_name(f".partial.{path.name}")
     try:
-        if path.suffix == ".parquet":
-            flat = pa.array(embeddings.ravel())
-            vectors = pa.FixedSizeListArray.from_arrays(flat, embeddings.shape[1])
-            pq.write_table(pa.table({"text": texts, "embedding": vectors}), building)
-        else:
-            with building.open("wb") as file:
-                np.save(file, embeddings)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        building.touch()
+        yield building
         building.replace(path)
+    except OSError as error:
+        raise InputError(f"output {path} cannot be written: {error.strerror or error}") from None
     finally:
-        building.unlink(missing_ok=True)
+        with suppress(OSError):
+            building.unlink()
+
+
+def _write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str]) -> None:
+    """Write .npy, or .parquet with the columns `text` and `embedding`."""
+    if path.suffix == ".npy":
+        return np.save(path, embeddings)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
+    pq.write_table(pa.table({"text": texts, "embedding": vectors}), path)
 
 
 def embed_file(
@@ -344,18 +387,22 @@ def embed_file(
 ) -> str:
     """Embed the texts of a file, write the output atomically, and return a one-line summary.
 
-    Raises InputError if a file or setting is wrong.
+    Raises InputError if a file or setting is wrong, or if the output is part of the input.
     """
     output = Path(output)
-    if output.suffix not in (".npy", ".parquet"):
+    if output.suffix not in (".npy", ".parquet") or output.is_dir():
         raise InputError(f"output {output} must be a file ending in .npy or .parquet")
+    place = output.resolve()
+    if output.suffix == ".parquet" and Path(source).resolve() in (place, *place.parents):
+        raise InputError(f"output {output} is part of the input {source}; choose another file")
     texts = read_texts(source, text_column)
     if not texts:
         raise InputError(f"input {source} contains no texts")
-    embeddings = encoder.encode(
-        texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
-    )
-    write_embeddings(output, embeddings, texts)
+    with _new_file(output) as building:
+        embeddings = encoder.encode(
+            texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
+        )
+        _write_embeddings(building, embeddings, texts)
     cut = f", {encoder.num_cut:,} cut at {encoder.max_tokens:,} tokens" if encoder.num_cut else ""
     kind = str(encoder.dtype).removeprefix("torch.")
     return f"{len(texts):,} texts in {kind}{cut}: {embeddings.shape} float32"

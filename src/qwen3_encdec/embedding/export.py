@@ -114,7 +114,7 @@ def _compare(encoder: Path, folder: Path, form: str) -> ExportReport:
     found = FORMS[form].read(folder)([prompt + text for text in texts])[:, : expected.shape[1]]
     causal = causal_embeddings(encoder, texts)[:, : expected.shape[1]]
     cosines, blind = cosine(found, expected), cosine(causal, expected)
-    difference = float(np.abs(found - expected)[:16].max())
+    difference = float(np.abs(unit(found) - unit(expected))[:16].max())
     least = [float(values.min()) for values in (cosines[:16], blind[:16], cosines[16:])]
     return ExportReport(form, least[0], FORMS[form].cosine, difference, *least[1:])
 
@@ -129,8 +129,12 @@ def check_packages(form: str, packages: tuple[str, ...], extra: str) -> None:
 
 def cosine(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Return the cosines [N] between the rows of two arrays [N, E]."""
-    norms = np.linalg.norm(found, axis=1) * np.linalg.norm(expected, axis=1)
-    return (found * expected).sum(-1) / norms
+    return (unit(found) * unit(expected)).sum(-1)
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Scale rows [N, E] to length 1."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
 
 
 def causal_embeddings(folder: Path, texts: list[str]) -> np.ndarray:
@@ -151,7 +155,7 @@ def sample_texts(
     words = [text[1:] for text in tokens if text[:1] == " " and text[1:].isalpha()]
     words = [word for word in words if unicodedata.is_normalized("NFC", word)][:2000]
     # EOS is one token; the first word has no space before it and may take several tokens.
-    lengths = np.geomspace(1, longest - 8, number).round().astype(int)
+    lengths = np.geomspace(1, max(longest - 8, 1), number).round().astype(int)
     return [" ".join(rng.choice(words, length)) for length in rng.permutation(lengths)]
 
 
@@ -199,9 +203,13 @@ def _write_onnx(encoder: Path, output: Path, int8: bool = False) -> None:
     save_onnx(file, model, kwargs=inputs, dynamic_shapes=dict.fromkeys(inputs, shape), **options)
     if int8:
         _to_8_bits(file)
-    config = read_json(output / "config.json")
-    config["transformers.js_config"] = {"use_external_data_format": True}
-    write_json(output / "config.json", config)
+    changes = {
+        "config.json": {"transformers.js_config": {"use_external_data_format": True}},
+        # transformers.js truncates at the tokenizer's limit, which may be higher than the folder's.
+        "tokenizer_config.json": {"model_max_length": read_layout(encoder).max_tokens},
+    }
+    for name, values in changes.items():
+        write_json(output / name, read_json(output / name) | values)
 
 
 @contextmanager
@@ -325,6 +333,8 @@ def _read_gguf(folder: Path) -> Embed:
 
     def embed(texts: list[str]) -> np.ndarray:
         answer = server.handle_embeddings({"input": texts})
+        if "data" not in answer:  # it does not truncate texts
+            raise InputError(f"llama.cpp does not embed the test texts: {answer}")
         return np.array([row["embedding"] for row in answer["data"]], dtype=np.float32)
 
     return embed

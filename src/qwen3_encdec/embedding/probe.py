@@ -61,7 +61,8 @@ def check_endpoint(url: str, model: str | Path, name: str | None = None) -> Verd
                 data = _request(url + "embeddings", body | {"encoding_format": "float"})["data"]
                 rows += sorted(data, key=lambda row: row["index"])
             found = np.array([row["embedding"] for row in rows], dtype=np.float32)
-            if len(found) == len(texts) and np.linalg.norm(found, axis=1).min() > 0:
+            norms = np.linalg.norm(found, axis=1)
+            if found.shape[:-1] == (len(texts),) and 0 < norms.min() <= norms.max() < np.inf:
                 return found
         except (LookupError, TypeError, ValueError) as error:
             if isinstance(error, InputError):
@@ -99,12 +100,13 @@ def compare(embed: Embed, folder: Path) -> Verdict:
             "it serves another model"
         )
     prompted = [layout.prompt() + text for text in texts]
-    ids = [tokenizer(text, truncation=True)["input_ids"] for text in prompted]
+    cut: Any = {"truncation": True, "max_length": layout.max_tokens}
+    ids = [tokenizer(text, **cut)["input_ids"] for text in prompted]
     cosines: dict[str, float] = {}
     for attention, ending in itertools.product(("bidirectional", "causal"), ("with", "without")):
         model.config.is_causal = attention == "causal"
-        cut = None if ending == "with" else -1
-        states = [model(torch.tensor([row[:cut]])).last_hidden_state[..., :width] for row in ids]
+        end = None if ending == "with" else -1
+        states = [model(torch.tensor([row[:end]])).last_hidden_state[..., :width] for row in ids]
         for mode in ("mean", "lasttoken", "cls"):
             rows = [pool(row, torch.ones(row.shape[:2], dtype=torch.long), mode) for row in states]
             reading = f"{attention}, {mode}, {ending} EOS"

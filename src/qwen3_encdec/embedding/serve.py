@@ -14,6 +14,7 @@ import hmac
 import itertools
 import json
 import logging
+import math
 import os
 import socket
 import time
@@ -69,8 +70,8 @@ def parse_request(encoder: TextEncoder, body: bytes) -> tuple[EmbeddingRequest, 
         message = ": ".join([*map(str, last["loc"]), last["msg"]])
         if len(last["loc"]) > 2 and isinstance(last["input"], int | list):
             message = (
-                "input contains token ids; send texts, because token ids depend on the tokenizer "
-                "(LangChain: check_embedding_ctx_length=False)"
+                "input must be a text or a list of texts, not token ids, which depend on the "
+                "tokenizer (LangChain: check_embedding_ctx_length=False)"
             )
         raise InputError(message) from None
     encoder.check_dimensions(wanted.dimensions)
@@ -199,14 +200,16 @@ class Service:
 
     async def guard(self, request: Request, call_next: Any) -> Response:
         """Check the key, turn every exception into a JSON response, count the request."""
-        began, path = time.perf_counter(), request.url.path
+        # `request.url` depends on the Host header.
+        began, path = time.perf_counter(), request.scope["path"]
         self.running += 1
         key = self.api_key if path.startswith("/v1") else None
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         try:
             if self.running > MOST_REQUESTS:
                 raise HTTPException(503, f"{MOST_REQUESTS:,} requests open", {"Retry-After": "2"})
-            if key and not hmac.compare_digest(given.encode(), key.encode()):
+            # Starlette decodes the bytes of a header as Latin-1.
+            if key and not hmac.compare_digest(given.encode("latin-1"), key.encode()):
                 raise HTTPException(401, "the API key is missing or wrong")
             response = await call_next(request)
         except Exception as error:
@@ -312,11 +315,21 @@ def make_server(
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
     class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
-        # Close a connection whose first request headers do not arrive in time.
+        # Close a connection that is open but sends no complete request headers in time.
         def connection_made(self, transport: Any) -> None:
             super().connection_made(transport)
-            self.loop.call_later(bounds.read_seconds, lambda: self.cycle or transport.close())
+            self.loop.call_later(bounds.read_seconds, self.watch, None)
+
+        def watch(self, previous: Any) -> None:
+            waits = self.cycle is None or self.cycle.response_complete
+            if self.transport.is_closing() or (waits and self.cycle is previous):
+                self.transport.close()
+            else:
+                last = self.cycle if waits else self
+                self.loop.call_later(bounds.read_seconds, self.watch, last)
 
     app = Service(encoder, bounds, os.environ.get(API_KEY)).app
-    options: Any = {"log_config": None, "timeout_graceful_shutdown": 10}
+    # Every accepted request gets its answer before a shutdown.
+    grace = math.ceil(bounds.read_seconds + bounds.answer_seconds)
+    options: Any = {"log_config": None, "timeout_graceful_shutdown": grace}
     return Server(uvicorn.Config(app, http=TimedProtocol, **options), listening)

@@ -11,6 +11,8 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from qwen3_encdec import __version__, cli
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.folders import PROVENANCE_FILE
 
 ROOT = Path(__file__).parent.parent
 
@@ -191,7 +193,7 @@ def test_output_folder_that_is_not_ours(
     assert (thesis / "chapter1.txt").read_text() == "years of work"
     # a folder of ours is not replaced by another kind
     assert command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "ours")[0] == 0
-    assert "holds a tokenizer, not a demo" in refused("demo", "--output", tmp_path / "ours")
+    assert "holds a tokenizer" in refused("demo", "--output", tmp_path / "ours")
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch, command):
@@ -219,3 +221,36 @@ def test_threads_of_the_demo_do_not_spin_while_they_wait(command, monkeypatch):
     monkeypatch.setattr(pipeline, "run_demo", lambda *args, **kwargs: seen.update(os.environ))
     assert command("demo")[0] == 0
     assert seen["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_output_that_cannot_be_a_folder(refused, tmp_path):
+    (tmp_path / "file").touch()
+    for output in ("file", "file/below", "file/far/below"):
+        message = refused("tokenizer", "--num-ranks", 300, "--output", tmp_path / output)
+        assert f"{tmp_path / 'file'} is a file; choose another folder" in message
+    message = refused("tokenizer", "--num-ranks", 300, "--output", tmp_path / ("long" * 99))
+    assert message.endswith("cannot be written: File name too long")
+
+
+def test_output_is_written_through_a_link(command, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "target")
+    for _ in range(2):
+        assert command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "link")[0] == 0
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk/target/tokenizer.json").is_file()
+    folders = {path.name for path in tmp_path.rglob("*") if path.is_dir()}
+    assert folders == {"disk", "target", "link"}
+
+
+def test_output_that_would_replace_the_input(refused, init_folder, tmp_path):
+    encoder = tmp_path / "encoder"
+    extract_encoder(init_folder, encoder)
+    soup = ("soup", "--model", encoder, "--model", encoder)
+    for arguments in (("finetune", "--model", encoder), soup):
+        assert f"would replace {encoder}" in refused(*arguments, "--output", encoder)
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / PROVENANCE_FILE).write_text('{"kind": "demo"}')
+    (demo / "parent").mkdir()
+    message = refused("demo", "--model", demo / "parent", "--output", demo)
+    assert f"would replace {demo / 'parent'}" in message

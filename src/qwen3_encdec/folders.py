@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -95,19 +95,40 @@ def write_json(path: str | Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def check_output(output: str | Path, kind: str | None = None) -> Path:
-    """Raise InputError unless `output` is absent, empty, or ours and, if given, of `kind`."""
+def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = ()) -> Path:
+    """Return `output` as a path.
+
+    Raises InputError unless it can be written, is absent, empty or a folder of `kind` that this
+    package wrote, and holds none of the `inputs`, which it would replace.
+    """
     output = Path(output)
-    if output.is_file():
-        raise InputError(f"output {output} is a file; choose a folder")
-    if not output.exists() or not any(output.iterdir()):
-        return output
+    with _writing(output):
+        existing = next(path for path in (output, *output.parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"output {output}: {existing} is a file; choose another folder")
+        if not os.access(existing, os.W_OK):
+            raise InputError(f"output {output}: no permission to write in {existing}")
+        if existing != output or not any(output.iterdir()):
+            return output
     if not (output / PROVENANCE_FILE).exists():
         raise InputError(f"output {output} was not written by qwen3-encdec; choose another folder")
-    found = read_json(output / PROVENANCE_FILE).get("kind")
-    if kind and kind != found:
-        raise InputError(f"output {output} holds a {found}, not a {kind}; choose another folder")
+    found = str(read_json(output / PROVENANCE_FILE).get("kind"))
+    if kind != found:
+        article = "an" if found.startswith("e") else "a"
+        raise InputError(f"output {output} holds {article} {found}; choose another folder")
+    for path in map(Path, inputs):
+        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise InputError(f"output {output} would replace {path}; choose another folder")
     return output
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Turn a failure of the file system into an InputError that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -117,9 +138,10 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     `kind` (`"tokenizer"`, `"encoder"`, ...) and `provenance` are recorded in its
     `qwen3_encdec.json`. On an exception the unfinished folder is deleted and `output` is unchanged.
     """
-    output = check_output(output, kind)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
+    output = check_output(output, kind).resolve()  # of a link, the target is replaced
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
     try:
         yield building
         facts = {"kind": kind, **provenance, "versions": package_versions()}

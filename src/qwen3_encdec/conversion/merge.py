@@ -49,7 +49,7 @@ def soup(
     if not valid or not sum(weights):
         raise InputError(f"weights {weights} must be {len(models)} non-negative numbers, not all 0")
     shares = [weight / sum(weights) for weight in weights]
-    output_dir = check_output(output_dir, "encoder")
+    output_dir = check_output(output_dir, "encoder", inputs=models)
     folders = [resolve_checkpoint(model) for model in models]
     first = folders[0]
     if not (first / "modules.json").is_file():

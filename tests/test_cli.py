@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerBase
 from typer.main import get_command
 from typer.testing import CliRunner
 
@@ -216,6 +217,17 @@ def test_output_folder_that_is_not_ours(
     # a folder of ours is not replaced by another kind
     assert command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "ours")[0] == 0
     assert "holds a tokenizer" in refused("demo", "--output", tmp_path / "ours")
+
+
+def test_an_interrupted_command_says_so(monkeypatch, command, tmp_path):
+    def interrupt(self, folder, **_):
+        (folder / "tokenizer.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", interrupt)
+    code, _, error = command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "new")
+    assert (code, error) == (130, "interrupted; no output is half-written\n")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch, command):

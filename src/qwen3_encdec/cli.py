@@ -58,13 +58,21 @@ Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 
 
 class Command(TyperCommand):
-    """Command that also accepts its options under their former names."""
+    """Command that accepts former option names too, and says so when it is interrupted."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace former option names, unless this command uses them itself, then parse."""
         known = {name for parameter in self.params for name in parameter.opts}
         names = {old: new for old, new in FORMER_NAMES.items() if new in known and old not in known}
         return super().parse_args(ctx, [names.get(argument, argument) for argument in args])
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Typer itself would end silently on Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted; no output is half-written", file=sys.stderr)
+            raise Exit(130) from None
 
 
 @app.callback()
@@ -463,9 +471,6 @@ def _guard(application: Typer) -> None:
     except ModuleNotFoundError as error:
         extras = "pip install -e '.[training,evaluation,serve]'"
         _fail(f"package {error.name} is not installed; in a checkout, run: {extras}")
-    except KeyboardInterrupt:
-        print("interrupted; no output is half-written", file=sys.stderr)
-        sys.exit(130)
 
 
 def _fail(sentence: str) -> None:

@@ -113,10 +113,13 @@ def test_initialize_then_extract(command, parent_folder, tmp_path, former):
     assert code == 0
     report = json.loads(out)
     assert report["transformers"] < 1e-4 < report["causal_control"]
-    texts = ("a text", "a text", "another one")
-    cosines = json.loads(command("similarity", "--model", encoder, *texts, "--json")[1])
+    texts = ("--model", "--model", "--checkpoint")  # texts here, whatever they are elsewhere
+    cosines = json.loads(command("similarity", "--model", encoder, "--json", "--", *texts)[1])
     assert cosines[0] == pytest.approx([1, 1, cosines[2][0]], abs=1e-5)
-    assert command("extract", checkpoint, init, "--max-tokens=9", output, encoder)[0] == 2
+    assert cosines[2][0] < 0.999
+    options = (f"{checkpoint}={init}", f"{output}={encoder}", "--max-tokens=0")
+    code, _, error = command("extract", *options)
+    assert (code, "max_seq_length=0" in error) == (2, True)
 
 
 def test_version(command):

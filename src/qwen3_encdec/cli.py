@@ -64,7 +64,11 @@ class Command(TyperCommand):
         """Replace former option names, unless this command uses them itself, then parse."""
         known = {name for parameter in self.params for name in parameter.opts}
         names = {old: new for old, new in FORMER_NAMES.items() if new in known and old not in known}
-        return super().parse_args(ctx, [names.get(argument, argument) for argument in args])
+        options = args[: args.index("--")] if "--" in args else args
+        for i, option in enumerate(options):
+            name, equals, value = option.partition("=")
+            args[i] = names.get(name, name) + equals + value
+        return super().parse_args(ctx, args)
 
     def invoke(self, ctx: Any) -> Any:
         """Run the command. Typer itself would end silently on Ctrl-C."""

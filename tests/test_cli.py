@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -231,6 +232,17 @@ def test_an_interrupted_command_says_so(monkeypatch, command, tmp_path):
     code, _, error = command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "new")
     assert (code, error) == (130, "interrupted; no output is half-written\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_printing_in_an_encoding_of_few_characters(monkeypatch, tmp_path):
+    stdout = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    arguments = ["--num-ranks", "300", "--output", str(tmp_path / "語")]
+    monkeypatch.setattr("sys.argv", ["qwen3-encdec", "tokenizer", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    stdout.flush()
+    assert rb"\u8a9e: 484 tokens" in stdout.buffer.getvalue()
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch, command):

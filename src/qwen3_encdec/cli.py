@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -466,6 +467,8 @@ def _guard(application: Typer) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
+    if isinstance(sys.stdout, TextIOWrapper):  # tables and texts in a locale of few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         application()
     except InputError as error:

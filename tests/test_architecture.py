@@ -25,10 +25,7 @@ ROOMS = (
 
 
 def imports(source: str) -> set[tuple[str, str]]:
-    """(module, name) of every import anywhere in a source;
-
-    the package itself is imported by its full name.
-    """
+    """(module, name) of every import anywhere in a source, relative ones by their full name."""
     found = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):

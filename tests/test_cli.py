@@ -3,14 +3,18 @@
 import json
 import os
 import shutil
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
 import yaml
+from transformers import PreTrainedTokenizerBase
 from typer.main import get_command
 from typer.testing import CliRunner
 
 from qwen3_encdec import __version__, cli
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.folders import PROVENANCE_FILE
 
 ROOT = Path(__file__).parent.parent
 
@@ -110,10 +114,13 @@ def test_initialize_then_extract(command, parent_folder, tmp_path, former):
     assert code == 0
     report = json.loads(out)
     assert report["transformers"] < 1e-4 < report["causal_control"]
-    texts = ("a text", "a text", "another one")
-    cosines = json.loads(command("similarity", "--model", encoder, *texts, "--json")[1])
+    texts = ("--model", "--model", "--checkpoint")  # texts here, whatever they are elsewhere
+    cosines = json.loads(command("similarity", "--model", encoder, "--json", "--", *texts)[1])
     assert cosines[0] == pytest.approx([1, 1, cosines[2][0]], abs=1e-5)
-    assert command("extract", checkpoint, init, "--max-tokens=9", output, encoder)[0] == 2
+    assert cosines[2][0] < 0.999
+    options = (f"{checkpoint}={init}", f"{output}={encoder}", "--max-tokens=0")
+    code, _, error = command("extract", *options)
+    assert (code, "max_seq_length=0" in error) == (2, True)
 
 
 def test_version(command):
@@ -135,6 +142,28 @@ def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_fold
     assert "does not exist" in refused("evaluate", "--model", nowhere, "--output", tmp_path / "x")
     assert "does not exist" in refused("demo", "--model", nowhere, "--output", tmp_path / "x")
     assert "qwen3-encdec tokenizer --output" in refused("prepare-data", "--tokenizer", nowhere)
+
+
+def test_folders_with_files_that_are_not_what_they_should_be(refused, init_folder, tmp_path):
+    folder, out = shutil.copytree(init_folder, tmp_path / "model"), ("--output", tmp_path / "out")
+    file = folder / "config.json"
+    fields = json.loads(file.read_text())
+    commands = {name: (name, "--model", folder, *out) for name in ("initialize", "extract")}
+    commands |= {"similarity": ("similarity", "--model", folder, "a", "b")}
+    commands |= {"train": ("train", f"model={folder}")}
+    file.write_text("[]")
+    for arguments in commands.values():
+        assert "config.json holds a JSON list, not a dict" in refused(*arguments)
+    file.write_text(json.dumps(fields | {"quantization_config": {"quant_method": "gptq"}}))
+    for arguments in commands.values():
+        assert f"{folder} is quantized (gptq)" in refused(*arguments)
+    assert f"{file} is a file, not a folder" in refused("train", f"model={file}")
+    file.write_text(json.dumps(fields))
+    (folder / "tokenizer.json").write_text("{}")
+    message = refused("tokenizer", "--base", folder, *out)
+    assert message.startswith(f"error: tokenizer {folder}: ")
+    (folder / "tokenizer.json").unlink()
+    assert "initialize_from_qwen3.py" in refused("extract", "--model", folder, *out)
 
 
 def test_truncated_safetensors(refused, init_folder, tmp_path):
@@ -191,7 +220,29 @@ def test_output_folder_that_is_not_ours(
     assert (thesis / "chapter1.txt").read_text() == "years of work"
     # a folder of ours is not replaced by another kind
     assert command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "ours")[0] == 0
-    assert "holds a tokenizer, not a demo" in refused("demo", "--output", tmp_path / "ours")
+    assert "holds a tokenizer" in refused("demo", "--output", tmp_path / "ours")
+
+
+def test_an_interrupted_command_says_so(monkeypatch, command, tmp_path):
+    def interrupt(self, folder, **_):
+        (folder / "tokenizer.json").touch()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedTokenizerBase, "save_pretrained", interrupt)
+    code, _, error = command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "new")
+    assert (code, error) == (130, "interrupted; no output is half-written\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_printing_in_an_encoding_of_few_characters(monkeypatch, tmp_path):
+    stdout = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr("sys.stdout", stdout)
+    arguments = ["--num-ranks", "300", "--output", str(tmp_path / "語")]
+    monkeypatch.setattr("sys.argv", ["qwen3-encdec", "tokenizer", *arguments])
+    with pytest.raises(SystemExit):
+        cli.main()
+    stdout.flush()
+    assert rb"\u8a9e: 484 tokens" in stdout.buffer.getvalue()
 
 
 def test_a_bug_is_not_dressed_up_as_bad_input(monkeypatch, command):
@@ -219,3 +270,36 @@ def test_threads_of_the_demo_do_not_spin_while_they_wait(command, monkeypatch):
     monkeypatch.setattr(pipeline, "run_demo", lambda *args, **kwargs: seen.update(os.environ))
     assert command("demo")[0] == 0
     assert seen["OMP_WAIT_POLICY"] == "passive"
+
+
+def test_output_that_cannot_be_a_folder(refused, tmp_path):
+    (tmp_path / "file").touch()
+    for output in ("file", "file/below", "file/far/below"):
+        message = refused("tokenizer", "--num-ranks", 300, "--output", tmp_path / output)
+        assert f"{tmp_path / 'file'} is a file; choose another folder" in message
+    message = refused("tokenizer", "--num-ranks", 300, "--output", tmp_path / ("long" * 99))
+    assert message.endswith("cannot be written: File name too long")
+
+
+def test_output_is_written_through_a_link(command, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "disk" / "target")
+    for _ in range(2):
+        assert command("tokenizer", "--num-ranks", 300, "--output", tmp_path / "link")[0] == 0
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "disk/target/tokenizer.json").is_file()
+    folders = {path.name for path in tmp_path.rglob("*") if path.is_dir()}
+    assert folders == {"disk", "target", "link"}
+
+
+def test_output_that_would_replace_the_input(refused, init_folder, tmp_path):
+    encoder = tmp_path / "encoder"
+    extract_encoder(init_folder, encoder)
+    soup = ("soup", "--model", encoder, "--model", encoder)
+    for arguments in (("finetune", "--model", encoder), soup):
+        assert f"would replace {encoder}" in refused(*arguments, "--output", encoder)
+    demo = tmp_path / "demo"
+    demo.mkdir()
+    (demo / PROVENANCE_FILE).write_text('{"kind": "demo"}')
+    (demo / "parent").mkdir()
+    message = refused("demo", "--model", demo / "parent", "--output", demo)
+    assert f"would replace {demo / 'parent'}" in message

@@ -195,16 +195,10 @@ def test_the_pipeline_starts_from_a_given_checkpoint(small_corpus, parent_folder
     assert metrics["provenance"]["qwen3_model"] == str(parent_folder)
 
 
-def test_a_failed_or_refused_demo_leaves_what_was_there(init_folder, tmp_path):
+def test_a_failed_demo_leaves_what_was_there(init_folder, tmp_path):
     output = tmp_path / "demo"
     output.mkdir()
     (output / PROVENANCE_FILE).write_text('{"kind": "demo"}')
     with pytest.raises(InputError, match="is not a dense Qwen3"):
         run_demo(output, qwen3_model=init_folder, budget=TOY)
     assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == [PROVENANCE_FILE]
-    (output / PROVENANCE_FILE).rename(output / "notes.txt")
-    with pytest.raises(InputError, match="was not written by qwen3-encdec"):
-        run_demo(output, budget=TOY)
-    with pytest.raises(InputError, match="does not exist"):
-        run_demo(tmp_path / "other", qwen3_model="./nowhere", budget=TOY)
-    assert [file.name for file in tmp_path.rglob("*") if file.is_file()] == ["notes.txt"]

@@ -1,7 +1,4 @@
-"""The pages say what is:
-
-their commands exist with their options, and their errors are in the code.
-"""
+"""Commands, options, errors and names on the pages exist in the code."""
 
 import os
 import re
@@ -89,10 +86,7 @@ def test_the_reference_names_what_is_there():
 
 
 def included(text):
-    """Files whose text the site puts into a page;
-
-    a formatter that takes the line for Python spoils it.
-    """
+    """Files that the site includes in a page. A formatter may spoil the line that names one."""
     assert "8 < --" not in text
     return re.findall(r'^--8<-- "(.+)"$', text, re.MULTILINE)
 

@@ -234,7 +234,7 @@ def test_damaged_files_are_named(prompted_encoder, tmp_path):
     (folder / "tokenizer.json").write_text("{}")
     refused("tokenizer of .* cannot be read")
     (folder / "sentence_bert_config.json").write_text("[]")
-    refused("must contain a JSON object, not list")
+    refused("holds a JSON list, not a dict")
 
 
 def test_embed_from_stdin_to_npy(command, prompted_encoder, tmp_path, fp32):

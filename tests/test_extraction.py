@@ -79,7 +79,7 @@ def test_configuration_speaks_to_every_reader(encoder_folder):
     tensors = set(load_file(encoder_folder / "model.safetensors"))
     assert {"embed_tokens.weight", "layers.0.self_attn.q_proj.weight", "norm.weight"} <= tensors
     assert not any(name.startswith("model.") for name in tensors)
-    kinds = [module["type"] for module in read_json(encoder_folder / "modules.json")]
+    kinds = [module["type"] for module in read_json(encoder_folder / "modules.json", list)]
     legacy = "sentence_transformers.models."
     assert kinds == [f"{legacy}{kind}" for kind in ("Transformer", "Pooling", "Normalize")]
     pooling = read_json(encoder_folder / "1_Pooling/config.json")

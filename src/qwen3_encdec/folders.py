@@ -10,7 +10,7 @@ import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -68,9 +68,12 @@ def describe_source(*options: str) -> str | None:
     return None
 
 
-def read_json(path: str | Path) -> Any:
-    """Parse a JSON file. Raises InputError naming the file if it is absent or broken."""
-    return _parse(path, json.loads, "JSON")
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """Parse a JSON file that holds a `kind`. Raises InputError naming a file that does not."""
+    value = _parse(path, json.loads, "JSON")
+    if not isinstance(value, kind):
+        raise InputError(f"{path} holds a JSON {type(value).__name__}, not a {kind.__name__}")
+    return value
 
 
 def read_yaml(path: str | Path, what: str) -> Any:
@@ -95,19 +98,40 @@ def write_json(path: str | Path, value: Any) -> None:
     os.replace(temporary, path)
 
 
-def check_output(output: str | Path, kind: str | None = None) -> Path:
-    """Raise InputError unless `output` is absent, empty, or ours and, if given, of `kind`."""
+def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = ()) -> Path:
+    """Return `output` as a path.
+
+    Raises InputError unless it can be written, is absent, empty or a folder of `kind` that this
+    package wrote, and holds none of the `inputs`, which it would replace.
+    """
     output = Path(output)
-    if output.is_file():
-        raise InputError(f"output {output} is a file; choose a folder")
-    if not output.exists() or not any(output.iterdir()):
-        return output
+    with _writing(output):
+        existing = next(path for path in (output, *output.parents) if path.exists())
+        if not existing.is_dir():
+            raise InputError(f"output {output}: {existing} is a file; choose another folder")
+        if not os.access(existing, os.W_OK):
+            raise InputError(f"output {output}: no permission to write in {existing}")
+        if existing != output or not any(output.iterdir()):
+            return output
     if not (output / PROVENANCE_FILE).exists():
         raise InputError(f"output {output} was not written by qwen3-encdec; choose another folder")
-    found = read_json(output / PROVENANCE_FILE).get("kind")
-    if kind and kind != found:
-        raise InputError(f"output {output} holds a {found}, not a {kind}; choose another folder")
+    found = str(read_json(output / PROVENANCE_FILE).get("kind"))
+    if kind != found:
+        article = "an" if found.startswith("e") else "a"
+        raise InputError(f"output {output} holds {article} {found}; choose another folder")
+    for path in map(Path, inputs):
+        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+            raise InputError(f"output {output} would replace {path}; choose another folder")
     return output
+
+
+@contextmanager
+def _writing(output: Path) -> Iterator[None]:
+    """Turn a failure of the file system into an InputError that names the output."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written: {error.strerror}") from None
 
 
 @contextmanager
@@ -117,9 +141,10 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     `kind` (`"tokenizer"`, `"encoder"`, ...) and `provenance` are recorded in its
     `qwen3_encdec.json`. On an exception the unfinished folder is deleted and `output` is unchanged.
     """
-    output = check_output(output, kind)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
+    output = check_output(output, kind).resolve()  # of a link, the target is replaced
+    with _writing(output):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
     try:
         yield building
         facts = {"kind": kind, **provenance, "versions": package_versions()}
@@ -188,7 +213,7 @@ def _safetensors(folder: Path) -> Iterator[safe_open]:
     index = folder / "model.safetensors.index.json"
     files = {"model.safetensors"}
     if index.exists():
-        files = set(read_json(index)["weight_map"].values())
+        files = set(read_json(index).get("weight_map", {}).values())
     elif not (folder / "model.safetensors").exists():
         raise InputError(f"{folder} has no model.safetensors; convert it with save_pretrained")
     for file in sorted(files):
@@ -203,6 +228,9 @@ def _safetensors(folder: Path) -> Iterator[safe_open]:
 def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
     """Load an encoder-decoder's configuration. Raises InputError if it is missing or invalid."""
     folder = _require(folder, "config.json", "model folder", INITIALIZE_COMMAND)
+    if quantization := read_json(folder / "config.json").get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise InputError(f"{folder} is quantized ({method}); use the unquantized model")
     try:
         return qwen3_encdec.Qwen3EncoderDecoderConfig.from_pretrained(folder)
     except (ValueError, OSError) as error:
@@ -213,7 +241,8 @@ def load_tokenizer(
     folder: str | Path, config: "qwen3_encdec.Qwen3EncoderDecoderConfig | None" = None
 ) -> "qwen3_encdec.Qwen3EncoderDecoderTokenizer":
     """Load a tokenizer. Raises InputError if it does not load or its size is not `config`'s."""
-    command = INITIALIZE_COMMAND if config else f"qwen3-encdec tokenizer --output {folder}"
+    is_model = (Path(folder) / "config.json").exists()
+    command = INITIALIZE_COMMAND if is_model else "qwen3-encdec tokenizer --output FOLDER"
     folder = _require(folder, "tokenizer.json", "tokenizer", command)
     try:
         tokenizer = qwen3_encdec.Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
@@ -231,6 +260,8 @@ def _require(folder: str | Path, file: str, thing: str, command: str) -> Path:
     folder = Path(folder)
     if not (folder / file).is_file():
         missing = f"has no {file}" if folder.is_dir() else "does not exist"
+        if folder.is_file():
+            missing = "is a file, not a folder"
         raise InputError(f"{thing} {folder} {missing}; create it with: {command}")
     return folder
 

@@ -52,10 +52,8 @@ def soup(
         rule = f"{len(models)} non-negative numbers with a positive, finite sum"
         raise InputError(f"weights {weights} must be {rule}")
     shares = [weight / total for weight in weights]
-    output_dir = check_output(output_dir, "encoder")
+    output_dir = check_output(output_dir, "encoder", inputs=models)
     folders = [resolve_checkpoint(model) for model in models]
-    if output_dir.resolve() in [folder.resolve() for folder in folders]:
-        raise InputError(f"output {output_dir} is one of the models; choose another folder")
     first = folders[0]
     if not (first / "modules.json").is_file():
         raise InputError(f"{first} is not an encoder folder; the first model must be one")

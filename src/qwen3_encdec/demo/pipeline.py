@@ -65,7 +65,8 @@ def run_demo(
     Returns the contents of metrics.json. Raises InputError if `output_dir` is not a demo's or
     `qwen3_model` is not a dense Qwen3.
     """
-    started, output_dir = time.monotonic(), check_output(output_dir, "demo")
+    started = time.monotonic()
+    output_dir = check_output(output_dir, "demo", inputs=[qwen3_model] if qwen3_model else ())
     budget = budget or (CHECKPOINT if qwen3_model else NANO)
     given = resolve_checkpoint(qwen3_model) if qwen3_model else None
     logging.disable_progress_bar()

@@ -80,7 +80,7 @@ def read_layout(folder: Path) -> Layout:
 
 
 def _layout(folder: Path) -> Layout:
-    modules = read_json(folder / "modules.json")
+    modules = read_json(folder / "modules.json", list)
     kinds = [module["type"].rpartition(".")[2] for module in modules]
     if kinds[:2] != ["Transformer", "Pooling"] or kinds[2:] not in ([], ["Normalize"]):
         listed = ", ".join(kinds)
@@ -113,10 +113,7 @@ def _layout(folder: Path) -> Layout:
 
 def _read_optional(file: Path) -> dict[str, Any]:
     """Read a JSON object; empty if there is no such file."""
-    values = read_json(file) if file.is_file() else {}
-    if not isinstance(values, dict):
-        raise InputError(f"{file} must contain a JSON object, not {type(values).__name__}")
-    return values
+    return read_json(file) if file.is_file() else {}
 
 
 class TextEncoder:

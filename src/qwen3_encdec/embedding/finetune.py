@@ -134,7 +134,8 @@ def finetune(
     """
     disable_progress_bars()
     config = replace(config or FinetuneConfig(), **changes)
-    encoder_dir, output_dir = Path(encoder_dir), check_output(output_dir, "encoder")
+    encoder_dir = Path(encoder_dir)
+    output_dir = check_output(output_dir, "encoder", inputs=[encoder_dir])
     model = _load(encoder_dir)
     config = _fitted(config, model.get_embedding_dimension() or 0)
     if config.teacher and (config.mini_batch_size or config.spread_weight):

@@ -144,7 +144,7 @@ def test_command_evaluates_every_input_and_the_result(
 
     seen = {}
 
-    def scores(folders, parent, seed):
+    def scores(folders, parent, tasks):
         seen.update(folders=folders, parent=parent)
         ndcg = {str(encoders[0]): 0.3, str(tmp_path / "soup"): 0.4}
         return {"retrieval": {name: {"ndcg@10": ndcg[name]} for name in folders}}
@@ -169,6 +169,6 @@ def test_command_evaluates_every_input_and_the_result(
     assert "a table" in out
     assert f"is better than its best input {encoders[0]}: nDCG@10 0.400 vs. 0.300" in out
     assert seen["parent"] == parent_folder
-    monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, seed: (
+    monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, tasks: (
         {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}))  # fmt: skip
     assert "not better than" in suite.compare_soup(encoders[:2], tmp_path / "soup")

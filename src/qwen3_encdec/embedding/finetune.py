@@ -191,11 +191,11 @@ def _fitted(config: FinetuneConfig, model: SentenceTransformer) -> FinetuneConfi
     if not all(2 <= size <= width and size == int(size) for size in dims):
         limits = f"shares below 1 or integers from 2 to the width {width}"
         raise InputError(f"matryoshka_dims {config.matryoshka_dims} must be {limits}")
-    prompts = {}
-    for role in ("query", "document"):
-        own = getattr(config, f"{role}_prompt")
-        prompts[f"{role}_prompt"] = (model.prompts.get(role) or "") if own is None else own
-    return replace(config, lr=lr, matryoshka_dims=[int(size) for size in dims], **prompts)
+    if config.query_prompt is None:
+        config = replace(config, query_prompt=model.prompts.get("query") or "")
+    if config.document_prompt is None:
+        config = replace(config, document_prompt=model.prompts.get("document") or "")
+    return replace(config, lr=lr, matryoshka_dims=[int(size) for size in dims])
 
 
 def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | None]:
@@ -315,8 +315,9 @@ def _train(
     model.float()
     model.max_seq_length = min(config.max_length, model.max_seq_length or config.max_length)
     every = config.eval_every or max(1, config.steps // 4)
-    prompts = dict.fromkeys(set(dataset.column_names) - {"label"}, config.document_prompt)
-    prompts["anchor"] = config.query_prompt
+    prompts = dict.fromkeys(dataset.column_names, config.document_prompt or "")
+    prompts["anchor"] = config.query_prompt or ""
+    prompts.pop("label", None)
     set_seed(config.seed)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(work),

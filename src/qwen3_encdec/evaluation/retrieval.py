@@ -127,6 +127,7 @@ def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 51
 
 
 def _read_pair(line: str, place: str) -> tuple[str, str]:
+    row: Any
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -154,7 +155,7 @@ def relevant_ranks(
     documents: np.ndarray,
     relevant: np.ndarray,
     *,
-    also: Sequence[Sequence[int]] = (),
+    also: Sequence[np.ndarray] = (),
     chunk: int = 256,
 ) -> np.ndarray:
     """Rank each query's relevant document, from 1: [Q] integers.
@@ -166,7 +167,7 @@ def relevant_ranks(
         queries, documents: [Q, d] and [N, d] floats, normalized here; a zero row is similar to
             nothing (cosine 0).
         relevant: [Q] integers, index of each query's document.
-        also: All relevant documents of each query; the others are left out of its ranking.
+        also: Indices of all relevant documents of each query; the others are not ranked.
         chunk: Queries per block of similarities, [chunk, N] fp32.
 
     Raises:
@@ -179,7 +180,7 @@ def relevant_ranks(
         similarity = queries[part] @ documents.T  # (chunk, N)
         right = np.take_along_axis(similarity, relevant[part, None], axis=1)
         for row, others in zip(similarity, also[part], strict=False):
-            row[list(others)] = -np.inf
+            row[others] = -np.inf
         similarity[np.arange(len(right)), relevant[part]] = right[:, 0]
         # The relevant document counts itself, so ranks start at 1.
         ranks.append((similarity >= right).sum(axis=1))

@@ -131,12 +131,11 @@ def evaluate_retrieval(
             metrics["tasks"][task.name] = facts
             if task.name == PACKAGE_DOCS:
                 metrics |= {"num_queries": task.size, "num_documents": len(task.corpus)}
-                metrics["retrieval"] = dict(zip(rows, map(_details, rows.values()), strict=True))
+                metrics["retrieval"] = {
+                    name: {key: row[key] for key in ("mrr", "ndcg@10", "r@1")}
+                    for name, row in rows.items()
+                }
     return metrics
-
-
-def _details(row: Mapping[str, float]) -> dict[str, float]:
-    return {key: row[key] for key in row if key not in ("score", "low", "high")}
 
 
 def _loaders(

@@ -55,11 +55,12 @@ def evaluate(
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
     is_encoder = (model_dir / "modules.json").exists()
-    kind, unused = "an encoder", {"initialization": initialization, "data": data}
-    if not is_encoder:
-        kind, unused = "not an encoder", {"parent": parent, "pairs": pairs, "mteb": mteb}
+    unused: dict[str, Any] = {"parent": parent, "pairs": pairs, "mteb": mteb}
+    if is_encoder:
+        unused = {"initialization": initialization, "data": data}
     for name, value in unused.items():
         if value:
+            kind = "an encoder" if is_encoder else "not an encoder"
             raise InputError(f"{name} cannot be used with {model_dir}, {kind}")
     if is_encoder:
         tasks = [pairs_retrieval(file, num_queries, seed) for file in pairs]

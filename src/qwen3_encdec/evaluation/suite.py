@@ -103,11 +103,11 @@ def evaluate_retrieval(
         except NotRun as reason:
             tasks_not_run[name] = str(reason)
     not_run: dict[str, str] = {}
-    found: dict[str, dict[str, dict[str, float]]] = {}
+    found: dict[str, dict[str, Any]] = {}
     for task in chosen:
         if task.name in found:
             raise InputError(f"two tasks are named {task.name}; rename one or list it once")
-        found[task.name] = {}
+        found[task.name] = {"metric": task.metric, "size": task.size, "scores": {}}
     for name, load in _loaders(encoders, parent, outside).items():
         try:
             embedder = load()
@@ -121,20 +121,21 @@ def evaluate_retrieval(
             with tqdm(desc=f"{name}: {task.name}", unit="text", disable=None, leave=False) as bar:
                 try:
                     embed = partial(_embed, use, task.max_tokens, bar.update)
-                    found[task.name][name] = task.measure(embed)
+                    found[task.name]["scores"][name] = task.measure(embed)
                 except NotRun as reason:
                     tasks_not_run[task.name] = str(reason)
-    metrics: dict[str, Any] = {"tasks": {}, "tasks_not_run": tasks_not_run, "not_run": not_run}
+    scored = {name: entry for name, entry in found.items() if entry["scores"]}
+    metrics: dict[str, Any] = {"tasks": scored, "tasks_not_run": tasks_not_run, "not_run": not_run}
     for task in chosen:
-        if rows := found[task.name]:
-            facts = {"metric": task.metric, "size": task.size, "scores": rows}
-            metrics["tasks"][task.name] = facts
-            if task.name == PACKAGE_DOCS:
-                metrics |= {"num_queries": task.size, "num_documents": len(task.corpus)}
-                metrics["retrieval"] = {
-                    name: {key: row[key] for key in ("mrr", "ndcg@10", "r@1")}
-                    for name, row in rows.items()
-                }
+        if task.name == PACKAGE_DOCS and task.name in scored:
+            metrics |= {
+                "num_queries": task.size,
+                "num_documents": len(task.corpus),
+                "retrieval": {},
+            }
+            for name, row in scored[task.name]["scores"].items():
+                kept = {key: row[key] for key in ("mrr", "ndcg@10", "r@1")}
+                metrics["retrieval"][name] = kept
     return metrics
 
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table as TerminalTable
 
 from qwen3_encdec.evaluation.retrieval import PACKAGE_DOCS
-from qwen3_encdec.reports.page import Section, Table, grid
+from qwen3_encdec.reports.page import Section, Table, grid, transpose
 
 DENOISING_NOTE = "Mean loss on held-out text, in nats per target token; lower is better."
 RETRIEVAL_NOTE = (
@@ -32,12 +32,12 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
         for label, values in metrics.get("denoising", {}).items():
             losses[label + suffix] = {name: f"{loss:.3f}" for name, loss in values.items()}
         if retrieval := metrics.get("retrieval"):
-            cells: dict[str, dict[str, str]] = {}
-            for embedder, scores in retrieval.items():
-                for name, score in scores.items():
-                    cells.setdefault(name, {})[embedder] = f"{score:.3f}"
+            cells = {
+                embedder: {name: f"{score:.3f}" for name, score in scores.items()}
+                for embedder, scores in retrieval.items()
+            }
             note, title = RETRIEVAL_NOTE.format(**metrics), f"Retrieval{suffix}"
-            sections.append(Section(title, note, grid("Embedder", cells)))
+            sections.append(Section(title, note, transpose(grid("Embedder", cells))))
         for embedder, column in _task_scores(metrics.get("tasks", {})).items():
             if tasks.setdefault(embedder, column) != column:  # from another model or sample
                 tasks[embedder + suffix] = column
@@ -70,10 +70,10 @@ def _task_table(columns: Mapping[str, Mapping[str, str]]) -> Table | None:
     """Build a table with embedders as columns, or as rows where they would not fit the page."""
     if not columns:
         return None
-    header, rows = grid("Task", columns)
-    if len(columns) > max(4, len(rows)):
-        header, *rows = map(list, zip(["Embedder", *columns], *rows, strict=True))
-    return header, rows
+    table = grid("Task", columns)
+    if len(columns) <= max(4, len(table[1])):
+        return table
+    return transpose(grid("Embedder", columns))
 
 
 def _task_scores(tasks: Mapping[str, Any]) -> dict[str, dict[str, str]]:

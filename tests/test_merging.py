@@ -139,7 +139,7 @@ def test_command_evaluates_every_input_and_the_result(
 
     seen, output = {}, tmp_path / "soup"
 
-    def scores(folders, parent, seed):
+    def scores(folders, parent, tasks):
         seen.update(folders=folders, parent=parent)
         ndcg = {str(encoders[0]): 0.3, str(output): 0.4}
         return {"retrieval": {name: {"ndcg@10": ndcg[name]} for name in folders}}
@@ -151,6 +151,6 @@ def test_command_evaluates_every_input_and_the_result(
     assert "a table" in out
     assert f"is better than its best input {encoders[0]}: nDCG@10 0.400 vs. 0.300" in out
     assert seen["parent"] == parent_folder
-    monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, seed: (
+    monkeypatch.setattr(suite, "evaluate_retrieval", lambda folders, parent, tasks: (
         {"retrieval": {name: {"ndcg@10": 0.3} for name in folders}}))  # fmt: skip
     assert "not better than" in suite.compare_soup(encoders[:2], tmp_path / "soup")

@@ -21,9 +21,7 @@ parent.document.title = 'MEASURED ' + JSON.stringify({
   inner: innerWidth, page: document.documentElement.scrollWidth, svg: wide('svg'), table: wide('.scroll'), inked});
 </script>"""
 HOSTILE = '<script>alert("1")</script> | `$x$` & more'
-ROW = {
-    "mrr": 0.5, "ndcg@10": 0.25, "r@1": 0.125,
-}  # fmt: skip
+ROW = {"mrr": 0.5, "ndcg@10": 0.25, "r@1": 0.125}
 TASK = {
     "metric": "R@1", "size": 3000,
     "scores": {"TF-IDF": {"score": 0.05, "low": 0.04, "high": 0.06}, HOSTILE: {"score": 0.2, "low": 0.1, "high": 0.4}},
@@ -82,11 +80,11 @@ class Page(HTMLParser):
 def report(tmp_path):
     """Write the report of runs given as (name, metrics, curves) and return its text."""
 
-    def write(*runs):
+    def write(*runs, kind="training run"):
         for name, metrics, curves in runs:
             folder = tmp_path / "runs" / name
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / PROVENANCE_FILE).write_text('{"kind": "training run"}')
+            (folder / PROVENANCE_FILE).write_text(json.dumps({"kind": kind}))
             (folder / "metrics.json").write_text(json.dumps(metrics))
             lines = "".join(json.dumps(line) + "\n" for line in curves)
             (folder / "metrics.jsonl").write_text(lines)
@@ -128,13 +126,10 @@ def test_page_is_whole_and_self_contained(report, runs):
     assert "@import" not in text
 
 
-def test_parts_without_data_are_left_out(report):
+def test_parts_without_data_are_left_out_and_a_report_is_reproducible(report):
     page = Page(report(("a", {"provenance": {"command": "x"}}, [])))
     assert not {"figure", "table"} & set(page.tags)
     assert "command" in page.text
-
-
-def test_report_is_reproducible(report):
     assert report(("a", METRICS, CURVES)) == report(("a", METRICS, CURVES))
 
 
@@ -164,6 +159,26 @@ def test_held_out_losses_of_several_runs_are_means_over_denoisers(report):
     assert re.search(r">\s*3\.0+\s*<", drawn(page, "Held-out"))
 
 
+def test_examples_name_their_run_only_beside_another(report):
+    infill = {"infill": METRICS["infill"]}
+    assert "<dt>run</dt><dd>a</dd><dt>source</dt>" not in report(("a", infill, []))
+    both = report(("a", infill, []), ("b", {}, []))
+    assert "<dt>run</dt><dd>a</dd><dt>source</dt>" in both
+
+
+def test_a_finetuned_encoder_is_not_shown_as_denoising(report, tmp_path):
+    lines = [{"step": 1, "loss": 2.5, "learning_rate": 1e-3}, {"step": 1, "eval_ndcg@10": 0.5}]
+    page = report(("a", {}, lines), kind="encoder")
+    for caption in ("Finetuning loss.", "Held-out pairs.", "Learning rate."):
+        assert caption in page
+    assert "nats per target token" not in page
+
+
+def test_a_long_run_is_a_line_without_a_marker_for_every_point(report):
+    lines = [{"step": step, "lr": 1 / step} for step in range(1, 3001)]
+    assert len(report(("a", {}, lines))) < 50_000
+
+
 def test_an_embedder_that_scores_alike_is_one_column_and_else_two(report):
     def headings(score, size):
         other = json.loads(json.dumps(TASK)) | {"size": size}
@@ -171,10 +186,9 @@ def test_an_embedder_that_scores_alike_is_one_column_and_else_two(report):
         page = report(("a", {"tasks": {"x": TASK}}, []), ("b", {"tasks": {"x": other}}, []))
         return re.findall("<th[^>]*>(.*?)</th>", page), page
 
-    assert headings(0.2, 3000)[0] == ["Task", "TF-IDF", escape(HOSTILE, quote=True).replace("&quot;", "&#34;")]  # fmt: skip
-    names, _ = headings(0.3, 3000)
-    assert len(names) == 4
-    assert names[3] == f"{names[2]} (b)"
+    hostile = escape(HOSTILE).replace("&quot;", "&#34;")
+    assert headings(0.2, 3000)[0] == ["Task", "TF-IDF", hostile]
+    assert headings(0.3, 3000)[0] == ["Task", "TF-IDF", hostile, f"{hostile} (b)"]
     names, page = headings(0.2, 50)
     assert len(names) == 5
     assert "x (R@1, 3,000)" in page
@@ -187,13 +201,11 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(several, tmp_
     def look(text):
         file = tmp_path / "page.html"
         inner = escape(text.replace("</body>", MEASURE + "</body>"))
-        file.write_text(
-            f'<title></title><iframe srcdoc="{inner}" width="{width}" height="900" style="border:0">'
-        )
-        command = [
-            CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--enable-logging=stderr",
-            f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1400,1000", "--dump-dom", file.as_uri(),
-        ]  # fmt: skip
+        size = f'width="{width}" height="900" style="border:0"'
+        file.write_text(f'<title></title><iframe srcdoc="{inner}" {size}>')
+        options = "--headless --no-sandbox --disable-gpu --hide-scrollbars --enable-logging=stderr"
+        command = [CHROMIUM, *options.split(), f"--user-data-dir={tmp_path / 'profile'}"]
+        command += ["--window-size=1400,1000", "--dump-dom", file.as_uri()]
         done = subprocess.run(command, capture_output=True, text=True, timeout=120)
         complaints = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
         measured = re.search(r"<title>MEASURED (.*?)</title>", done.stdout)
@@ -220,9 +232,13 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(several, tmp_
 @pytest.mark.parametrize(
     ("files", "sentence"),
     [
-        ({}, "qwen3_encdec.json cannot be read"),
+        ({}, "was not written by qwen3-encdec"),
         ({PROVENANCE_FILE: '{"kind": "encoder"}'}, "has neither metrics.json nor"),
         ({PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "1\n2\n"}, "is not a JSON object"),
+        (
+            {PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "{}"},
+            "is not a JSON object with a step",
+        ),
     ],
 )
 def test_bad_runs_are_named_and_nothing_is_written(tmp_path, files, sentence):

@@ -243,7 +243,7 @@ def evaluate(
             chosen += TASKS[name](num_queries, seed)
         except NotRun as reason:
             not_run[name] = str(reason)
-    metrics = evaluate_retrieval(encoders, tasks=chosen, seed=seed, **options)
+    metrics = evaluate_retrieval(encoders, tasks=chosen, **options)
     metrics["tasks_not_run"] |= not_run
     return metrics
 

@@ -170,7 +170,8 @@ def _apply_umask(folder: Path) -> None:
 
 def copy_without_weights(source: Path, folder: Path) -> None:
     """Copy a model folder's files, except weights and provenance, into an existing folder."""
-    weights = shutil.ignore_patterns("*.safetensors", "*.safetensors.index.json", PROVENANCE_FILE)
+    names = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "onnx", "openvino")
+    weights = shutil.ignore_patterns(*names, PROVENANCE_FILE)
     shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 
 

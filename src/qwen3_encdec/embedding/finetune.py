@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import pyarrow.compute as pc
 import torch
 from datasets import (
     Dataset,
@@ -27,6 +28,7 @@ from datasets import (
 from datasets.exceptions import DatasetsError
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from pydantic.dataclasses import dataclass
+from safetensors.torch import load_file, save_file
 from sentence_transformers import (
     SentenceTransformer,
     SentenceTransformerTrainer,
@@ -39,6 +41,7 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from qwen3_encdec.conversion.card import read_card, without_path, write_card
 from qwen3_encdec.data.package_docs import summary_pairs
+from qwen3_encdec.evaluation.retrieval import retrieval_of_pairs
 from qwen3_encdec.folders import (
     InputError,
     check_output,
@@ -66,9 +69,11 @@ class FinetuneConfig:
         default_factory=lambda: ["anchor", "positive"]
     )
     """Text columns of files and hub datasets: a query, its document, then hard negatives."""
-    query_prompt: str = ""
-    """Prefix of every query, in training and, through the written folder, in every later use."""
-    document_prompt: str = ""
+    query_prompt: str | None = None
+    """Prefix of every query, in training and, through the written folder, in every later use; None
+    keeps the encoder's own.
+    """
+    document_prompt: str | None = None
     """The same for documents and negatives."""
     max_length: PositiveInt = 128
     """Tokens per text while training; the folder keeps its own limit for use."""
@@ -137,19 +142,21 @@ def finetune(
     encoder_dir = Path(encoder_dir)
     output_dir = check_output(output_dir, "encoder", inputs=[encoder_dir])
     model = _load(encoder_dir)
-    config = _fitted(config, model.get_embedding_dimension() or 0)
+    config = _fitted(config, model)
     if config.teacher and (config.mini_batch_size or config.spread_weight):
         raise InputError("mini_batch_size and spread_weight cannot be used with a teacher")
-    full = read_examples(config) if examples is None else _dataset(examples)
+    teacher = _load(config.teacher) if config.teacher else None
+    full = read_examples(config) if examples is None else _complete("examples", _dataset(examples))
     dataset, heldout = _split(config, full)
     _check_batches(config, dataset)
-    if config.teacher is not None:
-        needed = range(min(len(dataset), config.steps * config.batch_size))
-        dataset = _add_labels(dataset.select(needed), _load(config.teacher))
-    work = _work_folder(output_dir, config, resume)
+    settings = {"encoder": str(encoder_dir.resolve()), "examples": len(full), **asdict(config)}
+    work, checkpoint = _open_work(output_dir, settings, resume)
     saved_dtype = model.dtype
     try:
-        history = _train(config, model, dataset, heldout, work, resume)
+        if teacher is not None:
+            needed = range(min(len(dataset), config.steps * config.batch_size))
+            dataset = _add_labels(dataset.select(needed), teacher, work / "labels.arrow")
+        history = _train(config, model, dataset, heldout, work, checkpoint)
     except InputError:  # any other error keeps the checkpoints
         shutil.rmtree(work)
         raise
@@ -162,10 +169,9 @@ def finetune(
         model.to(saved_dtype).save_pretrained(str(folder), create_model_card=False)
         copy_without_weights(encoder_dir, folder)
         shutil.copy(work / "metrics.jsonl", folder)
-        if config.query_prompt or config.document_prompt:
-            file = folder / "config_sentence_transformers.json"
-            prompts = {"query": config.query_prompt, "document": config.document_prompt}
-            write_json(file, {**read_json(file), "prompts": prompts})
+        file = folder / "config_sentence_transformers.json"
+        prompts = {"query": config.query_prompt, "document": config.document_prompt}
+        write_json(file, {**read_json(file), "prompts": {**model.prompts, **prompts}})
         head = {"base_model": without_path(encoder_dir), **read_card(encoder_dir)}
         held = {f"nDCG@10 at step {step}": f"{score:.4f}" for step, score in scores.items()}
         sections = {"Held-out pairs": held | {"kept": f"step {best}"}, "Finetuning": asdict(config)}
@@ -179,25 +185,33 @@ def finetune(
     return result
 
 
-def _fitted(config: FinetuneConfig, width: int) -> FinetuneConfig:
-    """Fill in the settings that depend on the encoder's width."""
+def _fitted(config: FinetuneConfig, model: SentenceTransformer) -> FinetuneConfig:
+    """Fill in the settings that depend on the encoder's width and prompts."""
+    width = model.get_embedding_dimension() or 0
     lr = config.lr or min(1e-3, 2e-5 * max(1.0, 1024 / width) ** 2)
     dims = [round(size * width) if 0 < size < 1 else size for size in config.matryoshka_dims]
-    if not all(1 <= size <= width and size == int(size) for size in dims):
-        raise InputError(f"matryoshka_dims {dims} must be integers from 1 to the width {width}")
+    if not all(2 <= size <= width and size == int(size) for size in dims):
+        limits = f"shares below 1 or integers from 2 to the width {width}"
+        raise InputError(f"matryoshka_dims {config.matryoshka_dims} must be {limits}")
+    if config.query_prompt is None:
+        config = replace(config, query_prompt=model.prompts.get("query") or "")
+    if config.document_prompt is None:
+        config = replace(config, document_prompt=model.prompts.get("document") or "")
     return replace(config, lr=lr, matryoshka_dims=[int(size) for size in dims])
 
 
 def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | None]:
-    """Split the pairs into those to train on and those to score, whose texts are not trained on."""
+    """Split the pairs into those to train on and those to score, which share no text."""
     size = min(config.heldout_pairs, len(full) // 10)
     if size < 2:
+        if config.heldout_pairs:
+            print("warning: no pairs held out; 20 are needed", file=sys.stderr)
         return full.shuffle(config.seed), None
     parts = full.train_test_split(size, seed=config.seed)
     heldout = parts["test"]
     texts = {*heldout["anchor"], *heldout["positive"]}
     train = parts["train"].filter(lambda row: not {row["anchor"], row["positive"]} & texts)
-    if len(train) < 0.8 * len(full):
+    if len(train) < 0.8 * len(full) or len({*heldout["positive"]}) < 2:
         print("warning: no pairs held out; texts repeat in too many of them", file=sys.stderr)
         return full.shuffle(config.seed), None
     return train, heldout
@@ -206,56 +220,72 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
 def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
     """Reject too few distinct texts: the sampler would make smaller batches, down to one pair."""
     size = config.batch_size
+    table = dataset.with_format("arrow")[:]  # read once: shuffled rows are slow
     for name in dataset.column_names:
-        distinct = len(dataset.unique(name))
+        distinct = pc.count_distinct(table[name]).as_py()
         if distinct < size:
+            remedy = f"lower batch_size to {distinct} or add texts" if distinct > 1 else "add texts"
             raise InputError(
                 f"column {name} has {distinct} distinct texts, and a batch of {size} needs {size}: "
-                f"lower batch_size to {distinct} or add texts"
+                f"{remedy}"
             )
         if distinct < len(dataset) / 2:
             counts = f"{distinct:,} distinct texts in {len(dataset):,} pairs"
             print(f"warning: column {name} has {counts}; rare ones repeat more", file=sys.stderr)
 
 
-def _work_folder(output: Path, config: FinetuneConfig, resume: bool) -> Path:
-    """Return the folder beside the output that holds checkpoints and metrics during training."""
+def _open_work(output: Path, settings: dict[str, Any], resume: bool) -> tuple[Path, Path | None]:
+    """Return the folder for checkpoints and metrics, and the checkpoint to resume from, if any."""
     work = output.with_name(f"{output.name}.training")
-    settings = json.loads(json.dumps(asdict(config)))
-    interrupted = any(work.glob("checkpoint-*"))
-    if resume != interrupted:
-        found = "an interrupted run: resume or delete it" if interrupted else "no checkpoint"
-        raise InputError(f"{work} holds {found}")
-    if resume and read_json(work / "settings.json") != settings:
-        raise InputError(f"{work} has other settings in settings.json; resume with those")
+    # The trainer writes this file last; a checkpoint without it was interrupted.
+    complete = [file.parent for file in work.glob("checkpoint-*/trainer_state.json")]
+    newest = max(complete, key=lambda folder: int(folder.name.rpartition("-")[2]), default=None)
+    if resume and newest is None:
+        raise InputError(f"{work} holds no checkpoint: start again without resuming")
+    if newest and not resume:
+        raise InputError(f"{work} holds an interrupted run: resume or delete it")
+    settings = json.loads(json.dumps(settings))
+    if resume:
+        saved = read_json(work / "settings.json")
+        changed = [name for name, value in settings.items() if saved.get(name) != value]
+        if changed:
+            found = ", ".join(f"{name} {saved.get(name)}" for name in changed)
+            raise InputError(f"{work} was started with {found}: resume with the same")
     work.mkdir(parents=True, exist_ok=True)
     write_json(work / "settings.json", settings)
-    return work
+    return work, newest
 
 
 class HeldoutRetrieval(BaseEvaluator):
-    """nDCG@10 of retrieving each query's document among all held-out ones; ties and NaN count
-    against the model.
-    """
+    """nDCG@10 of retrieving each query's documents among all held-out ones."""
 
     def __init__(self, config: FinetuneConfig, pairs: Dataset) -> None:
         super().__init__()
-        self.config, self.pairs = config, pairs
+        self.prompts = {"query": config.query_prompt, "document": config.document_prompt}
+        texts = zip(pairs["anchor"], pairs["positive"], strict=True)
+        self.task = retrieval_of_pairs("held out", texts)
 
     def __call__(self, model: Any, *args: Any, **kwargs: Any) -> dict[str, float]:
         """Score a model."""
-        sides = []
-        prompts = {"anchor": self.config.query_prompt, "positive": self.config.document_prompt}
-        for name, prompt in prompts.items():
-            texts = list(self.pairs[name])
-            sides.append(model.encode(texts, prompt=prompt, normalize_embeddings=True))
-        cosines = sides[0] @ sides[1].T
-        ranks = (~(cosines < np.diag(cosines)[:, None])).sum(1)
-        return {"ndcg@10": float(np.where(ranks <= 10, 1 / np.log2(1 + ranks), 0.0).mean())}
+
+        def embed(texts: list[str], role: str) -> np.ndarray:
+            return model.encode(texts, prompt=self.prompts[role])
+
+        return {"ndcg@10": self.task.measure(embed)["ndcg@10"]}
 
 
 class _Watch(TrainerCallback):
-    """Write metrics.jsonl, print progress, and stop training if a value is not finite."""
+    """Write metrics.jsonl, print progress, stop training if a value is not finite, and save the
+    projection to a teacher's width, which checkpoints lack.
+    """
+
+    def __init__(self, projection: nn.Module | None = None) -> None:
+        self.projection = projection
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.projection is not None and control.should_save:
+            file = Path(args.output_dir, f"projection-{state.global_step}.safetensors")
+            save_file(self.projection.state_dict(), file)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         lines = [json.dumps(line) + "\n" for line in state.log_history]
@@ -282,14 +312,15 @@ def _train(
     dataset: Dataset,
     heldout: Dataset | None,
     work: Path,
-    resume: bool,
+    checkpoint: Path | None,
 ) -> list[dict[str, Any]]:
     """Train with fp32 weights and return the trainer's log."""
     model.float()
     model.max_seq_length = min(config.max_length, model.max_seq_length or config.max_length)
     every = config.eval_every or max(1, config.steps // 4)
-    prompts = dict.fromkeys(set(dataset.column_names) - {"label"}, config.document_prompt)
-    prompts["anchor"] = config.query_prompt
+    prompts = dict.fromkeys(dataset.column_names, config.document_prompt or "")
+    prompts["anchor"] = config.query_prompt or ""
+    prompts.pop("label", None)
     set_seed(config.seed)
     arguments = SentenceTransformerTrainingArguments(
         output_dir=str(work),
@@ -311,22 +342,27 @@ def _train(
         activation_checkpointing=config.gradient_checkpointing,
         eval_strategy="steps" if heldout else "no",
         eval_steps=every,
-        eval_on_start=bool(heldout) and not resume,
+        eval_on_start=bool(heldout) and not checkpoint,
         save_strategy="steps",
         save_steps=every,
         save_total_limit=2,
         metric_for_best_model=SCORE,  # its checkpoint is never deleted
     )
+    loss = _loss(config, model, dataset)
+    projection = getattr(getattr(loss, "loss", loss), "projection", None)
+    if checkpoint and projection is not None:
+        name = checkpoint.name.replace("checkpoint", "projection")
+        projection.load_state_dict(load_file(work / f"{name}.safetensors"))
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,
         train_dataset=dataset,
-        loss=_loss(config, model, dataset),
+        loss=loss,
         evaluator=HeldoutRetrieval(config, heldout) if heldout else None,
-        callbacks=[_Watch()],
+        callbacks=[_Watch(projection)],
     )
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume or None)
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     if trainer.state.global_step != config.steps:
         made = f"training ended at step {trainer.state.global_step} of {config.steps}"
         raise InputError(f"{made}: too few pairs with distinct texts; lower batch_size")
@@ -360,18 +396,29 @@ def _read(name: str, columns: list[str]) -> Dataset:
     hub_id, _, subset = name.partition(":")
     try:
         if kind:
-            part = load_dataset(kind, data_files=name, split="train")
+            options: dict[str, Any] = {}
+            if kind == "csv":  # every cell is text, also 007 and NA
+                converters = dict.fromkeys(columns, str)
+                options = {"converters": converters, "keep_default_na": False}
+            part = load_dataset(kind, data_files=name, split="train", **options)
         else:
             part = load_dataset(hub_id, subset or None, split="train")
         part = part.select_columns(columns).cast(Features(dict.fromkeys(columns, Value("string"))))
+    except StopIteration:  # of `datasets`
+        raise InputError(f"input {name} has no rows") from None
     except (DatasetsError, OSError, TypeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())[:300]
         raise InputError(f"input {name} cannot be read: {reason}") from None
-    full = len(part)
-    part = part.filter(lambda row: all(text and not text.isspace() for text in row.values()))
-    if len(part) < full:
-        print(f"input {name}: {full - len(part):,} examples lack a text, left out", file=sys.stderr)
+    part = _complete(f"input {name}", part)
     return part.rename_columns(dict(zip(columns, _names(len(columns)), strict=True)))
+
+
+def _complete(name: str, full: Dataset) -> Dataset:
+    """Leave out the examples that lack a text, and say how many."""
+    part = full.filter(lambda row: all(text and not text.isspace() for text in row.values()))
+    if left_out := len(full) - len(part):
+        print(f"{name}: {left_out:,} examples lack a text, left out", file=sys.stderr)
+    return part
 
 
 def _names(columns: int) -> list[str]:
@@ -379,6 +426,8 @@ def _names(columns: int) -> list[str]:
 
 
 def _dataset(examples: Sequence[tuple[str, ...]]) -> Dataset:
+    if not examples:
+        raise InputError("there are no examples to train on")
     columns = [list(column) for column in zip(*examples, strict=True)]
     return Dataset.from_dict(dict(zip(_names(len(columns)), columns, strict=True)))
 
@@ -399,13 +448,22 @@ def _load(folder: str | Path) -> SentenceTransformer:
     return model
 
 
-def _add_labels(dataset: Dataset, teacher: SentenceTransformer) -> Dataset:
-    """Add the teacher's embeddings of every text, [columns, dimensions], as labels."""
-    columns = []
-    for name in dataset.column_names:
-        encode = teacher.encode_query if name == "anchor" else teacher.encode_document
-        columns.append(encode(list(dataset[name]), normalize_embeddings=True))
-    return dataset.add_column("label", np.stack(columns, axis=1).tolist())
+def _add_labels(dataset: Dataset, teacher: SentenceTransformer, file: Path) -> Dataset:
+    """Add the teacher's embeddings of every text, [columns, dimensions] fp32, as labels.
+
+    They are written to `file`: those of a million texts would not fit into memory.
+    """
+
+    def embed(rows: dict[str, list[str]]) -> dict[str, np.ndarray]:
+        columns = []
+        for name, texts in rows.items():
+            encode = teacher.encode_query if name == "anchor" else teacher.encode_document
+            columns.append(encode(texts, normalize_embeddings=True))
+        return {"label": np.stack(columns, axis=1)}
+
+    # A fingerprint of our own: the library's would read the teacher's weights.
+    options: Any = {"cache_file_name": str(file), "new_fingerprint": "labels"}
+    return dataset.map(embed, batched=True, load_from_cache_file=False, **options)
 
 
 class _Contrastive(losses.CachedMultipleNegativesRankingLoss):

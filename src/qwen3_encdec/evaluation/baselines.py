@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
 
 from qwen3_encdec.evaluation.retrieval import MAX_TOKENS
 from qwen3_encdec.folders import InputError, first_line, read_json
@@ -104,7 +103,7 @@ def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embe
 
     try:
         model = SentenceTransformer(**options())
-    except (OSError, ValueError, SafetensorError) as error:
+    except Exception as error:  # damaged weights, configs and tokenizers raise different types
         reason = first_line(error)
         raise InputError(f"{folder} cannot be loaded as an embedding model: {reason}") from None
     own = model.max_seq_length

@@ -5,7 +5,7 @@ intervals, and the tasks that need no hub.
 import json
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -54,17 +54,17 @@ class Retrieval:
 
     def measure(self, embed: Embed) -> dict[str, float]:
         """Compute R@1 as `score` with its interval, and `rank_scores`."""
+        rows = defaultdict(list)
+        for row, query in enumerate(self.queries):
+            rows[query].append(row)
+        # A query's other relevant documents neither help nor hurt.
+        also = [self.relevant[rows[query]] for query in self.queries]
         queries = embed(self.queries, "query")
         documents = embed(self.documents, "document")
-        ranks = relevant_ranks(queries, documents, self.relevant, also=self._right())
-        return mean_interval(ranks == 1) | rank_scores(ranks)
-
-    def _right(self) -> list[list[int]]:
-        """List all relevant documents of each query; those beyond its own neither help nor hurt."""
-        right = defaultdict(list)
-        for query, document in zip(self.queries, self.relevant.tolist(), strict=True):
-            right[query].append(document)
-        return [right[query] for query in self.queries]
+        ranks = relevant_ranks(queries, documents, self.relevant, also=also)
+        numbers = {query: number for number, query in enumerate(rows)}
+        groups = np.array([numbers[query] for query in self.queries])
+        return mean_interval(ranks == 1, groups) | rank_scores(ranks)
 
 
 def package_retrieval(most: int, seed: int, documents: int | None = None) -> Retrieval:
@@ -77,43 +77,69 @@ def package_retrieval(most: int, seed: int, documents: int | None = None) -> Ret
         raise InputError("no held-out package has usable docstrings; install more packages")
     if documents is not None:
         pairs = random.Random(seed).sample(pairs, min(documents, len(pairs)))
-    rows = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    queries, bodies = [pairs[i][0] for i in rows], [body for _, body in pairs]
-    return Retrieval(PACKAGE_DOCS, queries, bodies, rows)
+    return retrieval_of_pairs(PACKAGE_DOCS, pairs, most, seed)
+
+
+def retrieval_of_pairs(
+    name: str,
+    pairs: Iterable[tuple[str, str]],
+    most: int | None = None,
+    seed: int = 0,
+    max_tokens: int = MAX_TOKENS,
+) -> Retrieval:
+    """Build the task of finding each query's documents among those of all pairs.
+
+    At most `most` queries are drawn, each with all its documents. Equal documents and equal pairs
+    count once.
+    """
+    pairs = list(dict.fromkeys(pairs))
+    documents = {text: row for row, text in enumerate(dict.fromkeys(text for _, text in pairs))}
+    queries = list(dict.fromkeys(query for query, _ in pairs))
+    drawn = np.random.default_rng(seed).permutation(len(queries))[:most]
+    chosen = {queries[row] for row in drawn}
+    asked = [(query, documents[text]) for query, text in pairs if query in chosen]
+    relevant = np.array([row for _, row in asked])
+    return Retrieval(name, [query for query, _ in asked], list(documents), relevant, max_tokens)
 
 
 def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 512) -> Retrieval:
     """Build the task of finding each query's document among all documents of a .jsonl file.
 
-    A line holds `query` and `document`, or `anchor` and `positive`. Equal documents count once.
-    Raises InputError naming a line that is not such an object, or if there are under two documents.
+    A line holds `query` and `document`, or `anchor` and `positive`, which are relevant to each
+    other. Raises InputError naming a line that is not such an object or has a grade, or if there
+    are under two documents.
     """
-    pairs: list[tuple[str, int]] = []
-    documents: dict[str, int] = {}
+    name = Path(file).stem
+    if name == PACKAGE_DOCS:
+        raise InputError(f"pairs {file} has the name of the built-in task; rename the file")
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"pairs {file} cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            query, document = _read_pair(line, f"{file}:{number}")
-            pairs.append((query, documents.setdefault(document, len(documents))))
-    if len(documents) < 2:
-        raise InputError(f"pairs {file} has {len(documents)} distinct document(s); two are needed")
-    rows = np.sort(np.random.default_rng(seed).permutation(len(pairs))[:most])
-    queries, relevant = [pairs[i][0] for i in rows], np.array([pairs[i][1] for i in rows])
-    return Retrieval(Path(file).stem, queries, list(documents), relevant, max_tokens)
+    except OSError as error:
+        raise InputError(f"pairs {file} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"pairs {file} is not UTF-8: {error.reason}") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    pairs = [_read_pair(line, f"{file}:{number}") for number, line in numbered]
+    distinct = len({document for _, document in pairs})
+    if distinct < 2:
+        raise InputError(f"pairs {file} has {distinct} distinct document(s); two are needed")
+    return retrieval_of_pairs(name, pairs, most, seed, max_tokens)
 
 
 def _read_pair(line: str, place: str) -> tuple[str, str]:
+    row: Any
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
         raise InputError(f"{place} is not valid JSON: {error}") from None
+    if not isinstance(row, dict):
+        row = {}
+    if graded := {"score", "label", "relevance"} & row.keys():
+        raise InputError(f"{place} has a {min(graded)}; list relevant pairs only, without it")
     for names in (("query", "document"), ("anchor", "positive")):
-        first, second = (row.get(name) if isinstance(row, dict) else None for name in names)
-        if isinstance(first, str) and isinstance(second, str) and first.strip() and second.strip():
-            return first, second
+        query, document = map(row.get, names)
+        if all(isinstance(text, str) and text.strip() for text in (query, document)):
+            return query, document
     raise InputError(f"{place} must have non-empty query and document, or anchor and positive")
 
 
@@ -129,7 +155,7 @@ def relevant_ranks(
     documents: np.ndarray,
     relevant: np.ndarray,
     *,
-    also: Sequence[Sequence[int]] = (),
+    also: Sequence[np.ndarray] = (),
     chunk: int = 256,
 ) -> np.ndarray:
     """Rank each query's relevant document, from 1: [Q] integers.
@@ -141,11 +167,11 @@ def relevant_ranks(
         queries, documents: [Q, d] and [N, d] floats, normalized here; a zero row is similar to
             nothing (cosine 0).
         relevant: [Q] integers, index of each query's document.
-        also: All relevant documents of each query; the others are left out of its ranking.
+        also: Indices of all relevant documents of each query; the others are not ranked.
         chunk: Queries per block of similarities, [chunk, N] fp32.
 
     Raises:
-        ValueError: an embedding is not finite.
+        InputError: an embedding is not finite.
     """
     queries, documents = normalize(queries), normalize(documents)
     ranks = []
@@ -154,7 +180,7 @@ def relevant_ranks(
         similarity = queries[part] @ documents.T  # (chunk, N)
         right = np.take_along_axis(similarity, relevant[part, None], axis=1)
         for row, others in zip(similarity, also[part], strict=False):
-            row[list(others)] = -np.inf
+            row[others] = -np.inf
         similarity[np.arange(len(right)), relevant[part]] = right[:, 0]
         # The relevant document counts itself, so ranks start at 1.
         ranks.append((similarity >= right).sum(axis=1))
@@ -162,23 +188,28 @@ def relevant_ranks(
 
 
 def normalize(embeddings: np.ndarray) -> np.ndarray:
-    """Scale rows to length 1, fp32; zero rows stay zero. Raises ValueError for NaN or infinity."""
+    """Scale rows to length 1, fp32; zero rows stay zero. Raises InputError for NaN or infinity."""
     embeddings = np.asarray(embeddings, dtype=np.float32)
     if not np.isfinite(embeddings).all():
-        raise ValueError("embeddings contain NaN or infinity")
+        raise InputError("embeddings contain NaN or infinity: train again with a lower lr")
     norms = np.linalg.norm(embeddings, axis=1, keepdims=True)
     return embeddings / np.where(norms > 0, norms, 1)
 
 
 def interval(statistic: Callable[[np.ndarray], float], units: int) -> dict[str, float]:
     """Return `score`, `low` and `high`: a statistic of how often each unit was drawn, [units], and
-    its 95 % percentile bootstrap interval.
+    its 95 % percentile bootstrap interval; a single unit has none.
     """
+    score = statistic(np.ones(units))
+    if units < 2:
+        return {"score": score}
     draws = np.random.default_rng(0).multinomial(units, np.full(units, 1 / units), size=1000)
     low, high = np.percentile([statistic(counts) for counts in draws], (2.5, 97.5))
-    return {"score": statistic(np.ones(units)), "low": float(low), "high": float(high)}
+    return {"score": score, "low": float(low), "high": float(high)}
 
 
-def mean_interval(values: np.ndarray) -> dict[str, float]:
-    """Return the `interval` of a mean over independent values, [N]."""
-    return interval(lambda counts: float(counts @ values / counts.sum()), len(values))
+def mean_interval(values: np.ndarray, groups: np.ndarray | None = None) -> dict[str, float]:
+    """Return the `interval` of a mean over values, [N], independent or by `groups`, [N] from 0."""
+    groups = np.arange(len(values)) if groups is None else groups
+    sums, sizes = np.bincount(groups, values), np.bincount(groups)
+    return interval(lambda counts: float(counts @ sums / (counts @ sizes)), len(sizes))

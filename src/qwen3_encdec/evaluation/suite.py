@@ -24,7 +24,7 @@ from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
 from qwen3_encdec.evaluation.baselines import Embedder, NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
-from qwen3_encdec.evaluation.retrieval import PACKAGE_DOCS, Embed, Task, package_retrieval
+from qwen3_encdec.evaluation.retrieval import PACKAGE_DOCS, Embed, Task
 from qwen3_encdec.folders import (
     InputError,
     default_device,
@@ -73,21 +73,18 @@ def evaluate_denoising(
 def evaluate_retrieval(
     encoders: Mapping[str, str | Path],
     *,
+    tasks: Sequence[Task],
     parent: str | Path | None = None,
-    tasks: Sequence[Task] | None = None,
     mteb: Sequence[str] = (),
-    num_queries: int = 1000,
-    seed: int = 0,
     outside: bool = True,
 ) -> dict[str, Any]:
     """Score the baselines, then sentence-transformers folders by name.
 
     Args:
         encoders: Folders by name.
+        tasks: Such as `package_retrieval` and `pairs_retrieval` build.
         parent: The causal Qwen3 (folder or hub id) for three of the baselines.
-        tasks: By default retrieval in docstrings of held-out packages, with `num_queries`.
         mteb: Names of mteb's tasks and benchmarks, such as "MTEB(eng, v2)".
-        seed: Chooses the queries.
         outside: Also score TF-IDF and MiniLM, and list the parent baselines if `parent` is None.
 
     Returns:
@@ -96,9 +93,9 @@ def evaluate_retrieval(
         `num_queries` and `num_documents`.
 
     Raises:
-        InputError: a folder cannot be loaded or a task's name is unknown.
+        InputError: a folder cannot be loaded, or a task's name is unknown or occurs twice.
     """
-    chosen = [package_retrieval(num_queries, seed)] if tasks is None else list(tasks)
+    chosen = list(tasks)
     tasks_not_run: dict[str, str] = {}
     for name in mteb:
         try:
@@ -106,7 +103,11 @@ def evaluate_retrieval(
         except NotRun as reason:
             tasks_not_run[name] = str(reason)
     not_run: dict[str, str] = {}
-    found: dict[str, dict[str, dict[str, float]]] = {task.name: {} for task in chosen}
+    found: dict[str, dict[str, Any]] = {}
+    for task in chosen:
+        if task.name in found:
+            raise InputError(f"two tasks are named {task.name}; rename one or list it once")
+        found[task.name] = {"metric": task.metric, "size": task.size, "scores": {}}
     for name, load in _loaders(encoders, parent, outside).items():
         try:
             embedder = load()
@@ -120,22 +121,22 @@ def evaluate_retrieval(
             with tqdm(desc=f"{name}: {task.name}", unit="text", disable=None, leave=False) as bar:
                 try:
                     embed = partial(_embed, use, task.max_tokens, bar.update)
-                    found[task.name][name] = task.measure(embed)
+                    found[task.name]["scores"][name] = task.measure(embed)
                 except NotRun as reason:
                     tasks_not_run[task.name] = str(reason)
-    metrics: dict[str, Any] = {"tasks": {}, "tasks_not_run": tasks_not_run, "not_run": not_run}
+    scored = {name: entry for name, entry in found.items() if entry["scores"]}
+    metrics: dict[str, Any] = {"tasks": scored, "tasks_not_run": tasks_not_run, "not_run": not_run}
     for task in chosen:
-        if rows := found[task.name]:
-            facts = {"metric": task.metric, "size": task.size, "scores": rows}
-            metrics["tasks"][task.name] = facts
-            if task.name == PACKAGE_DOCS:
-                metrics |= {"num_queries": task.size, "num_documents": len(task.corpus)}
-                metrics["retrieval"] = dict(zip(rows, map(_details, rows.values()), strict=True))
+        if task.name == PACKAGE_DOCS and task.name in scored:
+            metrics |= {
+                "num_queries": task.size,
+                "num_documents": len(task.corpus),
+                "retrieval": {},
+            }
+            for name, row in scored[task.name]["scores"].items():
+                kept = {key: row[key] for key in ("mrr", "ndcg@10", "r@1")}
+                metrics["retrieval"][name] = kept
     return metrics
-
-
-def _details(row: Mapping[str, float]) -> dict[str, float]:
-    return {key: row[key] for key in row if key not in ("score", "low", "high")}
 
 
 def _loaders(

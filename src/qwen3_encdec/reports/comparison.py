@@ -23,6 +23,8 @@ CURVES = {
     "grad_norm": ("Gradient norm.", "norm"),
     "lr": ("Learning rate.", "learning rate"),
     "tokens_per_second": ("Throughput, source and target tokens.", "tokens per second"),
+    "finetuning_loss": ("Finetuning loss.", "loss"),
+    "eval_ndcg@10": ("Held-out pairs.", "nDCG@10"),
 }
 """Caption and axis label of each quantity."""
 Points = list[tuple[int, float]]
@@ -72,25 +74,33 @@ def read_curves(file: Path) -> list[dict[str, Any]]:
     """Parse a metrics.jsonl, ignoring an incomplete last line from a running or killed process.
 
     Raises:
-        InputError: another line is not a JSON object.
+        InputError: another line is not a JSON object with a step.
     """
     lines = file.read_text(encoding="utf-8", errors="replace").splitlines()
     records = []
     for number, line in enumerate(lines, 1):
         try:
-            records.append(dict(json.loads(line)))
-        except (ValueError, TypeError):
-            if number < len(lines):
-                raise InputError(f"{file}:{number} is not a JSON object") from None
+            record = json.loads(line)
+        except ValueError:
+            record = None
+        if isinstance(record, dict) and "step" in record:
+            records.append(record)
+        elif number < len(lines) or record is not None:
+            raise InputError(f"{file}:{number} is not a JSON object with a step")
     return records
 
 
 def _read(folder: Path, name: str) -> Run:
+    if not (folder / PROVENANCE_FILE).is_file():
+        raise InputError(f"run {folder} was not written by qwen3-encdec: no {PROVENANCE_FILE}")
     kind, metrics = read_json(folder / PROVENANCE_FILE)["kind"], folder / "metrics.json"
     logs = [folder / "metrics.jsonl", folder / "ul2" / "metrics.jsonl"]
     curves = [record for log in logs if log.exists() for record in read_curves(log)]
     if not curves and not metrics.exists():
         raise InputError(f"run {folder} has neither metrics.json nor a line in metrics.jsonl")
+    if kind == "encoder":  # finetuned: its loss is not a denoising loss
+        names = {"loss": "finetuning_loss", "learning_rate": "lr"}
+        curves = [{names.get(key, key): line[key] for key in line} for line in curves]
     return Run(name, folder, kind, read_json(metrics) if metrics.exists() else {}, curves)
 
 
@@ -114,7 +124,8 @@ def _draw_curves(lines: Mapping[str, Points], label: str, axes: Axes) -> None:
     for name, points in lines.items():
         color = page.denoiser_color(name) if name in page.DENOISERS else None
         steps, values = zip(*points, strict=True)
-        axes.plot(steps, values, ".-", markersize=3, label=name, color=color)
+        marker = "." if len(points) <= 200 else None  # an SVG element each
+        axes.plot(steps, values, marker=marker, markersize=3, label=name, color=color)
     axes.set(xlabel="optimizer step", ylabel=label)
     if label == "tokens per second":
         axes.set_ylim(bottom=0)
@@ -127,8 +138,9 @@ def _infilling(runs: Sequence[Run]) -> page.Section:
         infill = run.metrics.get("infill", {})
         rates = infill.get("by_denoiser", {})
         shares[run.name] = {name: f"{share:.1%}" for name, share in rates.items()}
+        name = [("run", run.name)] if len(runs) > 1 else []
         for example in infill.get("examples", [])[:5]:
-            examples.append([("run", run.name), *example.items()])
+            examples.append([*name, *example.items()])
     note = "Share of gaps filled exactly by greedy decoding, and examples."
     return page.Section("Infilling", note, page.grid("Denoiser", shares), fields=examples)
 

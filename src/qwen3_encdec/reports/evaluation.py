@@ -10,9 +10,16 @@ from transformers.utils import logging
 from qwen3_encdec.conversion.extract import checkpoints_to_average
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
-from qwen3_encdec.evaluation.retrieval import pairs_retrieval
+from qwen3_encdec.evaluation.retrieval import package_retrieval, pairs_retrieval
 from qwen3_encdec.evaluation.suite import evaluate_denoising, evaluate_retrieval, provenance
-from qwen3_encdec.folders import PROVENANCE_FILE, check_output, new_folder, read_json, write_json
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    check_output,
+    new_folder,
+    read_json,
+    write_json,
+)
 from qwen3_encdec.reports.comparison import Run, write_page
 from qwen3_encdec.reports.scores import score_text
 
@@ -32,6 +39,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluate an encoder, or an encoder-decoder (a folder, a checkpoint or a run).
 
+    Raises InputError if a folder or file cannot be read, or an option is for the other kind.
+
     Args:
         output_dir: Folder for metrics.json, whose content is returned, and report.html.
         parent: An encoder's causal Qwen3 (folder or hub id), for three of the baselines.
@@ -45,18 +54,20 @@ def evaluate(
     check_output(output_dir, "evaluation")
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
-    if (model_dir / "modules.json").exists():
-        record = model_dir / PROVENANCE_FILE
-        tuned = record.exists() and "finetuned_from" in read_json(record)
+    is_encoder = (model_dir / "modules.json").exists()
+    unused: dict[str, Any] = {"parent": parent, "pairs": pairs, "mteb": mteb}
+    if is_encoder:
+        unused = {"initialization": initialization, "data": data}
+    for name, value in unused.items():
+        if value:
+            kind = "an encoder" if is_encoder else "not an encoder"
+            raise InputError(f"{name} cannot be used with {model_dir}, {kind}")
+    if is_encoder:
         tasks = [pairs_retrieval(file, num_queries, seed) for file in pairs]
-        metrics = evaluate_retrieval(
-            {CONTRASTIVE if tuned else ENCODER: model_dir},
-            parent=parent,
-            num_queries=num_queries,
-            seed=seed,
-            tasks=tasks if pairs or mteb else None,
-            mteb=mteb,
-        )
+        if not pairs and not mteb:
+            tasks = [package_retrieval(num_queries, seed)]
+        encoders = {_label(model_dir): model_dir}
+        metrics = evaluate_retrieval(encoders, tasks=tasks, parent=parent, mteb=mteb)
     else:
         folders = {"initialization": Path(initialization)} if initialization else {}
         folders["trained"] = checkpoints_to_average(model_dir, 1)[0]
@@ -69,11 +80,20 @@ def evaluate(
     return metrics
 
 
+def _label(encoder: Path) -> str:
+    """Return the embedder's name in tables; a folder that is not ours keeps its own."""
+    record = encoder / PROVENANCE_FILE
+    if not record.exists():
+        return encoder.resolve().name
+    return CONTRASTIVE if "finetuned_from" in read_json(record) else ENCODER
+
+
 def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> str:
     """Return retrieval tables of a soup and its inputs, and a comparison with the best input."""
     causal = [model for model in models if not (Path(model) / "modules.json").is_file()]
     encoders = {str(model): model for model in (*models, merged) if model not in causal}
-    metrics = evaluate_retrieval(encoders, parent=causal[0] if causal else None, seed=seed)
+    parent = causal[0] if causal else None
+    metrics = evaluate_retrieval(encoders, tasks=[package_retrieval(1000, seed)], parent=parent)
     scores = {name: metrics["retrieval"][name]["ndcg@10"] for name in encoders}
     soup_score = scores.pop(str(merged))
     best = max(scores, key=lambda name: scores[name])

@@ -67,6 +67,12 @@ def grid(corner: str, columns: Mapping[str, Mapping[str, str]]) -> Table:
     ]
 
 
+def transpose(table: Table) -> Table:
+    """Turn columns into rows."""
+    header, *rows = map(list, zip(table[0], *table[1], strict=True))
+    return header, rows
+
+
 def denoiser_color(name: str) -> str:
     """Return the color of a denoiser, the same on every page."""
     known = name in DENOISERS

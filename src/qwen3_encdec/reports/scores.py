@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Table as TerminalTable
 
-from qwen3_encdec.reports.page import Section, grid
+from qwen3_encdec.evaluation.retrieval import PACKAGE_DOCS
+from qwen3_encdec.reports.page import Section, Table, grid, transpose
 
 DENOISING_NOTE = "Mean loss on held-out text, in nats per target token; lower is better."
 RETRIEVAL_NOTE = (
@@ -31,12 +32,12 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
         for label, values in metrics.get("denoising", {}).items():
             losses[label + suffix] = {name: f"{loss:.3f}" for name, loss in values.items()}
         if retrieval := metrics.get("retrieval"):
-            cells: dict[str, dict[str, str]] = {}
-            for embedder, scores in retrieval.items():
-                for name, score in scores.items():
-                    cells.setdefault(name, {})[embedder] = f"{score:.3f}"
+            cells = {
+                embedder: {name: f"{score:.3f}" for name, score in scores.items()}
+                for embedder, scores in retrieval.items()
+            }
             note, title = RETRIEVAL_NOTE.format(**metrics), f"Retrieval{suffix}"
-            sections.append(Section(title, note, grid("Embedder", cells)))
+            sections.append(Section(title, note, transpose(grid("Embedder", cells))))
         for embedder, column in _task_scores(metrics.get("tasks", {})).items():
             if tasks.setdefault(embedder, column) != column:  # from another model or sample
                 tasks[embedder + suffix] = column
@@ -45,7 +46,7 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
         sections.insert(0, Section("Denoising", DENOISING_NOTE, grid("Denoiser", losses)))
     if tasks or reasons:
         fields = [(name, f"not run: {reason}") for name, reason in reasons.items()]
-        sections.append(Section("Tasks", TASKS_NOTE, grid("Task", tasks), fields=[fields]))
+        sections.append(Section("Tasks", TASKS_NOTE, _task_table(tasks), fields=[fields]))
     return sections
 
 
@@ -54,23 +55,41 @@ def score_text(metrics: Mapping[str, Any]) -> str:
     text = io.StringIO()
     console = Console(file=text, width=160, markup=False, highlight=False)
     for section in score_sections({"": metrics}):
-        header, rows = section.table or ([], [])
-        table = Table(*header, box=None, pad_edge=False)
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
+        if section.table:
+            header, rows = section.table
+            table = TerminalTable(*header, box=None, pad_edge=False)
+            for row in rows:
+                table.add_row(*row)
+            console.print(table)
         for fields in section.fields:
             console.print(*(f"{name}  {reason}" for name, reason in fields), sep="\n")
     return text.getvalue().rstrip()
 
 
+def _task_table(columns: Mapping[str, Mapping[str, str]]) -> Table | None:
+    """Build a table with embedders as columns, or as rows where they would not fit the page."""
+    if not columns:
+        return None
+    table = grid("Task", columns)
+    if len(columns) <= max(4, len(table[1])):
+        return table
+    return transpose(grid("Embedder", columns))
+
+
 def _task_scores(tasks: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """Format cells by embedder, then by task with its metric and size."""
+    """Format cells by embedder, then by task with its metric and size.
+
+    The further scores of retrieval follow, except those of package-docs, which has its own table.
+    """
     cells: dict[str, dict[str, str]] = {}
     for name, task in tasks.items():
         for embedder, score in task["scores"].items():
             text = f"{score['score']:.3f}"
             if "low" in score:
                 text += f" ±{(score['high'] - score['low']) / 2:.3f}".replace("±0", "±")
-            cells.setdefault(embedder, {})[f"{name} ({task['metric']}, {task['size']:,})"] = text
+            column = cells.setdefault(embedder, {})
+            column[f"{name} ({task['metric']}, {task['size']:,})"] = text
+            if name != PACKAGE_DOCS:
+                further = [key for key in ("mrr", "ndcg@10") if key in score]
+                column |= {f"{name} ({key})": f"{score[key]:.3f}" for key in further}
     return cells

@@ -305,6 +305,8 @@ def test_the_documented_needs_are_the_true_ones():
     [
         ("ul3", "'ul3' must be one of t5gemma2"),
         ([], "at least one"),
+        ([3], r"preset: 3 must be a mapping of name, mean_span"),
+        ([{"name": 3, "mean_span": 3, "corruption": 0.5}], r"names \[3\] must be distinct texts"),
         ([{"name": "a", "mean_span": 3, "corruption": 0.15}] * 2, "distinct"),
         ([{"name": "a", "mean_span": 3, "corruption": 1.5}], "a: corruption=1.5"),
         ([{"name": "a", "mean_span": 0, "corruption": 0.5}], "a: mean_span=0"),

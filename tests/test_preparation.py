@@ -1,6 +1,7 @@
 """Tokenizing a corpus beforehand, and the analysis of a data config."""
 
 import json
+import math
 import random
 import re
 import resource
@@ -49,11 +50,26 @@ def own_cache(tmp_path, monkeypatch):
         ({"min_tokens": 1}, "data.min_tokens=1"),
         ({"heldout_every": 1}, "data.heldout_every=1"),
         ({"seed": -1}, "data.seed=-1"),
+        ({"cache_gib": math.nan}, "data.cache_gib=nan"),
+        ({"inputs": "a.txt"}, "data.inputs is empty or not a list of names: 'a.txt'"),
+        ({"heldout_inputs": "a.txt"}, "data.heldout_inputs is not a list of names"),
+        ({"text_column": ""}, "data.text_column='' is not the name of a column"),
+        ({"mixture": [{"inputs": [3]}]}, r"not a list of names: \[3\]"),
+        ({"mixture": [{"inputs": ["a"], "text_column": None}]}, "data.text_column=None"),
+        ({"mixture": [{"inputs": ["a"], "weight": math.inf}]}, "weight=inf of"),
+        ({"mixture": [{"inputs": ["a"], "wieght": 1}]}, "data.mixture: .*'wieght': 1.* must be"),
+        ({"mixture": ["a"]}, "data.mixture: 'a' must be a mapping of inputs, weight, text_column"),
     ],
 )
 def test_bad_configs_name_the_field_and_the_value(changes, message):
     with pytest.raises(InputError, match=message):
         DataConfig(**changes)
+
+
+def test_sources_of_one_name_are_numbered():
+    names = ["x-2", "x", "x", "x"]
+    config = DataConfig(mixture=[{"inputs": ["a"], "name": name} for name in names])
+    assert len({source.name for source in config.sources}) == 4
 
 
 def test_too_few_sentinels_stop_the_stream_before_it_reads():
@@ -179,6 +195,31 @@ def test_a_prepared_corpus_gives_the_same_examples(
         UL2Data(config_of(out), build_tokenizer(num_ranks=500))
     with pytest.raises(InputError, match="is already tokenized"):
         prepared(config_of(out), tokenizer, tmp_path / "again")
+    assert not (tmp_path / "again.partial").exists()
+
+
+def test_prepared_folders_that_are_taken_apart_or_written_again(corpus, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    first = prepared(config_of(corpus), tokenizer, out)
+    UL2Data(config_of(out), tokenizer)
+    second = prepared(config_of(corpus / "a.jsonl"), tokenizer, out)
+    assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
+    assert second["tokens"] < first["tokens"]
+    (out / "data/_index.json").rename(tmp_path / "_index.json")
+    assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
+    (tmp_path / "_index.json").rename(out / "data/_index.json")
+    next(out.rglob("part-*")).unlink()
+    with pytest.raises(InputError, match=r"lacks 1 of its files, such as part-\d+"):
+        UL2Data(config_of(out), tokenizer)
+
+
+def test_preparations_that_would_be_useless(corpus, tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"output .* is inside input .*corpus; choose another"):
+        prepared(config_of(corpus), tokenizer, corpus / "tokens")
+    (tmp_path / "a.txt").write_text("short\n" * 3)
+    with pytest.raises(InputError, match="none of the 3 documents has 24 tokens"):
+        prepared(config_of(tmp_path / "a.txt", min_tokens=24), tokenizer, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_copies_are_left_out_and_counted(corpus, tokenizer, tmp_path):

@@ -37,8 +37,6 @@ class Hub:
         self.root = root
         self.fail_every = 0
         """Answer every n-th request with 503; 0 never does."""
-        self.gated: set[str] = set()
-        """Repositories that want the token."""
         self.gone: set[str] = set()
         """Repositories that are not there any more."""
         self.token = "hf_fixture"
@@ -142,8 +140,6 @@ class _Handler(BaseHTTPRequestHandler):
         kind, repo = call["kind"] or "models", call["repo"]
         if repo in self.hub.gone or not (self.hub.root / kind / repo).is_dir():
             return self._fail(404, "RepoNotFound", f"Repository {repo} not found")
-        if repo in self.hub.gated and self.hub.token not in self.headers.get("Authorization", ""):
-            return self._fail(401, "GatedRepo", f"Access to {repo} is restricted")
         if call.re is _FILE:
             return self._resolve(kind, repo, call["revision"], call["path"])
         return self._api(kind, repo, call["call"], call["rest"] or "", body)
@@ -169,8 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([_entry(path, folder) for path in found])
         siblings = [{"rfilename": f.relative_to(folder).as_posix()} for f in _files(folder)]
         info = {"_id": repo, "id": repo, "modelId": repo, "sha": commit(folder), "tags": []}
-        gated = "auto" if repo in self.hub.gated else False
-        about = {"private": False, "disabled": False, "downloads": 0, "likes": 0, "gated": gated}
+        about = {"private": False, "disabled": False, "downloads": 0, "likes": 0, "gated": False}
         dates = {"lastModified": _DATE, "createdAt": _DATE}
         return self._json(info | about | dates | {"siblings": siblings})
 

@@ -5,7 +5,6 @@ environment is `Hub.environment()`; the suite's own process stays offline.
 
     root/models/ORG/NAME/...         revision main of a model
     root/datasets/ORG/NAME/...       revision main of a dataset
-    root/datasets/ORG/NAME@v1/...    revision v1 of it
 """
 
 import base64
@@ -60,12 +59,8 @@ class Hub:
 
     def folder(self, kind: str, repo: str, revision: str) -> Path | None:
         """Folder of a repository at a branch, tag or commit; None if there is none."""
-        main = self.root / kind / repo
-        for folder in (main, *main.parent.glob(f"{main.name}@*")):
-            name = folder.name.partition("@")[2] or "main"
-            if folder.is_dir() and revision in (name, commit(folder)):
-                return folder
-        return None
+        folder = self.root / kind / repo
+        return folder if revision in ("main", commit(folder)) else None
 
 
 @contextmanager

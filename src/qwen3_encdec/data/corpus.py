@@ -219,10 +219,8 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
             folder, name = os.path.split(copy)
             if folder not in indexes:
                 indexes[folder] = _read_index(folder)
-            if name in indexes[folder]["files"]:
-                rows, tokens = indexes[folder]["files"][name]
-                facts = tuple(rows), indexes[folder]["tokenizer"], tokens
-                files.append(File(path, copy, sizes[path], len(rows), "", False, *facts))
+            if facts := indexes[folder].get(name):
+                files.append(File(path, copy, sizes[path], len(facts["rows"]), **facts))
             else:
                 file = _open_parquet(path, copy, sizes[path], source.text_column, block_bytes)
                 files.append(file)
@@ -398,8 +396,9 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     rows = tuple(group.num_rows for group in groups)
     about = metadata.metadata or {}
     if TOKENIZER_KEY in about:
-        facts = rows, about[TOKENIZER_KEY].decode(), json.loads(about[COUNTS_KEY])["tokens"]
-        return File(path, copy, size, len(rows), "", False, *facts)
+        tokens = json.loads(about[COUNTS_KEY])["tokens"]
+        name = about[TOKENIZER_KEY].decode()
+        return File(path, copy, size, len(rows), rows=rows, tokenizer=name, tokens=tokens)
     if schema.names.count(column) != 1:
         count = "no" if column not in schema.names else "more than one"
         raise InputError(f"{path}: {count} column {column!r}; found {', '.join(schema.names)}")
@@ -415,21 +414,24 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     return File(path, copy, size, len(rows) * parts, column, False, rows)
 
 
-def _read_index(folder: str) -> dict[str, Any]:
-    """Read the index that `prepare` wrote beside its files, if there is one.
+def _read_index(folder: str) -> dict[str, dict[str, Any]]:
+    """Return the facts of the files that `prepare` wrote into a folder, if it did.
 
-    Raises InputError if a file that it lists is missing.
+    Raises InputError if a file that its index lists is missing.
     """
     file = Path(folder, INDEX_FILE)
     if not file.exists():
-        return {"files": {}}
-    index: dict[str, Any] = read_json(file)
+        return {}
+    index = read_json(file)
     if missing := index["files"].keys() - set(os.listdir(folder)):
         raise InputError(
             f"prepared corpus {folder} lacks {len(missing):,} of its files, such as "
             f"{min(missing)}; restore them, or delete {file} to use the others"
         )
-    return index
+    return {
+        name: {"rows": tuple(rows), "tokenizer": index["tokenizer"], "tokens": tokens}
+        for name, (rows, tokens) in index["files"].items()
+    }
 
 
 def _size(path: str) -> int:
@@ -470,7 +472,9 @@ def _hub_files(item: str, split: str, cache_bytes: float) -> dict[str, str]:
     from huggingface_hub import snapshot_download
 
     name, _, config = item.partition(":")
-    with input_errors(f"input {item!r}: no such file, and no hub dataset could be opened"):
+    forms = "ORG/NAME or ORG/NAME:CONFIG"
+    failure = f"input {item!r}: no such file, and no hub dataset could be opened as {forms}"
+    with input_errors(failure):
         hub = _hub()
         data_files = load_dataset_builder(name, config or None).config.data_files or {}
         if split not in data_files:

@@ -5,7 +5,6 @@ environment is `Hub.environment()`; the suite's own process stays offline.
 
     root/models/ORG/NAME/...         revision main of a model
     root/datasets/ORG/NAME/...       revision main of a dataset
-    root/datasets/ORG/NAME@v1/...    revision v1 of it
 """
 
 import base64
@@ -37,8 +36,6 @@ class Hub:
         self.root = root
         self.fail_every = 0
         """Answer every n-th request with 503; 0 never does."""
-        self.gated: set[str] = set()
-        """Repositories that want the token."""
         self.gone: set[str] = set()
         """Repositories that are not there any more."""
         self.token = "hf_fixture"
@@ -62,12 +59,8 @@ class Hub:
 
     def folder(self, kind: str, repo: str, revision: str) -> Path | None:
         """Folder of a repository at a branch, tag or commit; None if there is none."""
-        main = self.root / kind / repo
-        for folder in (main, *main.parent.glob(f"{main.name}@*")):
-            name = folder.name.partition("@")[2] or "main"
-            if folder.is_dir() and revision in (name, commit(folder)):
-                return folder
-        return None
+        folder = self.root / kind / repo
+        return folder if revision in ("main", commit(folder)) else None
 
 
 @contextmanager
@@ -142,8 +135,6 @@ class _Handler(BaseHTTPRequestHandler):
         kind, repo = call["kind"] or "models", call["repo"]
         if repo in self.hub.gone or not (self.hub.root / kind / repo).is_dir():
             return self._fail(404, "RepoNotFound", f"Repository {repo} not found")
-        if repo in self.hub.gated and self.hub.token not in self.headers.get("Authorization", ""):
-            return self._fail(401, "GatedRepo", f"Access to {repo} is restricted")
         if call.re is _FILE:
             return self._resolve(kind, repo, call["revision"], call["path"])
         return self._api(kind, repo, call["call"], call["rest"] or "", body)
@@ -169,8 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self._json([_entry(path, folder) for path in found])
         siblings = [{"rfilename": f.relative_to(folder).as_posix()} for f in _files(folder)]
         info = {"_id": repo, "id": repo, "modelId": repo, "sha": commit(folder), "tags": []}
-        gated = "auto" if repo in self.hub.gated else False
-        about = {"private": False, "disabled": False, "downloads": 0, "likes": 0, "gated": gated}
+        about = {"private": False, "disabled": False, "downloads": 0, "likes": 0, "gated": False}
         dates = {"lastModified": _DATE, "createdAt": _DATE}
         return self._json(info | about | dates | {"siblings": siblings})
 

@@ -6,6 +6,8 @@ import gzip
 import json
 import lzma
 import os
+import resource
+import signal
 import time
 
 import numpy as np
@@ -55,7 +57,7 @@ def test_files_folders_and_globs(tmp_path):
 
 @pytest.mark.parametrize("cache_gib", [1.0, 0.0], ids=["unpacked", "streamed"])
 def test_every_kind_of_file(tmp_path, cache_gib, own_cache):
-    texts = ["one, with a comma", 'two\nwith a line and "quotes"', "three Ü"]
+    texts = ["one, with a comma" * 9000, 'two\nwith a line and "quotes"', "three Ü"]
     packings = {"": bytes, "gz": gzip.compress, "BZ2": bz2.compress, "xz": lzma.compress}
     for suffix, pack in packings.items():
         (tmp_path / f"a.JSONL.{suffix}".rstrip(".")).write_bytes(pack(lines(*texts).encode()))
@@ -63,7 +65,9 @@ def test_every_kind_of_file(tmp_path, cache_gib, own_cache):
         out.write(lines(*texts).encode())
     with open(tmp_path / "a.csv", "w", newline="") as file:
         csv.writer(file).writerows([["id", "text"], *enumerate(texts)])
-    (tmp_path / "b.json").write_text(json.dumps([{"text": text} for text in texts]))
+    (tmp_path / "b.json").write_text(
+        "\n" + json.dumps([{"text": text} for text in texts], indent=1)
+    )
     (tmp_path / "c.json").write_text(lines(*texts))
     column = pa.array(texts).dictionary_encode()
     pq.write_table(pa.table({"text": column, "n": [1, 2, 3]}), tmp_path / "d.parquet")
@@ -86,8 +90,52 @@ def test_links_and_hidden_folders(tmp_path):
     (tmp_path / "elsewhere/b.txt").write_text("behind a link")
     (tmp_path / "data/link").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere/loop").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "data/newest.txt").symlink_to("a.txt")
     assert read(tmp_path / "data") == ["plain", "behind a link"]
-    assert len(opened(tmp_path / "data").passed_over) == 3
+    passed_over = opened(tmp_path / "data").passed_over
+    assert len(passed_over) == 4
+    assert f"newest.txt (the same file as {tmp_path}/data/a.txt)" in passed_over[-1]
+    (tmp_path / "data/a.txt").unlink()
+    with pytest.raises(InputError, match=r"newest.txt: .*No such file"):
+        opened(tmp_path / "data")
+
+
+def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("fine")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(InputError, match="closed cannot be read: Permission denied"):
+        opened(tmp_path)
+
+
+def test_a_cache_that_cannot_be_written(tmp_path, own_cache, monkeypatch):
+    """An unpacked file needs it no more; another is one sentence, and nothing half-written."""
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(os.urandom(20_000).hex().encode()))
+    read(tmp_path / "a.txt.gz")
+    with monkeypatch.context() as context:
+        context.setattr(module, "FileLock", lambda path: pytest.fail("locked"))
+        read(tmp_path / "a.txt.gz")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot unpack .*b.txt.gz into .*File too large"):
+            read(tmp_path / "b.txt.gz")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not list(own_cache.glob("*.partial"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a.txt.gz"))
+    with pytest.raises(InputError, match=r"cache folder .*Not a directory; set XDG_CACHE_HOME"):
+        read(tmp_path / "b.txt.gz")
 
 
 GOOD = '{"text": "fine"}\n' * 2000
@@ -97,10 +145,18 @@ BAD = {
         (GOOD + '{"text": "fi\n' + GOOD, r"a.jsonl line 2001: not valid JSON"),
         ('{"body": "x", "id": 3}\n', r"line 1: no column 'text'; found body, id"),
         ('{"text": 3}\n', r"line 1: column 'text' is int, not a string"),
+        ('{"text": null}\n{"text": 0}\n', r"line 2: column 'text' is int, not a string"),
         (GOOD + "[1]\n", r"line 2001: no column 'text'; found a list"),
     ],
     "a.json": [(json.dumps([{"text": "fine"}, {"body": "x"}]), r"line 2: no column 'text'")],
-    "a.csv": [("id,body\n1,x\n", r"a.csv line 1: no column 'text'; found id, body")],
+    "a.csv": [
+        ("id,body\n1,x\n", r"a.csv line 1: no column 'text'; found id, body"),
+        ("id,text\n1,a, b\n", r"a.csv: line 2: 3 cells, but the header has 2"),
+        ("id,text\n1\n", r"a.csv: line 2: 1 cells, but the header has 2"),
+        ('id,text\n1,"a\n\n2,b\n', r"a.csv: line 4: unexpected end of data"),
+        (b"id,text\n1,fine\n2,caf\xe9\n", r"a.csv: line 3: 'utf-8' codec"),
+        ("text,text\na,b\n", r"a.csv: line 1: more than one column 'text'"),
+    ],
     "a.txt": [(b"fine\n" * 3 + b"caf\xe9\n", r"a.txt line 4: 'utf-8' codec"), ("", r"is empty")],
     "a.jsonl.gz": [
         (gzip.compress(GOOD.encode() + b"{"), r"a.jsonl.gz line 2001: not valid JSON"),

@@ -30,13 +30,18 @@ def root(tmp_path_factory) -> Path:
     named = {"tokenizer_class": "PreTrainedTokenizerFast", "pad_token": "<|endoftext|>"}
     (model / "tokenizer_config.json").write_text(json.dumps(named))
     (model / "config.json").write_text(json.dumps({"model_type": "qwen3", "vocab_size": 640}))
-    for revision, texts in (("", TEXTS), ("@v1", 3)):
-        dataset = root / f"datasets/org/texts{revision}"
-        dataset.mkdir(parents=True)
-        for file in range(FILES):
-            lines = [{"text": text_of(file, line)} for line in range(texts * (file + 1))]
-            body = "".join(json.dumps(line) + "\n" for line in lines)
-            (dataset / f"data-{file}.jsonl").write_text(body)
+    dataset = root / "datasets/org/texts"
+    dataset.mkdir(parents=True)
+    for file in range(FILES):
+        lines = [{"text": text_of(file, line)} for line in range(TEXTS * (file + 1))]
+        body = "".join(json.dumps(line) + "\n" for line in lines)
+        (dataset / f"data-{file}.jsonl").write_text(body)
+    both = root / "datasets/org/both"
+    for config in ("de", "en"):
+        (both / config).mkdir(parents=True)
+        (both / config / "a.jsonl").write_text(json.dumps({"text": f"in {config}"}) + "\n")
+    configs = [f"- config_name: {name}\n  data_files: {name}/*\n" for name in ("de", "en")]
+    (both / "README.md").write_text("---\nconfigs:\n" + "".join(configs) + "---\n")
     return root
 
 
@@ -52,33 +57,6 @@ def client(hub: Hub, cache: Path, code: str, **changes: str) -> str:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     return done.stdout if done.returncode == 0 else done.stderr
-
-
-def test_the_ordinary_clients_read_it(hub, tmp_path):
-    code = """
-from datasets import load_dataset
-from huggingface_hub import HfApi, hf_hub_download
-from transformers import AutoConfig
-print(AutoConfig.from_pretrained("org/base").vocab_size)
-print(load_dataset("org/texts", split="train").num_rows)
-print(sum(1 for _ in load_dataset("org/texts", split="train", streaming=True, revision="v1")))
-print(sorted(file.path for file in HfApi().list_repo_tree("org/texts", repo_type="dataset"))[0])
-print(open(hf_hub_download("org/base", "config.json")).read())
-"""
-    printed = client(hub, tmp_path, code).splitlines()
-    texts = sum(range(1, FILES + 1))
-    config = (hub.root / "models/org/base/config.json").read_text()
-    assert printed[-5:] == ["640", str(TEXTS * texts), str(3 * texts), "data-0.jsonl", config]
-    assert any("/revision/" in request for request in hub.requests)
-
-
-def test_a_gated_and_a_missing_repository(hub, tmp_path):
-    code = "from transformers import AutoConfig; print(AutoConfig.from_pretrained('org/base'))"
-    hub.gated.add("org/base")
-    assert "gated" in client(hub, tmp_path / "a", code)
-    assert '"vocab_size": 640' in client(hub, tmp_path / "b", code, HF_TOKEN=hub.token)
-    hub.gone.add("org/base")
-    assert "not a valid model identifier" in client(hub, tmp_path / "c", code, HF_TOKEN=hub.token)
 
 
 def test_a_tokenizer_by_hub_id_is_that_of_the_folder(hub, tmp_path):
@@ -97,13 +75,12 @@ READ = """
 import re
 import sys
 from collections import Counter
-from pathlib import Path
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.data.ul2 import uncorrupt
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
-cache_gib, flag, *runs = sys.argv[1:]
+cache_gib, *runs = sys.argv[1:]
 config = DataConfig(
     inputs=["org/texts"], source_length=256, target_length=192, cache_gib=float(cache_gib)
 )
@@ -125,25 +102,20 @@ try:
             for e in examples:
                 text = tokenizer.decode(uncorrupt(e.source, e.target, **marks))
                 files[int(re.search("of file (.) says", text)[1])] += 1
-            Path(flag).touch()
         print(*made, "files", *(files[file] for file in range(5)), flush=True)
 except InputError as error:
     print("InputError:", error)
 """
 
 
-def start(hub: Hub, cache: Path, cache_gib: int, *runs: str) -> subprocess.Popen:
-    """Read in a process of its own; a run is workers:ranks:steps, a line of hashes by step and documents by file."""
-    command = [sys.executable, "-c", READ, str(cache_gib), str(cache / "flag"), *runs]
-    environment = hub.environment(cache, PYTHONHASHSEED="0", XDG_CACHE_HOME=str(cache))
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
-
-
 def read(hub: Hub, cache: Path, cache_gib: int, *runs: str) -> list[str]:
-    process = start(hub, cache, cache_gib, *runs)
-    printed = process.communicate(timeout=300)[0]
-    assert process.returncode == 0
-    return printed.splitlines()
+    """Read in another process; a run, workers:ranks:steps, prints hashes of steps and, by file,
+    documents.
+    """
+    command = [sys.executable, "-c", READ, str(cache_gib), *runs]
+    environment = hub.environment(cache, PYTHONHASHSEED="0", XDG_CACHE_HOME=str(cache))
+    options = {"env": environment, "text": True, "check": True, "timeout": 300}
+    return subprocess.run(command, stdout=subprocess.PIPE, **options).stdout.splitlines()
 
 
 @pytest.mark.parametrize("cache_gib", [1, 0], ids=["downloaded", "streamed"])
@@ -206,6 +178,24 @@ def test_a_dataset_that_vanishes_in_mid_run(hub, init_folder, tmp_path):
     last = json.loads(metrics.read_text().splitlines()[-1])["step"]
     (checkpoint,) = (tmp_path / "run/checkpoints").glob("step-*")
     assert checkpoint.name == f"step-{last:06}"
+
+
+def test_the_config_of_a_hub_dataset(hub, tmp_path):
+    code = """
+from qwen3_encdec.data.config import DataConfig, Source
+from qwen3_encdec.data.corpus import open_corpus
+for split, item in (("train", "org/both:en"), ("test", "org/both:en"), ("train", "org/both")):
+    try:
+        corpus = open_corpus(Source([item]), DataConfig(hub_split=split))
+        print([document.content for document in corpus.documents()])
+    except ValueError as error:
+        print(error)
+"""
+    environment = {"XDG_CACHE_HOME": str(tmp_path)}
+    texts, split, config = client(hub, tmp_path, code, **environment).splitlines()
+    assert texts == "['in en']"
+    assert split == "input 'org/both:en': no split 'test'; found train"
+    assert config.endswith("opened as ORG/NAME or ORG/NAME:CONFIG: Config name is missing.")
 
 
 def test_a_hub_dataset_that_is_not_there(hub, tmp_path):

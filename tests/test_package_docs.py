@@ -80,21 +80,10 @@ variable = """No docstring but a string, {LONG}"""
     install(site, "new", {**files, **broken, "qwen3_encdec/x.py": f'"""Ours, {LONG}"""'})
     (site / "new/latin.py").write_bytes(b'"""\xe9' + LONG.encode() + b'"""')
     found = {doc.name: doc.text for doc in everything() if doc.package == "new"}
-    assert sorted(found) == sorted(
-        f"new.mod{name}"
-        for name in [
-            "",
-            ".Outer",
-            ".Outer.method",
-            ".Outer.method.inner",
-            ".conditional",
-            ".handler",
-        ]
-    )
-    assert (
-        found["new.mod.Outer.method"]
-        == f"Method docstring with a \\backslash, {LONG}\n\n    indented more\n\nback"
-    )
+    names = ["", ".Outer", ".Outer.method", ".Outer.method.inner", ".conditional", ".handler"]
+    assert sorted(found) == [f"new.mod{name}" for name in names]
+    text = f"Method docstring with a \\backslash, {LONG}\n\n    indented more\n\nback"
+    assert found["new.mod.Outer.method"] == text
     assert not any("Ours" in doc.text for doc in everything())
 
 
@@ -111,14 +100,8 @@ def test_the_split_is_by_package_and_never_changes(site):
     assert heldout
     assert not {doc.package for doc in train} & {doc.package for doc in heldout}
     assert all(is_heldout(doc.package) for doc in heldout)
-    pinned = {
-        "networkx": True,
-        "datasets": True,
-        "torch": False,
-        "transformers": False,
-        "sklearn": False,
-    }
-    assert {name: is_heldout(name) for name in pinned} == pinned
+    held = {"networkx": True, "datasets": True, "torch": False, "transformers": False}
+    assert {name: is_heldout(name) for name in held} == held
 
 
 def test_the_order_is_the_same_from_scan_and_cache_and_new_versions_are_scanned(site, monkeypatch):
@@ -136,22 +119,18 @@ def test_the_order_is_the_same_from_scan_and_cache_and_new_versions_are_scanned(
 
 
 def test_summary_pairs(site):
-    def function(name: str, doc: str) -> str:
-        return f'def {name}():\n    """{doc}"""\n'
-
     body = "The body of the pair is long enough to be asked for, number"
-    source = "".join(
-        [
-            function("good", f"A good summary\n    over two lines.\n\n    {body} one."),
-            function("no_body", f"A summary without a body, {LONG}"),
-            function("brief", f"Brief.\n\n    {body} two."),
-            function("same_summary", f"An ambiguous summary line.\n\n    {body} three."),
-            function("same_summary_too", f"An ambiguous Summary line.\n\n    {body} four."),
-            function("same_body", f"One summary of it.\n\n    {body} five."),
-            function("same_body_too", f"Another summary of it.\n\n    {body} five."),
-        ]
-    )
-    install(site, "pairs", {"pairs.py": source})
+    docs = {
+        "good": f"A good summary\n    over two lines.\n\n    {body} one.",
+        "no_body": f"A summary without a body, {LONG}",
+        "brief": f"Brief.\n\n    {body} two.",
+        "same_summary": f"An ambiguous summary line.\n\n    {body} three.",
+        "same_summary_too": f"An ambiguous Summary line.\n\n    {body} four.",
+        "same_body": f"One summary of it.\n\n    {body} five.",
+        "same_body_too": f"Another summary of it.\n\n    {body} five.",
+    }
+    functions = [f'def {name}():\n    """{doc}"""\n' for name, doc in docs.items()]
+    install(site, "pairs", {"pairs.py": "".join(functions)})
     pairs = summary_pairs("train") + summary_pairs("heldout")
     mine = [(summary, text) for summary, text in pairs if text.startswith(body)]
     assert mine == [("A good summary over two lines.", f"{body} one.")]

@@ -1,6 +1,7 @@
 """Tokenizing a corpus beforehand, and the analysis of a data config."""
 
 import json
+import math
 import random
 import re
 import resource
@@ -12,11 +13,11 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from qwen3_encdec import cli
 from qwen3_encdec.data import corpus as corpora
 from qwen3_encdec.data.analysis import analyze
 from qwen3_encdec.data.config import DataConfig
@@ -49,11 +50,26 @@ def own_cache(tmp_path, monkeypatch):
         ({"min_tokens": 1}, "data.min_tokens=1"),
         ({"heldout_every": 1}, "data.heldout_every=1"),
         ({"seed": -1}, "data.seed=-1"),
+        ({"cache_gib": math.nan}, "data.cache_gib=nan"),
+        ({"inputs": "a.txt"}, "data.inputs is empty or not a list of names: 'a.txt'"),
+        ({"heldout_inputs": "a.txt"}, "data.heldout_inputs is not a list of names"),
+        ({"text_column": ""}, "data.text_column='' is not the name of a column"),
+        ({"mixture": [{"inputs": [3]}]}, r"not a list of names: \[3\]"),
+        ({"mixture": [{"inputs": ["a"], "text_column": None}]}, "data.text_column=None"),
+        ({"mixture": [{"inputs": ["a"], "weight": math.inf}]}, "weight=inf of"),
+        ({"mixture": [{"inputs": ["a"], "wieght": 1}]}, "data.mixture: .*'wieght': 1.* must be"),
+        ({"mixture": ["a"]}, "data.mixture: 'a' must be a mapping of inputs, weight, text_column"),
     ],
 )
 def test_bad_configs_name_the_field_and_the_value(changes, message):
     with pytest.raises(InputError, match=message):
         DataConfig(**changes)
+
+
+def test_sources_of_one_name_are_numbered():
+    names = ["x-2", "x", "x", "x"]
+    config = DataConfig(mixture=[{"inputs": ["a"], "name": name} for name in names])
+    assert len({source.name for source in config.sources}) == 4
 
 
 def test_too_few_sentinels_stop_the_stream_before_it_reads():
@@ -63,25 +79,14 @@ def test_too_few_sentinels_stop_the_stream_before_it_reads():
 
 
 def test_analysis(tmp_path, tokenizer):
-    words = [
-        "shares",
-        "lengths",
-        "rates",
-        "and",
-        "efficiency",
-        "are",
-        "measured",
-        "on",
-        "the",
-        "stream",
-        "itself",
-    ]
+    words = [f"word{i}" for i in range(11)]
     texts = [" ".join(words[(i * j) % 11] for j in range(5 + i % 90)) for i in range(900)]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = DataConfig(inputs=[str(tmp_path)], source_length=256, target_length=128)
     analysis = analyze(config, tokenizer, num_examples=10**6, show=1)
     drawn = list(rows(UL2Data(config, tokenizer), epochs=1))
-    tokens = sum(position["tokens"] for position in last_positions(drawn))
+    last = {row.stream: row.position for row in drawn}
+    tokens = sum(position["tokens"] for position in last.values())
     assert dict(analysis.totals)["tokens"].startswith(f"{tokens:,} in")
     assert dict(analysis.totals)["rows"].startswith(f"{len(drawn):,} with")
     assert sum(map(len, analysis.of_each)) == sum(len(row.examples) for row in drawn)
@@ -122,19 +127,11 @@ def corpus(tmp_path, monkeypatch):
     texts[200:205] = [text.replace(text.split()[-1], "changed") for text in texts[20:25]]
     folder = tmp_path / "corpus"
     folder.mkdir()
-    (folder / "a.jsonl").write_text(
-        "".join(json.dumps({"text": text}) + "\n" for text in texts[:400])
-    )
-    pq.write_table(
-        pa.table({"text": [*texts[400:], None, "", "a", "a"]}),
-        folder / "b.parquet",
-        row_group_size=50,
-    )
+    lines = [json.dumps({"text": text}) + "\n" for text in texts[:400]]
+    (folder / "a.jsonl").write_text("".join(lines))
+    table = pa.table({"text": [*texts[400:], None, "", "a", "a"]})
+    pq.write_table(table, folder / "b.parquet", row_group_size=50)
     return folder
-
-
-def last_positions(drawn) -> list[dict]:
-    return list({(row.stream, row.corpus): row.position for row in drawn}.values())
 
 
 def config_of(folder, **changes) -> DataConfig:
@@ -142,11 +139,9 @@ def config_of(folder, **changes) -> DataConfig:
 
 
 def examples_of(folder, tokenizer) -> Counter:
-    return Counter(
-        (e.source.tobytes(), e.target.tobytes(), e.denoiser)
-        for row in rows(UL2Data(config_of(folder), tokenizer), epochs=1)
-        for e in row.examples
-    )
+    made = rows(UL2Data(config_of(folder), tokenizer), epochs=1)
+    examples = [example for row in made for example in row.examples]
+    return Counter((e.source.tobytes(), e.target.tobytes(), e.denoiser) for e in examples)
 
 
 def prepared(config, tokenizer, output, **options) -> Counter:
@@ -179,6 +174,31 @@ def test_a_prepared_corpus_gives_the_same_examples(
         UL2Data(config_of(out), build_tokenizer(num_ranks=500))
     with pytest.raises(InputError, match="is already tokenized"):
         prepared(config_of(out), tokenizer, tmp_path / "again")
+    assert not (tmp_path / "again.partial").exists()
+
+
+def test_prepared_folders_that_are_taken_apart_or_written_again(corpus, tokenizer, tmp_path):
+    out = tmp_path / "out"
+    first = prepared(config_of(corpus), tokenizer, out)
+    UL2Data(config_of(out), tokenizer)
+    second = prepared(config_of(corpus / "a.jsonl"), tokenizer, out)
+    assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
+    assert second["tokens"] < first["tokens"]
+    (out / "data/_index.json").rename(tmp_path / "_index.json")
+    assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
+    (tmp_path / "_index.json").rename(out / "data/_index.json")
+    next(out.rglob("part-*")).unlink()
+    with pytest.raises(InputError, match=r"lacks 1 of its files, such as part-\d+"):
+        UL2Data(config_of(out), tokenizer)
+
+
+def test_preparations_that_would_be_useless(corpus, tokenizer, tmp_path):
+    with pytest.raises(InputError, match=r"output .* is inside input .*corpus; choose another"):
+        prepared(config_of(corpus), tokenizer, corpus / "tokens")
+    (tmp_path / "a.txt").write_text("short\n" * 3)
+    with pytest.raises(InputError, match="none of the 3 documents has 24 tokens"):
+        prepared(config_of(tmp_path / "a.txt", min_tokens=24), tokenizer, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_copies_are_left_out_and_counted(corpus, tokenizer, tmp_path):
@@ -204,15 +224,20 @@ corpus.BLOCK_BYTES = 3000
 write = prepare.Preparation.write
 prepare.Preparation.write = lambda *a: (time.sleep(0.3), write(*a))
 config = DataConfig(inputs=[sys.argv[1]])
-prepare.prepare(config, load_tokenizer(sys.argv[2]), Path(sys.argv[3]), processes=1)
+prepare.prepare(config, load_tokenizer(sys.argv[2]), Path(sys.argv[3]), processes=2)
 """
     out, partial = tmp_path / "out", tmp_path / "out.partial"
     process = subprocess.Popen([sys.executable, "-c", code, corpus, tmp_path / "tokenizer", out])
     deadline = time.monotonic() + 60
     while len(list(partial.rglob("part-*.parquet"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
+    workers = psutil.Process(process.pid).children()
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert len(workers) == 2
+    while any(worker.is_running() and worker.status() != "zombie" for worker in workers):
+        assert time.monotonic() < deadline, "orphans"
+        time.sleep(0.1)
     finished = {file.name: file.stat().st_mtime_ns for file in partial.rglob("part-*.parquet")}
     assert len(finished) >= 2
     assert not out.exists()
@@ -273,25 +298,22 @@ def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):
     assert prepared(config_of(corpus), tokenizer, tmp_path / "out")["documents"] == 604
 
 
-def test_the_command_prepares_and_draws(corpus, tokenizer, tmp_path, monkeypatch, capsys):
+def test_the_command_prepares_and_draws(corpus, tokenizer, tmp_path, monkeypatch, command):
     tokenizer.save_pretrained(tmp_path / "tokenizer")
 
-    def command(*arguments) -> str:
-        monkeypatch.setattr(sys, "argv", ["qwen3-encdec", "prepare-data", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        captured = capsys.readouterr()
-        return captured.err if stop.value.code else captured.out
+    def prepare_data(*arguments) -> str:
+        code, out, errors = command("prepare-data", *arguments)
+        return errors if code else out
 
     tokens, page = tmp_path / "tokens", tmp_path / "page"
     shared = ("--tokenizer", tmp_path / "tokenizer", "--input", corpus)
     exact = ("--output", tokens, "--deduplicate", "exact", "--processes", 1)
-    out = command(*shared, *exact)
+    out = prepare_data(*shared, *exact)
     assert "604 documents" in out
     assert "11 duplicate" in out
-    counts = json.loads(command(*shared, *exact, "--json"))
+    counts = json.loads(prepare_data(*shared, *exact, "--json"))
     assert (counts["documents"], counts["duplicate"]) == (604, 11)
-    out = command(*shared[:2], "--input", tokens, "--analyze-only", "--output", page)
+    out = prepare_data(*shared[:2], "--input", tokens, "--analyze-only", "--output", page)
     assert "filled" in out
     pattern = r"documents +([\d,]+) = ([\d,]+) used \+ ([\d,]+) refused \+ ([\d,]+) held out"
     numbers = re.search(pattern, out).groups()
@@ -299,10 +321,10 @@ def test_the_command_prepares_and_draws(corpus, tokenizer, tmp_path, monkeypatch
     assert documents == sum(parts) > 500
     assert all(parts[:1] + parts[2:])
     assert "<svg" in (page / "report.html").read_text()
-    assert "holds a data report" in command(*shared, "--output", page)
-    assert "holds a prepared corpus" in command(*shared, "--analyze-only", "--output", tokens)
+    assert "holds a data report" in prepare_data(*shared, "--output", page)
+    assert "holds a prepared corpus" in prepare_data(*shared, "--analyze-only", "--output", tokens)
     monkeypatch.setitem(sys.modules, "rensa", None)
-    minhash = command(*shared, "--output", tmp_path / "x", "--deduplicate", "minhash")
+    minhash = prepare_data(*shared, "--output", tmp_path / "x", "--deduplicate", "minhash")
     assert "needs the package rensa" in minhash
 
 

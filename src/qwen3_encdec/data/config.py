@@ -1,7 +1,7 @@
 """The `data:` section of a training YAML."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import cached_property
 from math import inf
 from typing import Any
@@ -25,6 +25,15 @@ class Source:
     """Same as `DataConfig.text_column`."""
     name: str = ""
     """Name in logs; by default the last part of the first input."""
+
+    def __post_init__(self) -> None:
+        if not is_texts(self.inputs) or not self.inputs:
+            raise InputError(f"data.inputs is empty or not a list of names: {self.inputs!r}")
+        if not is_texts([self.text_column]):
+            raise InputError(f"data.text_column={self.text_column!r} is not the name of a column")
+        weight = self.weight
+        if not isinstance(weight, int | float) or not 0 < weight < inf:
+            raise InputError(f"data.mixture: weight={weight!r} of {self.inputs} must be positive")
 
 
 @dataclass(frozen=True)
@@ -69,15 +78,11 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         for name, least in _LEAST.items():
-            if getattr(self, name) < least:
+            if not getattr(self, name) >= least:
                 raise InputError(f"data.{name}={getattr(self, name)} is below {least}")
-        for source in self.sources:
-            if not isinstance(source.inputs, list) or not source.inputs:
-                raise InputError(f"data.inputs is empty or not a list: {source.inputs!r}")
-            if not isinstance(source.weight, int | float) or not 0 < source.weight < inf:
-                raise InputError(
-                    f"data.mixture: weight={source.weight!r} of {source.name} must be positive"
-                )
+        if not is_texts(self.heldout_inputs):
+            raise InputError(f"data.heldout_inputs is not a list of names: {self.heldout_inputs!r}")
+        assert self.sources  # parsed here, so that errors come early
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
                 raise InputError(
@@ -102,14 +107,11 @@ class DataConfig:
         """Return the items of `mixture`, or one source of `inputs`."""
         sources: dict[str, Source] = {}
         for number, item in enumerate(self.mixture or [{"inputs": self.inputs}]):
-            try:
-                source = Source(**{"text_column": self.text_column, **item})
-            except TypeError as error:
-                raise InputError(
-                    f"data.mixture: {error} (a source has inputs, weight, text_column, name)"
-                ) from None
-            name = source.name or str(source.inputs[:1]).strip("[']/").rpartition("/")[2]
-            name = f"{name}-{number}" if name in sources else name
+            column = {"text_column": self.text_column}
+            source: Source = from_mapping(Source, item, "data.mixture", **column)
+            name = source.name or source.inputs[0].strip("/").rpartition("/")[2]
+            while name in sources:
+                name = f"{name}-{number}"
             sources[name] = replace(source, name=name)
         return list(sources.values())
 
@@ -123,16 +125,35 @@ def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
         return PRESETS[preset]
     if isinstance(preset, str) and not preset.endswith((".yaml", ".yml")):
         raise InputError(f"preset {preset!r} must be one of {', '.join(PRESETS)} or a .yaml file")
+    where = f"preset {preset}" if isinstance(preset, str) else "preset"
     listed = read_yaml(preset, "preset") if isinstance(preset, str) else preset
-    if isinstance(listed, str):
-        raise InputError(f"preset {preset!r} is not a list of denoisers")
-    try:
-        denoisers = tuple(d if isinstance(d, Denoiser) else Denoiser(**d) for d in listed)
-    except TypeError as error:
-        raise InputError(
-            f"preset: {error} (a denoiser has name, mean_span, corruption, weight)"
-        ) from None
+    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
+        raise InputError(f"{where}: {listed!r} is not a list of at least one denoiser")
+    denoisers = tuple(
+        item if isinstance(item, Denoiser) else from_mapping(Denoiser, item, where)
+        for item in listed
+    )
     names = [denoiser.name for denoiser in denoisers]
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"preset: denoiser names {names} must be distinct, and at least one")
+    if not is_texts(names) or len(set(names)) < len(names):
+        raise InputError(f"{where}: denoiser names {names} must be distinct texts")
     return denoisers
+
+
+def from_mapping(kind: Any, item: Any, where: str, **defaults: Any) -> Any:
+    """Build a dataclass from a YAML mapping of its fields.
+
+    Raises InputError, which starts with `where`, for other keys or anything but a mapping.
+    """
+    keys = [field.name for field in fields(kind)]
+    required = {field.name for field in fields(kind) if field.default is MISSING}
+    if not isinstance(item, dict) or not required <= item.keys() <= set(keys):
+        raise InputError(
+            f"{where}: {item!r} must be a mapping of {', '.join(keys)}, with at least "
+            f"{' and '.join(sorted(required))}"
+        )
+    return kind(**{**defaults, **item})
+
+
+def is_texts(values: Any) -> bool:
+    """Return True for a list of strings, none of them empty."""
+    return isinstance(values, list) and all(isinstance(each, str) and each for each in values)

@@ -18,10 +18,9 @@ import os
 import re
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +39,7 @@ BLOCK_ROWS = 2048
 INDEX_FILE = "_index.json"
 PACKAGE_DOCS = "package-docs"
 TOKENIZER_KEY = b"qwen3_encdec.tokenizer"
+COUNTS_KEY = b"qwen3_encdec.counts"
 TOKENS_SCHEMA = pa.schema({"key": pa.int64(), "tokens": pa.list_(pa.int32())})
 _KIND = re.compile(r"\.(parquet$|jsonl|ndjson|json|txt|csv)(\.gz|\.zst|\.bz2|\.xz)?$")
 _KNOWN = ".jsonl, .json, .txt, .csv (also .gz, .zst, .bz2, .xz) or .parquet"
@@ -213,9 +213,17 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
     block_bytes = min(max(total // (8 * config.streams), 512), BLOCK_BYTES)
     streamed_bytes = max(total // (2 * config.streams), 1)
     files: list[File] = []
+    indexes: dict[str, dict[str, Any]] = {}
     for path, copy in copies.items():
         if _kind(path)[0] == "parquet":
-            files.append(_open_parquet(path, copy, sizes[path], source.text_column, block_bytes))
+            folder, name = os.path.split(copy)
+            if folder not in indexes:
+                indexes[folder] = _read_index(folder)
+            if facts := indexes[folder].get(name):
+                files.append(File(path, copy, sizes[path], len(facts["rows"]), **facts))
+            else:
+                file = _open_parquet(path, copy, sizes[path], source.text_column, block_bytes)
+                files.append(file)
         else:
             column = "" if _kind(path)[0] == "txt" else source.text_column
             blocks = -(-sizes[path] // (streamed_bytes if path in packed else block_bytes))
@@ -251,11 +259,11 @@ def _text(line: bytes, column: str) -> str:
     try:
         record = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
+        raise ValueError(f"not valid JSON ({error}); each line must be one object") from None
     if not isinstance(record, dict) or column not in record:
         there = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
         raise ValueError(f"no column {column!r}; found {there}")
-    text = record[column] or ""
+    text = "" if record[column] is None else record[column]
     if not isinstance(text, str):
         raise ValueError(f"column {column!r} is {type(text).__name__}, not a string")
     if not text.isascii():  # JSON can contain a lone surrogate, which is no character
@@ -268,16 +276,38 @@ def _unpacked(path: str, copy: str) -> Iterator[bytes]:
     kind, packing = _kind(path)
     with input_errors(path), _open(copy) as raw, _UNPACKERS[packing](raw) as file:
         if kind == "csv":
-            rows = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
-            yield from (json.dumps(row).encode() + b"\n" for row in rows)
+            yield from map(_json_line, _csv_records(file))
             return
-        first = file.readline()
-        if kind == "json" and first.lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"["):
-            items = json.loads(first + file.read())
-            yield from (json.dumps(item).encode() + b"\n" for item in items)
+        lines = [file.readline()]
+        while lines[-1].isspace():
+            lines.append(file.readline())
+        if kind == "json" and lines[-1].lstrip(b"\xef\xbb\xbf \t").startswith(b"["):
+            yield from map(_json_line, json.loads(b"".join(lines) + file.read()))
         else:
-            yield first
+            yield from lines
             yield from file
+
+
+def _json_line(record: Any) -> bytes:
+    return json.dumps(record).encode() + b"\n"
+
+
+def _csv_records(file: Iterable[bytes]) -> Iterator[dict[str, str]]:
+    """Yield the records of a CSV file, which must all have the cells that the header has."""
+    csv.field_size_limit(2**31 - 1)  # the default refuses cells above 128 KiB
+    rows = csv.reader((line.decode("utf-8-sig") for line in file), strict=True)
+    try:
+        header = next(rows, [])
+        if repeated := {name for name in header if name and header.count(name) > 1}:
+            raise csv.Error(f"more than one column {min(repeated)!r}")
+        for row in filter(None, rows):
+            if len(row) != len(header):
+                raise csv.Error(f"{len(row)} cells, but the header has {len(header)}")
+            yield dict(zip(header, row, strict=True))
+    except (csv.Error, UnicodeDecodeError) as error:
+        # A line that fails to decode is not counted yet.
+        number = rows.line_num + isinstance(error, UnicodeDecodeError)
+        raise ValueError(f"line {number}: {error}") from None
 
 
 def _is_packed(path: str, copy: str) -> bool:
@@ -297,12 +327,17 @@ def _unpack(path: str, copy: str) -> str:
     about = os.stat(copy)
     identity = f"{os.path.realpath(copy)} {about.st_size} {about.st_mtime_ns}"
     target = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.jsonl"
-    with FileLock(f"{target}.lock"):
-        if not target.exists():
-            building = target.with_suffix(".partial")
-            with building.open("wb") as file:
-                file.writelines(_unpacked(path, copy))
-            os.replace(building, target)
+    if target.exists():
+        return str(target)
+    building = target.with_suffix(".partial")
+    with input_errors(f"cannot unpack {path} into {target.parent}"), FileLock(f"{target}.lock"):
+        try:
+            if not target.exists():
+                with building.open("wb") as file:
+                    file.writelines(_unpacked(path, copy))
+                os.replace(building, target)
+        finally:
+            building.unlink(missing_ok=True)
     return str(target)
 
 
@@ -326,7 +361,7 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
     """Return the files below a folder, following links, without hidden and unknown ones."""
     files: list[str] = []
     seen = {os.path.realpath(folder)}
-    for top, folders, names in os.walk(folder, followlinks=True):
+    for top, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         for name in list(folders):
             path = os.path.join(top, name)
             if name.startswith(".") or os.path.realpath(path) in seen:
@@ -339,24 +374,31 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
                 passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'unknown type'})")
             else:
                 files.append(path)
-    return sorted(files)
+    distinct: dict[tuple[int, int], str] = {}
+    for path in sorted(files):
+        with input_errors(path):
+            about = os.stat(path)
+        first = distinct.setdefault((about.st_dev, about.st_ino), path)
+        if first != path:
+            passed_over.append(f"{path} (the same file as {first})")
+    return list(distinct.values())
+
+
+def _unreadable(error: OSError) -> None:
+    raise InputError(f"folder {error.filename} cannot be read: {error.strerror}")
 
 
 def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int) -> File:
-    folder, name = os.path.split(copy)
-    index = _index_of(folder)
-    if name in index.get("files", {}):
-        rows, tokens = index["files"][name]
-        prepared = tuple(rows), index["tokenizer"], tokens
-        return File(path, copy, size, len(rows), column, False, *prepared)
     with input_errors(path), _open(copy) as file:
         metadata = pq.read_metadata(file)
     schema = metadata.schema.to_arrow_schema()
     groups = [metadata.row_group(group) for group in range(metadata.num_row_groups)]
     rows = tuple(group.num_rows for group in groups)
-    tokenizer = (schema.metadata or {}).get(TOKENIZER_KEY, b"").decode()
-    if tokenizer:
-        return File(path, copy, size, len(rows), column, False, rows, tokenizer)
+    about = metadata.metadata or {}
+    if TOKENIZER_KEY in about:
+        tokens = json.loads(about[COUNTS_KEY])["tokens"]
+        name = about[TOKENIZER_KEY].decode()
+        return File(path, copy, size, len(rows), rows=rows, tokenizer=name, tokens=tokens)
     if schema.names.count(column) != 1:
         count = "no" if column not in schema.names else "more than one"
         raise InputError(f"{path}: {count} column {column!r}; found {', '.join(schema.names)}")
@@ -372,15 +414,29 @@ def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int
     return File(path, copy, size, len(rows) * parts, column, False, rows)
 
 
-@lru_cache
-def _index_of(folder: str) -> dict[str, Any]:
-    """Read the index that `prepare` wrote beside its files, if there is one."""
-    index = Path(folder, INDEX_FILE)
-    return read_json(index) if index.exists() else {}
+def _read_index(folder: str) -> dict[str, dict[str, Any]]:
+    """Return the facts of the files that `prepare` wrote into a folder, if it did.
+
+    Raises InputError if a file that its index lists is missing.
+    """
+    file = Path(folder, INDEX_FILE)
+    if not file.exists():
+        return {}
+    index = read_json(file)
+    if missing := index["files"].keys() - set(os.listdir(folder)):
+        raise InputError(
+            f"prepared corpus {folder} lacks {len(missing):,} of its files, such as "
+            f"{min(missing)}; restore them, or delete {file} to use the others"
+        )
+    return {
+        name: {"rows": tuple(rows), "tokenizer": index["tokenizer"], "tokens": tokens}
+        for name, (rows, tokens) in index["files"].items()
+    }
 
 
 def _size(path: str) -> int:
-    return _hub().size(path) if path.startswith("hf://") else os.stat(path).st_size
+    with input_errors(path):
+        return _hub().size(path) if path.startswith("hf://") else os.stat(path).st_size
 
 
 def _open(path: str) -> Any:
@@ -416,7 +472,9 @@ def _hub_files(item: str, split: str, cache_bytes: float) -> dict[str, str]:
     from huggingface_hub import snapshot_download
 
     name, _, config = item.partition(":")
-    with input_errors(f"input {item!r}: no such file, and no hub dataset could be opened"):
+    forms = "ORG/NAME or ORG/NAME:CONFIG"
+    failure = f"input {item!r}: no such file, and no hub dataset could be opened as {forms}"
+    with input_errors(failure):
         hub = _hub()
         data_files = load_dataset_builder(name, config or None).config.data_files or {}
         if split not in data_files:

@@ -17,7 +17,9 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
+from multiprocessing import parent_process
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,14 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.corpus import INDEX_FILE, TOKENIZER_KEY, TOKENS_SCHEMA, Corpus, open_corpus
+from qwen3_encdec.data.corpus import (
+    COUNTS_KEY,
+    INDEX_FILE,
+    TOKENIZER_KEY,
+    TOKENS_SCHEMA,
+    Corpus,
+    open_corpus,
+)
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.folders import (
     PROVENANCE_FILE,
@@ -38,7 +47,6 @@ from qwen3_encdec.folders import (
     write_json,
 )
 
-_COUNTS_KEY = b"qwen3_encdec.counts"
 _GROUP_TOKENS = 2**16
 _PERMUTATIONS, _SIMILARITY = 128, 0.8
 _COUNTED = ("documents", "used", "short", "duplicate", "tokens")
@@ -68,7 +76,13 @@ class Preparation:
         deduplicate: str = "no",
     ) -> None:
         self.output, self.min_tokens = check_output(output, "prepared corpus"), config.min_tokens
+        for item in filter(os.path.isdir, config.inputs):
+            if Path(item).resolve() in output.resolve().parents:
+                raise InputError(f"output {output} is inside input {item}; choose another folder")
         self.corpus, self.encode = open_corpus(config.sources[0], config), Encoder(tokenizer)
+        for file in self.corpus.files:
+            if file.tokenizer:
+                raise InputError(f"{file.path} is already tokenized; train on it directly")
         blocks = self.corpus.num_blocks
         most = min(max(blocks // 256, 16), 1024)
         self.parts = [range(n, min(n + most, blocks)) for n in range(0, blocks, most)]
@@ -141,7 +155,7 @@ class Preparation:
                     offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
                     lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
                     writer.write_table(pa.table([pa.array(keys, pa.int64()), lists], schema=schema))
-                writer.add_key_value_metadata({_COUNTS_KEY: json.dumps(counts)})
+                writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts)})
             os.replace(temporary, file)
         except OSError as error:
             raise self.failure(error, file) from None
@@ -156,8 +170,6 @@ class Preparation:
         texts: list[np.ndarray] = []
         size = 0
         for number, document in self.corpus.numbered(blocks):
-            if not isinstance(document.content, str):
-                raise InputError(f"{self.corpus.name} is already tokenized; train on it directly")
             tokens = self.encode(document.content)
             outcome = "short" if len(tokens) < self.min_tokens else "used"
             outcome = "duplicate" if number in self._copies else outcome
@@ -183,6 +195,12 @@ class Preparation:
             raise InputError(f"{self.building}: {len(missing):,} parts are not written yet")
         try:
             counts = _write_index(self.files, self.encode.fingerprint)
+            if not counts["used"]:
+                shutil.rmtree(self.building)
+                raise InputError(
+                    f"none of the {counts['documents']:,} documents has {self.min_tokens} tokens; "
+                    "lower min_tokens"
+                )
             self._duplicates.unlink()
             about = self.plan | {"counts": counts, "versions": package_versions()}
             write_json(self.building / PROVENANCE_FILE, about)
@@ -236,6 +254,15 @@ _preparation: Preparation  # of a process in the pool
 def _start(preparation: Preparation) -> None:
     global _preparation
     _preparation = preparation
+    Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Exit when the parent has died: a process of a pool would wait for work for ever."""
+    parent = parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
 
 
 def _write(part: int) -> None:
@@ -248,7 +275,7 @@ def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
     index = {}
     for file in files:
         metadata = pq.read_metadata(file)
-        of_file = json.loads(metadata.metadata[_COUNTS_KEY])
+        of_file = json.loads(metadata.metadata[COUNTS_KEY])
         counts.update(of_file)
         rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
         index[file.name] = rows, of_file["tokens"]

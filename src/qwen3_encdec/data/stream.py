@@ -88,8 +88,10 @@ class UL2Data:
                 raise InputError(
                     f"{file.path} was prepared with another tokenizer; prepare the corpus again"
                 )
+        if not self.config.heldout_inputs:
+            return
         mine = {os.path.realpath(file.copy) for file in files}
-        for file in self._heldout_corpus(0).files if self.config.heldout_inputs else ():
+        for file in self._heldout_corpus(0).files:
             if os.path.realpath(file.copy) in mine:
                 raise InputError(f"{file.path} is an input and a held-out input; remove one")
 
@@ -98,24 +100,26 @@ class UL2Data:
         lines = []
         for corpus in self.opened:
             size = sum(file.size for file in corpus.files)
-            about = f"{len(corpus.files):,} files, {size:,} bytes, {self._contents(corpus, size)}"
+            about = f"{len(corpus.files):,} files, {size:,} bytes, {self._contents(corpus)}"
             lines.append(f"{corpus.name}: {about}")
             if corpus.passed_over:
                 number, shown = len(corpus.passed_over), ", ".join(corpus.passed_over[:3])
                 lines.append(f"{corpus.name}: skipped {number:,}, such as {shown}")
         return lines
 
-    def _contents(self, corpus: Corpus, size: int) -> str:
-        """Count a prepared corpus; estimate any other from its first block."""
-        if all(file.tokenizer for file in corpus.files):
-            documents = sum(sum(file.rows) for file in corpus.files)
-            return f"{documents:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
+    def _contents(self, corpus: Corpus) -> str:
+        """Count a prepared corpus and the rows of tables; estimate the rest from some texts."""
         if any(file.streamed for file in corpus.files):
             return "streamed"
-        texts = [str(document.content) for document in islice(corpus.read(0), 256)]
-        times = size / (sum(len(text.encode("utf-8", "replace")) for text in texts) or 1)
-        tokens = sum(len(self.encode(text)) for text in texts)
-        return f"about {len(texts) * times:,.0f} documents, {tokens * times:,.0f} tokens"
+        rows = sum(sum(file.rows) for file in corpus.files)
+        if all(file.tokenizer for file in corpus.files):
+            return f"{rows:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
+        texts = [document.content for document in islice(corpus.documents(), 256)]
+        size = sum(len(str(text).encode("utf-8", "replace")) for text in texts)
+        unknown = sum(file.size for file in corpus.files if not file.rows)
+        documents = rows + unknown * len(texts) / max(size, 1)
+        tokens = documents * sum(len(self.encode(text)) for text in texts) / max(len(texts), 1)
+        return f"about {documents:,.0f} documents, {tokens:,.0f} tokens"
 
     def block(self, corpus: int, number: int) -> tuple[int, int]:
         """Return the epoch and the block at a position in a corpus's endless sequence."""

@@ -1,24 +1,23 @@
 """Measure speed, memory, resumption and opening of the data engine against targets.
 
-    python bench/data.py [--quick]
+    python bench/data.py    # 10 minutes
 
 Every part is measured in CPU time in its own process with one thread, so that other load on the
 machine does not count.
 """
 
-import argparse
 import json
 import os
 import tempfile
 import time
-from concurrent.futures import ProcessPoolExecutor
+from collections import namedtuple
 from itertools import islice
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import psutil
+from measure import alone, command_line, target, write
 
 from qwen3_encdec.data.collate import count_tokens
 from qwen3_encdec.data.config import DataConfig, Source
@@ -27,23 +26,20 @@ from qwen3_encdec.data.package_docs import package_docs_file
 from qwen3_encdec.data.stream import BEGINNING, WINDOW_ROWS, RowLoader, UL2Data, rows
 from qwen3_encdec.tokenization_qwen3_encdec import CONTROL_TOKENS, build_tokenizer
 
-SIZES = ("documents", "memory", "links", "shards", "longest", "batches")
-QUICK = dict(zip(SIZES, (4_000, 10**6, 40, 5_000, 2**20, 10), strict=True))
-WHOLE = dict(zip(SIZES, (10**9, 10**8, 400, 10**5, 2**23, 200), strict=True))
+Size = namedtuple("Size", ("documents", "memory", "links", "shards", "longest", "batches"))
+FULL = Size(10**9, memory=10**8, links=400, shards=10**5, longest=2**23, batches=200)
+QUICK = Size(4_000, memory=10**6, links=40, shards=5_000, longest=2**20, batches=10)
 
 
 def main() -> None:
-    """Run all parts and print figures, then targets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--quick", action="store_true", help="small sizes, for a test")
-    size = QUICK if parser.parse_args().quick else WHOLE
+    """Run all parts and print their figures beside the targets."""
+    arguments = command_line(__doc__).parse_args()
+    size = QUICK if arguments.quick else FULL
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     lines = package_docs_file("train").read_text(encoding="utf-8").splitlines(keepends=True)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        text = (folder / "corpus.jsonl").write_text("".join(lines[: size["documents"]]))
+        text = (folder / "corpus.jsonl").write_text("".join(lines[: size.documents]))
         print(f"text: docstrings of the installed packages, {text:,} characters")
         for part, wanted in (
             (packaged_speed, ">= 1.0 M tokens/s per worker"),
@@ -53,12 +49,8 @@ def main() -> None:
             (opening, "<= 2.0 s to open all shards"),
             (length, "<= 1.5 x per token, longest to shortest documents"),
         ):
-            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                found = process.submit(part, folder, size).result()
-            limit = float(wanted.split()[1])
-            met = found >= limit if wanted.startswith(">=") else found <= limit
-            verdict = "met" if met else "missed"
-            print(f"target {part.__name__}: {found:.2f} (wanted {wanted}) {verdict}", flush=True)
+            target(part.__name__, alone(part, folder, size), wanted)
+    write(arguments.output)
 
 
 def open_data(*inputs: Path, tokenizer: Any = None) -> UL2Data:
@@ -67,7 +59,7 @@ def open_data(*inputs: Path, tokenizer: Any = None) -> UL2Data:
     return UL2Data(config, tokenizer or build_tokenizer())
 
 
-def packaged_speed(folder: Path, size: dict[str, int], tokenizer: Any = None) -> float:
+def packaged_speed(folder: Path, size: Size, tokenizer: Any = None) -> float:
     """Measure millions of source and target tokens a second, from text to packed batches."""
     loader = RowLoader(open_data(folder / "corpus.jsonl", tokenizer=tokenizer), batch_size=16)
     batches = iter(loader)
@@ -75,13 +67,13 @@ def packaged_speed(folder: Path, size: dict[str, int], tokenizer: Any = None) ->
     for _ in islice(batches, 64 * WINDOW_ROWS // 16):
         pass
     before, began = loader.counts()["tokens/corpus.jsonl"], time.process_time()
-    for _ in islice(batches, size["batches"]):
+    for _ in islice(batches, size.batches):
         pass
     tokens = loader.counts()["tokens/corpus.jsonl"] - before
     return tokens / (time.process_time() - began) / 1e6
 
 
-def checkpoint_speed(folder: Path, size: dict[str, int]) -> float:
+def checkpoint_speed(folder: Path, size: Size) -> float:
     """Measure the same with a checkpoint's tokenizer, of whose added tokens only 3 are special."""
     spec = json.loads(build_tokenizer(num_sentinel_tokens=0).backend_tokenizer.to_str())
     spec["added_tokens"] = [t for t in spec["added_tokens"] if t["content"] in CONTROL_TOKENS]
@@ -94,22 +86,22 @@ def checkpoint_speed(folder: Path, size: dict[str, int]) -> float:
     return packaged_speed(folder, size, build_tokenizer(folder / "base"))
 
 
-def memory(folder: Path, size: dict[str, int]) -> float:
+def memory(folder: Path, size: Size) -> float:
     """Measure the growth of resident memory from 10^5 tokens to the end, as a ratio."""
     process, tokens, first = psutil.Process(), 0, 0
     for row in rows(open_data(folder / "corpus.jsonl")):
         tokens += count_tokens(row.examples)
         if not first and tokens >= 10**5:
             first = process.memory_info().rss
-        if tokens >= size["memory"]:
+        if tokens >= size.memory:
             break
     return process.memory_info().rss / first
 
 
-def resume(folder: Path, size: dict[str, int]) -> float:
+def resume(folder: Path, size: Size) -> float:
     """Measure seconds to a row in the middle of 10^9 tokens (one file, linked many times)."""
     Path(folder, "links").mkdir()
-    for number in range(size["links"]):
+    for number in range(size.links):
         os.link(folder / "corpus.jsonl", folder / f"links/{number}.jsonl")
     data = open_data(folder / "links")
     position = [BEGINNING | {"turn": data.opened[0].num_blocks // 64 // 2, "document": 3}]
@@ -119,11 +111,11 @@ def resume(folder: Path, size: dict[str, int]) -> float:
     return time.process_time() - began
 
 
-def opening(folder: Path, size: dict[str, int]) -> float:
+def opening(folder: Path, size: Size) -> float:
     """Measure the seconds a rank takes to open many prepared shards."""
     shards = folder / "shards"
     shards.mkdir()
-    names = [f"part-{number:06}.parquet" for number in range(size["shards"])]
+    names = [f"part-{number:06}.parquet" for number in range(size.shards)]
     for name in names:
         Path(shards, name).touch()
     index = {"tokenizer": "x", "files": {name: [[100] * 16, 10**6] for name in names}}
@@ -133,14 +125,14 @@ def opening(folder: Path, size: dict[str, int]) -> float:
     return time.process_time() - began
 
 
-def length(folder: Path, size: dict[str, int]) -> float:
+def length(folder: Path, size: Size) -> float:
     """Measure how time per token, from text to examples, varies with the length of documents."""
     data = open_data(folder / "corpus.jsonl")
     lines = Path(folder, "corpus.jsonl").read_text().splitlines()
-    text = "\n".join(json.loads(line)["text"] for line in lines)[: size["longest"]]
-    text *= size["longest"] // len(text) + 1
+    text = "\n".join(json.loads(line)["text"] for line in lines)[: size.longest]
+    text *= size.longest // len(text) + 1
     found = []
-    for exponent in range(13, size["longest"].bit_length(), 2):
+    for exponent in range(13, size.longest.bit_length(), 2):
         long = 2**exponent
         documents = [text[i * long : (i + 1) * long] for i in range(2**20 // long or 1)]
         began, tokens = time.process_time(), 0

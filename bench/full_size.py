@@ -1,58 +1,50 @@
 """Initialize a random full-size Qwen3-0.6B on one machine, then take one bf16 training step.
 
-    python bench/full_size.py [--folder runs/full-size]
+    python bench/full_size.py    # half an hour on 2 cores, needs 20 GB
 
 Each stage runs in its own process to measure its own peak memory. The step has 512 source and 256
 target tokens, fp32 weights under bf16 autocast, and AdamW. The last lines compare with the targets.
 """
 
-import argparse
 import json
 import resource
-import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+import torch
+from measure import alone, command_line, target, write
+from transformers import Qwen3Config, Qwen3ForCausalLM
+
+from qwen3_encdec import Qwen3ForSeq2SeqLM
+from qwen3_encdec.conversion import initialize as conversion
+from qwen3_encdec.demo.parent import parent_tokenizer
 
 PARAMETERS = 1_036_619_776
+SIZES = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28, "head_dim": 128}
+SIZES |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151_936}
+QUICK = SIZES | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 
 
-def make(folder: Path) -> dict:
-    """Write a Qwen3-0.6B checkpoint with random weights and the real tokenizer."""
-    import torch
-    from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
-
-    from qwen3_encdec import Qwen3EncoderDecoderConfig
-    from qwen3_encdec.configuration_qwen3_encdec import SHARED_WITH_QWEN3
-    from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
-
-    ours = Qwen3EncoderDecoderConfig()
-    sizes = {name: getattr(ours, name) for name in (*SHARED_WITH_QWEN3, "rope_parameters")}
-    config = Qwen3Config(**sizes, vocab_size=151_936, tie_word_embeddings=True)
+def make(folder: Path, sizes: dict) -> dict:
+    """Write a Qwen3 checkpoint with random weights and the real tokenizer."""
     torch.manual_seed(0)
-    Qwen3ForCausalLM(config).bfloat16().save_pretrained(folder / "qwen3")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=qwen3_backend(), pad_token="<|endoftext|>", eos_token="<|im_end|>"
-    )
-    tokenizer.save_pretrained(folder / "qwen3")
+    model = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True))
+    model.bfloat16().save_pretrained(folder / "qwen3")
+    parent_tokenizer().save_pretrained(folder / "qwen3")
     return {}
 
 
 def initialize(folder: Path) -> dict:
     """Initialize and verify in fp32, without the gate, which the target's count excludes."""
-    from qwen3_encdec.conversion.initialize import initialize
-
-    report = initialize(folder / "qwen3", folder / "encdec", source_gate=False)
-    print(report, file=sys.stderr)
+    report = conversion.initialize(folder / "qwen3", folder / "encdec", source_gate=False)
+    print(report)
     return {"parameters": report.parameters}
 
 
 def train(folder: Path) -> dict:
     """Take one optimizer step on a random pair of 512 source and 256 target tokens."""
-    import torch
-
-    from qwen3_encdec import Qwen3ForSeq2SeqLM
-
     model = Qwen3ForSeq2SeqLM.from_pretrained(folder / "encdec").train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
     torch.manual_seed(0)
@@ -65,41 +57,30 @@ def train(folder: Path) -> dict:
     return {"loss": loss.item(), "step_seconds": round(time.perf_counter() - began, 1)}
 
 
-def run(stage: str, folder: Path) -> dict:
-    """Run a stage in a fresh process."""
-    command = [sys.executable, __file__, "--folder", str(folder), "--stage", stage]
-    output = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
-    print(f"{stage}: {output.splitlines()[-1]}", flush=True)
-    return json.loads(output.splitlines()[-1])
+def measured(stage: Callable[..., dict], *arguments: Any) -> dict:
+    """Run a stage; print and return its figures, seconds and the peak memory of this process."""
+    began = time.perf_counter()
+    figures = stage(*arguments)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    figures |= {"seconds": round(time.perf_counter() - began, 1), "peak_gb": round(peak, 2)}
+    print(f"{stage.__name__}: {json.dumps(figures)}", flush=True)
+    return figures
 
 
 def main() -> None:
     """Run the stages and print the figures beside their targets."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    stages = {"make": make, "initialize": initialize, "train": train}
-    parser.add_argument("--folder", type=Path, default=Path("runs/full-size"))
-    parser.add_argument("--stage", choices=stages)
+    parser = command_line(__doc__)
+    parser.add_argument("--folder", type=Path, help="default: runs/full-size")
     arguments = parser.parse_args()
-    folder = arguments.folder
-    if arguments.stage:
-        began = time.perf_counter()
-        result = stages[arguments.stage](folder)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
-        result |= {"seconds": round(time.perf_counter() - began, 1), "peak_gb": round(peak, 2)}
-        print(json.dumps(result))
-        return
+    folder = arguments.folder or Path("runs/full-size" + "-quick" * arguments.quick)
     folder.mkdir(parents=True, exist_ok=True)
     if not (folder / "qwen3" / "tokenizer.json").exists():
-        run("make", folder)
-    made, trained = run("initialize", folder), run("train", folder)
-    for name, figure, unit, wanted, met in (
-        ("parameters", made["parameters"], "", PARAMETERS, made["parameters"] == PARAMETERS),
-        ("initialize-peak", made["peak_gb"], " GB", "< 16", made["peak_gb"] < 16),
-        ("train-step-peak", trained["peak_gb"], " GB", "< 20", trained["peak_gb"] < 20),
-    ):
-        print(f"target {name}: {figure}{unit} (wanted {wanted}) {'met' if met else 'missed'}")
+        alone(measured, make, folder, QUICK if arguments.quick else SIZES)
+    made, trained = alone(measured, initialize, folder), alone(measured, train, folder)
+    target("parameters", made["parameters"], f"== {PARAMETERS}", "{}")
+    target("initialize-peak", made["peak_gb"], "< 16 GB", "{} GB")
+    target("train-step-peak", trained["peak_gb"], "< 20 GB", "{} GB")
+    write(arguments.output, initialize=made, train=trained)
 
 
 if __name__ == "__main__":

@@ -126,10 +126,10 @@ def test_a_stopped_run_continues_as_if_it_had_not(settings, init_folder, tmp_pat
     times = {file: file.stat().st_mtime_ns for file in straight.results.glob("*.json")}
     walk("straight", [math.inf])
     assert times == {file: file.stat().st_mtime_ns for file in times}
-    text = report.tables(report.read(straight.results))
+    text = report.tables(report.read_runs(straight.results))
     assert "scaled values, gate" in text
     assert "not run" in text
-    assert report.plot(report.read(straight.results)).startswith("<?xml")
+    assert report.plot(report.read_runs(straight.results)).startswith("<?xml")
 
 
 def test_the_tokens_ratio_is_read_off_the_curve():

@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from qwen3_encdec.data.ul2 import PRESETS, check_capacity
+from qwen3_encdec.folders import InputError
+
 BENCH = Path(__file__).parent.parent / "bench"
 
 
@@ -36,7 +39,10 @@ def targets(output: str) -> dict[str, str]:
     return {words[1].rstrip(":"): words[-1] for words in lines}
 
 
-@pytest.mark.parametrize("script", sorted(path.name for path in BENCH.glob("*.py")))
+SCRIPTS = sorted({path.name for path in BENCH.glob("*.py")} - {"measure.py"})
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_bench_answers_help(script, run_script):
     code, out, _ = run_script(BENCH / script, "--help")
     assert code == 0
@@ -87,7 +93,7 @@ def test_both_sides_train_on_the_same_tokens(model_bench, side):
 def test_both_models_have_the_same_text_dimensions(model_bench, size):
     def shapes(side):
         named = model_bench.make_model(
-            side, model_bench.FULL.sizes[size], "bfloat16", "meta"
+            side, model_bench.FULL[size], "bfloat16", "meta"
         ).named_parameters()
         return sorted(
             tuple(parameter.shape)
@@ -106,17 +112,17 @@ def test_peak_memory_counts_what_is_held_at_once_after_the_reset(model_bench):
     start = model_bench.reset_peak()
     hold(100)
     hold(100)
-    assert 95e6 < model_bench.peak() - start < 150e6
+    assert 95e6 < model_bench.memory("VmHWM") - start < 150e6
     both = hold(100), hold(100)
-    assert model_bench.peak() - start > 190e6
+    assert model_bench.memory("VmHWM") - start > 190e6
     del both
 
 
 def test_ratios_are_of_medians(model_bench, capsys, monkeypatch):
     readings = iter([1.0, 4.0, 2.0, 4.0, 9.0, 2.0])  # ours 1 2 9, theirs 4 4 2
-    bench = model_bench.Bench(3)
-    monkeypatch.setattr(bench, "run", lambda stage, side: {"seconds": next(readings)})
-    assert bench.compare(model_bench.train, "tiny") == {"seconds": 2 / 4}
+    monkeypatch.setattr(model_bench, "alone", lambda stage, side: {"seconds": next(readings)})
+    (measured,) = model_bench.compare(3, model_bench.train, "tiny")
+    assert measured["ratio"] == 2 / 4
     assert "0.25 | 0.50 | 4.50" in capsys.readouterr().out
 
 
@@ -146,15 +152,37 @@ def test_a_part_that_fails_is_one_line(gpu_report, capsys, monkeypatch):
     assert "minutes has passed" in gpu_report.part("late", lambda: {"seconds": 1.0})["failed"]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
-    assert lines[0].split()[1:] == [
-        "failed",
-        "RuntimeError:",
-        "CUDA",
-        "error:",
-        "out",
-        "of",
-        "luck",
-    ]
+    assert lines[0].split(maxsplit=2)[1:] == ["failed", "RuntimeError: CUDA error: out of luck"]
+
+
+def test_the_full_size_gpu_run_has_enough_sentinels(gpu_report):
+    sentinels = gpu_report.pair_config(tiny=False).num_sentinel_tokens
+    check_capacity(PRESETS["t5gemma2"], *gpu_report.LENGTHS, sentinels)
+    with pytest.raises(InputError, match="needs up to 115 sentinels"):  # what it ran before
+        check_capacity(PRESETS["t5gemma2"], 2048, 1024, sentinels)
+
+
+@pytest.mark.parametrize(
+    ("figure", "wanted", "verdict"),
+    [
+        (2.0, ">= 2 x", "met"),
+        (1.9, ">= 2 x", "missed"),
+        (3.0, "< 3 ms", "missed"),
+        (0, "== 0", "met"),
+    ],
+)
+def test_a_target_says_whether_it_is_met(model_bench, figure, wanted, verdict, capsys):
+    model_bench.target("speed of all", figure, wanted, "{:.1f} x")
+    assert (
+        capsys.readouterr().out
+        == f"target speed of all: {figure:.1f} x (wanted {wanted}) {verdict}\n"
+    )
+
+
+def test_an_output_that_cannot_be_written_is_refused_before_measuring(run_script, tmp_path):
+    code, _, err = run_script(BENCH / "model.py", "--output", tmp_path / "missing/out.json")
+    assert code == 2
+    assert "must be a file in an existing folder" in err
 
 
 def test_gpu_report_without_a_gpu_says_so(run_script):

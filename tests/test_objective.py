@@ -9,9 +9,9 @@ import shutil
 import sys
 
 import pytest
-from experiments.objective import report, run
+from experiments.adaptation import report as adaptation
+from experiments.objective import benchmarks, report, run
 
-from qwen3_encdec.data import package_docs
 from qwen3_encdec.evaluation import retrieval
 from qwen3_encdec.training.steps import Run
 from tests.test_demo import TEXTS
@@ -45,12 +45,11 @@ def walked(tmp_path_factory):
     (root / "plan.yaml").write_text(PLAN)
     plan = run.read_plan(root / "plan.yaml", 1.0, [], [])
     pairs = retrieval.summary_pairs("heldout")[:30]
+    texts = [f"{text} Number {i}." for i in range(8) for text in TEXTS]
     with pytest.MonkeyPatch.context() as patch:
-        for module in (retrieval, package_docs):
+        for module in (retrieval, run, benchmarks):
             patch.setattr(module, "summary_pairs", lambda split: pairs)
-        patch.setattr(
-            run, "corpus", lambda **_: [f"{text} Number {i}." for i in range(8) for text in TEXTS]
-        )
+        patch.setattr(run, "corpus", lambda **_: texts)
 
         def walk():
             folders = root / "results", root / "runs"
@@ -84,13 +83,9 @@ def test_every_piece_is_there_and_tokens_are_equal(walked):
         assert changed == (heldout["best"] > heldout["before"])
     assert found["toy-0/train-ul2+mntp"]["flops"] > found["toy-0/train-ul2"]["flops"]
     assert found["toy-0/train-everything-else"]["flops"] < found["toy-0/train-ul2"]["flops"]
-    texts = sorted(
-        f"{text} Number {i}." for i in range(8) for text in TEXTS
-    )  # whatever the seed's order is
-    assert (
-        found["toy-0/parent"]["corpus"]["sha256"]
-        == hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    )
+    texts = sorted(f"{text} Number {i}." for i in range(8) for text in TEXTS)  # in any order
+    digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    assert found["toy-0/parent"]["corpus"]["sha256"] == digest
     provenance = found["toy-0/score-ul2"]["provenance"]
     assert {"command", "hardware", "seconds", "versions"} <= set(provenance)
 
@@ -101,9 +96,7 @@ def test_an_interrupted_experiment_does_what_is_missing(walked):
     written = {file: file.stat().st_mtime_ns for file in files}
     lost = root / "results" / "toy-0" / "score-ul2.json"
     lost.unlink()
-    changed = (
-        root / "results" / "toy-0" / "score-mntp.json"
-    )  # of another plan: not taken for this one's
+    changed = root / "results" / "toy-0" / "score-mntp.json"  # of another plan
     record = json.loads(changed.read_text())
     record["settings"]["contrastive"]["steps"] = 3
     changed.write_text(json.dumps(record))
@@ -130,9 +123,8 @@ def test_a_training_that_was_asked_to_stop_is_not_done(walked, monkeypatch):
     whole = json.loads(file.read_text())
     file.unlink()
     shutil.rmtree(root / "runs" / "toy-0" / "train-ul2")
-    unit = run.Unit(
-        run.read_plan(root / "plan.yaml", 1.0, [], []), "toy", 0, root / "results", root / "runs"
-    )
+    plan = run.read_plan(root / "plan.yaml", 1.0, [], [])
+    unit = run.Unit(plan, "toy", 0, root / "results", root / "runs")
     with monkeypatch.context() as patch:
         patch.setattr(Run, "asked_to_stop", lambda self: True)
         with pytest.raises(SystemExit):
@@ -151,15 +143,8 @@ def test_tables_are_what_the_files_say_and_a_changed_file_is_noticed(
     page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     results = tmp_path / "results"
     shutil.copytree(root / "results", results)
-    options = [
-        "report",
-        "--plan",
-        str(root / "plan.yaml"),
-        "--results",
-        str(results),
-        "--docs",
-        str(tmp_path),
-    ]
+    options = ["report", "--plan", str(root / "plan.yaml"), "--results", str(results)]
+    options += ["--docs", str(tmp_path)]
 
     def draw(*more):
         monkeypatch.setattr(sys, "argv", [*options, *more])
@@ -202,9 +187,21 @@ def test_a_man_page_becomes_text():
     assert run.plain(roff) == "NAME\nls - list files\nIt is good."
 
 
-def test_an_unknown_size_is_one_sentence(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["run", "--size", "huge"])
+@pytest.mark.parametrize(
+    ("module", "arguments", "sentence"),
+    [
+        (run, ["--size", "huge"], "size 'huge' is not one of small, base"),
+        (run, ["--scale", "0"], "scale 0 must be above 0"),
+        (run, ["--jobs", "0"], "--jobs 0 must be at least 1"),
+        (run, ["--plan", "nowhere.yaml"], "nowhere.yaml cannot be read"),
+        (report, ["--results", "nowhere"], "results folder nowhere does not exist"),
+        (adaptation, ["--retrieval", "nowhere"], "results folder nowhere does not exist"),
+        (report, ["--docs", "nowhere"], "results.md does not exist"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence(module, arguments, sentence, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["command", *arguments])
     with pytest.raises(SystemExit) as stopped:
-        run.main()
+        module.main()
     assert stopped.value.code == 2
-    assert "size 'huge' is not one of small, base" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err

@@ -5,11 +5,9 @@ python experiments/adaptation/report.py --check   # fails if they differ from wh
 """
 
 import argparse
-import json
 import math
 import statistics
 import sys
-from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,13 +17,23 @@ ROOT = HERE.parent.parent
 if __name__ == "__main__":
     sys.path.insert(0, str(ROOT))
 
-import matplotlib  # noqa: E402
-import numpy as np  # noqa: E402
-from experiments.adaptation.run import power  # noqa: E402
-from experiments.objective.report import STYLE, between, interval, rewrite, svg, table  # noqa: E402
-from matplotlib.figure import Figure  # noqa: E402
+import matplotlib
+import numpy as np
+from experiments.adaptation.run import power
+from experiments.objective.report import (
+    STYLE,
+    between,
+    interval,
+    origins,
+    read,
+    rewrite,
+    svg,
+    table,
+)
+from matplotlib.figure import Figure
 
-from qwen3_encdec.evaluation.retrieval import mean_interval  # noqa: E402
+from qwen3_encdec.evaluation.retrieval import mean_interval
+from qwen3_encdec.folders import InputError
 
 BEGIN, END = (
     f"<!-- experiments/adaptation/report.py writes {end} here -->" for end in ("from", "to")
@@ -51,31 +59,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--results", type=Path, default=HERE / "results")
-    parser.add_argument("--retrieval", type=Path, default=HERE / "results-retrieval")
-    parser.add_argument("--docs", type=Path, default=ROOT / "docs", help="folder of results.md")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if stale")
+    option = parser.add_argument
+    option("--results", type=Path, default=HERE / "results")
+    option("--retrieval", type=Path, default=HERE / "results-retrieval")
+    option("--docs", type=Path, default=ROOT / "docs", help="folder of results.md")
+    option("--check", action="store_true", help="write nothing; exit with 1 if stale")
     arguments = parser.parse_args()
     page = arguments.docs / "results.md"
-    records = read(arguments.results)
-    files = {page: between(page, BEGIN, END, tables(records))}
-    files[arguments.docs / "adaptation.svg"] = plot(records)
-    stale = rewrite(files, arguments.check)
-    pieces = [
-        json.loads(f.read_text(encoding="utf-8"))
-        for f in sorted(arguments.retrieval.glob("*.json"))
-    ]
-    text = between(page, *RETRIEVAL, retrieval(pieces))
-    stale += rewrite({page: text}, arguments.check)
-    print(
-        f"{len(records)} runs, {len(pieces)} pieces of retrieval; stale files: {', '.join(stale) or 'none'}"
-    )
+    try:
+        records, pieces = read_runs(arguments.results), list(read(arguments.retrieval).values())
+        files = {page: between(page, BEGIN, END, tables(records))}
+        files[arguments.docs / "adaptation.svg"] = plot(records)
+        stale = rewrite(files, arguments.check)
+        text = between(page, *RETRIEVAL, retrieval(pieces))
+        stale += rewrite({page: text}, arguments.check)
+    except InputError as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    print(f"{len(records)} runs, {len(pieces)} pieces of retrieval")
+    print(f"stale files: {', '.join(stale) or 'none'}")
     raise SystemExit(int(arguments.check and bool(stale)))
 
 
-def read(results: Path) -> list[Record]:
+def read_runs(results: Path) -> list[Record]:
     """Read the runs and add `curve`: losses by denoiser at 0 and at each power of two."""
-    records = [json.loads(f.read_text(encoding="utf-8")) for f in sorted(results.glob("*.json"))]
+    records = list(read(results).values())
     for record in records:
         record["curve"] = {power(p["tokens"]): p["losses"] for p in record["points"]}
     return [record for record in records if record["settings"]["device"] == "cpu"]
@@ -204,12 +212,7 @@ def origin(records: Sequence[Record]) -> str:
 
 def machines(records: Sequence[Record]) -> list[str]:
     """List commits and hardware with the number of records of each."""
-    lines = []
-    for field in ("commit", "hardware"):
-        counts = Counter(str(record["provenance"].get(field)) for record in records)
-        shown = "; ".join(f"`{value}` ({n})" for value, n in counts.items())
-        lines.append(f"{field.capitalize()}: {shown}.")
-    return lines
+    return origins([record["provenance"] for record in records], "commit", "hardware")
 
 
 def retrieval(pieces: Sequence[Record]) -> str:

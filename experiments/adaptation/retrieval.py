@@ -27,25 +27,25 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from experiments.adaptation.run import Run, claim, update  # noqa: E402
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
-from torch.nn.utils.rnn import pad_sequence  # noqa: E402
-from transformers import AutoTokenizer, Qwen3ForCausalLM  # noqa: E402
+import numpy as np
+import torch
+import yaml
+from experiments.adaptation.run import Run, claim, update
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.nn.utils.rnn import pad_sequence
+from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from qwen3_encdec import folders  # noqa: E402
-from qwen3_encdec.conversion.extract import extract_encoder  # noqa: E402
-from qwen3_encdec.conversion.initialize import initialize  # noqa: E402
-from qwen3_encdec.data.package_docs import package_docs, summary_pairs  # noqa: E402
-from qwen3_encdec.embedding.finetune import finetune  # noqa: E402
-from qwen3_encdec.evaluation import baselines  # noqa: E402
-from qwen3_encdec.evaluation.retrieval import rank_scores, relevant_ranks  # noqa: E402
-from qwen3_encdec.evaluation.suite import provenance  # noqa: E402
-from qwen3_encdec.training import optimization  # noqa: E402
-from qwen3_encdec.training.config import TrainingConfig  # noqa: E402
+from qwen3_encdec import folders
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.conversion.initialize import initialize
+from qwen3_encdec.data.package_docs import package_docs, summary_pairs
+from qwen3_encdec.embedding.finetune import finetune
+from qwen3_encdec.evaluation import baselines
+from qwen3_encdec.evaluation.retrieval import rank_scores, relevant_ranks
+from qwen3_encdec.evaluation.suite import provenance
+from qwen3_encdec.training import optimization
+from qwen3_encdec.training.config import TrainingConfig
 
 Settings = dict[str, Any]
 Weights = dict[str, torch.Tensor]

@@ -33,26 +33,26 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-import yaml  # noqa: E402
-from experiments.adaptation.arms import Arm, install  # noqa: E402
-from safetensors.torch import load_file, save_file  # noqa: E402
+import numpy as np
+import torch
+import yaml
+from experiments.adaptation.arms import Arm, install
+from safetensors.torch import load_file, save_file
 
-from qwen3_encdec import folders  # noqa: E402
-from qwen3_encdec.conversion.initialize import initialize  # noqa: E402
-from qwen3_encdec.data.collate import (  # noqa: E402
+from qwen3_encdec import folders
+from qwen3_encdec.conversion.initialize import initialize
+from qwen3_encdec.data.collate import (
     Row,
     collate_masked_rows,
     collate_rows,
 )
-from qwen3_encdec.data.config import DataConfig  # noqa: E402
-from qwen3_encdec.data.stream import RowLoader, UL2Data  # noqa: E402
-from qwen3_encdec.data.ul2 import Example  # noqa: E402
-from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples  # noqa: E402
-from qwen3_encdec.evaluation.suite import provenance  # noqa: E402
-from qwen3_encdec.training import optimization  # noqa: E402
-from qwen3_encdec.training.config import TrainingConfig  # noqa: E402
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.stream import RowLoader, UL2Data
+from qwen3_encdec.data.ul2 import Example
+from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
+from qwen3_encdec.evaluation.suite import provenance
+from qwen3_encdec.training import optimization
+from qwen3_encdec.training.config import TrainingConfig
 
 Settings = dict[str, Any]
 

@@ -15,14 +15,14 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,14 +33,49 @@ if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-import yaml  # noqa: E402
+import numpy as np
+import torch
+from experiments.objective.benchmarks import evaluate
+from safetensors.torch import save_file
+from transformers import AutoTokenizer, Qwen3ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
-from qwen3_encdec.folders import InputError, read_json, write_json  # noqa: E402
+from qwen3_encdec.conversion.extract import extract_encoder
+from qwen3_encdec.conversion.initialize import initialize
+from qwen3_encdec.data.collate import mask_token_id
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.package_docs import package_docs, summary_pairs
+from qwen3_encdec.data.stream import UL2Data, rows
+from qwen3_encdec.data.ul2 import PRESETS
+from qwen3_encdec.demo.parent import (
+    causal_embedder,
+    fit,
+    parent_tokenizer,
+    token_blocks,
+    train_causal_parent,
+)
+from qwen3_encdec.embedding.finetune import finetune
+from qwen3_encdec.evaluation.suite import evaluate_denoising, provenance
+from qwen3_encdec.folders import (
+    InputError,
+    copy_without_weights,
+    load_config,
+    load_model,
+    load_tokenizer,
+    new_folder,
+    read_json,
+    read_yaml,
+    write_json,
+)
+from qwen3_encdec.training.config import TrainingConfig
+from qwen3_encdec.training.loop import train_to_the_end
+from qwen3_encdec.training.plan import count_parameters, flops_per_sum, length_sums
 
 BLOCK = 256
 FAMILY = 200  # maximum man pages with one name prefix: thousands of one tool are one text
 MASKED = 0.2  # share of masked tokens, in MNTP alone and beside UL2
+
+Plan = Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -65,84 +100,35 @@ class Contestant:
 class Unit:
     """One size and seed: its parent, its trainings and its scores."""
 
-    def __init__(
-        self, plan: dict[str, Any], size: str, seed: int, results: Path, runs: Path
-    ) -> None:
+    def __init__(self, plan: Plan, size: str, seed: int, results: Path, runs: Path) -> None:
         self.plan, self.seed, self.name = plan, seed, f"{size}-{seed}"
         self.sizes = plan["sizes"][size]
         self.results, self.runs = results / self.name, runs / self.name
-        self.contestants = {
-            name: Contestant(**values) for name, values in plan["contestants"].items()
-        }
-        ablations = {name: Contestant(**values) for name, values in plan["ablations"].items()}
-        self.all = self.contestants | ablations
-
-    @cached_property
-    def texts(self) -> tuple[list[str], list[str]]:
-        """Corpus in this seed's order, one half for the parent and one for its branches."""
-        documents = corpus(**self.plan["corpus"])
-        order = np.random.default_rng(self.seed).permutation(len(documents))
-        half = len(documents) // 2
-        return [documents[i] for i in order[:half]], [documents[i] for i in order[half:]]
+        named = {**plan["contestants"], **plan["ablations"]}
+        self.all = {name: Contestant(**values) for name, values in named.items()}
 
     def parent(self) -> Path:
         """Train the causal parent and write branch.jsonl, the documents that every branch reads."""
-        from qwen3_encdec.demo.parent import parent_tokenizer, train_causal_parent
-
-        folder, sizes, branch = self.runs / "parent", self.plan["parent"], self.plan["branch"]
-        with self._piece(
-            "parent", self.runs / "branch.jsonl", parent=sizes, tokens=branch["tokens"]
-        ) as record:
-            if record is None:
-                return folder
-            tokenizer = parent_tokenizer(self.plan["corpus"]["num_ranks"])
-            record |= train_causal_parent(
-                folder, tokenizer=tokenizer, texts=self.texts[0], **self.sizes, seed=self.seed,
-                steps=steps(sizes), batch_size=sizes["batch_size"], lr=sizes["lr"], block_size=BLOCK,
-            )  # fmt: skip
-            taken, count = [], 0
-            for text in self.texts[1]:
-                taken.append(text)
-                count += len(tokenizer.encode(text, split_special_tokens=True)) + 1
-                if count >= branch["tokens"] + BLOCK:
-                    break
-            lines = "".join(json.dumps({"text": text}) + "\n" for text in taken)
-            (self.runs / "branch.jsonl").write_text(lines, encoding="utf-8")
-            texts = sorted(
-                self.texts[0] + self.texts[1]
-            )  # an equal number may not be equal texts: man pages depend on the machine
-            digest = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
-            record["corpus"] = {
-                "documents": len(texts),
-                "branch documents": len(taken),
-                "sha256": digest,
-            }
-        return folder
-
-    def training(self, name: str) -> str:
-        """Return the first contestant with the same training; mask and pooling may differ."""
-        return next(
-            other
-            for other, contestant in self.all.items()
-            if contestant.trained == self.all[name].trained
-        )
+        settings = {"parent": self.plan["parent"], "tokens": self.plan["branch"]["tokens"]}
+        self._piece("parent", settings, self._parent, self.runs / "branch.jsonl")
+        return self.runs / "parent"
 
     def train(self, name: str) -> Path:
         """Train a contestant's branch: a causal Qwen3, an encoder (MNTP) or a run (UL2)."""
         name = self.training(name)
         contestant = self.all[name].trained
-        parent, folder = self.parent(), self.runs / f"train-{name.replace(' ', '-')}"
+        parent, folder = self.parent(), self.runs / f"train-{slug(name)}"
+        kind = {"causal": self._causal, "mntp": self._mntp, "ul2": self._ul2}[contestant.branch]
         keys = ("branch", "ul2", "parent") if contestant.branch == "ul2" else ("branch", "parent")
-        settings = {key: self.plan[key] for key in keys}
-        with self._piece(
-            f"train {name}", folder / "done", contestant=asdict(contestant), **settings
-        ) as record:
-            if record is not None:
-                kinds = {"causal": self._causal, "mntp": self._mntp, "ul2": self._ul2}
-                began = time.monotonic()
-                record |= kinds[contestant.branch](contestant, parent, folder)
-                record["training seconds"] = round(time.monotonic() - began, 1)
-                (folder / "done").touch()
+        settings = {key: self.plan[key] for key in keys} | {"contestant": asdict(contestant)}
+
+        def work() -> Record:
+            began = time.monotonic()
+            record = kind(contestant, parent, folder)
+            (folder / "done").touch()
+            return record | {"training seconds": round(time.monotonic() - began, 1)}
+
+        self._piece(f"train {name}", settings, work, folder / "done")
         return folder / "checkpoint" if contestant.branch == "ul2" else folder
 
     def score(self, name: str) -> None:
@@ -150,63 +136,86 @@ class Unit:
 
         "parent" is the unchanged parent: with mean and last-token pooling, and without its mask.
         """
-        from qwen3_encdec.data.package_docs import summary_pairs
-        from qwen3_encdec.embedding.finetune import finetune
+        self._piece(f"score {name}", self._score_settings(name), lambda: self._score(name))
 
-        with self._piece(f"score {name}", **self._score_settings(name)) as record:
-            if record is None:
-                return
-            if name == "parent":
-                record["before"] = self._evaluate({}, parent=self.parent())
-                return
-            encoder = self.runs / "encoders" / name.replace(" ", "-")
-            self._encoder(name, encoder)
-            record["before"] = self._evaluate({name: encoder})
-            tuned = encoder.with_name(f"{encoder.name}-contrastive")
-            settings = {**self.plan["contrastive"], "seed": self.seed}
-            began = time.monotonic()
-            record["contrastive"] = finetune(encoder, tuned, summary_pairs("train"), **settings)
-            record["contrastive"]["seconds"] = round(time.monotonic() - began, 1)
-            record["after"] = self._evaluate({name: tuned})
+    def training(self, name: str) -> str:
+        """Return the first contestant with the same training; mask and pooling may differ."""
+        wanted = self.all[name].trained
+        return next(other for other in self.all if self.all[other].trained == wanted)
 
     def scored(self, name: str) -> bool:
         """Return whether `score` has nothing to do."""
         return is_done(*self._place(f"score {name}", self._score_settings(name)))
 
-    def _score_settings(self, name: str) -> dict[str, Any]:
+    def _score_settings(self, name: str) -> Record:
         if name == "parent":
             return {key: self.plan[key] for key in ("parent", "evaluation")}
         keys = ("parent", "branch", "ul2", "contrastive", "evaluation")
         return {key: self.plan[key] for key in keys} | {"contestant": asdict(self.all[name])}
 
-    def _evaluate(self, encoders: dict[str, Path], **options: Any) -> dict[str, Any]:
-        from experiments.objective.benchmarks import evaluate
+    def _piece(
+        self, name: str, settings: Record, work: Callable[[], Record], needed: Path | None = None
+    ) -> None:
+        run_piece(*self._place(name, settings), self.runs, work, needed)
 
-        asked = self.plan["evaluation"]
-        return evaluate(
-            encoders,
-            tasks=asked["tasks"],
-            num_queries=asked["num_queries"],
-            outside=False,
-            **options,
+    def _place(self, name: str, settings: Record) -> tuple[Path, Record]:
+        """Return a piece's file and all of its settings."""
+        shared = {"size": self.sizes, "seed": self.seed, "corpus": self.plan["corpus"]}
+        return self.results / f"{slug(name)}.json", shared | settings
+
+    def _parent(self) -> Record:
+        sizes, wanted = self.plan["parent"], self.plan["branch"]["tokens"] + BLOCK
+        documents = corpus(**self.plan["corpus"])
+        order = np.random.default_rng(self.seed).permutation(len(documents))
+        half = len(documents) // 2  # the first is for the parent, the second for its branches
+        tokenizer = parent_tokenizer(self.plan["corpus"]["num_ranks"])
+        record: Record = train_causal_parent(
+            self.runs / "parent",
+            tokenizer=tokenizer,
+            texts=[documents[i] for i in order[:half]],
+            block_size=BLOCK,
+            seed=self.seed,
+            **self.sizes,
+            **schedule(sizes),
         )
+        taken, count = [], 0
+        for i in order[half:]:
+            taken.append(json.dumps({"text": documents[i]}) + "\n")
+            count += len(tokenizer.encode(documents[i], split_special_tokens=True)) + 1
+            if count >= wanted:
+                break
+        (self.runs / "branch.jsonl").write_text("".join(taken), encoding="utf-8")
+        # An equal number may not be equal texts: man pages depend on the machine.
+        texts = "\0".join(sorted(documents)).encode("utf-8", "surrogatepass")
+        facts = {"documents": len(documents), "branch documents": len(taken)}
+        return record | {"corpus": facts | {"sha256": hashlib.sha256(texts).hexdigest()}}
+
+    def _score(self, name: str) -> Record:
+        if name == "parent":
+            return {"before": self._evaluate({}, parent=self.parent())}
+        encoder = self.runs / "encoders" / slug(name)
+        self._encoder(name, encoder)
+        before = self._evaluate({name: encoder})
+        tuned = encoder.with_name(f"{encoder.name}-contrastive")
+        settings = {**self.plan["contrastive"], "seed": self.seed}
+        began = time.monotonic()
+        facts = finetune(encoder, tuned, summary_pairs("train"), **settings)
+        facts["seconds"] = round(time.monotonic() - began, 1)
+        return {"before": before, "contrastive": facts, "after": self._evaluate({name: tuned})}
+
+    def _evaluate(self, encoders: dict[str, Path], **options: Any) -> Record:
+        asked = {name: self.plan["evaluation"][name] for name in ("tasks", "num_queries")}
+        return evaluate(encoders, outside=False, **asked, **options)
 
     def _encoder(self, name: str, folder: Path) -> None:
         """Write a contestant's trained model as a sentence-transformers folder."""
-        from qwen3_encdec.conversion.extract import extract_encoder
-        from qwen3_encdec.conversion.initialize import initialize
-        from qwen3_encdec.demo.parent import causal_embedder
-        from qwen3_encdec.folders import copy_without_weights, new_folder
-
         contestant, trained = self.all[name], self.train(name)
         if contestant.causal:
             causal_embedder(trained, folder)
         elif contestant.branch == "mntp":
             with new_folder(folder, "encoder", source=str(trained)) as building:
                 copy_without_weights(trained, building)
-                (building / "model.safetensors").write_bytes(
-                    (trained / "model.safetensors").read_bytes()
-                )
+                shutil.copy(trained / "model.safetensors", building)
         else:
             if contestant.branch == "causal":
                 initialize(trained, self.runs / "unmasked-init", seed=self.seed)
@@ -214,103 +223,71 @@ class Unit:
             extract_encoder(trained, folder, pooling=contestant.pooling)
 
     def _blocks(self, tokenizer: Any) -> np.ndarray:
-        from qwen3_encdec.demo.parent import token_blocks
-
+        """Cut the branch's documents into blocks (N, BLOCK)."""
+        sizes = schedule(self.plan["branch"])
         lines = (self.runs / "branch.jsonl").read_text(encoding="utf-8").splitlines()
-        sizes = self.plan["branch"]
-        return token_blocks(
-            [json.loads(line)["text"] for line in lines],
-            tokenizer,
-            steps(sizes) * sizes["batch_size"],
-            BLOCK,
-            self.seed,
-        )
+        texts = [json.loads(line)["text"] for line in lines]
+        most = sizes["steps"] * sizes["batch_size"]
+        return token_blocks(texts, tokenizer, most, BLOCK, self.seed)
 
-    def _causal(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
-        from transformers import AutoTokenizer, Qwen3ForCausalLM
+    def _count_text(self, ids: np.ndarray) -> int:
+        """Count the tokens that are no control tokens, sentinels or padding."""
+        return int((ids < self.plan["corpus"]["num_ranks"]).sum())
 
-        from qwen3_encdec.demo.parent import fit
-        from qwen3_encdec.folders import new_folder
-
-        model, tokenizer = (
-            Qwen3ForCausalLM.from_pretrained(parent),
-            AutoTokenizer.from_pretrained(parent),
-        )
-        blocks, sizes = self._blocks(tokenizer), self.plan["branch"]
-        options = {"steps": steps(sizes), "batch_size": sizes["batch_size"], "lr": sizes["lr"]}
-        losses = fit(model, blocks, blocks, **options)
+    def _causal(self, contestant: Contestant, parent: Path, folder: Path) -> Record:
+        model = Qwen3ForCausalLM.from_pretrained(parent)
+        tokenizer = AutoTokenizer.from_pretrained(parent)
+        blocks = self._blocks(tokenizer)
+        losses = fit(model, blocks, blocks, **schedule(self.plan["branch"]))
         with new_folder(folder, "causal branch", source=str(parent)) as building:
             model.save_pretrained(building)
             tokenizer.save_pretrained(building)
         return self._read(model.model, blocks, losses, asked=1.0, seen=0.5)
 
-    def _mntp(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
-        from safetensors.torch import save_file
-        from transformers import AutoTokenizer, Qwen3ForCausalLM
-
-        from qwen3_encdec.conversion.extract import extract_encoder
-        from qwen3_encdec.conversion.initialize import initialize
-        from qwen3_encdec.data.collate import mask_token_id
-        from qwen3_encdec.demo.parent import fit
-        from qwen3_encdec.folders import copy_without_weights, new_folder
-
+    def _mntp(self, contestant: Contestant, parent: Path, folder: Path) -> Record:
+        start = self.runs / "mntp-start"
         initialize(parent, self.runs / "mntp-init", seed=self.seed)
-        extract_encoder(self.runs / "mntp-init", self.runs / "mntp-start")
-        model = Qwen3ForCausalLM.from_pretrained(self.runs / "mntp-start")
-        mask_id = mask_token_id(AutoTokenizer.from_pretrained(self.runs / "mntp-start"))
-        blocks, sizes = self._blocks(AutoTokenizer.from_pretrained(parent)), self.plan["branch"]
+        extract_encoder(self.runs / "mntp-init", start)
+        model = Qwen3ForCausalLM.from_pretrained(start)
+        mask_id = mask_token_id(AutoTokenizer.from_pretrained(start))
+        blocks = self._blocks(AutoTokenizer.from_pretrained(parent))
         masked = np.random.default_rng(self.seed).random(blocks.shape) < MASKED
         inputs, labels = np.where(masked, mask_id, blocks), np.where(masked, blocks, -100)
-        options = {"steps": steps(sizes), "batch_size": sizes["batch_size"], "lr": sizes["lr"]}
-        losses = fit(model, inputs, labels, **options)
-        body = model.model
-        with new_folder(folder, "encoder", source=str(self.runs / "mntp-start")) as building:
-            copy_without_weights(self.runs / "mntp-start", building)
-            save_file({k: v.contiguous() for k, v in body.state_dict().items()}, building / "model.safetensors",
-                      metadata={"format": "pt"})  # fmt: skip
-        return self._read(body, blocks, losses, asked=MASKED, seen=1.0)
+        losses = fit(model, inputs, labels, **schedule(self.plan["branch"]))
+        weights = {name: tensor.contiguous() for name, tensor in model.model.state_dict().items()}
+        with new_folder(folder, "encoder", source=str(start)) as building:
+            copy_without_weights(start, building)
+            save_file(weights, building / "model.safetensors", metadata={"format": "pt"})
+        return self._read(model.model, blocks, losses, asked=MASKED, seen=1.0)
 
     def _read(
         self, body: Any, blocks: np.ndarray, losses: list[float], asked: float, seen: float
-    ) -> dict[str, Any]:
+    ) -> Record:
         """Return what a training on blocks read and cost.
 
         A share `asked` of the tokens is predicted, each from a share `seen` of a block.
         """
-        rows = len(losses) * self.plan["branch"]["batch_size"]
-        text = int((np.resize(blocks, (rows, BLOCK)) < self.plan["corpus"]["num_ranks"]).sum())
+        number = len(losses) * self.plan["branch"]["batch_size"]
         head = body.embed_tokens.weight.numel()
         layers = body.num_parameters() - head
         c = body.config
         attention = 12 * c.num_attention_heads * c.head_dim * c.num_hidden_layers * BLOCK * seen
-        tail = max(1, len(losses) // 10)
-        flops = rows * BLOCK * (6 * (layers + asked * head) + attention)
         return {
-            "text tokens": text,
+            "text tokens": self._count_text(np.resize(blocks, (number, BLOCK))),
             "steps": len(losses),
-            "flops": flops,
-            "loss": float(np.mean(losses[-tail:])),
+            "flops": number * BLOCK * (6 * (layers + asked * head) + attention),
+            "loss": float(np.mean(losses[-max(1, len(losses) // 10) :])),
         }
 
-    def _ul2(self, contestant: Contestant, parent: Path, folder: Path) -> dict[str, Any]:
-        from qwen3_encdec.conversion.initialize import initialize
-        from qwen3_encdec.data import stream
-        from qwen3_encdec.data.config import DataConfig
-        from qwen3_encdec.data.ul2 import PRESETS
-        from qwen3_encdec.evaluation.suite import evaluate_denoising
-        from qwen3_encdec.folders import load_config, load_tokenizer
-        from qwen3_encdec.training.config import TrainingConfig
-        from qwen3_encdec.training.loop import train_to_the_end
-        from qwen3_encdec.training.plan import count_parameters, flops_per_sum, length_sums
-
-        sizes, ul2, init = self.plan["branch"], self.plan["ul2"], folder / "init"
+    def _ul2(self, contestant: Contestant, parent: Path, folder: Path) -> Record:
+        sizes, init = self.plan["ul2"], folder / "init"
+        lengths = {name: sizes[name] for name in ("source_length", "target_length")}
         layers = round(contestant.decoder_share * self.sizes["num_hidden_layers"])
         initialize(parent, init, num_decoder_layers=layers, seed=self.seed)
         if contestant.random_sentinels:
             redraw_sentinels(init, self.seed)
         preset = [asdict(denoiser) for denoiser in PRESETS["t5gemma2"]]
-        preset = [d | ({"weight": contestant.s_weight} if d["name"] == "S" else {}) for d in preset]
-        lengths = {"source_length": ul2["source_length"], "target_length": ul2["target_length"]}
+        preset[-1]["weight"] = contestant.s_weight  # S is the last
         data = DataConfig(
             inputs=[str(self.runs / "branch.jsonl")],
             heldout_every=10**9,
@@ -318,123 +295,118 @@ class Unit:
             seed=self.seed,
             **lengths,
         )
-        tokenizer, rows, text = load_tokenizer(init), 0, 0
-        blocks = self._blocks(tokenizer)
-        wanted = int((blocks < self.plan["corpus"]["num_ranks"]).sum())
-        for row in stream.rows(stream.UL2Data(data, tokenizer)):
-            text += sum(
-                int((ids < self.plan["corpus"]["num_ranks"]).sum())
-                for e in row.examples
-                for ids in (e.source, e.target)
-            )
-            rows += 1
-            if text >= wanted and rows % ul2["batch_size"] == 0:
-                break
-        number = rows // ul2["batch_size"]
+        number, text = self._count_steps(data, load_tokenizer(init))
         config = TrainingConfig(
-            model=str(init), output_dir=str(folder / "run"), data=data, max_steps=number, batch_size=ul2["batch_size"],
-            lr=sizes["lr"], schedule="cosine", warmup_steps=number // 20, mntp_weight=contestant.mntp_weight,
-            mntp_probability=MASKED, mixed_precision="no", spike_sigma=0.0, eval_every=0, save_every=500, keep_last=1,
-            trackers=[], seed=self.seed,
-        )  # fmt: skip
+            model=str(init),
+            output_dir=str(folder / "run"),
+            data=data,
+            max_steps=number,
+            batch_size=sizes["batch_size"],
+            lr=self.plan["branch"]["lr"],
+            schedule="cosine",
+            warmup_steps=number // 20,
+            mntp_weight=contestant.mntp_weight,
+            mntp_probability=MASKED,
+            mixed_precision="no",
+            spike_sigma=0.0,
+            eval_every=0,
+            save_every=500,
+            keep_last=1,
+            trackers=[],
+            seed=self.seed,
+        )
         checkpoint = train_to_the_end(config)
-        if (folder / "checkpoint").is_symlink():
-            (folder / "checkpoint").unlink()
+        (folder / "checkpoint").unlink(missing_ok=True)
         (folder / "checkpoint").symlink_to(checkpoint.resolve())
-        last = json.loads(
-            (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        )
-        read, examples, model_config = (
-            [last["source_tokens"], last["target_tokens"]],
-            last["examples"],
-            load_config(init),
-        )
+
+        metrics = (folder / "run" / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        last, model_config = json.loads(metrics[-1]), load_config(init)
         counts = count_parameters(model_config)
-        means = [np.array([tokens / examples]) for tokens in read]
-        flops = float(examples * flops_per_sum(model_config, counts) @ length_sums(*means))
-        masked = MASKED * read[0] if contestant.mntp_weight else 0
-        examined, heldout = self.plan["evaluation"]["num_examples"], DataConfig(**lengths)
+        means = [
+            np.array([last[name] / last["examples"]]) for name in ("source_tokens", "target_tokens")
+        ]
+        flops = last["examples"] * flops_per_sum(model_config, counts) @ length_sums(*means)
+        masked = MASKED * last["source_tokens"] if contestant.mntp_weight else 0
         found = evaluate_denoising(
-            {"initialization": init, "trained": checkpoint}, num_examples=examined, data=heldout
+            {"initialization": init, "trained": checkpoint},
+            num_examples=self.plan["evaluation"]["num_examples"],
+            data=DataConfig(**lengths),
         )
         return {
-            "text tokens": text, "steps": config.max_steps, "flops": flops + 6 * masked * counts.embedding,
-            "source tokens": read[0], "target tokens": read[1], "loss": last["loss"],
-            "denoising": found["denoising"], "exact gaps": found["infill"]["by_denoiser"],
-        }  # fmt: skip
+            "text tokens": text,
+            "steps": number,
+            "flops": float(flops) + 6 * masked * counts.embedding,
+            "source tokens": last["source_tokens"],
+            "target tokens": last["target_tokens"],
+            "loss": last["loss"],
+            "denoising": found["denoising"],
+            "exact gaps": found["infill"]["by_denoiser"],
+        }
 
-    @contextmanager
-    def _piece(
-        self, name: str, needed: Path | None = None, **settings: Any
-    ) -> Iterator[dict[str, Any] | None]:
-        """Yield a record to fill, written when the block ends.
-
-        Yields None if the record and `needed` already exist.
-        """
-        file, settings = self._place(name, settings)
-        with piece(file, needed, self.runs, settings) as record:
-            yield record
-
-    def _place(self, name: str, settings: dict[str, Any]) -> tuple[Path, dict[str, Any]]:
-        """Return a piece's file and all of its settings."""
-        shared = {"size": self.sizes, "seed": self.seed, "corpus": self.plan["corpus"]}
-        return self.results / f"{name.replace(' ', '-')}.json", shared | settings
+    def _count_steps(self, data: DataConfig, tokenizer: Any) -> tuple[int, int]:
+        """Count UL2's steps, and their text tokens, until they have read as much text as blocks hold."""
+        wanted, size = self._count_text(self._blocks(tokenizer)), self.plan["ul2"]["batch_size"]
+        text = 0
+        for number, row in enumerate(rows(UL2Data(data, tokenizer)), start=1):
+            for example in row.examples:
+                text += self._count_text(example.source) + self._count_text(example.target)
+            if text >= wanted and number % size == 0:
+                break
+        return number // size, text
 
 
-def is_done(file: Path, settings: dict[str, Any]) -> bool:
+def slug(name: str) -> str:
+    """Return a name as it is in files."""
+    return name.replace(" ", "-")
+
+
+def is_done(file: Path, settings: Record) -> bool:
     """Return whether a piece's file exists with these settings."""
     return file.exists() and read_json(file)["settings"] == settings
 
 
-@contextmanager
-def piece(
-    file: Path, needed: Path | None, runs: Path, settings: dict[str, Any]
-) -> Iterator[dict[str, Any] | None]:
-    """Yield a record to fill; see `Unit._piece`."""
-    from qwen3_encdec.evaluation.suite import provenance
-
+def run_piece(
+    file: Path,
+    settings: Record,
+    runs: Path,
+    work: Callable[[], Record],
+    needed: Path | None = None,
+) -> None:
+    """Write what `work` returns, unless the file has these settings and `needed` exists."""
     if is_done(file, settings) and (needed is None or needed.exists()):
-        yield None
         return
     started, cpu = time.monotonic(), time.process_time()
-    record: dict[str, Any] = {}
     runs.mkdir(parents=True, exist_ok=True)
     with (runs / f"{file.stem}.log").open("w", encoding="utf-8") as out, redirect_stdout(out):
-        yield record
+        record = work()
     facts = provenance(started=started)
     facts["command"] = re.sub(r" --piece ('[^']*'|\S+)", "", facts["command"])
-    record = {
-        "settings": settings,
-        **record,
-        "cpu seconds": round(time.process_time() - cpu, 1),
-        "provenance": facts,
-    }
+    spent = {"cpu seconds": round(time.process_time() - cpu, 1), "provenance": facts}
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_json(file, record)
+    write_json(file, {"settings": settings, **record, **spent})
     print(f"{runs.name:9} {file.stem:32} {facts['seconds']:8.1f} s", flush=True)
 
 
-def steps(sizes: dict[str, Any]) -> int:
-    """Return the number of optimizer steps that read the given tokens."""
-    return max(1, sizes["tokens"] // (BLOCK * sizes["batch_size"]))
+def schedule(sizes: Record) -> dict[str, Any]:
+    """Return the steps that read the given tokens, their batch size and learning rate."""
+    steps = max(1, sizes["tokens"] // (BLOCK * sizes["batch_size"]))
+    return {"steps": steps, "batch_size": sizes["batch_size"], "lr": sizes["lr"]}
 
 
 def corpus(num_ranks: int, man_pages: int, man_characters: int) -> list[str]:
     """Return docstrings of the training packages and, if installed, evenly sampled man pages."""
-    from qwen3_encdec.data.package_docs import package_docs
-
     documents = [document.text for document in package_docs("train")]
     families: dict[str, list[Path]] = {}
     for file in sorted(Path("/usr/share/man").glob("man[1-8]/*.gz")):
         families.setdefault(re.split(r"[-_.:]", file.name)[0], []).append(file)
     files = [file for family in families.values() for file in family[:FAMILY]]
-    for file in files[:: max(1, len(files) // man_pages)][:man_pages] if man_pages else []:
+    sampled = files[:: max(1, len(files) // man_pages)][:man_pages] if man_pages else []
+    for file in sampled:
         try:
-            text = plain(gzip.decompress(file.read_bytes()).decode("utf-8", errors="ignore"))[
-                :man_characters
-            ]
+            roff = gzip.decompress(file.read_bytes()).decode("utf-8", errors="ignore")
         except OSError:
             continue
+        text = plain(roff)[:man_characters]
         if len(text) > 200:
             documents.append(text)
     return documents
@@ -462,25 +434,20 @@ def plain(roff: str) -> str:
 
 
 def redraw_sentinels(folder: Path, seed: int) -> None:
-    """Redraw the sentinel rows, for the ablation of their initialization.
-
-    Rows are drawn like those of a fresh model instead of being the mean of the rows.
-    """
-    import torch
-
-    from qwen3_encdec.folders import load_model
-
+    """Redraw the sentinel rows like a fresh model's, for the ablation of their initialization."""
     model = load_model(folder)
-    rows = model.model.shared.weight.data[-model.config.num_sentinel_tokens :]
-    rows.normal_(0.0, model.config.initializer_range, generator=torch.Generator().manual_seed(seed))
+    new = model.model.shared.weight.data[-model.config.num_sentinel_tokens :]
+    new.normal_(0.0, model.config.initializer_range, generator=torch.Generator().manual_seed(seed))
     model.save_pretrained(folder)
 
 
-def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> dict[str, Any]:
+def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> Plan:
     """Read the plan with `scale` times the tokens, contrastive steps and queries, for the named
     sizes and seeds or all.
     """
-    plan = yaml.safe_load(file.read_text(encoding="utf-8"))
+    plan = read_yaml(file, "plan")
+    if scale <= 0:
+        raise InputError(f"scale {scale:g} must be above 0")
     for name in sizes:
         if name not in plan["sizes"]:
             raise InputError(f"size {name!r} is not one of {', '.join(plan['sizes'])}")
@@ -494,7 +461,7 @@ def read_plan(file: Path, scale: float, sizes: list[str], seeds: list[int]) -> d
     return plan
 
 
-def pieces(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> dict[str, list[str]]:
+def pieces(plan: Plan, ablate: bool, results: Path, runs: Path) -> dict[str, list[str]]:
     """List missing pieces and those whose weights they need, each with the pieces that must run
     before it.
 
@@ -504,7 +471,7 @@ def pieces(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> dic
     found: dict[str, list[str]] = {}
     for size, seed in itertools.product(plan["sizes"], plan["seeds"]):
         unit = Unit(plan, size, seed, results, runs)
-        names = unit.all if ablate and unit.name == ablated else unit.contestants
+        names = unit.all if ablate and unit.name == ablated else plan["contestants"]
         parent = f"{unit.name} parent all"
         for name in ("parent", *names):
             if unit.scored(name):
@@ -521,20 +488,15 @@ def pieces(plan: dict[str, Any], ablate: bool, results: Path, runs: Path) -> dic
     return found
 
 
-def walk(plan: dict[str, Any], job: str, results: Path, runs: Path) -> None:
+def walk(plan: Plan, job: str, results: Path, runs: Path) -> None:
     """Run one of the `pieces`."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    disable_progress_bar()
     if job == "baselines":
-        from experiments.objective.benchmarks import evaluate
-
         asked = plan["evaluation"]
-        with piece(results / "baselines.json", None, runs, asked) as record:
-            if record is not None:
-                record["before"] = evaluate(
-                    {}, tasks=asked["tasks"], num_queries=asked["num_queries"]
-                )
+        wanted = {"tasks": asked["tasks"], "num_queries": asked["num_queries"]}
+        run_piece(
+            results / "baselines.json", asked, runs, lambda: {"before": evaluate({}, **wanted)}
+        )
         return
     place, kind, name = job.split(" ", 2)
     size, seed = place.rsplit("-", 1)
@@ -552,65 +514,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plan", type=Path, default=HERE / "plan.yaml")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="JSON, committed")
-    parser.add_argument(
-        "--runs", type=Path, default=ROOT / "runs" / "objective", help="weights, not committed"
-    )
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="fraction of its tokens, steps and queries"
-    )
-    parser.add_argument(
-        "--size", action="append", default=[], help="only this size; may be repeated"
-    )
-    parser.add_argument(
-        "--seed", action="append", default=[], type=int, help="only this seed; may be repeated"
-    )
-    parser.add_argument("--no-ablations", action="store_true")
-    parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if available")
-    parser.add_argument(
-        "--jobs", type=int, default=1, help="pieces in parallel, which share the cores"
-    )
-    parser.add_argument("--piece", help=argparse.SUPPRESS)
+    option = parser.add_argument
+    option("--plan", type=Path, default=HERE / "plan.yaml")
+    option("--results", type=Path, default=HERE / "results", help="JSON, committed")
+    option("--runs", type=Path, default=ROOT / "runs" / "objective", help="weights")
+    option("--scale", type=float, default=1.0, help="fraction of its tokens, steps and queries")
+    option("--size", action="append", default=[], help="only this size; may be repeated")
+    option("--seed", action="append", default=[], type=int, help="only this seed; repeatable")
+    option("--no-ablations", action="store_true")
+    option("--jobs", type=int, default=1, help="pieces in parallel, which share the cores")
+    option("--piece", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs {arguments.jobs} must be at least 1")
     try:
         plan = read_plan(arguments.plan, arguments.scale, arguments.size, arguments.seed)
         if arguments.piece:
             walk(plan, arguments.piece, arguments.results, arguments.runs)
-            return
-        launch(plan, arguments)
+        else:
+            launch(plan, arguments)
     except InputError as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
 
 
-def launch(plan: dict[str, Any], arguments: argparse.Namespace) -> None:
+def launch(plan: Plan, arguments: argparse.Namespace) -> None:
     """Run all pieces, up to `--jobs` at a time, each after those that it needs."""
-    environment = dict(os.environ)
-    if arguments.device == "cpu":
-        environment["CUDA_VISIBLE_DEVICES"] = ""
-    elif arguments.device == "cuda":
-        import torch
-
-        if not torch.cuda.is_available():
-            raise InputError("device cuda is not available; use --device cpu")
-    environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // arguments.jobs))
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
     waiting = pieces(plan, not arguments.no_ablations, arguments.results, arguments.runs)
     running: dict[str, subprocess.Popen] = {}
     done: set[str] = set()
-
-    def stop(*_: Any) -> None:
-        raise SystemExit(143)
-
-    signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         while waiting or running:
             for job in [job for job, before in waiting.items() if done.issuperset(before)]:
                 if len(running) < arguments.jobs:
                     del waiting[job]
-                    running[job] = subprocess.Popen(
-                        [sys.executable, *sys.argv, "--piece", job], env=environment
-                    )
+                    command = [sys.executable, *sys.argv, "--piece", job]
+                    running[job] = subprocess.Popen(command, env=environment)
             time.sleep(0.2)
             for job in [job for job, process in running.items() if process.poll() is not None]:
                 if code := running.pop(job).returncode:

@@ -359,9 +359,10 @@ def _local_files(item: str, passed_over: list[str]) -> list[str]:
 
 def _walk(folder: str, passed_over: list[str]) -> list[str]:
     """Return the files below a folder, following links, without hidden and unknown ones."""
-    files: list[str] = []
+    targets: dict[str, str] = {}
     seen = {os.path.realpath(folder)}
     for top, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+        real = os.path.realpath(top)
         for name in list(folders):
             path = os.path.join(top, name)
             if name.startswith(".") or os.path.realpath(path) in seen:
@@ -373,15 +374,13 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
             if name.startswith((".", "_")) or not _kind(name)[0]:
                 passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'unknown type'})")
             else:
-                files.append(path)
-    distinct: dict[tuple[int, int], str] = {}
-    for path in sorted(files):
-        with input_errors(path):
-            about = os.stat(path)
-        first = distinct.setdefault((about.st_dev, about.st_ino), path)
-        if first != path:
-            passed_over.append(f"{path} (the same file as {first})")
-    return list(distinct.values())
+                is_link = os.path.islink(path)
+                targets[path] = os.path.realpath(path) if is_link else os.path.join(real, name)
+    first: dict[str, str] = {}
+    for path in sorted(targets):
+        if path != first.setdefault(targets[path], path):
+            passed_over.append(f"{path} (the same file as {first[targets[path]]})")
+    return list(first.values())
 
 
 def _unreadable(error: OSError) -> None:

@@ -13,8 +13,13 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers.integrations.neftune import activate_neftune
 
-from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
+from qwen3_encdec import (
+    Qwen3EncoderDecoderConfig,
+    Qwen3EncoderForSequenceClassification,
+    Qwen3ForSeq2SeqLM,
+)
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config
@@ -534,6 +539,14 @@ def test_one_token_of_everything():
     assert model.generate(one, max_new_tokens=1).shape == (1, 2)
 
 
+@modes
+def test_a_step_without_labels_has_no_loss(training):
+    """Trainer counts the labels of a step; a step of empty targets divides by zero."""
+    batch = {"input_ids": ids(2, 6), "labels": torch.full((2, 5), IGNORED)}
+    for count in (0, torch.tensor(0)):
+        assert build().train(training)(**batch, num_items_in_batch=count).loss == 0
+
+
 # --- compiled
 
 
@@ -560,6 +573,17 @@ def test_a_plain_qwen3_folder_names_the_command(parent_folder):
         Qwen3ForSeq2SeqLM.from_pretrained(parent_folder)
     with pytest.raises(ValueError, match=r"initialize_from_qwen3\.py|qwen3-encdec initialize"):
         Qwen3EncoderDecoderConfig.from_pretrained(parent_folder)
+
+
+def test_neftune_is_refused_rather_than_added_to_the_logits():
+    model = build().train()
+    activate_neftune(model, 5.0)
+    with pytest.raises(ValueError, match="neftune_noise_alpha is not supported"):
+        model(input_ids=ids(2, 6), decoder_input_ids=ids(2, 5))
+    encoder = Qwen3EncoderForSequenceClassification(tiny_config()).train()  # has no LM head
+    before = encoder(input_ids=ids(2, 6)).logits
+    activate_neftune(encoder, 5.0)
+    assert not torch.equal(encoder(input_ids=ids(2, 6)).logits, before)
 
 
 def test_fill_takes_what_generate_takes():

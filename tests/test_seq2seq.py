@@ -260,6 +260,22 @@ def test_buffers_come_back_from_loading(model, tmp_path):
     assert torch.equal(loaded(**batch()).loss, model(**batch()).loss)
 
 
+def test_the_loss_ignores_which_logits_are_kept(model):
+    inputs = batch()
+    expected = model(**inputs)
+    for keep in (2, torch.tensor([0, 3]), torch.arange(T).flip(0)):
+        assert torch.allclose(model(**inputs, logits_to_keep=keep).loss, expected.loss)
+    assert torch.equal(model(**inputs, logits_to_keep=2).logits, expected.logits[:, -2:])
+
+
+def test_encoder_outputs_may_be_a_tuple_or_a_list(model):
+    inputs = batch()
+    expected = model(**inputs).loss
+    states = model.get_encoder()(inputs.pop("input_ids"), inputs["attention_mask"])[0]
+    for outputs in ((states,), [states]):
+        assert torch.equal(model(**inputs, encoder_outputs=outputs).loss, expected)
+
+
 def test_auto_classes(model, tmp_path):
     model.save_pretrained(tmp_path)
     assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), Qwen3ForSeq2SeqLM)
@@ -337,7 +353,9 @@ def test_fewer_decoder_than_encoder_layers():
     inputs = batch()
     torch.testing.assert_close(model(**inputs).loss, plain_loss(model, inputs), atol=1e-5, rtol=0)
     inputs.pop("labels")
-    assert model.generate(**inputs, max_new_tokens=4).shape[0] == B
+    for cache in ("dynamic", "static"):
+        tokens = model.generate(**inputs, max_new_tokens=4, cache_implementation=cache)
+        assert tokens.shape[0] == B
 
 
 def test_bf16_autocast_keeps_the_loss_in_fp32(model):

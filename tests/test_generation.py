@@ -185,6 +185,25 @@ def test_a_cache_is_used_or_refused_but_never_dropped(model, source):
         model(**source, decoder_input_ids=ids[:, 3:], cache=cache)
 
 
+@torch.no_grad()
+def test_a_cache_of_another_source_or_too_small_is_refused(model, source):
+    ids = torch.randint(0, 300, (3, 5), generator=torch.Generator().manual_seed(1))
+    cache = model(**source, decoder_input_ids=ids, use_cache=True).cache
+    short = {name: tensor[:, :7] for name, tensor in source.items()}
+    with pytest.raises(ValueError, match="the cache holds a source of 9 tokens, not of 7"):
+        model(**short, decoder_input_ids=ids[:, :1], cache=cache)
+    foreign = DynamicCache()  # as PEFT's prefix tuning passes one
+    foreign.update(*torch.randn(2, 3, 2, 4, 14), 0)
+    with pytest.raises(ValueError, match="the cache holds a source of 0 tokens, not of 9"):
+        model(**source, decoder_input_ids=ids, past_key_values=foreign)
+    config = model.config.get_text_config(decoder=True)
+    with pytest.raises(ValueError, match="holds 12 tokens, but source and target need 15"):
+        model.generate(**source, max_new_tokens=6, cache=StaticCache(config, max_cache_len=12))
+    enough = StaticCache(config, max_cache_len=15)
+    expected = model.generate(**source, max_new_tokens=6)
+    assert torch.equal(model.generate(**source, max_new_tokens=6, cache=enough), expected)
+
+
 def test_assisted_decoding_is_greedy_decoding(model, source):
     one = {name: tensor[:1] for name, tensor in source.items()}
     expected = model.generate(**one, max_new_tokens=8)
@@ -309,6 +328,6 @@ def test_fill_takes_no_other_control_token_out_of_a_text(tokenizer):
     assert encoded["attention_mask"][1].tolist() == [1, 1] + [0] * (len(ids[0]) - 2)
     # the control: the ordinary call takes it for the end
     assert tokenizer.eos_token_id in tokenizer("a<|im_end|>b")["input_ids"]
-    for text in ("nothing here", "<extra_id_11>"):
+    for text in ("nothing here", "<extra_id_11>", "<extra_id_03>", "<extra_id_\u0663>"):
         with pytest.raises(ValueError, match="must contain <extra_id_N>"):
             tokenizer.encode_with_sentinels([text])

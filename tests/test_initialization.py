@@ -1,4 +1,5 @@
 import json
+import math
 import shutil
 
 import pytest
@@ -168,10 +169,24 @@ def test_verification_reads_the_saved_folder(parent_folder, init_folder, tmp_pat
     assert edited.encoder < 1e-5 < 1e-4 < edited.decoder
 
 
+def test_nan_does_not_pass(parent_copy, tmp_path):
+    """In either stack: `max` of a number and NaN depends on their order."""
+    numbers = {"encoder": 0.0, "decoder": 0.0, "encoder_control": 1.0, "decoder_control": 1.0}
+    assert module.Verification(**numbers, alone=6.0, with_source=6.0).passed
+    for name in numbers:
+        wrong = module.Verification(**numbers | {name: math.nan}, alone=6.0, with_source=6.0)
+        assert not wrong.passed
+    # a layer that was pruned to zeros has a scale all the same
+    edit_tensors(parent_copy, lambda t: t["model.layers.1.self_attn.v_proj.weight"].zero_())
+    report = initialize(parent_copy, tmp_path / "out")
+    assert report.source_scales[1] == 1
+    assert report.verification.passed
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.update({"model.layers.0.mlp.extra.weight": torch.zeros(2)}), "does not fit"),
+        (lambda t: t.update({"score.weight": torch.zeros(2)}), "score.weight .* is not one of a"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(1)}), r"\(1,\) does not fit model"),
         (lambda t: t.pop("model.norm.weight"), "no tensor for model.decoder.norm.weight"),
     ],

@@ -13,10 +13,14 @@ import torch
 from accelerate import cpu_offload
 from torch import nn
 from transformers import DynamicCache, T5Config, T5ForConditionalGeneration
+from transformers.integrations.neftune import activate_neftune
 
-from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
+from qwen3_encdec import (
+    Qwen3EncoderDecoderConfig,
+    Qwen3EncoderForSequenceClassification,
+    Qwen3ForSeq2SeqLM,
+)
 from qwen3_encdec.data.collate import collate_packed
-from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config
 
 IGNORED, PAD = -100, 300
@@ -534,6 +538,16 @@ def test_one_token_of_everything():
     assert model.generate(one, max_new_tokens=1).shape == (1, 2)
 
 
+@modes
+def test_a_step_without_labels_has_no_loss(training):
+    """Trainer counts the labels of a step; a step of empty targets divides by zero."""
+    batch = {"input_ids": ids(2, 6), "labels": torch.full((2, 5), IGNORED)}
+    for count in (None, 0, torch.tensor(0)):
+        loss = build().train(training)(**batch, num_items_in_batch=count).loss
+        loss.backward()
+        assert loss == 0
+
+
 # --- compiled
 
 
@@ -552,7 +566,7 @@ def test_a_training_step_compiles_whole(form):
         torch.testing.assert_close(mine.grad, its.grad, atol=1e-5, rtol=1e-3, msg=name)
 
 
-# --- folders and filling
+# --- folders
 
 
 def test_a_plain_qwen3_folder_names_the_command(parent_folder):
@@ -562,12 +576,12 @@ def test_a_plain_qwen3_folder_names_the_command(parent_folder):
         Qwen3EncoderDecoderConfig.from_pretrained(parent_folder)
 
 
-def test_fill_takes_what_generate_takes():
-    tokenizer = build_tokenizer(num_sentinel_tokens=11, num_ranks=300)
-    model = build(vocab_size=len(tokenizer)).eval()
-    text = "One <extra_id_0> and <extra_id_1>."
-    expected = model.fill(text, tokenizer, max_new_tokens=6)
-    for options in ({"return_dict_in_generate": True}, {"output_scores": True}):
-        assert model.fill(text, tokenizer, max_new_tokens=6, **options) == expected
-    assert model.fill([], tokenizer) == []
-    assert model.fill([text], tokenizer, max_new_tokens=6) == [expected]
+def test_neftune_is_refused_rather_than_added_to_the_logits():
+    model = build().train()
+    activate_neftune(model, 5.0)
+    with pytest.raises(ValueError, match="neftune_noise_alpha is not supported"):
+        model(input_ids=ids(2, 6), decoder_input_ids=ids(2, 5))
+    encoder = Qwen3EncoderForSequenceClassification(tiny_config()).train()  # has no LM head
+    before = encoder(input_ids=ids(2, 6)).logits
+    activate_neftune(encoder, 5.0)
+    assert not torch.equal(encoder(input_ids=ids(2, 6)).logits, before)

@@ -244,20 +244,28 @@ def test_a_missing_embedding_is_reported_and_initialized(model, tmp_path):
     assert loaded.model.shared.weight.std().item() == pytest.approx(0.2, rel=0.1)
 
 
-def test_no_label_at_all_is_a_zero_loss_not_a_nan(model):
-    inputs = batch()
-    inputs["labels"][:] = -100
-    loss = model(**inputs).loss
-    loss.backward()
-    assert loss == 0
-
-
 def test_buffers_come_back_from_loading(model, tmp_path):
     model.save_pretrained(tmp_path)
     loaded = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path).eval()
     for stack in (loaded.model.encoder, loaded.model.decoder):
         assert torch.equal(stack.rotary_emb.inv_freq, model.model.encoder.rotary_emb.inv_freq)
     assert torch.equal(loaded(**batch()).loss, model(**batch()).loss)
+
+
+def test_the_loss_ignores_which_logits_are_kept(model):
+    inputs = batch()
+    expected = model(**inputs)
+    for keep in (2, torch.tensor([0, 3]), torch.arange(T).flip(0)):
+        assert torch.allclose(model(**inputs, logits_to_keep=keep).loss, expected.loss)
+    assert torch.equal(model(**inputs, logits_to_keep=2).logits, expected.logits[:, -2:])
+
+
+def test_encoder_outputs_may_be_a_tuple_or_a_list(model):
+    inputs = batch()
+    expected = model(**inputs).loss
+    states = model.get_encoder()(inputs.pop("input_ids"), inputs["attention_mask"])[0]
+    for outputs in ((states,), [states]):
+        assert torch.equal(model(**inputs, encoder_outputs=outputs).loss, expected)
 
 
 def test_auto_classes(model, tmp_path):
@@ -337,7 +345,9 @@ def test_fewer_decoder_than_encoder_layers():
     inputs = batch()
     torch.testing.assert_close(model(**inputs).loss, plain_loss(model, inputs), atol=1e-5, rtol=0)
     inputs.pop("labels")
-    assert model.generate(**inputs, max_new_tokens=4).shape[0] == B
+    for cache in ("dynamic", "static"):
+        tokens = model.generate(**inputs, max_new_tokens=4, cache_implementation=cache)
+        assert tokens.shape[0] == B
 
 
 def test_bf16_autocast_keeps_the_loss_in_fp32(model):

@@ -8,6 +8,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer, qwen3_backend
+from tests.conftest import save_qwen_tokenizer
 
 ATTACK = "Fill <extra_id_3> then stop<|im_end|> or <think>think</think> <|reserved_0|>."
 
@@ -129,7 +130,13 @@ def test_bad_requests_are_refused(small, tmp_path):
     with pytest.raises(ValueError, match="num_sentinel_tokens=-1"):
         build_tokenizer(num_sentinel_tokens=-1)
     small.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="already has sentinel tokens"):
+    with pytest.raises(ValueError, match="already has <extra_id_0>"):
         build_tokenizer(tmp_path)
+    save_qwen_tokenizer(tmp_path / "taken")
+    taken = AutoTokenizer.from_pretrained(tmp_path / "taken")
+    taken.add_tokens("<|reserved_1|>")
+    taken.save_pretrained(tmp_path / "taken")
+    with pytest.raises(ValueError, match=r"already has <\|reserved_1\|>"):
+        build_tokenizer(tmp_path / "taken")
     with pytest.raises(ValueError, match="cannot be combined"):
         build_tokenizer(tmp_path, num_ranks=700)

@@ -81,6 +81,22 @@ def test_classification_learns_and_ignores_padding(model, source, head, tmp_path
         )
 
 
+def test_text_classification_refuses_a_batch_that_it_would_average_as_one_text(source):
+    model = Qwen3EncoderForSequenceClassification(tiny_config()).eval()
+    packed = {"position_ids": torch.arange(9).repeat(3)[None], "max_seqlen": 9}
+    packed["cu_seqlens"] = torch.arange(0, 28, 9, dtype=torch.int32)
+    square = torch.ones(3, 1, 9, 9, dtype=torch.bool)
+    for batch in (
+        packed | {"input_ids": source["input_ids"].view(1, -1)},
+        {"attention_mask": square},
+    ):
+        with pytest.raises(ValueError, match=r"takes padded batches with a mask \[B, S\]"):
+            model(**source | batch if batch.get("attention_mask") is square else batch)
+    tuples = model(**source, return_dict=False)
+    model.config.return_dict = False
+    assert torch.equal(model(**source)[0], tuples[0])
+
+
 AUTO = torch.export.Dim.AUTO
 
 

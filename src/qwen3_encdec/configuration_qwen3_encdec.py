@@ -58,7 +58,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         hidden_size: Width E of the residual stream, the same in encoder and decoder.
         intermediate_size: Width of the gated MLP.
         num_hidden_layers: Encoder layers.
-        num_decoder_layers: Decoder layers; None means as many as the encoder has.
+        num_decoder_layers: Decoder layers, at most as many as the encoder has; None means as many.
         num_attention_heads: Query heads.
         num_key_value_heads: Key/value heads; must divide `num_attention_heads`.
         head_dim: Width D of one head. Not `hidden_size / num_attention_heads` in Qwen3.
@@ -134,6 +134,11 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(f"configuration field {name!r} is not used by this model{hint}")
 
     def _check(self) -> None:
+        layers, most = self.num_decoder_layers, self.num_hidden_layers
+        if not isinstance(layers, int) or not 1 <= layers <= most:
+            raise ValueError(
+                f"num_decoder_layers={layers!r} is not between 1 and num_hidden_layers={most}"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "

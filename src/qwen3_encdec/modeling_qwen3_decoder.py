@@ -226,7 +226,8 @@ class Qwen3MergedDecoder(Qwen3Stack):
 
         Raises:
             ValueError: no encoder states, both or neither of ids and embeddings, a mask that does
-                not fit, or a cache with a packed batch or gradient checkpointing.
+                not fit, a cache of another source, or a cache with a packed batch or gradient
+                checkpointing.
         """
         states = self.embed(input_ids, inputs_embeds, "decoder_")
         if encoder_hidden_states is None:
@@ -237,6 +238,9 @@ class Qwen3MergedDecoder(Qwen3Stack):
         cache = self._cache(cache, use_cache, packed)
         own: Any = getattr(cache, "self_attention_cache", cache)
         holds_source = own is not None and _holds_source(own)
+        held = getattr(own, "source_length", 0)
+        if holds_source and held != source_length:
+            raise ValueError(f"the cache holds a source of {held} tokens, not of {source_length}")
         past = own.get_query_offset() - source_length if holds_source else 0
 
         mask = None
@@ -288,8 +292,6 @@ class Qwen3MergedDecoder(Qwen3Stack):
         """
         batch, length, _ = states.shape
         source = encoder_states.shape[1]
-        if isinstance(attention_mask, dict):  # generate() prepares one for a static cache
-            attention_mask = attention_mask["full_attention"]
         if attention_mask is not None and len(attention_mask.shape) == 4:
             keys = attention_mask.shape[-1]
             if not isinstance(past, torch.Tensor) and keys < source + past + length:
@@ -301,9 +303,8 @@ class Qwen3MergedDecoder(Qwen3Stack):
         check_shape("attention_mask", encoder_mask, (batch, source))
         if not isinstance(past, torch.Tensor):
             check_shape("decoder_attention_mask", attention_mask, (batch, past + length))
-        static = getattr(view, "is_compileable", False)
         if attention_mask is None and encoder_mask is None:
-            if self.config._attn_implementation == "sdpa" and not static:
+            if self.config._attn_implementation == "sdpa" and not view.is_compileable:
                 return None
         else:
             if encoder_mask is None:

@@ -21,7 +21,8 @@ from transformers import GenerationMixin
 from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
+from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
@@ -58,6 +59,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         # encoder inputs
@@ -95,7 +97,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
                 return_dict=True,
                 **kwargs,
             )
-        elif isinstance(encoder_outputs, tuple):
+        elif not isinstance(encoder_outputs, ModelOutput):
             encoder_output = BaseModelOutput(*encoder_outputs)
         encoded = encoder_output.last_hidden_state
         packed = None
@@ -173,6 +175,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         self.post_init()
 
     @can_return_tuple
+    @deprecate_kwarg("past_key_values", "5.40.0", new_name="cache")
     def forward(
         self,
         # encoder inputs
@@ -212,15 +215,14 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         if labels is not None:
             use_cache = False if use_cache is None else use_cache
             if num_items_in_batch is None:
-                num_items_in_batch = (labels != IGNORED).sum().clamp(min=1)
+                num_items_in_batch = (labels != IGNORED).sum()
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
             if decoder_input_ids is None and decoder_inputs_embeds is None:
-                decoder_input_ids = self._shift_right(
+                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
                     labels, decoder_attention_mask, decoder_cu_seqlens
                 )
         elif encoder_targets is not None:
             raise ValueError("encoder_targets adds an auxiliary loss and requires labels")
-        if decoder_input_ids is None and decoder_inputs_embeds is None:
-            raise ValueError("pass labels, decoder_input_ids or decoder_inputs_embeds")
         outputs = self.model(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -243,15 +245,16 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         )
         states = outputs.last_hidden_state
         loss = token_losses = logits = None
-        by_default = labels is None or not self.training
-        if by_default if return_logits is None else return_logits:
-            keep: Any = logits_to_keep
-            keep = slice(-keep, None) if isinstance(keep, int) else keep
-            logits = self.model.shared(states[:, keep])
+        last_only = isinstance(logits_to_keep, int)
+        if return_logits is None:
+            return_logits = labels is None or not self.training
+        if return_logits:
+            kept = slice(-logits_to_keep, None) if last_only else logits_to_keep
+            logits = self.model.shared(states[:, kept])
         options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss}
         if labels is not None:
             check_shape("labels", labels, states.shape[:2])
-            if logits is not None and logits.shape[1] == labels.shape[1]:
+            if logits is not None and last_only and logits.shape[1] == labels.shape[1]:
                 loss, token_losses = dense_cross_entropy(logits, labels, **options)
             else:
                 losses = self.model.shared(states, labels=labels, **options)
@@ -263,12 +266,10 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         rest = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
         return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=token_losses, logits=logits, **rest)
 
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
-        """Return [B, T] decoder input: the start token, then the [B, T] labels but the last."""
-        return self._shift_right(labels, None, None)
-
-    def _shift_right(self, labels, mask, cu_seqlens) -> torch.Tensor:
-        """Shift each row, or each document of a packed batch, by one and put the start token first.
+    def prepare_decoder_input_ids_from_labels(
+        self, labels: torch.Tensor, mask: Any = None, cu_seqlens: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Shift the labels of each row or packed document by one, the start token first.
 
         With a padding mask, the start token stands at the first real token. Ignored labels become
         padding.
@@ -299,13 +300,17 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, length
         )
         cache = model_kwargs.get("cache")
-        if cache is not None:
-            own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
-            if not isinstance(own, SourceDynamicCache | SourceStaticCache):
-                static = isinstance(own, StaticCache)
-                kind = SourceStaticCache if static else SourceDynamicCache
-                own = kind.around(own, source_length)
-            model_kwargs["cache"] = own
+        if cache is None:
+            return
+        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+        if isinstance(own, StaticCache) and (room := own.get_max_length()) < length:
+            raise ValueError(
+                f"the static cache holds {room} tokens, but source and target need {length}"
+            )
+        if not isinstance(own, SourceDynamicCache | SourceStaticCache):
+            kind = SourceStaticCache if isinstance(own, StaticCache) else SourceDynamicCache
+            own = kind.around(own, source_length)
+        model_kwargs["cache"] = own
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
@@ -354,8 +359,6 @@ def _packed_keys(
             f"cu_seqlens has {len(cu_seqlens) - 1} sources and decoder_cu_seqlens "
             f"{len(decoder_cu_seqlens) - 1} targets; pass max_seqlen and one target per source"
         )
-    inverse = torch.empty_like(key_order)
-    inverse[key_order] = torch.arange(len(key_order), device=key_order.device)
     return Varlen(
         queries=decoder_cu_seqlens,
         keys=cu_seqlens + decoder_cu_seqlens,
@@ -363,7 +366,7 @@ def _packed_keys(
         longest_key=max_seqlen + decoder_max_seqlen,
         causal=True,
         order=key_order,
-        inverse=inverse,
+        inverse=key_order.argsort(),
     )
 
 

@@ -61,6 +61,10 @@ class Qwen3SharedEmbedding(nn.Embedding):
         """
         if not input.is_floating_point():
             return super().forward(input)
+        if self.training and getattr(self, "neftune_noise_alpha", None):
+            raise ValueError(
+                "neftune_noise_alpha is not supported: it adds noise to the LM head too"
+            )
         if labels is None:
             return F.linear(input, self.weight)
         loss, token_losses = chunked_cross_entropy(input, self.weight, labels, **loss_options)
@@ -101,9 +105,9 @@ class Qwen3EncoderLayer(Qwen3DecoderLayer):
 class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
     """Loading, saving and initialization shared by encoder, decoder and the whole model."""
 
-    config_class = Qwen3EncoderDecoderConfig
     config: Qwen3EncoderDecoderConfig
     base_model_prefix = "model"
+    _input_embed_layer = "shared"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Qwen3EncoderLayer", "Qwen3MergedDecoderLayer"]  # noqa: RUF012
     _skip_keys_device_placement = ["cache"]  # noqa: RUF012
@@ -118,17 +122,6 @@ class Qwen3EncoderDecoderPreTrainedModel(PreTrainedModel):
         if getattr(module, "source_gate", None) is not None:
             init.zeros_(module.source_gate)
             init.ones_(module.source_scale)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the one embedding module."""
-        return self.base_model.shared
-
-    def set_input_embeddings(self, value: nn.Module) -> None:
-        """Replace the embedding everywhere it is used."""
-        self.base_model.shared = value
-
-    def get_output_embeddings(self) -> None:
-        """Return None: the head calls the input embedding."""
 
 
 class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
@@ -155,7 +148,7 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self._owner = (owner,)  # in a tuple, so it is not registered as a submodule
+        self._owner: Any = (owner,)  # in a tuple, so it is not registered as a submodule
 
     def get_input_embeddings(self) -> Any:
         """Return the embedding of the enclosing model."""
@@ -171,8 +164,7 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
             return inputs_embeds
         if self._owner[0] is None:
             raise ValueError(f"this stack has no embedding; pass {prefix}inputs_embeds")
-        embedding: Any = self._owner[0].shared
-        return embedding(input_ids)
+        return self._owner[0].shared(input_ids)
 
 
 class Qwen3Encoder(Qwen3Stack):
@@ -259,9 +251,9 @@ def check_packed(
         needed = ", ".join(prefix + name for name in ("position_ids", "cu_seqlens", "max_seqlen"))
         raise ValueError(f"a packed batch needs {needed}")
     check_shape(f"{prefix}position_ids", position_ids, (1, tokens))
-    if cu_seqlens.device.type != "cpu" or torch.compiler.is_compiling():
-        return max_seqlen  # reading values would synchronize with the device
-    if (end := int(cu_seqlens[-1])) != tokens:
+    # Elsewhere, reading values would synchronize with the device or break the graph.
+    readable = cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and (end := int(cu_seqlens[-1])) != tokens:
         raise ValueError(
             f"{prefix}cu_seqlens ends at {end}, but the packed batch has {tokens} tokens"
         )
@@ -289,7 +281,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **inputs: Any,
     ) -> BaseModelOutput:
         """Encode a batch; the arguments are those of `Qwen3Encoder.forward`."""
-        return self.encoder(input_ids, attention_mask, **inputs)
+        return self.encoder(input_ids, attention_mask, return_dict=True, **inputs)
 
 
 class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
@@ -304,7 +296,7 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
         self.score = nn.Linear(config.hidden_size, config.num_labels)
         self.post_init()
 
-    def pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def pool(self, states: torch.Tensor, mask: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
         """Return what is classified: here the [B, S, E] states."""
         return states
 
@@ -328,8 +320,10 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
         Returns:
             `logits` [B, num_labels] or [B, S, num_labels] and, with labels, `loss`.
         """
-        output = self.model(input_ids, attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(self.pool(output.last_hidden_state, attention_mask))
+        output = self.model(
+            input_ids, attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
+        )
+        logits = self.score(self.pool(output.last_hidden_state, attention_mask, **kwargs))
         loss = None
         if labels is not None:
             pair = (labels, logits) if logits.dim() == 2 else (logits, labels)
@@ -338,15 +332,17 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
 
 
 class Qwen3EncoderForSequenceClassification(Qwen3EncoderClassifier):
-    """One linear layer on the mean of a text's states."""
+    """One linear layer on the mean of a text's states, in a padded batch."""
 
     output_class = SequenceClassifierOutput
 
-    def pool(self, states: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    def pool(self, states: torch.Tensor, mask: torch.Tensor | None, **inputs: Any) -> torch.Tensor:
         """Average [B, S, E] states over the real tokens to [B, E]."""
-        if attention_mask is None:
+        if "cu_seqlens" in inputs or (mask is not None and mask.dim() != 2):
+            raise ValueError("a text classifier takes padded batches with a mask [B, S]")
+        if mask is None:
             return states.mean(1)
-        kept = attention_mask.to(states.dtype)[..., None]
+        kept = mask.to(states.dtype)[..., None]
         return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
 
 

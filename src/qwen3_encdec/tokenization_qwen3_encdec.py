@@ -39,7 +39,7 @@ _SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_SENTINEL = re.compile(r"<extra_id_(\d+)>")
+_SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]*)>")
 _QWEN3_RANKS, _QWEN3_ROWS = 151_643, 151_936
 
 
@@ -139,8 +139,6 @@ def build_tokenizer(
         )
     backend = qwen3_backend(num_ranks) if base is None else _base_backend(base)
     entries = backend.get_vocab_size()
-    if backend.token_to_id("<extra_id_0>") is not None:
-        raise ValueError(f"{base} already has sentinel tokens")
     for token in (PAD_TOKEN, EOS_TOKEN):
         if backend.token_to_id(token) is None:
             raise ValueError(f"{base} has no {token}; it is not a Qwen3 tokenizer")
@@ -149,7 +147,13 @@ def build_tokenizer(
         raise ValueError(
             f"{base}: the tokenizer has {entries} entries but the model {rows} embedding rows"
         )
-    _add_special(backend, [f"<|reserved_{i}|>" for i in range(rows - entries)])
+    reserved = [f"<|reserved_{i}|>" for i in range(rows - entries)]
+    for token in sorted(backend.get_vocab()):
+        if token in reserved or _SENTINEL.fullmatch(token):
+            raise ValueError(
+                f"{base} already has {token}, which is added to a Qwen3 tokenizer here"
+            )
+    _add_special(backend, reserved)
     _add_special(backend, [f"<extra_id_{i}>" for i in range(num_sentinel_tokens)])
     tokenizer = Qwen3EncoderDecoderTokenizer(
         tokenizer_object=backend,

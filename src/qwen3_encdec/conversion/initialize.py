@@ -71,14 +71,21 @@ class Verification:
     @property
     def passed(self) -> bool:
         """True if both stacks reproduce Qwen3 and both controls fail. NaN does not pass."""
-        controls = min(self.encoder_control, self.decoder_control)
-        return max(self.encoder, self.decoder) < TOLERANCE < controls
+        same = self.encoder < TOLERANCE and self.decoder < TOLERANCE
+        return same and self.encoder_control > TOLERANCE and self.decoder_control > TOLERANCE
 
-    def __str__(self) -> str:
+    @property
+    def differences(self) -> str:
+        """The four differences in one sentence."""
         return (
             f"encoder with a causal mask differs from Qwen3 by {self.encoder:.1e}, decoder with a"
             f" masked source by {self.decoder:.1e}; with two tensors swapped, they differ by"
-            f" {self.encoder_control:.1e} and {self.decoder_control:.1e} (limit {TOLERANCE:.0e})\n"
+            f" {self.encoder_control:.1e} and {self.decoder_control:.1e} (limit {TOLERANCE:.0e})"
+        )
+
+    def __str__(self) -> str:
+        return (
+            f"{self.differences}\n"
             f"loss    {self.alone:.2f} nats/token with the source masked,"
             f" {self.with_source:.2f} with the source visible"
         )
@@ -111,7 +118,10 @@ class InitializationReport:
                 f" {min(scales):.3f} to {max(scales):.3f}"
             )
         if self.dropped:
-            lines.append(f"dropped {', '.join(self.dropped)}: the embedding is also the LM head")
+            lines.append(
+                f"dropped {', '.join(self.dropped)}: the embedding becomes the LM head; an untied"
+                " Qwen3 has to learn this in training"
+            )
         proof = self.verification
         lines.append(f"verified on the saved folder: {proof}" if proof else "not verified")
         return "\n".join(lines)
@@ -193,7 +203,9 @@ def initialize(
         del model
         proof = verify_initialization(source, folder, picks, DTYPES[dtype]) if verify else None
         if proof and not proof.passed:
-            raise InputError(f"{qwen3_model}: verification failed, nothing was written: {proof}")
+            raise InputError(
+                f"{qwen3_model}: verification failed, nothing was written: {proof.differences}"
+            )
     return InitializationReport(
         copied, num_sentinel_tokens, dropped, parameters, untied, scales, proof
     )
@@ -229,7 +241,12 @@ def _fill(
         for target in targets:
             if target not in state or state[target].shape != tensor.shape:
                 shape = tuple(tensor.shape)
-                raise InputError(f"{source}: tensor {name} {shape} does not fit {target}")
+                problem = (
+                    f"does not fit {target}"
+                    if target in state
+                    else "is not one of a Qwen3ForCausalLM"
+                )
+                raise InputError(f"{source}: tensor {name} {shape} {problem}")
             state[target].copy_(tensor)
         filled.update(targets)
         dropped += [] if targets else [name]
@@ -281,6 +298,7 @@ def set_source_scales(model: Qwen3ForSeq2SeqLM, tokenizer: Any) -> list[float]:
         own = values(layer.input_layernorm(hidden))[target["attention_mask"].bool()].float()
         theirs = values(encoded)[source["attention_mask"].bool()].float()
         scale = own.square().mean().sqrt() / theirs.square().mean().sqrt()
+        scale = scale.nan_to_num(nan=1.0)  # 0 / 0, in a layer that was pruned to zeros
         layer.self_attn.source_scale.fill_(scale)
         scales.append(float(scale))
     return scales

@@ -35,7 +35,7 @@ from qwen3_encdec.attention_qwen3_encdec import Varlen, attend
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.ul2 import PRESETS, corrupt, raw_length
 from qwen3_encdec.folders import first_line
-from qwen3_encdec.training import plan
+from qwen3_encdec.training import flops, plan
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.layers import FASTEST_FIRST, compile_layers, disagreement, layers_of
 from qwen3_encdec.training.loop import run_training
@@ -104,8 +104,8 @@ class Training:
         self.batches = send_to_device(batches, self.device)
         lengths = np.array([[len(source), len(target)] for source, target in pairs])
         self.tokens, self.targets = int(lengths.sum()), int(lengths[:, 1].sum())
-        flops = plan.flops_per_sum(self.config, plan.count_parameters(self.config))
-        self.work = float(flops @ plan.length_sums(*lengths.T))
+        per_sum = flops.flops_per_sum(self.config, flops.count_parameters(self.config))
+        self.work = float(per_sum @ flops.length_sums(*lengths.T))
         torch.manual_seed(0)
         with self.device:
             self.model = Qwen3ForSeq2SeqLM(self.config).train()

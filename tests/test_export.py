@@ -114,7 +114,9 @@ def test_prompts_width_and_limit_travel(encoder_folder, tmp_path, form):
     changes = {"prompts": {"query": "q: "}, "default_prompt_name": "query", "truncate_dim": 24}
     write_json(file, read_json(file) | changes)
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": 50})
-    write_json(folder / "modules.json", read_json(folder / "modules.json", list)[:2])  # not normalized
+    write_json(
+        folder / "modules.json", read_json(folder / "modules.json", list)[:2]
+    )  # not normalized
     report = export_encoder(folder, form, tmp_path / "out")
     assert report.cosine >= FORMS[form].cosine
     assert report.difference < 1e-5

@@ -38,14 +38,14 @@ def test_flops_are_summed_over_examples():
         with FlopCounterMode(display=False) as counter:
             model(input_ids=ids[0], labels=ids[1]).loss.backward()
         counted += counter.get_total_flops()
-    per_sum = plan.flops_per_sum(config, plan.count_parameters(config))
-    work = per_sum @ plan.length_sums(*lengths.T)
+    per_sum = flops.flops_per_sum(config, flops.count_parameters(config))
+    work = per_sum @ flops.length_sums(*lengths.T)
     # eager attention computes the half of T^2 that the causal mask hides
     hidden_half = 12 * 4 * 14 * config.num_decoder_layers * (lengths[:, 1] ** 2).sum() / 2
     assert counted == pytest.approx(work + hidden_half, rel=0.01)
-    swapped = per_sum @ plan.length_sums(*lengths.T[::-1])
+    swapped = per_sum @ flops.length_sums(*lengths.T[::-1])
     assert counted != pytest.approx(swapped + hidden_half, rel=0.01)
-    of_means = 3 * per_sum @ plan.length_sums(*lengths.mean(0, keepdims=True).T)
+    of_means = 3 * per_sum @ flops.length_sums(*lengths.mean(0, keepdims=True).T)
     assert abs(of_means / work - 1) > 0.005
 
 
@@ -72,14 +72,14 @@ def test_activations_are_about_those_that_a_forward_pass_keeps():
     sides = [[np.ones(length // 2, dtype=np.int64)] * 6 for length in (64, 40)]
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         output = model(**collate_packed(*sides))
-    parts = plan.memory(model_config, plan.count_parameters(model_config), config, plan.Machines())
+    parts = plan.memory(model_config, flops.count_parameters(model_config), config, plan.Machines())
     assert parts["activations"] == pytest.approx(sum(kept.values()), rel=0.3)
     del output
 
 
 def test_recomputation_saves_memory_and_shards_divide_states():
     model_config = Qwen3EncoderDecoderConfig()
-    sizes = plan.count_parameters(model_config)
+    sizes = flops.count_parameters(model_config)
     assert sum(sizes) == 1_036_619_776
 
     def parts(machines: plan.Machines, **changes) -> dict[str, float]:
@@ -136,7 +136,7 @@ def test_machines():
 
 def test_sizes_without_a_checkpoint(parent_folder):
     for name in ("0.6B", "Qwen/Qwen3-0.6B-Base"):
-        assert sum(plan.count_parameters(plan.qwen3_sizes(name))) == 1_036_619_776
+        assert sum(flops.count_parameters(plan.qwen3_sizes(name))) == 1_036_619_776
     assert plan.qwen3_sizes(str(parent_folder)).hidden_size == 40
     with pytest.raises(InputError, match="checkpoint ./nowhere does not exist"):
         plan.qwen3_sizes("./nowhere")
@@ -174,8 +174,8 @@ def test_the_table_of_the_documentation_is_what_the_plan_says(model):
     settings = ["data.source_length=1024", "data.target_length=512", "batch_size=8"]
     config = load_config(None, [f"gradient_checkpointing={how}", *settings])
     model_config = plan.qwen3_sizes(model)
-    sizes = plan.count_parameters(model_config)
-    one = plan.flops_per_sum(model_config, sizes) @ plan.length_sums(*np.array([[1024], [512]]))
+    sizes = flops.count_parameters(model_config)
+    one = flops.flops_per_sum(model_config, sizes) @ flops.length_sums(*np.array([[1024], [512]]))
     for row in rows:
         devices = row.split(" | ")[1]
         machines = plan.machines(accelerator(), devices)

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training import plan, start
+from qwen3_encdec.training import flops, plan, start
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from tests.conftest import tiny_config
 from tests.test_training import small_run

@@ -472,9 +472,7 @@ def _guard(application: Typer) -> None:
     try:
         application()
     except InputError as error:
-        # A DataLoader worker wraps the sentence in a traceback, as its last line.
-        sentence = str(error).rpartition(f"{InputError.__module__}.InputError: ")[2]
-        _fail(" ".join(sentence.split()))
+        _fail(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
         extras = "pip install -e '.[training,evaluation,serve]'"
         _fail(f"package {error.name} is not installed; in a checkout, run: {extras}")

@@ -38,6 +38,10 @@ M = TypeVar("M", bound="PreTrainedModel")
 class InputError(ValueError):
     """An error the caller can fix: the command line prints one sentence and exits with 2."""
 
+    def __init__(self, sentence: str) -> None:
+        # A DataLoader raises a worker's error anew, with a traceback that ends in the sentence.
+        super().__init__(sentence.rpartition(f"{__name__}.InputError: ")[2].rstrip())
+
 
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message, or its type if there is no message."""

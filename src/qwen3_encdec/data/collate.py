@@ -21,7 +21,6 @@ class Row(NamedTuple):
     stream: int
     corpus: int
     position: Position
-    error: str = ""
 
 
 def count_tokens(examples: Sequence[Example]) -> int:

@@ -369,7 +369,7 @@ def reader_number(rank: int, ranks: int, worker: int) -> int:
 
 
 class _Reader(IterableDataset):
-    """The rows of one worker of one rank; an error is sent as the last row."""
+    """The rows of one worker of one rank."""
 
     def __init__(self, data: UL2Data, state: dict[str, Any], rank: int, ranks: int) -> None:
         self.data, self.state, self.rank, self.ranks = data, state, rank, ranks
@@ -382,14 +382,8 @@ class _Reader(IterableDataset):
         own = [row % total for row in range(first, first + total, readers)]
         positions = self.state["streams"]
         streams = {s: stream_rows(self.data, s, positions[str(s)]) for s in own}
-        try:
-            for row in count(first, readers):
-                yield next(streams[row % total])
-        except Exception as error:  # not InputError: that name is gone at interpreter exit
-            if not isinstance(error, InputError):
-                raise
-            # An exception would reach the main process as 20 lines of traceback.
-            yield Row([], -1, 0, {}, str(error))
+        for row in count(first, readers):
+            yield next(streams[row % total])
 
 
 class RowLoader:
@@ -428,9 +422,6 @@ class RowLoader:
         rows = iter(self._rows)
         while True:
             batch = list(islice(rows, self.batch_size))
-            for row in batch:
-                if row.error:
-                    raise InputError(row.error)
             for row in batch:
                 self._positions[row.stream][row.corpus] = row.position
             self._rows_given += self.ranks * len(batch)

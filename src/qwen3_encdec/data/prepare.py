@@ -14,17 +14,14 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
-from multiprocessing import parent_process
 from pathlib import Path
-from threading import Thread
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -229,44 +226,17 @@ def prepare(
     preparation.begin()
     todo, total = preparation.missing(), len(preparation.parts)
     processes = min(processes or os.cpu_count() or 1, len(todo))
+    workers = processes if processes > 1 else 0
+    # Unlike the processes of a pool, workers end with their parent.
+    options: Any = {"collate_fn": preparation.write, "num_workers": workers, "in_order": False}
+    written: Any = DataLoader(todo, batch_size=None, **options)  # type: ignore[arg-type]
     with tqdm(total=total, initial=total - len(todo), unit="part", disable=None) as progress:
         try:
-            for _ in _in_processes(preparation, todo, processes):
+            for _ in written:
                 progress.update()
-        except BrokenProcessPool as error:
-            raise preparation.failure(error) from None
+        except RuntimeError as error:  # a worker was killed
+            raise preparation.failure(error) from error
     return preparation.finish()
-
-
-def _in_processes(preparation: Preparation, todo: list[int], processes: int) -> Iterator[None]:
-    """Write parts, in this process if one is enough."""
-    if processes <= 1:
-        yield from map(preparation.write, todo)
-        return
-    options: Any = {"initializer": _start, "initargs": (preparation,)}
-    with ProcessPoolExecutor(processes, **options) as pool:
-        yield from pool.map(_write, todo)
-
-
-_preparation: Preparation  # of a process in the pool
-
-
-def _start(preparation: Preparation) -> None:
-    global _preparation
-    _preparation = preparation
-    Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """Exit when the parent has died: a process of a pool would wait for work for ever."""
-    parent = parent_process()
-    assert parent
-    parent.join()
-    os._exit(1)
-
-
-def _write(part: int) -> None:
-    _preparation.write(part)
 
 
 def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:

@@ -166,7 +166,7 @@ def test_a_real_checkpoint_is_encoded_fast(init_folder, with_qwen_flags, spelled
         slow = tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
         assert fast(text).tolist() == slow
     assert not caplog.text
-    tokenization._warn.cache_clear()
+    tokenization.logging.warning_once.cache_clear()
     wrong = Qwen3EncoderDecoderTokenizer.from_pretrained(with_qwen_flags)
     think = wrong.convert_tokens_to_ids("<think>")
     for _ in range(2):

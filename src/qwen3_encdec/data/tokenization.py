@@ -7,21 +7,20 @@ the speed. This is checked on a sample before use. If the ids differ, or tiktoke
 
 import hashlib
 import json
-import logging
 import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterator
-from functools import lru_cache
 from itertools import takewhile
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from qwen3_encdec.tokenization_qwen3_encdec import byte_alphabet
 
-logger = logging.getLogger(__name__)
+logger = logging.get_logger(__name__)
 
 _PIECE = 2**15
 # Qwen's pattern always ends a word between a letter or digit and anything else.
@@ -54,7 +53,8 @@ class Encoder:
             self._compare()
         except (ImportError, ValueError, KeyError) as error:
             self._encode, self.name, self.fallback_reason = self._slow, "tokenizers", str(error)
-            _warn(self.fallback_reason)
+            about = "encoding with tokenizers, several times slower than tiktoken: %s"
+            logger.warning_once(about, self.fallback_reason)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # The libraries' objects cannot be sent to another process.
@@ -93,11 +93,6 @@ class Encoder:
                     f"{slow[at : at + 8]} from token {at} on; rebuild the tokenizer with "
                     "initialize, which marks all added tokens as special"
                 )
-
-
-@lru_cache
-def _warn(reason: str) -> None:
-    logger.warning("encoding with tokenizers, several times slower than tiktoken: %s", reason)
 
 
 def _pieces(text: str) -> Iterator[str]:

@@ -346,25 +346,6 @@ def read_texts(source: str, text_column: str = "text") -> list[str]:
     return texts
 
 
-@contextmanager
-def _new_file(path: Path) -> Iterator[Path]:
-    """Build a file beside `path` and rename it into place when the block ends.
-
-    Raises InputError if it cannot be written, before the block if that is known by then.
-    """
-    building = path.with_name(f".partial.{path.name}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        building.touch()
-        yield building
-        building.replace(path)
-    except OSError as error:
-        raise InputError(f"output {path} cannot be written: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            building.unlink()
-
-
 def _write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str]) -> None:
     """Write .npy, or .parquet with the columns `text` and `embedding`."""
     if path.suffix == ".npy":
@@ -395,11 +376,20 @@ def embed_file(
     texts = read_texts(source, text_column)
     if not texts:
         raise InputError(f"input {source} contains no texts")
-    with _new_file(output) as building:
+    building = output.with_name(f".partial.{output.name}")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        building.touch()  # an output that cannot be written fails before the work
         embeddings = encoder.encode(
             texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
         )
         _write_embeddings(building, embeddings, texts)
+        building.replace(output)
+    except OSError as error:
+        raise InputError(f"output {output} cannot be written: {error.strerror or error}") from None
+    finally:
+        with suppress(OSError):
+            building.unlink()
     cut = f", {encoder.num_cut:,} cut at {encoder.max_tokens:,} tokens" if encoder.num_cut else ""
     kind = str(encoder.dtype).removeprefix("torch.")
     return f"{len(texts):,} texts in {kind}{cut}: {embeddings.shape} float32"

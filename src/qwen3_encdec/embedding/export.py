@@ -27,6 +27,7 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase, Qwen
 
 from qwen3_encdec.conversion.extract import pool
 from qwen3_encdec.embedding.encoder import TextEncoder, encoder_folder, read_layout
+from qwen3_encdec.evaluation.retrieval import normalize
 from qwen3_encdec.folders import (
     InputError,
     check_output,
@@ -40,19 +41,19 @@ from qwen3_encdec.folders import (
 Embed = Callable[[list[str]], np.ndarray]
 """Texts -> [N, E] float32, normalized."""
 NOT_NFC = ("Übergröße für Äpfel", "crème brûlée à la façon", "Việt Nam đẹp", "naïve coöperation")
-ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+ONNX, GGUF = ("onnx", "onnxscript", "onnxruntime"), ("gguf", "xllamacpp")
+"""Required packages; the extra that installs them has the name of the first."""
 
 
 class Form(NamedTuple):
     """Functions that write an encoder folder in this form and open it in its runtime, the lowest
-    accepted cosine, the required packages, and the extra that installs them.
+    accepted cosine, and the required packages.
     """
 
     write: Callable[[Path, Path], None]
     read: Callable[[Path], Embed]
     cosine: float
     packages: tuple[str, ...]
-    extra: str
 
 
 class ExportReport(NamedTuple):
@@ -94,7 +95,7 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
     if form not in FORMS:
         raise InputError(f"form {form!r} is not one of {', '.join(FORMS)}")
     kind = FORMS[form]
-    check_packages(form, kind.packages, kind.extra)
+    check_packages(form, kind.packages)
     check_output(output_dir, "exported encoder")
     output = new_folder(output_dir, "exported encoder", form=form, source=str(model))
     with encoder_folder(model) as encoder, output as folder:
@@ -114,27 +115,22 @@ def _compare(encoder: Path, folder: Path, form: str) -> ExportReport:
     found = FORMS[form].read(folder)([prompt + text for text in texts])[:, : expected.shape[1]]
     causal = causal_embeddings(encoder, texts)[:, : expected.shape[1]]
     cosines, blind = cosine(found, expected), cosine(causal, expected)
-    difference = float(np.abs(unit(found) - unit(expected))[:16].max())
+    difference = float(np.abs(normalize(found) - normalize(expected))[:16].max())
     least = [float(values.min()) for values in (cosines[:16], blind[:16], cosines[16:])]
     return ExportReport(form, least[0], FORMS[form].cosine, difference, *least[1:])
 
 
-def check_packages(form: str, packages: tuple[str, ...], extra: str) -> None:
+def check_packages(form: str, packages: tuple[str, ...]) -> None:
     """Raise InputError naming the extra if a package that a form needs is not installed."""
     for package in packages:
         if importlib.util.find_spec(package) is None:
-            install = f"pip install -e '.[{extra}]'"
+            install = f"pip install -e '.[{packages[0]}]'"
             raise InputError(f"{form} needs the package {package}: {install}")
 
 
 def cosine(found: np.ndarray, expected: np.ndarray) -> np.ndarray:
     """Return the cosines [N] between the rows of two arrays [N, E]."""
-    return (unit(found) * unit(expected)).sum(-1)
-
-
-def unit(rows: np.ndarray) -> np.ndarray:
-    """Scale rows [N, E] to length 1."""
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    return (normalize(found) * normalize(expected)).sum(-1)
 
 
 def causal_embeddings(folder: Path, texts: list[str]) -> np.ndarray:
@@ -247,11 +243,11 @@ def _to_8_bits(file: Path) -> None:
     onnx.save(quantizer.model.model, file.parent / name, **data)
 
 
-def _read_onnx(name: str, folder: Path) -> Embed:
+def _read_onnx(folder: Path) -> Embed:
     import onnxruntime
 
-    file, providers = folder / "onnx" / name, ["CPUExecutionProvider"]
-    session = onnxruntime.InferenceSession(file, providers=providers)
+    file = next(folder.glob("onnx/*.onnx"))
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
 
     def states(ids: torch.Tensor, mask: torch.Tensor) -> np.ndarray:
         return session.run(None, {"input_ids": ids.numpy(), "attention_mask": mask.numpy()})[0]
@@ -340,12 +336,10 @@ def _read_gguf(folder: Path) -> Embed:
     return embed
 
 
-_onnx, _gguf = (ONNX_PACKAGES, "onnx"), (("gguf", "xllamacpp"), "gguf")
-_to_int8, _from_int8 = partial(_write_onnx, int8=True), partial(_read_onnx, "model_quantized.onnx")
 FORMS = {
-    "onnx": Form(_write_onnx, partial(_read_onnx, "model.onnx"), 0.99999, *_onnx),
-    "onnx-int8": Form(_to_int8, _from_int8, 0.999, *_onnx),
-    "gguf": Form(partial(_write_gguf, "F32"), _read_gguf, 0.99999, *_gguf),
-    "gguf-f16": Form(partial(_write_gguf, "F16"), _read_gguf, 0.9999, *_gguf),
-    "gguf-q8_0": Form(partial(_write_gguf, "Q8_0"), _read_gguf, 0.999, *_gguf),
+    "onnx": Form(_write_onnx, _read_onnx, 0.99999, ONNX),
+    "onnx-int8": Form(partial(_write_onnx, int8=True), _read_onnx, 0.999, ONNX),
+    "gguf": Form(partial(_write_gguf, "F32"), _read_gguf, 0.99999, GGUF),
+    "gguf-f16": Form(partial(_write_gguf, "F16"), _read_gguf, 0.9999, GGUF),
+    "gguf-q8_0": Form(partial(_write_gguf, "Q8_0"), _read_gguf, 0.999, GGUF),
 }

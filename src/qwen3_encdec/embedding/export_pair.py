@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache
 
-from qwen3_encdec.embedding.export import ONNX_PACKAGES, check_packages, sample_texts, save_onnx
+from qwen3_encdec.embedding.export import ONNX, check_packages, sample_texts, save_onnx
 from qwen3_encdec.folders import (
     InputError,
     check_output,
@@ -79,7 +79,7 @@ def export_pair(model: str | Path, output_dir: str | Path) -> PairReport:
     Raises:
         InputError: `model` is not an encoder-decoder, a package is missing, or a token differs.
     """
-    check_packages(PAIR, ONNX_PACKAGES, "onnx")
+    check_packages(PAIR, ONNX)
     check_output(output_dir, "exported pair")
     loaded: Any = load_model(model).eval()
     tokenizer = load_tokenizer(model)

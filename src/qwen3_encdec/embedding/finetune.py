@@ -161,7 +161,7 @@ def finetune(
         shutil.rmtree(work)
         raise
     scores = {line["step"]: line[SCORE] for line in history if SCORE in line}
-    best = max(scores, key=lambda step: (scores[step], -step), default=config.steps)
+    best = max(scores, key=scores.__getitem__, default=config.steps)  # the earliest of equals
     if scores:
         model = _load(work / f"checkpoint-{best}" if best else encoder_dir)
     facts = {"finetuned_from": str(encoder_dir), "config": asdict(config)}
@@ -244,7 +244,6 @@ def _open_work(output: Path, settings: dict[str, Any], resume: bool) -> tuple[Pa
         raise InputError(f"{work} holds no checkpoint: start again without resuming")
     if newest and not resume:
         raise InputError(f"{work} holds an interrupted run: resume or delete it")
-    settings = json.loads(json.dumps(settings))
     if resume:
         saved = read_json(work / "settings.json")
         changed = [name for name, value in settings.items() if saved.get(name) != value]
@@ -300,10 +299,6 @@ class _Watch(TrainerCallback):
         if shown:
             facts = ", ".join(f"{name} {value:.4g}" for name, value in shown.items())
             print(f"step {state.global_step:,} of {args.max_steps:,}: {facts}", file=sys.stderr)
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any, **kwargs: Any) -> None:
-        if state.global_step == 0:  # a checkpoint must beat the untrained encoder
-            state.best_metric = metrics[SCORE]
 
 
 def _train(

@@ -9,7 +9,6 @@ import itertools
 import json
 import os
 import urllib.request
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,10 +18,8 @@ from transformers import AutoModel, AutoTokenizer
 
 from qwen3_encdec.conversion.extract import pool
 from qwen3_encdec.embedding.encoder import encoder_folder, read_layout
-from qwen3_encdec.embedding.export import cosine, sample_texts
+from qwen3_encdec.embedding.export import Embed, cosine, sample_texts
 from qwen3_encdec.folders import InputError
-
-Embed = Callable[[list[str]], np.ndarray]
 
 
 class Verdict(NamedTuple):

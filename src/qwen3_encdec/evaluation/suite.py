@@ -126,16 +126,11 @@ def evaluate_retrieval(
                     tasks_not_run[task.name] = str(reason)
     scored = {name: entry for name, entry in found.items() if entry["scores"]}
     metrics: dict[str, Any] = {"tasks": scored, "tasks_not_run": tasks_not_run, "not_run": not_run}
-    for task in chosen:
-        if task.name == PACKAGE_DOCS and task.name in scored:
-            metrics |= {
-                "num_queries": task.size,
-                "num_documents": len(task.corpus),
-                "retrieval": {},
-            }
-            for name, row in scored[task.name]["scores"].items():
-                kept = {key: row[key] for key in ("mrr", "ndcg@10", "r@1")}
-                metrics["retrieval"][name] = kept
+    if PACKAGE_DOCS in scored:
+        (task,) = [task for task in chosen if task.name == PACKAGE_DOCS]
+        metrics |= {"num_queries": task.size, "num_documents": len(task.corpus), "retrieval": {}}
+        for name, row in scored[PACKAGE_DOCS]["scores"].items():
+            metrics["retrieval"][name] = {key: row[key] for key in ("mrr", "ndcg@10", "r@1")}
     return metrics
 
 

@@ -114,7 +114,7 @@ class UL2Data:
         rows = sum(sum(file.rows) for file in corpus.files)
         if all(file.tokenizer for file in corpus.files):
             return f"{rows:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
-        texts = [document.content for document in islice(corpus.documents(), 256)]
+        texts = [document.content for document in islice(corpus.read(0), 256)]
         size = sum(len(str(text).encode("utf-8", "replace")) for text in texts)
         unknown = sum(file.size for file in corpus.files if not file.rows)
         documents = rows + unknown * len(texts) / max(size, 1)

@@ -51,6 +51,7 @@ def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
 
 
 def _width(config: TrainingConfig, machines: Machines) -> int:
+    """Return the bytes of a computed value; "auto" is bf16 on a GPU."""
     bf16 = {"auto": machines.memory is not None, "bf16": True, "no": False}
     return 2 if bf16[config.mixed_precision] else 4
 

@@ -147,11 +147,7 @@ def extract(
     from qwen3_encdec.conversion.extract import extract_encoder
 
     report = extract_encoder(
-        model,
-        output,
-        pooling=pooling,
-        average_last=average_last,
-        max_seq_length=max_length,
+        model, output, pooling=pooling, average_last=average_last, max_seq_length=max_length
     )
     _print(report, output, as_json)
     _push(output, push_to_hub)
@@ -490,8 +486,7 @@ def _push(folder: Path, repository: str | None) -> None:
 
 def run(command: Callable[..., None]) -> None:
     """Run one command as a script, with the CLI's error handling."""
-    options: Any = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
-    script = Typer(add_completion=False, **options)
+    script = Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     script.command(cls=Command)(command)
     _guard(script)
 

@@ -31,13 +31,7 @@ TOY |= {"num_key_value_heads": 1, "head_dim": 32, "num_ranks": 512}
 
 def main() -> None:
     """Run all sides, print figures, then targets."""
-    parser = command_line(__doc__)
-    forms = "onnx,onnx-int8,gguf-q8_0"
-    parser.add_argument("--forms", default=forms, help=f"export forms; default: {forms}")
-    arguments = parser.parse_args()
-    forms = list(filter(None, arguments.forms.split(",")))
-    if unknown := set(forms) - FORMS.keys():
-        parser.error(f"--forms: {', '.join(unknown)} must be among {', '.join(FORMS)}")
+    arguments = command_line(__doc__).parse_args()
     logging.disable_progress_bar()
     layers, number, longest, rounds = (1, 12, 60, 1) if arguments.quick else (6, 96, 500, 3)
     with tempfile.TemporaryDirectory() as scratch:
@@ -49,7 +43,7 @@ def main() -> None:
             plain = SentenceTransformer(str(folder), model_kwargs={"dtype": dtype}, device="cpu")
             sides[f"sentence-transformers {name}"] = plain.encode
             sides[f"ours {name}"] = TextEncoder(folder, dtype=dtype, device="cpu").encode
-        for form in forms:
+        for form in () if arguments.quick else ("onnx", "onnx-int8", "gguf-q8_0"):
             try:
                 export_encoder(folder, form, Path(scratch) / form)
                 sides[form] = FORMS[form].read(Path(scratch) / form)

@@ -8,10 +8,10 @@ target tokens, fp32 weights under bf16 autocast, and AdamW. The last lines compa
 
 import json
 import resource
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from measure import alone, command_line, target, write
@@ -27,13 +27,12 @@ SIZES |= {"num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 151
 QUICK = SIZES | {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1}
 
 
-def make(folder: Path, sizes: dict) -> dict:
+def make(folder: Path, sizes: dict) -> None:
     """Write a Qwen3 checkpoint with random weights and the real tokenizer."""
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(**sizes, tie_word_embeddings=True))
     model.bfloat16().save_pretrained(folder / "qwen3")
     parent_tokenizer().save_pretrained(folder / "qwen3")
-    return {}
 
 
 def initialize(folder: Path) -> dict:
@@ -57,10 +56,10 @@ def train(folder: Path) -> dict:
     return {"loss": loss.item(), "step_seconds": round(time.perf_counter() - began, 1)}
 
 
-def measured(stage: Callable[..., dict], *arguments: Any) -> dict:
+def measured(stage: Callable[[Path], dict], folder: Path) -> dict:
     """Run a stage; print and return its figures, seconds and the peak memory of this process."""
     began = time.perf_counter()
-    figures = stage(*arguments)
+    figures = stage(folder)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
     figures |= {"seconds": round(time.perf_counter() - began, 1), "peak_gb": round(peak, 2)}
     print(f"{stage.__name__}: {json.dumps(figures)}", flush=True)
@@ -69,14 +68,11 @@ def measured(stage: Callable[..., dict], *arguments: Any) -> dict:
 
 def main() -> None:
     """Run the stages and print the figures beside their targets."""
-    parser = command_line(__doc__)
-    parser.add_argument("--folder", type=Path, help="default: runs/full-size")
-    arguments = parser.parse_args()
-    folder = arguments.folder or Path("runs/full-size" + "-quick" * arguments.quick)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "qwen3" / "tokenizer.json").exists():
-        alone(measured, make, folder, QUICK if arguments.quick else SIZES)
-    made, trained = alone(measured, initialize, folder), alone(measured, train, folder)
+    arguments = command_line(__doc__).parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        alone(make, folder, QUICK if arguments.quick else SIZES)
+        made, trained = alone(measured, initialize, folder), alone(measured, train, folder)
     target("parameters", made["parameters"], f"== {PARAMETERS}", "{}")
     target("initialize-peak", made["peak_gb"], "< 16 GB", "{} GB")
     target("train-step-peak", trained["peak_gb"], "< 20 GB", "{} GB")

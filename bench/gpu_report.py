@@ -1,7 +1,7 @@
 """Measure the 0.6B pair on one GPU: random weights, no network, one call, under 9 minutes.
 
-    python bench/gpu_report.py                       # one CUDA GPU
-    python bench/gpu_report.py --device cpu --tiny   # the same parts at toy size, as a test
+    python bench/gpu_report.py            # one CUDA GPU
+    python bench/gpu_report.py --quick    # the same parts at toy size, as a test without a GPU
 
 The parts, in order: the recipe's step with a profile, attention alone by backend, the step with the
 fastest, with bf16 weights and with more rows, FSDP2 on one device, decoding, and `run_training`
@@ -11,7 +11,6 @@ A step is 4 micro-batches of documents with UL2's mixture of lengths, then AdamW
 operations of `training/plan.py` over real tokens.
 """
 
-import argparse
 import json
 import platform
 import tempfile
@@ -25,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import send_to_device
-from measure import generate, save_pair, target, write
+from measure import command_line, generate, save_pair, target, write
 from torch.distributed import HashStore, init_process_group, is_initialized
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -98,8 +97,8 @@ class Training:
     """The pair, its optimizer and the micro-batches of one step."""
 
     def __init__(self, args: Any, backend: str = "sdpa", rows: int = ROWS) -> None:
-        self.device, self.config = torch.device(args.device), pair_config(args.tiny)
-        pairs = documents(self.config, *(32, 24, 4) if args.tiny else (*LENGTHS, 4 * rows))
+        self.device, self.config = torch.device(args.device), pair_config(args.quick)
+        pairs = documents(self.config, *(32, 24, 4) if args.quick else (*LENGTHS, 4 * rows))
         batches = [collate_packed(*zip(*pairs[i::4], strict=True)) for i in range(4)]
         self.batches = send_to_device(batches, self.device)
         lengths = np.array([[len(source), len(target)] for source, target in pairs])
@@ -122,8 +121,7 @@ class Training:
     def shard(self) -> None:
         """Shard over this one device as FSDP2 does over several."""
         if not is_initialized():
-            backend = "nccl" if self.device.type == "cuda" else "gloo"
-            init_process_group(backend, store=HashStore(), rank=0, world_size=1)
+            init_process_group(store=HashStore(), rank=0, world_size=1)
         mesh = init_device_mesh(self.device.type, (1,))
         policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
         for module in [*layers_of(self.model), self.model]:
@@ -166,9 +164,9 @@ class Training:
         figures = {"tokens/s": self.tokens / seconds, "TFLOP/s": self.work / seconds / 1e12}
         if self.device.type == "cuda":
             figures["peak GB"] = torch.cuda.max_memory_allocated() / 1e9
-            name = torch.cuda.get_device_name()
-            for peak, _ in (plan.DEVICES[known] for known in plan.DEVICES if known in name):
-                figures["MFU"] = self.work / seconds / peak
+            for name, (peak, _) in plan.DEVICES.items():
+                if name in torch.cuda.get_device_name():
+                    figures["MFU"] = self.work / seconds / peak
         if profile:
             with torch.profiler.profile() as profiler:
                 self.step(optimizer)
@@ -228,10 +226,10 @@ def attention_alone(args: Any, backend: str) -> dict[str, Any]:
 
 def decode(args: Any) -> dict[str, float]:
     """Decode greedily with a static cache, which generate() compiles on a GPU."""
-    rows, source, new = (2, 32, 3) if args.tiny else (8, 2048, 64)
+    rows, source, new = (2, 32, 3) if args.quick else (8, 2048, 64)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = Qwen3ForSeq2SeqLM(pair_config(args.tiny)).to(torch.bfloat16).eval()
+        model = Qwen3ForSeq2SeqLM(pair_config(args.quick)).to(torch.bfloat16).eval()
     for _ in range(2):  # the first time compiles
         first, rest = generate(model, rows, source, new, cache_implementation="static")
     return {"new tokens/s": rows * new / (first + rest)}
@@ -240,15 +238,15 @@ def decode(args: Any) -> dict[str, float]:
 def real_run(args: Any, backend: str) -> dict[str, float]:
     """Run the training command's own loop on package-docs; return tokens per second and MFU."""
     with tempfile.TemporaryDirectory() as name:
-        folder, (source, target) = Path(name), (64, 64) if args.tiny else LENGTHS
-        sizes = {"num_ranks": 8000, **TINY} if args.tiny else {}
+        folder, (source, target) = Path(name), (64, 64) if args.quick else LENGTHS
+        sizes = {"num_ranks": 8000, **TINY} if args.quick else {}
         settings = {
             "model": save_pair(folder / "model", source_gate=True, **sizes),
             "output_dir": folder / "run", "trackers": "[]", "log_every": 3, "eval_every": 0,
             "data.source_length": source, "data.target_length": target, "attention": backend,
-            "batch_size": 1 if args.tiny else ROWS, "gradient_accumulation_steps": 4,
-            "max_steps": 3 if args.tiny else 15, "warmup_steps": 1,
-            "num_workers": 0 if args.tiny else 2,
+            "batch_size": 1 if args.quick else ROWS, "gradient_accumulation_steps": 4,
+            "max_steps": 3 if args.quick else 15, "warmup_steps": 1,
+            "num_workers": 0 if args.quick else 2,
         }  # fmt: skip
         run_training(load_config(None, [f"{key}={value}" for key, value in settings.items()]))
         last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
@@ -264,18 +262,11 @@ def now(device: torch.device) -> float:
 
 def main() -> None:
     """Run everything on one device and write the figures."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    parser.add_argument("--tiny", action="store_true", help="toy size")
-    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser = command_line(__doc__)
     args = parser.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("no CUDA GPU is visible; --device cpu --tiny tests this script without one")
-    if args.device == "cpu" and not args.tiny:
-        parser.error("--device cpu requires --tiny; the full size needs a GPU")
-    args.output.mkdir(parents=True, exist_ok=True)
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu" and not args.quick:
+        parser.error("no CUDA GPU is visible; --quick tests this script without one")
 
     part("baseline", measured, args, "sdpa", "compile", profile=True)
     times = {}
@@ -303,8 +294,9 @@ def main() -> None:
         decoded = decoding.get("new tokens/s", nan)
         target("decoding-static-cache", decoded, ">= 2500 tokens/s on an H200", "{:.0f}")
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
-    slug = "-".join(name.lower().split()) + "-tiny" * args.tiny
-    minutes, file = round((time.time() - _began) / 60, 1), args.output / f"gpu-{slug}.json"
+    slug = "-".join(name.lower().split()) + "-quick" * args.quick
+    file = args.output or Path(__file__).parent / f"results/gpu-{slug}.json"
+    minutes = round((time.time() - _began) / 60, 1)
     write(file, device=name, minutes=minutes, parts=_parts)
     print(f"wrote {file} after {minutes} minutes")
 

@@ -4,11 +4,12 @@
 
 The stages are the functions `train`, `loss`, `prefill` and `growth`; decoding has no target.
 Both sides have the same dimensions, layers, heads, vocabulary, activation, precision, threads,
-optimizer and labels, SDPA and full attention, so every matrix has the same shape (tests/test_bench.py
-checks); T5Gemma 2 has next to no vision tower. Both get the same UL2 examples of package-docs: T5Gemma 2 one per row, padded to the longest, as its users
-batch them; ours packed. Only real tokens count. Every measurement runs in its own process, the sides
-take turns, and ratios are of the medians over rounds. Peak memory is the high-water mark of resident
-memory above its level before the first step.
+optimizer and labels, SDPA and full attention, so every matrix has the same shape
+(tests/test_bench.py checks); T5Gemma 2 has next to no vision tower. Both get the same UL2 examples
+of package-docs: T5Gemma 2 one per row, padded to the longest, as its users batch them; ours packed.
+Only real tokens count. Every measurement runs in its own process, the sides take turns, and ratios
+are of the medians over rounds. Peak memory is the high-water mark of resident memory above its
+level before the first step.
 """
 
 import ctypes
@@ -52,10 +53,8 @@ class Size(NamedTuple):
     vocabulary: int
     heads: int
     head_dim: int
-    ranks: int | None
-    """Of the tokenizer that fits the vocabulary; None is all of Qwen3's."""
-    examples: int
-    """In a training batch."""
+    ranks: int | None  # of the tokenizer that fits the vocabulary; None is all of Qwen3's
+    examples: int  # in a training batch
 
 
 FULL = {
@@ -63,9 +62,6 @@ FULL = {
     "wide": Size(1024, 2, 152_036, heads=16, head_dim=128, ranks=None, examples=8),
 }
 QUICK = {"tiny": Size(32, 2, 800, heads=4, head_dim=16, ranks=600, examples=4)}
-
-
-# The two models and their batches
 
 
 def make_model(side: str, size: Size, dtype: str, device: str = "cpu") -> Any:
@@ -139,9 +135,6 @@ def make_batches(side: str, pairs: list[Pair], number: int) -> list[dict]:
 def count_tokens(pairs: list[Pair]) -> int:
     """Count source and target tokens together."""
     return sum(len(source) + len(target) for source, target in pairs)
-
-
-# The stages, each run in its own process
 
 
 class Trainer:
@@ -231,9 +224,6 @@ def memory(name: str) -> int:
     """Return resident memory, VmRSS, or its high-water mark since `reset_peak`, VmHWM, in bytes."""
     status = Path("/proc/self/status").read_text()
     return int(status.split(f"{name}:")[1].split()[0]) * 1024
-
-
-# Running in turns and printing
 
 
 def compare(rounds: int, stage: Callable, label: str, *arguments: Any) -> list[dict[str, Any]]:

@@ -1,10 +1,10 @@
-"""Compare the server under 1, 8 and 64 clients with the same model in a plain sentence-transformers loop.
+"""Compare the server under 1, 8 and 64 clients with a plain sentence-transformers loop.
 
     python bench/serve.py    # about ten minutes on 2 idle cores
 
 Texts are short queries (8 tokens) and passages (200). Each client has its own connection and asks
 for one text at a time. The other side is what tutorials show: Starlette, one route, `model.encode`.
-Both have the same random weights and dtype, each in its own process. Then come 10,000 requests, a
+Both serve the same random weights in fp32, each in its own process. Then come 10,000 requests, a
 tenth of them malformed, slow, abandoned or too large: every valid one must be answered correctly
 with constant memory.
 """

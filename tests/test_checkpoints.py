@@ -271,9 +271,9 @@ def test_a_full_disk_at_start_up_leaves_the_run_as_it_was(
 
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     before = (copy / "metrics.jsonl").read_text()
-    monkeypatch.setattr("qwen3_encdec.training.monitor.os.replace", full)
+    monkeypatch.setattr("qwen3_encdec.folders.os.replace", full)
     for run_dir in (copy, tmp_path / "new"):
-        with pytest.raises(InputError, match=f"cannot write to {run_dir}: No space left"):
+        with pytest.raises(InputError, match=f"{run_dir} cannot be written: No space left"):
             run_training(small_run(init_folder, corpus, output_dir=run_dir, max_steps=6))
     assert (copy / "metrics.jsonl").read_text() == before
     assert list(copy.glob(".*.tmp")) == []

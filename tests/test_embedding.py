@@ -312,7 +312,7 @@ def test_similarity_prints_the_matrix(command, prompted_encoder):
 def test_bench_runs_whole_at_toy_size(tmp_path):
     script = Path(__file__).parent.parent / "bench/embed.py"
     output = ["--output", tmp_path / "figures.json"]
-    command = [sys.executable, script, "--quick", "--forms", "", *output]
+    command = [sys.executable, script, "--quick", *output]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "(wanted >= 0.99999) met" in done.stdout

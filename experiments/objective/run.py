@@ -68,8 +68,8 @@ from qwen3_encdec.folders import (
     write_json,
 )
 from qwen3_encdec.training.config import TrainingConfig
+from qwen3_encdec.training.flops import count_parameters, flops_per_sum, length_sums
 from qwen3_encdec.training.loop import train_to_the_end
-from qwen3_encdec.training.plan import count_parameters, flops_per_sum, length_sums
 
 BLOCK = 256
 FAMILY = 200  # maximum man pages with one name prefix: thousands of one tool are one text

@@ -19,7 +19,6 @@ from typer.core import TyperCommand
 
 from qwen3_encdec import __version__
 from qwen3_encdec.folders import InputError, check_output, first_line, new_folder
-from qwen3_encdec.training.command import train
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 FORMER_NAMES = {
@@ -148,11 +147,7 @@ def extract(
     from qwen3_encdec.conversion.extract import extract_encoder
 
     report = extract_encoder(
-        model,
-        output,
-        pooling=pooling,
-        average_last=average_last,
-        max_seq_length=max_length,
+        model, output, pooling=pooling, average_last=average_last, max_seq_length=max_length
     )
     _print(report, output, as_json)
     _push(output, push_to_hub)
@@ -216,7 +211,47 @@ def prepare_data(
         print(f"wrote {page / 'report.html'}")
 
 
-app.command(cls=Command)(train)
+@app.command(cls=Command)
+def train(
+    config: Annotated[
+        Path | None, Option(help="Training YAML; configs/training_config.yaml has all keys.")
+    ] = None,
+    dry_run: Annotated[
+        bool, Option("--dry-run", help="Print the config and the cost; write nothing.")
+    ] = False,
+    devices: Annotated[
+        str | None, Option(help="Dry run: COUNTxNAME as in 8xH100, or 4x8xH100 for HSDP.")
+    ] = None,
+    qwen3_model: Annotated[
+        str | None, Option(help="Dry run: 0.6B to 32B, or a folder or hub id of a Qwen3.")
+    ] = None,
+    mfu: Annotated[
+        float, Option(help="Dry run: share of the devices' peak; measured: 0.29.")
+    ] = 0.29,
+    as_json: Annotated[bool, Option("--json", help="Dry run: print JSON.")] = False,
+    find_batch_size: Annotated[
+        bool, Option("--find-batch-size", help="Print the largest batch_size that fits.")
+    ] = False,
+    overrides: Annotated[
+        list[str] | None, Argument(metavar="KEY=VALUE", help="Override a key.")
+    ] = None,
+) -> None:
+    """Train an encoder-decoder on UL2, alone or under `accelerate launch`."""
+    from qwen3_encdec.training.config import load_config
+
+    resolved = load_config(config, overrides or ())
+    if dry_run:
+        from qwen3_encdec.training import plan
+
+        plan.dry_run(resolved, devices, qwen3_model, mfu, as_json)
+    elif find_batch_size:
+        from qwen3_encdec.training import start
+
+        start.find_batch_size(resolved)
+    else:
+        from qwen3_encdec.training import loop
+
+        loop.run_training(resolved)
 
 
 @app.command(cls=Command)
@@ -451,8 +486,7 @@ def _push(folder: Path, repository: str | None) -> None:
 
 def run(command: Callable[..., None]) -> None:
     """Run one command as a script, with the CLI's error handling."""
-    options: Any = {"pretty_exceptions_enable": False, "rich_markup_mode": None}
-    script = Typer(add_completion=False, **options)
+    script = Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     script.command(cls=Command)(command)
     _guard(script)
 

@@ -95,11 +95,18 @@ def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:
 
 
 def write_json(path: str | Path, value: Any) -> None:
-    """Write JSON atomically, through a temporary file and a rename."""
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Write JSON atomically."""
+    write_text(Path(path), json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file through a temporary one: a full disk leaves the file as it was."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = ()) -> Path:
@@ -109,7 +116,7 @@ def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = (
     package wrote, and holds none of the `inputs`, which it would replace.
     """
     output = Path(output)
-    with _writing(output):
+    with writing(output):
         existing = next(path for path in (output, *output.parents) if path.exists())
         if not existing.is_dir():
             raise InputError(f"output {output}: {existing} is a file; choose another folder")
@@ -130,8 +137,8 @@ def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = (
 
 
 @contextmanager
-def _writing(output: Path) -> Iterator[None]:
-    """Turn a failure of the file system into an InputError that names the output."""
+def writing(output: Path) -> Iterator[None]:
+    """Raise an OSError in the block as an InputError that names the output."""
     try:
         yield
     except OSError as error:
@@ -146,7 +153,7 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     `qwen3_encdec.json`. On an exception the unfinished folder is deleted and `output` is unchanged.
     """
     output = check_output(output, kind).resolve()  # of a link, the target is replaced
-    with _writing(output):
+    with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
     try:

@@ -1,16 +1,40 @@
 """Count a model's parameters and the FLOPs of its steps, with the formula of docs/scaling.md."""
 
+import re
 from collections import namedtuple
 from typing import Any
 
 import numpy as np
 import torch
+from transformers import AutoConfig, Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
+from qwen3_encdec.folders import resolve_checkpoint
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 
+# Hidden and intermediate size, layers, query heads of each dense Qwen3 (8 KV heads of 128).
+QWEN3 = {
+    "0.6B": (1024, 3072, 28, 16),
+    "1.7B": (2048, 6144, 28, 16),
+    "4B": (2560, 9728, 36, 32),
+    "8B": (4096, 12288, 36, 32),
+    "14B": (5120, 17408, 40, 40),
+    "32B": (5120, 25600, 64, 64),
+}
 # Parameter counts; the stacks exclude the shared embedding.
 Sizes = namedtuple("Sizes", ("encoder", "decoder", "embedding"))
+
+
+def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
+    """Return the pair's configuration for a Qwen3 size (0.6B to 32B), folder or hub id."""
+    size = re.fullmatch(r"(?:Qwen/)?(?:Qwen3-)?([\d.]+B)(?:-Base)?", name)
+    if size and size[1] in QWEN3:
+        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+        sizes = dict(zip(names, QWEN3[size[1]], strict=True))
+        source = Qwen3Config(num_key_value_heads=8, head_dim=128, vocab_size=151936, **sizes)
+    else:
+        source = AutoConfig.from_pretrained(resolve_checkpoint(name))
+    return Qwen3EncoderDecoderConfig.from_qwen3_config(source)
 
 
 def count_parameters(model_config: Qwen3EncoderDecoderConfig) -> Sizes:

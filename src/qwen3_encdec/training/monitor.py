@@ -18,7 +18,7 @@ from typing import Any, TextIO
 import numpy as np
 import torch
 
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, write_text
 
 _STOPPING = (signal.SIGTERM, signal.SIGINT)
 TOTALS = ("target_tokens", "source_tokens", "examples")
@@ -85,15 +85,6 @@ def expect_step(seconds: float) -> None:
     """Dump all stacks and exit unless called again within ``seconds``: a rank may be gone."""
     if seconds:
         faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
-
-
-@contextmanager
-def writing(run_dir: Path) -> Iterator[None]:
-    """Raise an OSError in the block as an InputError that names the run's folder."""
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"cannot write to {run_dir}: {error.strerror}") from None
 
 
 def lock(run_dir: Path) -> TextIO:
@@ -165,14 +156,4 @@ def keep_lines(path: Path, last_step: int) -> None:
         with suppress(ValueError, KeyError, TypeError):
             if json.loads(line)["step"] <= last_step:
                 kept.append(line + "\n")
-    replace_text(path, "".join(kept))
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file through a temporary one: a full disk leaves the file as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, "".join(kept))

@@ -9,27 +9,17 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from transformers import AutoConfig, Qwen3Config
 
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from qwen3_encdec.folders import InputError, load_config, resolve_checkpoint
+from qwen3_encdec.folders import InputError, load_config
+from qwen3_encdec.training import flops
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
 from qwen3_encdec.training.distributed import launched
-from qwen3_encdec.training.flops import Sizes, count_parameters, flops_per_sum, length_sums
 from qwen3_encdec.training.start import check_settings
 
 MFU = 0.29  # share of an H100's peak, measured for the 0.6B pair
 # Dense bf16 peak in FLOP/s and memory in bytes, from the vendors' data sheets.
 DEVICES = {"H100": (989e12, 80e9), "H200": (989e12, 141e9), "A100": (312e12, 80e9)}
-# Hidden and intermediate size, layers, query heads of each dense Qwen3 (8 KV heads of 128).
-QWEN3 = {
-    "0.6B": (1024, 3072, 28, 16),
-    "1.7B": (2048, 6144, 28, 16),
-    "4B": (2560, 9728, 36, 32),
-    "8B": (4096, 12288, 36, 32),
-    "14B": (5120, 17408, 40, 40),
-    "32B": (5120, 25600, 64, 64),
-}
 
 
 class Machines(NamedTuple):
@@ -39,18 +29,6 @@ class Machines(NamedTuple):
     shards: int = 1
     memory: float | None = None  # bytes
     peak: float | None = None  # FLOP/s
-
-
-def qwen3_sizes(name: str) -> Qwen3EncoderDecoderConfig:
-    """Return the pair's configuration for a Qwen3 size (0.6B to 32B), folder or hub id."""
-    size = re.fullmatch(r"(?:Qwen/)?(?:Qwen3-)?([\d.]+B)(?:-Base)?", name)
-    if size and size[1] in QWEN3:
-        names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-        sizes = dict(zip(names, QWEN3[size[1]], strict=True))
-        source = Qwen3Config(num_key_value_heads=8, head_dim=128, vocab_size=151936, **sizes)
-    else:
-        source = AutoConfig.from_pretrained(resolve_checkpoint(name))
-    return Qwen3EncoderDecoderConfig.from_qwen3_config(source)
 
 
 def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
@@ -73,12 +51,13 @@ def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
 
 
 def _width(config: TrainingConfig, machines: Machines) -> int:
+    """Return the bytes of a computed value; "auto" is bf16 on a GPU."""
     bf16 = {"auto": machines.memory is not None, "bf16": True, "no": False}
     return 2 if bf16[config.mixed_precision] else 4
 
 
 def memory(
-    c: Qwen3EncoderDecoderConfig, sizes: Sizes, config: TrainingConfig, machines: Machines
+    c: Qwen3EncoderDecoderConfig, sizes: flops.Sizes, config: TrainingConfig, machines: Machines
 ) -> dict[str, float]:
     """Estimate a process's peak bytes in a step by purpose, assuming full rows."""
     wide, states = _width(config, machines), sum(sizes) / machines.shards
@@ -105,7 +84,7 @@ def memory(
     }
 
 
-def communication(sizes: Sizes, config: TrainingConfig, machines: Machines) -> float:
+def communication(sizes: flops.Sizes, config: TrainingConfig, machines: Machines) -> float:
     """Estimate the bytes a process sends per optimizer step with ring collectives."""
     shards, replicas = machines.shards, machines.processes // machines.shards
     summed = 8 * sum(sizes) / shards * (replicas - 1) / replicas
@@ -120,11 +99,11 @@ def estimate(
     c: Qwen3EncoderDecoderConfig, config: TrainingConfig, machines: Machines, mfu: float
 ) -> dict[str, Any]:
     """Estimate a run's cost with full rows, an upper bound; the time needs a known device."""
-    sizes, steps, data = count_parameters(c), config.max_steps, config.data
+    sizes, steps, data = flops.count_parameters(c), config.max_steps, config.data
     rows = config.batch_size * config.gradient_accumulation_steps * machines.processes
     lengths = np.array([[data.source_length], [data.target_length]])
     tokens = rows * int(lengths.sum())
-    work = rows * flops_per_sum(c, sizes) @ length_sums(*lengths)
+    work = rows * flops.flops_per_sum(c, sizes) @ flops.length_sums(*lengths)
     parts = {name: size / 2**30 for name, size in memory(c, sizes, config, machines).items()}
     sent = communication(sizes, config, machines) / 2**30
     cost: dict[str, Any] = {
@@ -148,7 +127,7 @@ def dry_run(
     as_json: bool = False,
 ) -> None:
     """Print a run's config and cost; raise InputError if it cannot fit."""
-    c = qwen3_sizes(model) if model else load_config(config.model)
+    c = flops.qwen3_sizes(model) if model else load_config(config.model)
     with launched(config) as accelerator:
         show, there = accelerator.print, machines(accelerator, devices)
     check_settings(config, c.num_sentinel_tokens, there.processes)
@@ -159,7 +138,8 @@ def dry_run(
         show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
         for name, value in flatten(cost).items():
             label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
-            show(f"{label:40}{_figure(value)}")
+            figure = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+            show(f"{label:40}{figure}")
     needed, present = cost["memory_gib"]["peak"], (there.memory or math.inf) / 2**30
     if needed > present:
         raise InputError(
@@ -167,9 +147,3 @@ def dry_run(
             f"{present:.1f} are available; lower batch_size, set gradient_checkpointing, or shard "
             "over more devices"
         )
-
-
-def _figure(value: float) -> str:
-    if value >= 1e12:
-        return f"{value:.3e}"
-    return f"{value:,.0f}" if value == int(value) else f"{value:,.3f}"

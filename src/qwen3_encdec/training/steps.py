@@ -41,7 +41,7 @@ class Run:
         start.check_settings(config, tokenizer.num_sentinel_tokens, processes)
         data = stream.UL2Data(config.data, tokenizer)
         self.is_new = not self.run_dir.exists() or not any(self.run_dir.iterdir())
-        with shared_errors(), monitor.writing(self.run_dir):  # rank 0's errors stop all ranks
+        with shared_errors(), folders.writing(self.run_dir):  # rank 0's errors stop all ranks
             if accelerator.is_main_process:
                 self.lock = monitor.lock(self.run_dir)
         try:
@@ -54,7 +54,7 @@ class Run:
     def _build(self, data: stream.UL2Data, tokenizer: Any, model_config: Any) -> None:
         config, accelerator = self.config, self.accelerator
         processes = accelerator.num_processes
-        with shared_errors(), monitor.writing(self.run_dir):
+        with shared_errors(), folders.writing(self.run_dir):
             if accelerator.is_main_process and self.is_new:
                 made_by = {"kind": "training run", "versions": folders.package_versions()}
                 folders.write_json(self.run_dir / folders.PROVENANCE_FILE, made_by)
@@ -92,7 +92,7 @@ class Run:
         config, path = self.config, self.run_dir / "heldout.json"
         if not (config.eval_every or config.data.heldout_inputs):
             return []
-        with shared_errors(), monitor.writing(self.run_dir):
+        with shared_errors(), folders.writing(self.run_dir):
             if self.accelerator.is_main_process and not path.exists():
                 texts = data.choose_heldout(config.eval_examples_per_denoiser)
                 stream.write_heldout(path, texts)
@@ -132,11 +132,11 @@ class Run:
     def _open_folder(self) -> None:
         """Write the config, drop records after the step to resume from, and open the trackers."""
         settings = yaml.safe_dump(config_to_dict(self.config), sort_keys=False)
-        with shared_errors(), monitor.writing(self.run_dir):
+        with shared_errors(), folders.writing(self.run_dir):
             if self.accelerator.is_main_process:
                 for unfinished in self.run_dir.glob("checkpoints/.step-*"):
                     shutil.rmtree(unfinished)
-                monitor.replace_text(self.run_dir / "config.yaml", settings)
+                folders.write_text(self.run_dir / "config.yaml", settings)
                 monitor.keep_lines(self.run_dir / "metrics.jsonl", self.start)
         if self.config.trackers:
             # Show steps that a run repeats after a crash only once.

@@ -138,9 +138,16 @@ def test_the_tokens_ratio_is_read_off_the_curve():
     assert report.crossing(curve, 8.5) == 2048
     assert report.crossing(curve, 4.0) is None
     assert report.crossing(curve, 9.5) == 0
-    assert report.ratio([8192, 8192], [0, 4096]).startswith("there before its first step")
-    assert report.ratio([8192, 8192], [2048, 4096]).startswith("2.8 (")
-    assert report.ratio([8192], [None]) == "not reached by every seed"
+
+    def runs(*losses):
+        return {seed: {"curve": {0: {"R": 20.0}, 8192: {"R": x}}} for seed, x in enumerate(losses)}
+
+    fast = {seed: {"curve": curve} for seed in range(2)}
+    assert report.ratio(runs(9.5, 6.0), fast).startswith("there before its first step")
+    assert report.ratio(runs(7.0, 6.0), fast).startswith("2.4 (")
+    assert report.ratio(runs(8.5, 6.0), fast) == "at least 2.8, ends at 8,192 tokens"
+    assert report.ratio(runs(4.0), fast) == "not reached by every seed"
+    assert report.ratio(runs(), fast) == "not run"
 
 
 def test_the_settings_are_consistent():

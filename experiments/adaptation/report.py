@@ -47,9 +47,11 @@ HEADLINE = {
     "gate on keys too": "#7d5ba6",
     "closing from -8": "#2f9e79",
 }
-RATE = 1e-4
-SHOWN = (0, 4096, 16384, 32768, 65536)
-"""Tokens in the table of all runs."""
+GATE = "scaled values, gate"
+RATE, FAST = 1e-4, 1e-3
+"""Learning rate of every arm, and the best one tried of raw values and of the gate."""
+SHOWN = (0, 4096, 8192, 16384, 32768, 65536)
+"""Tokens in the tables of rates and of all runs."""
 
 Record = dict[str, Any]
 
@@ -89,9 +91,9 @@ def read_runs(results: Path) -> list[Record]:
     return [record for record in records if record["settings"]["device"] == "cpu"]
 
 
-def by_seed(records: Sequence[Record], arm: str) -> dict[int, Record]:
-    """Return an arm's runs at the common rate."""
-    wanted = {"arm": arm, "lr": RATE}
+def by_seed(records: Sequence[Record], arm: str, lr: float = RATE) -> dict[int, Record]:
+    """Return an arm's runs at a learning rate."""
+    wanted = {"arm": arm, "lr": lr}
     return {r["run"]["seed"]: r for r in records if wanted.items() <= r["run"].items()}
 
 
@@ -120,6 +122,9 @@ def tables(records: Sequence[Record]) -> str:
     parts = ["Mean over the five denoisers; in brackets the number of seeds:", table(header, rows)]
     parts.append("Tokens of the first arm's end over those of another for the same loss, by seed:")
     parts.append(table(["arms", "tokens ratio"], ratios(runs)))
+    parts.append("Learning rates, in the same way; the ratio is that of raw values to the gate:")
+    header = ["arm", *(f"{tokens:,}" for tokens in SHOWN), "tokens ratio"]
+    parts.append(table(header, rates(records)))
     parts.append("First seed, all runs: mean of the denoisers by tokens, then each at the last:")
     parts.append(all_runs(records))
     parts += gaps(runs)
@@ -128,16 +133,50 @@ def tables(records: Sequence[Record]) -> str:
 
 def ratios(runs: dict[str, dict[int, Record]]) -> list[list[str]]:
     """Compare each arm with the slower ones before it."""
+    return [
+        [f"{slow} / {fast}", ratio(runs[slow], runs[fast])]
+        for slow in ("raw values", "scaled values")
+        for fast in list(HEADLINE)[list(HEADLINE).index(slow) + 1 :]
+    ]
+
+
+def rates(records: Sequence[Record]) -> list[list[str]]:
+    """Tabulate raw values and the gate at every learning rate."""
     rows = []
-    for slow in ("raw values", "scaled values"):
-        for fast in list(HEADLINE)[list(HEADLINE).index(slow) + 1 :]:
-            ends, found = [], []
-            for seed in runs[slow].keys() & runs[fast].keys():
-                curve = runs[slow][seed]["curve"]
-                ends.append(max(curve))
-                found.append(crossing(runs[fast][seed]["curve"], mean(curve[max(curve)])))
-            rows.append([f"{slow} / {fast}", ratio(ends, found)])
+    for lr in sorted({record["run"]["lr"] for record in records}):
+        raw, gate = (by_seed(records, arm, lr) for arm in ("raw values", GATE))
+        for arm, seeds, last in (("raw values", raw, "–"), (GATE, gate, ratio(raw, gate))):
+            curves = [run["curve"] for run in seeds.values()]
+            found = [[mean(curve[n]) for curve in curves if n in curve] for n in SHOWN]
+            cells = [spread(values) for values in found]
+            rows.append([f"{arm}, lr {lr:g} ({len(seeds)})", *cells, last])
     return rows
+
+
+def ratio(slow: dict[int, Record], fast: dict[int, Record]) -> str:
+    """Divide the tokens of an arm by those that another needs for the same loss.
+
+    Takes the runs by seed, to the length that all runs of the slow arm have. Returns the geometric
+    mean over seeds with its interval.
+    """
+    seeds = slow.keys() & fast.keys()
+    if not seeds:
+        return "not run"
+    end = min(max(slow[seed]["curve"]) for seed in seeds)
+    found = [crossing(fast[seed]["curve"], mean(slow[seed]["curve"][end])) for seed in seeds]
+    if any(tokens == 0 for tokens in found):
+        return f"there before its first step, ends at {end:,} tokens"
+    known = [math.log(end / tokens) for tokens in found if tokens]
+    if len(known) < len(found):
+        return "not reached by every seed"
+    middle, half = statistics.fmean(known), interval(known)
+    text = f"{math.exp(middle):.1f}"
+    first = max(min(n for n in fast[seed]["curve"] if n) for seed in seeds)
+    if any(tokens == first for tokens in found):
+        text = f"at least {text}"  # the curve has no point between the start and the first
+    elif half is not None:
+        text += f" ({math.exp(middle - half):.1f} to {math.exp(middle + half):.1f})"
+    return f"{text}, ends at {end:,} tokens"
 
 
 def crossing(curve: dict[int, dict[str, float]], loss: float) -> float | None:
@@ -156,20 +195,6 @@ def crossing(curve: dict[int, dict[str, float]], loss: float) -> float | None:
             share = (above[1] - loss) / (above[1] - value)
             return above[0] * (tokens / above[0]) ** share
     return None
-
-
-def ratio(ends: Sequence[int], found: Sequence[float | None]) -> str:
-    """Format the geometric mean over seeds with its interval."""
-    if 0 in found:
-        return f"there before its first step, ends at {min(ends):,} tokens"
-    known = [math.log(end / tokens) for end, tokens in zip(ends, found, strict=True) if tokens]
-    if not known or len(known) < len(found):
-        return "not reached by every seed" if found else "not run"
-    middle, half = statistics.fmean(known), interval(known)
-    text = f"{math.exp(middle):.1f}"
-    if half is not None:
-        text += f" ({math.exp(middle - half):.1f} to {math.exp(middle + half):.1f})"
-    return f"{text}, ends at {min(ends):,} tokens"
 
 
 def all_runs(records: Sequence[Record]) -> str:
@@ -270,20 +295,22 @@ def plot(records: Sequence[Record]) -> str:
     """Draw learning curves with intervals over seeds; the start is drawn at half the first point."""
     panels: dict[str, Callable] = {"mean of five denoisers": mean}
     panels |= {"R1": lambda losses: losses["R1"], "S": lambda losses: losses["S"]}
-    curves = {arm: [r["curve"] for r in by_seed(records, arm).values()] for arm in HEADLINE}
-    last = max((max(curve) for of in curves.values() for curve in of), default=0)
+    lines = [(arm, arm, RATE, ".-") for arm in HEADLINE]
+    lines += [(f"{arm}, lr {FAST:g}", arm, FAST, ".--") for arm in ("raw values", GATE)]
+    last = max((max(record["curve"]) for record in records), default=0)
     powers = [2**n for n in range(11, 20) if 2**n <= last]
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(10, 3.6), layout="constrained")
+        figure = Figure(figsize=(10, 3.8), layout="constrained")
         for axes, (title, score) in zip(figure.subplots(1, 3), panels.items(), strict=True):
-            for arm, color in HEADLINE.items():
+            for label, arm, lr, style in lines:
                 points: dict[int, list[float]] = {}
-                for curve in curves[arm]:
-                    for tokens, losses in curve.items():
+                for run in by_seed(records, arm, lr).values():
+                    for tokens, losses in run["curve"].items():
                         points.setdefault(tokens or 1024, []).append(score(losses))
                 means = [statistics.fmean(values) for values in points.values()]
                 halves = [interval(values) or 0.0 for values in points.values()]
-                axes.errorbar(list(points), means, halves, fmt=".-", color=color, label=arm)
+                color = HEADLINE[arm]
+                axes.errorbar(list(points), means, halves, fmt=style, color=color, label=label)
             axes.set_title(title)
             axes.set_xscale("log", base=2)
             axes.set_xticks([1024, *powers], ["start", *(f"{power // 1024}k" for power in powers)])
@@ -291,7 +318,7 @@ def plot(records: Sequence[Record]) -> str:
             axes.set_xlabel("tokens")
         figure.axes[0].set_ylabel("held-out nats per target token")
         labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(*labels, loc="outside lower center", ncols=len(HEADLINE), fontsize=8)
+        figure.legend(*labels, loc="outside lower center", ncols=4, fontsize=8)
         return svg(figure)
 
 

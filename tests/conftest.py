@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM
+from transformers import AttentionInterface, Qwen3Config, Qwen3ForCausalLM, T5Config
 from transformers.masking_utils import AttentionMaskInterface, flash_attention_mask
 from transformers.utils import logging
 
@@ -31,42 +31,35 @@ logging.disable_progress_bar()
 
 
 def flash_by_hand(module, query, key, value, mask, scaling, dropout, is_causal, **lengths):
-    """What flash-attention documents, row by row:
+    """Attend as flash-attention documents it: row by row, bottom-right causal.
 
-    causal is bottom-right; padding or cumulative lengths cut it up.
+    A padding mask or cumulative lengths say which queries and keys [row, positions] meet.
     """
-    outputs = torch.zeros_like(query)
     if lengths:
         assert mask is None
         bounds = [lengths[f"cu_seq_lens_{side}"].tolist() for side in "qk"]
         for side, limit in zip(bounds, ("max_length_q", "max_length_k"), strict=True):
             longest = max(b - a for a, b in itertools.pairwise(side))
             assert longest <= lengths[limit] < longest + 20
-        places = [
-            (0, torch.arange(*bounds[0][i : i + 2]), torch.arange(*bounds[1][i : i + 2]))
-            for i in range(len(bounds[0]) - 1)
-        ]
+        pairs = zip(*(itertools.pairwise(side) for side in bounds), strict=True)
+        documents = [(0, torch.arange(*of_q), torch.arange(*of_k)) for of_q, of_k in pairs]
     else:
-        mask = torch.ones(query.shape[0], key.shape[2]) if mask is None else mask
-        queries = (
-            mask[:, -query.shape[2] :] if query.shape[2] > 1 else torch.ones(query.shape[0], 1)
-        )
-        places = [
-            (row, queries[row].nonzero()[:, 0], mask[row].nonzero()[:, 0])
-            for row in range(query.shape[0])
+        keys = torch.ones(query.shape[0], key.shape[2]) if mask is None else mask
+        queries = keys[:, -query.shape[2] :]
+        if query.shape[2] == 1:
+            queries = torch.ones(query.shape[0], 1)
+        documents = [
+            (row, queries[row].nonzero()[:, 0], k.nonzero()[:, 0]) for row, k in enumerate(keys)
         ]
-    for row, q, k in places:
-        groups = query.shape[1] // key.shape[1]
-        scores = (
-            query[row][:, q] @ key[row][:, k].repeat_interleave(groups, 0).transpose(1, 2) * scaling
-        )
+    groups = query.shape[1] // key.shape[1]
+    key, value = (states.repeat_interleave(groups, 1) for states in (key, value))
+    outputs = torch.zeros_like(query)
+    for row, q, k in documents:
+        scores = query[row][:, q] @ key[row][:, k].transpose(1, 2) * scaling
         if is_causal:
             seen = torch.ones(len(q), len(k), dtype=torch.bool).tril(len(k) - len(q))
             scores = scores.masked_fill(~seen, float("-inf"))
-        result = scores.softmax(-1) @ value[row][:, k].repeat_interleave(groups, 0)
-        outputs = outputs.index_put(
-            (torch.tensor(row), torch.arange(query.shape[1])[:, None], q[None]), result
-        )
+        outputs[row][:, q] = scores.softmax(-1) @ value[row][:, k]
     return outputs.transpose(1, 2), None
 
 
@@ -94,13 +87,25 @@ def use_backend(model, name: str):
     return model.requires_grad_(name != "flex_attention")
 
 
+SIZES = {
+    "hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 14, "initializer_range": 0.2,
+}  # fmt: skip
+
+
 def tiny_config(**changes) -> Qwen3EncoderDecoderConfig:
-    sizes = {
-        "vocab_size": 331, "num_sentinel_tokens": 11, "hidden_size": 40, "intermediate_size": 56,
-        "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 14,
-        "pad_token_id": 300, "eos_token_id": 302, "initializer_range": 0.2,
-    }  # fmt: skip
-    return Qwen3EncoderDecoderConfig(**{**sizes, **changes})
+    ids = {"vocab_size": 331, "num_sentinel_tokens": 11, "pad_token_id": 300, "eos_token_id": 302}
+    return Qwen3EncoderDecoderConfig(**{**SIZES, **ids, **changes})
+
+
+def tiny_qwen3_config(**changes) -> Qwen3Config:
+    return Qwen3Config(**{**SIZES, "vocab_size": 640, "tie_word_embeddings": True, **changes})
+
+
+def tiny_t5_config(**changes) -> T5Config:
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    ids = {"pad_token_id": 300, "eos_token_id": 302, "decoder_start_token_id": 300}
+    return T5Config(**{**sizes, **ids, "dropout_rate": 0, **changes})
 
 
 def pack(inputs: dict[str, torch.Tensor]) -> dict:
@@ -172,6 +177,15 @@ def model(config) -> Qwen3ForSeq2SeqLM:
     return Qwen3ForSeq2SeqLM(config).eval()
 
 
+@pytest.fixture
+def source() -> dict[str, torch.Tensor]:
+    """Three texts of nine, six and six tokens, one padded on each side."""
+    ids = torch.randint(0, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, 6:] = mask[2, :3] = 0
+    return {"input_ids": ids, "attention_mask": mask}
+
+
 ORDINARY_ADDED_TOKENS = (
     *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
     *("<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>", "<|fim_pad|>"),
@@ -213,14 +227,7 @@ def parent_folder(tmp_path_factory) -> Path:
     """An ordinary Qwen3 checkpoint with its tokenizer."""
     folder = tmp_path_factory.mktemp("parent")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 40, "intermediate_size": 56, "num_hidden_layers": 3, "head_dim": 14}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    parent = Qwen3ForCausalLM(
-        Qwen3Config(
-            vocab_size=640, **sizes, **heads, tie_word_embeddings=True, initializer_range=0.2
-        )
-    )
-    parent.save_pretrained(folder)
+    Qwen3ForCausalLM(tiny_qwen3_config()).save_pretrained(folder)
     save_qwen_tokenizer(folder)
     return folder
 

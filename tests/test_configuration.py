@@ -11,11 +11,8 @@ from tests.conftest import tiny_config
 
 def test_defaults_are_qwen3_0_6b_with_100_sentinels():
     config = Qwen3EncoderDecoderConfig()
-    assert (config.hidden_size, config.intermediate_size, config.num_hidden_layers) == (
-        1024,
-        3072,
-        28,
-    )
+    sizes = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    assert sizes == (1024, 3072, 28)
     assert (config.num_attention_heads, config.num_key_value_heads, config.head_dim) == (16, 8, 128)
     assert (config.max_position_embeddings, config.rms_norm_eps) == (40_960, 1e-6)
     assert config.rope_parameters == {"rope_type": "default", "rope_theta": 1e6}
@@ -27,58 +24,41 @@ def test_defaults_are_qwen3_0_6b_with_100_sentinels():
 
 def test_shipped_default_config_is_the_default():
     shipped = Path(qwen3_encdec.__file__).parent / "configs" / "default_config.json"
-    assert (
-        Qwen3EncoderDecoderConfig(**json.loads(shipped.read_text())).to_dict()
-        == Qwen3EncoderDecoderConfig().to_dict()
-    )
+    config = Qwen3EncoderDecoderConfig(**json.loads(shipped.read_text()))
+    assert config.to_dict() == Qwen3EncoderDecoderConfig().to_dict()
 
 
 def test_round_trip_through_a_folder(tmp_path):
     config = tiny_config(num_decoder_layers=2)
     config.save_pretrained(tmp_path)
-    for loaded in (
-        Qwen3EncoderDecoderConfig.from_pretrained(tmp_path),
-        AutoConfig.from_pretrained(tmp_path),
-    ):
+    for loader in (Qwen3EncoderDecoderConfig, AutoConfig):
+        loaded = loader.from_pretrained(tmp_path)
         assert isinstance(loaded, Qwen3EncoderDecoderConfig)
         assert {**loaded.to_dict(), "_name_or_path": ""} == config.to_dict()
 
 
+SIZES = (
+    *("hidden_size", "intermediate_size", "num_hidden_layers"),
+    *("num_attention_heads", "num_key_value_heads"),
+)
+
+
 @pytest.mark.parametrize(
     "sizes",
-    [  # hidden, intermediate, layers, query heads, key/value heads: the published dense Qwen3 checkpoints
+    [  # the published dense Qwen3 checkpoints
         (1024, 3072, 28, 16, 8), (2048, 6144, 28, 16, 8), (2560, 9728, 36, 32, 8),
         (4096, 12288, 36, 32, 8), (5120, 17408, 40, 40, 8), (5120, 25600, 64, 64, 8),
     ],
 )  # fmt: skip
 def test_every_dense_qwen3_is_accepted(sizes):
-    names = (
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "num_key_value_heads",
-    )
-    source = Qwen3Config(
-        **dict(zip(names, sizes, strict=True)),
-        rope_parameters={"rope_type": "default", "rope_theta": 5e5},
-    )
+    rope = {"rope_type": "yarn", "rope_theta": 5e5, "factor": 4.0}
+    rope["original_max_position_embeddings"] = 32_768
+    source = Qwen3Config(**dict(zip(SIZES, sizes, strict=True)), rope_parameters=rope)
     config = Qwen3EncoderDecoderConfig.from_qwen3_config(source)
-    assert tuple(getattr(config, name) for name in names) == sizes
+    assert tuple(getattr(config, name) for name in SIZES) == sizes
     assert config.num_decoder_layers == config.num_hidden_layers
-    assert config.rope_parameters["rope_theta"] == 5e5
-    assert config.vocab_size == source.vocab_size + 100
-
-
-def test_scaled_rope_is_copied():
-    rope = {
-        "rope_type": "yarn",
-        "rope_theta": 1e6,
-        "factor": 4.0,
-        "original_max_position_embeddings": 32_768,
-    }
-    config = Qwen3EncoderDecoderConfig.from_qwen3_config(Qwen3Config(rope_parameters=rope))
     assert config.rope_parameters == rope
+    assert config.vocab_size == source.vocab_size + 100
 
 
 @pytest.mark.parametrize(

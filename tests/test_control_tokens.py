@@ -7,8 +7,6 @@ only: a tokenizer that keeps those flags turns corpus text into control tokens.
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -16,9 +14,8 @@ import pytest
 import torch
 from torch.nn.modules.module import register_module_forward_hook
 from transformers import AutoTokenizer
-from typer.testing import CliRunner
 
-from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM, cli
+from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data import tokenization
 from qwen3_encdec.data.tokenization import Encoder
@@ -67,11 +64,8 @@ def test_every_added_token_is_special_whatever_the_base(base, parent_folder, tmp
     if base == "package":
         tokenizer = build_tokenizer(None, 11, num_ranks=BYTE_TOKENS)
     elif base == "checkpoint":
-        ordinary = {
-            token
-            for token, special in added_tokens(AutoTokenizer.from_pretrained(parent_folder)).items()
-            if not special
-        }
+        flags = added_tokens(AutoTokenizer.from_pretrained(parent_folder))
+        ordinary = {token for token, special in flags.items() if not special}
         assert ordinary == set(ORDINARY_ADDED_TOKENS)
         tokenizer = build_tokenizer(parent_folder, 11)
     else:
@@ -83,16 +77,11 @@ def test_every_added_token_is_special_whatever_the_base(base, parent_folder, tmp
     assert all(added_tokens(AutoTokenizer.from_pretrained(tmp_path / "saved")).values())
 
 
-def tokenized(corpus: Path, folder: Path, output: Path) -> list[list[int]]:
+def tokenized(run_script, corpus: Path, folder: Path, output: Path) -> list[list[int]]:
     """Ids of each document as `scripts/prepare_ul2_data.py` writes them."""
     arguments = ["--tokenizer", folder, "--input", corpus, "--output", output, "--processes", "1"]
-    command = [sys.executable, "scripts/prepare_ul2_data.py", *arguments]
-    subprocess.run(command, check=True, capture_output=True)
-    return read_tokens(output)
-
-
-def read_tokens(output: Path) -> list[list[int]]:
-    """Token lists of all documents of a prepared corpus."""
+    code, _, error = run_script("scripts/prepare_ul2_data.py", *arguments)
+    assert code == 0, error
     documents = []
     for file in output.glob("**/*.parquet"):
         table = pq.read_table(file)
@@ -102,19 +91,15 @@ def read_tokens(output: Path) -> list[list[int]]:
 
 
 def test_prepared_corpora_hold_no_control_token(
-    init_folder, with_qwen_flags, corpus, spelled, tmp_path
+    init_folder, with_qwen_flags, corpus, spelled, run_script, tmp_path
 ):
     tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(init_folder)
-    documents = tokenized(corpus, init_folder, tmp_path / "ours")
+    documents = tokenized(run_script, corpus, init_folder, tmp_path / "ours")
     assert max(max(ids) for ids in documents) < BYTE_TOKENS
     assert sorted(tokenizer.decode(ids) for ids in documents) == sorted(spelled)
-    arguments = ["--tokenizer", with_qwen_flags, "--input", corpus, "--output", tmp_path / "wrong"]
-    done = CliRunner().invoke(cli.app, ["prepare-data", *map(str, arguments), "--processes", "1"])
-    assert done.exit_code == 0
-    control = read_tokens(tmp_path / "wrong")
-    assert {i for ids in control for i in ids if i >= BYTE_TOKENS} == {
-        tokenizer.convert_tokens_to_ids(token) for token in ORDINARY_ADDED_TOKENS
-    }
+    control = tokenized(run_script, corpus, with_qwen_flags, tmp_path / "wrong")
+    smuggled = {i for ids in control for i in ids if i >= BYTE_TOKENS}
+    assert smuggled == set(tokenizer.convert_tokens_to_ids(list(ORDINARY_ADDED_TOKENS)))
 
 
 def trained_ids(folder: Path, corpus: Path, output: Path, workers: int) -> set[int]:

@@ -2,7 +2,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from transformers import Qwen3ForCausalLM
 from transformers.models.qwen3.modeling_qwen3 import rotate_half
 from transformers.models.t5gemma2.configuration_t5gemma2 import T5Gemma2DecoderConfig
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2MergedAttention
@@ -10,7 +10,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2MergedAttenti
 from qwen3_encdec import Qwen3EncoderDecoderModel
 from qwen3_encdec.attention_qwen3_encdec import project_key_value
 from qwen3_encdec.modeling_qwen3_decoder import Qwen3MergedAttention, Qwen3MergedDecoder
-from tests.conftest import BACKENDS, tiny_config, use_backend
+from tests.conftest import BACKENDS, tiny_config, tiny_qwen3_config, use_backend
 
 S, T = 7, 5
 
@@ -29,12 +29,18 @@ def source_states() -> torch.Tensor:
     return torch.randn(3, S, 40, generator=torch.Generator().manual_seed(1))
 
 
+def run(decoder, source: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """States of the same three targets."""
+    options = {"encoder_hidden_states": source, "encoder_attention_mask": mask}
+    return decoder(target_ids(), **options).last_hidden_state
+
+
 def t5gemma2_attention(config, ours: Qwen3MergedAttention) -> T5Gemma2MergedAttention:
     """transformers' merged attention with our weights.
 
     Gemma's norms multiply by 1 + weight, Qwen3's by weight.
     """
-    shared = (
+    sizes = (
         "hidden_size",
         "num_attention_heads",
         "num_key_value_heads",
@@ -42,13 +48,11 @@ def t5gemma2_attention(config, ours: Qwen3MergedAttention) -> T5Gemma2MergedAtte
         "rms_norm_eps",
     )
     theirs_config = T5Gemma2DecoderConfig(
-        **{name: getattr(config, name) for name in shared},
+        **{name: getattr(config, name) for name in sizes},
         num_hidden_layers=1,
         layer_types=["full_attention"],
         query_pre_attn_scalar=config.head_dim,
         attention_bias=False,
-        vocab_size=331,
-        pad_token_id=0,
     )
     theirs_config._attn_implementation = "eager"
     theirs = T5Gemma2MergedAttention(theirs_config, 0)
@@ -89,9 +93,8 @@ def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
         mask = additive(mask)
         if module is ours and not masked and implementation == "sdpa":
             mask = None  # bottom-right causal is the whole truth
-        output = module(
-            states, position, *((source, S, mask) if module is ours else (mask, source))
-        )[0]
+        inputs = (source, S, mask) if module is ours else (mask, source)
+        output = module(states, position, *inputs)[0]
         (output * torch.linspace(-1, 1, output.numel()).view_as(output)).sum().backward()
         results.append([output, states.grad, source.grad, *(p.grad for p in module.parameters())])
     for mine, reference in zip(*results, strict=True):
@@ -113,24 +116,15 @@ def test_parity_merged_attention_is_t5gemma2s(implementation, masked):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_parity_decoder_with_masked_source_is_qwen3(implementation):
     decoder = decoder_with(implementation)
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "pad_token_id")  # fmt: skip
-    config = Qwen3Config(
-        **{name: getattr(decoder.config, name) for name in names}, tie_word_embeddings=True
-    )
-    qwen3 = Qwen3ForCausalLM(config).eval()
+    rope = decoder.config.rope_parameters
+    qwen3 = Qwen3ForCausalLM(tiny_qwen3_config(vocab_size=331, rope_parameters=rope)).eval()
     embedding = decoder.get_input_embeddings().weight
     qwen3.model.load_state_dict({"embed_tokens.weight": embedding, **decoder.state_dict()})
-    nothing = torch.zeros(3, S, dtype=torch.long)
-    states = decoder(
-        target_ids(), encoder_hidden_states=source_states(), encoder_attention_mask=nothing
-    )
-    logits = states.last_hidden_state @ embedding.T
     reference = qwen3(target_ids()).logits
+    logits = run(decoder, source_states(), torch.zeros(3, S)) @ embedding.T
     torch.testing.assert_close(logits, reference, atol=1e-5, rtol=1e-5)
     # the control: with its source in sight it is not Qwen3
-    seen = decoder(target_ids(), encoder_hidden_states=source_states()).last_hidden_state
-    assert (seen @ embedding.T - reference).abs().max() > 1e-2
+    assert (run(decoder, source_states()) @ embedding.T - reference).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -139,18 +133,11 @@ def test_permuted_source_changes_nothing(implementation):
     source, mask = source_states(), torch.ones(3, S, dtype=torch.long)
     mask[0, 5:] = 0
     order = torch.randperm(S, generator=torch.Generator().manual_seed(3))
-    straight = decoder(
-        target_ids(), encoder_hidden_states=source, encoder_attention_mask=mask
-    ).last_hidden_state
-    permuted = decoder(
-        target_ids(), encoder_hidden_states=source[:, order], encoder_attention_mask=mask[:, order]
-    ).last_hidden_state
+    straight = run(decoder, source, mask)
+    permuted = run(decoder, source[:, order], mask[:, order])
     torch.testing.assert_close(permuted, straight, atol=1e-5, rtol=0)
     # the control: the states move and their mask does not
-    torn = decoder(
-        target_ids(), encoder_hidden_states=source[:, order], encoder_attention_mask=mask
-    ).last_hidden_state
-    assert (torn - straight).abs().max() > 1e-3
+    assert (run(decoder, source[:, order], mask) - straight).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -158,10 +145,11 @@ def test_a_target_token_sees_its_past_and_not_its_future(implementation):
     decoder = decoder_with(implementation)
     before, after = target_ids(), target_ids()
     after[:, 3] = (after[:, 3] + 1) % 300
-    change = [
-        decoder(ids, encoder_hidden_states=source_states()).last_hidden_state for ids in (before, after)
-    ]  # fmt: skip
-    change = (change[0] - change[1]).abs().amax((0, 2))
+    one, other = (
+        decoder(ids, encoder_hidden_states=source_states()).last_hidden_state
+        for ids in (before, after)
+    )
+    change = (one - other).abs().amax((0, 2))
     assert torch.equal(change[:3], torch.zeros(3))
     assert (change[3:] > 1e-3).all()
 
@@ -180,9 +168,7 @@ def test_parity_every_backend_is_eager(implementation, padded):
     output = decoder_with(implementation)(**inputs, **masks).last_hidden_state
     torch.testing.assert_close(output * kept, reference * kept, atol=1e-5, rtol=0)
     # the control: top-left alignment, which scaled_dot_product_attention means by is_causal
-    blind = decoder_with("eager")(
-        **inputs, encoder_attention_mask=torch.ones(3, S).tril()
-    ).last_hidden_state
+    blind = run(decoder_with("eager"), source_states(), torch.ones(3, S).tril())
     assert (blind - reference).abs().max() > 1e-3
 
 
@@ -197,12 +183,8 @@ def test_a_backend_that_is_not_there_is_refused():
 def test_attentions_split_one_softmax():
     mask = torch.ones(3, S, dtype=torch.long)
     mask[1, 2:] = 0
-    output = decoder_with("eager")(
-        target_ids(),
-        encoder_hidden_states=source_states(),
-        encoder_attention_mask=mask,
-        output_attentions=True,
-    )
+    inputs = {"encoder_hidden_states": source_states(), "encoder_attention_mask": mask}
+    output = decoder_with("eager")(target_ids(), **inputs, output_attentions=True)
     own, cross = output.attentions[1], output.cross_attentions[1]
     assert own.shape == (3, 4, T, T)
     assert cross.shape == (3, 4, T, S)
@@ -211,38 +193,37 @@ def test_attentions_split_one_softmax():
     assert (own.triu(1) == 0).all()
 
 
-def test_the_decoder_says_what_it_lacks():
-    decoder = decoder_with("sdpa")
-    with pytest.raises(ValueError, match="needs encoder_hidden_states"):
-        decoder(target_ids())
-    with pytest.raises(ValueError, match="exactly one"):
-        decoder(encoder_hidden_states=source_states())
-    with pytest.raises(ValueError, match="encoder_hidden_states has shape"):
-        decoder(target_ids()[:2], encoder_hidden_states=source_states())
-    for name, mask in (("attention_mask", S), ("decoder_attention_mask", T)):
-        argument = "encoder_attention_mask" if mask == S else "attention_mask"
-        inputs = {argument: torch.ones(3, mask - 2)}
-        with pytest.raises(ValueError, match=rf"{name} has shape \(3, {mask - 2}\)"):
-            decoder(target_ids(), encoder_hidden_states=source_states(), **inputs)
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"encoder_hidden_states": None}, "needs encoder_hidden_states"),
+        ({"input_ids": None}, "exactly one"),
+        ({"input_ids": target_ids()[:2]}, "encoder_hidden_states has shape"),
+        ({"encoder_attention_mask": torch.ones(3, 5)}, r"^attention_mask has shape \(3, 5\)"),
+        ({"attention_mask": torch.ones(3, 3)}, r"decoder_attention_mask has shape \(3, 3\)"),
+    ],
+)
+def test_the_decoder_says_what_it_lacks(change, message):
+    inputs = {"input_ids": target_ids(), "encoder_hidden_states": source_states()}
+    with pytest.raises(ValueError, match=message):
+        decoder_with("sdpa")(**inputs | change)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_a_closed_gate_lets_no_value_of_the_source_in(implementation):
     decoder = decoder_with(implementation, source_gate=True)
     two = source_states(), 5 * source_states().flip(1)
-    keys = torch.zeros_like(decoder.layers[0].self_attn.k_proj.weight)
     for layer in decoder.layers:
-        layer.self_attn.k_proj.weight.data.copy_(keys)  # the source takes the same softmax mass
-    closed = [decoder(target_ids(), encoder_hidden_states=s).last_hidden_state for s in two]
+        layer.self_attn.k_proj.weight.data.zero_()  # the source takes the same softmax mass
+    closed = [run(decoder, states) for states in two]
     torch.testing.assert_close(*closed, atol=1e-6, rtol=0)
     for layer in decoder.layers:
         layer.self_attn.source_gate.data.fill_(0.5)
         layer.self_attn.source_scale.fill_(2.0)
-    opened = [decoder(target_ids(), encoder_hidden_states=s).last_hidden_state for s in two]
+    opened = [run(decoder, states) for states in two]
     assert (opened[0] - opened[1]).abs().max() > 1e-2
     # half of twice the values are the values themselves: the gate is off
     plain = decoder_with(implementation)
     plain.load_state_dict(decoder.state_dict(), strict=False)
     for states, expected in zip(two, opened, strict=True):
-        found = plain(target_ids(), encoder_hidden_states=states).last_hidden_state
-        torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(run(plain, states), expected, atol=1e-5, rtol=0)

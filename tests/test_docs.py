@@ -21,27 +21,17 @@ COMMANDS = typer.main.get_command(app).commands
 
 def unknown_words(text):
     """`COMMAND --option` of `qwen3-encdec` in code that the command line does not know."""
+    blocks = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL)
+    code = "\n".join(blocks + re.findall(r"`([^`\n]+)`", text)).replace("\\\n", " ")
     unknown = []
-    code = re.findall(r"```(?:bash|sh)?\n(.*?)```", text, re.DOTALL) + re.findall(
-        r"`([^`\n]+)`", text
-    )
-    for line in "\n".join(code).replace("\\\n", " ").splitlines():
-        if match := re.match(r"\s*qwen3-encdec +([a-z][\w-]*)(.*)", line):
-            name, rest = match[1], match[2]
-            if name not in COMMANDS:
-                unknown.append(name)
-                continue
-            known = {
-                option
-                for parameter in COMMANDS[name].params
-                for option in parameter.opts + parameter.secondary_opts
-            }
-            words = shlex.split(rest, comments=True)
-            unknown += [
-                f"{name} {word}"
-                for word in words
-                if word.startswith("--") and word.split("=")[0] not in known
-            ]
+    for name, rest in re.findall(r"^\s*qwen3-encdec +([a-z][\w-]*)(.*)", code, re.MULTILINE):
+        if name not in COMMANDS:
+            unknown.append(name)
+            continue
+        parameters = COMMANDS[name].params
+        known = {option for p in parameters for option in p.opts + p.secondary_opts}
+        options = [word for word in shlex.split(rest, comments=True) if word.startswith("--")]
+        unknown += [f"{name} {word}" for word in options if word.split("=")[0] not in known]
     return unknown
 
 
@@ -51,19 +41,15 @@ def test_commands_and_options_exist(page):
 
 
 def test_a_wrong_command_would_be_found():
-    assert unknown_words("```\nqwen3-encdec extract --model a --pool mean\nqwen3-encdec extrakt\n```") == [
-        "extract --pool", "extrakt",
-    ]  # fmt: skip
+    page = "```\nqwen3-encdec extract --model a --pool mean\nqwen3-encdec extrakt\n```"
+    assert unknown_words(page) == ["extract --pool", "extrakt"]
 
 
 def test_troubleshooting_quotes_the_errors_as_they_are():
     source = "".join(file.read_text(encoding="utf-8") for file in (ROOT / "src").rglob("*.py"))
     source = re.sub(r'"\s*\n\s*f?"', "", source)  # sentences that are broken over lines
-    quoted = re.findall(
-        r"^### `(.+)`$",
-        (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8"),
-        re.MULTILINE,
-    )
+    page = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^### `(.+)`$", page, re.MULTILINE)
     assert len(quoted) > 10
     for sentence in quoted:
         for part in sentence.removeprefix("not run: ").split(" ... "):
@@ -100,11 +86,8 @@ def test_examples_are_shown_on_the_pages():
 
 
 def test_the_shell_completes_commands():
-    words = {
-        "COMP_WORDS": "qwen3-encdec ev",
-        "COMP_CWORD": "1",
-        "_QWEN3_ENCDEC_COMPLETE": "complete_bash",
-    }
+    words = {"COMP_WORDS": "qwen3-encdec ev", "COMP_CWORD": "1"}
+    words["_QWEN3_ENCDEC_COMPLETE"] = "complete_bash"
     command = Path(sys.executable).with_name("qwen3-encdec")
     done = subprocess.run([command], env=os.environ | words, capture_output=True, text=True)
     assert done.stdout.split() == ["evaluate"]

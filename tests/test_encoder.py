@@ -1,15 +1,15 @@
 import pytest
 import torch
-from transformers import Qwen3Config, Qwen3Model
+from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen3Model
 
 from qwen3_encdec import Qwen3EncoderModel
-from tests.conftest import BACKENDS, tiny_config, use_backend
+from tests.conftest import BACKENDS, tiny_config, tiny_qwen3_config, use_backend
 
 
-def encoder_with(implementation: str, **changes) -> Qwen3EncoderModel:
+def encoder_with(implementation: str) -> Qwen3EncoderModel:
     torch.manual_seed(0)
-    encoder = Qwen3EncoderModel(tiny_config(**changes)).eval()
-    return use_backend(encoder, implementation)
+    return use_backend(Qwen3EncoderModel(tiny_config()).eval(), implementation)
 
 
 def ids(batch: int = 3, length: int = 11, seed: int = 0) -> torch.Tensor:
@@ -18,11 +18,8 @@ def ids(batch: int = 3, length: int = 11, seed: int = 0) -> torch.Tensor:
 
 def qwen3_of(encoder: Qwen3EncoderModel) -> Qwen3Model:
     """The stock causal Qwen3 with the encoder's weights."""
-    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-             "num_key_value_heads", "head_dim", "rope_parameters", "rms_norm_eps", "pad_token_id")  # fmt: skip
-    qwen3 = Qwen3Model(
-        Qwen3Config(**{name: getattr(encoder.config, name) for name in names})
-    ).eval()
+    rope = encoder.config.rope_parameters
+    qwen3 = Qwen3Model(tiny_qwen3_config(vocab_size=331, rope_parameters=rope)).eval()
     state = {"embed_tokens.weight": encoder.shared.weight, **encoder.encoder.state_dict()}
     qwen3.load_state_dict(state)
     return qwen3
@@ -32,18 +29,15 @@ def qwen3_of(encoder: Qwen3EncoderModel) -> Qwen3Model:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_last_token_changes_the_first_state(implementation, batch):
     encoder = encoder_with(implementation)
-    before = ids(batch)
-    after = before.clone()
+    before, after = ids(batch), ids(batch)
     after[:, -1] = (after[:, -1] + 1) % 300
-    change = (
-        (encoder(before).last_hidden_state - encoder(after).last_hidden_state)[:, 0].abs().amax(-1)
-    )
-    assert (change > 1e-3).all()
-    # the control: Qwen3 itself is causal
-    causal = qwen3_of(encoder)
-    assert torch.equal(
-        causal(before).last_hidden_state[:, 0], causal(after).last_hidden_state[:, 0]
-    )
+
+    def first_states(model) -> list[torch.Tensor]:
+        return [model(tokens).last_hidden_state[:, 0] for tokens in (before, after)]
+
+    one, other = first_states(encoder)
+    assert ((one - other).abs().amax(-1) > 1e-3).all()
+    assert torch.equal(*first_states(qwen3_of(encoder)))  # the control: Qwen3 itself is causal
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])  # the two that take any mask
@@ -54,9 +48,8 @@ def test_parity_causal_encoder_is_qwen3(implementation):
     if implementation == "eager":
         causal = torch.zeros(causal.shape).masked_fill(~causal, torch.finfo(torch.float32).min)
     reference = qwen3_of(encoder)(tokens).last_hidden_state
-    torch.testing.assert_close(
-        encoder(tokens, attention_mask=causal).last_hidden_state, reference, atol=1e-5, rtol=0
-    )
+    states = encoder(tokens, attention_mask=causal).last_hidden_state
+    torch.testing.assert_close(states, reference, atol=1e-5, rtol=0)
     # the control: without the causal mask it is not Qwen3
     assert (encoder(tokens).last_hidden_state - reference).abs().max() > 1e-2
 
@@ -65,60 +58,38 @@ def test_parity_causal_encoder_is_qwen3(implementation):
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_and_batch_order_change_nothing(implementation, side):
     encoder = encoder_with(implementation)
-    tokens, lengths = ids(), (11, 7, 3)
-    padded, mask = torch.full((3, 11), 300), torch.zeros(3, 11, dtype=torch.long)
-    places = [slice(11 - n, None) if side == "left" else slice(0, n) for n in lengths]
-    for row, (place, n) in enumerate(zip(places, lengths, strict=True)):
-        padded[row, place], mask[row, place] = tokens[row, :n], 1
+    texts = [ids()[row, :length] for row, length in enumerate((11, 7, 3))]
+    options = {"batch_first": True, "padding_side": side}
+    padded = pad_sequence(texts, padding_value=300, **options)
+    mask = pad_sequence([torch.ones(len(text)) for text in texts], **options)
     states = encoder(padded, attention_mask=mask).last_hidden_state
-    reordered = encoder(padded[[2, 0, 1]], attention_mask=mask[[2, 0, 1]]).last_hidden_state
-    for row, (place, n) in enumerate(zip(places, lengths, strict=True)):
-        alone = encoder(tokens[row : row + 1, :n]).last_hidden_state[0]
-        torch.testing.assert_close(states[row, place], alone, atol=1e-5, rtol=0)
-        torch.testing.assert_close(reordered[[1, 2, 0][row], place], alone, atol=1e-5, rtol=0)
+    order = [2, 0, 1]
+    reordered = encoder(padded[order], attention_mask=mask[order]).last_hidden_state
+    for row, text in enumerate(texts):
+        alone, kept = encoder(text[None]).last_hidden_state[0], mask[row] == 1
+        torch.testing.assert_close(states[row, kept], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(reordered[order.index(row), kept], alone, atol=1e-5, rtol=0)
     # the control: an ignored mask lets the padding in
-    assert (
-        encoder(padded).last_hidden_state[2, places[2]] - states[2, places[2]]
-    ).abs().max() > 1e-3
-
-
-def packed_form(tokens: list[torch.Tensor]) -> dict:
-    """Texts one after another, with their lengths."""
-    lengths = [len(text) for text in tokens]
-    return {
-        "input_ids": torch.cat(tokens)[None],
-        "position_ids": torch.cat([torch.arange(n) for n in lengths])[None],
-        "cu_seqlens": torch.tensor([0, *lengths]).cumsum(0).to(torch.int32),
-        "max_seqlen": max(lengths),
-    }
+    unmasked = encoder(padded).last_hidden_state
+    assert (unmasked - states)[2, kept].abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_parity_packed_texts_are_encoded_as_if_alone(implementation):
     encoder = encoder_with(implementation)
     texts = [ids(1, 4)[0], ids(1, 0)[0], ids(1, 7, seed=1)[0]]  # the second is empty
-    packed = encoder(**packed_form(texts)).last_hidden_state[0]
+    form = {
+        "input_ids": torch.cat(texts)[None],
+        "position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None],
+        "cu_seqlens": torch.tensor([0, 4, 4, 11], dtype=torch.int32),
+        "max_seqlen": 7,
+    }
+    packed = encoder(**form).last_hidden_state[0]
     alone = [encoder(text[None]).last_hidden_state[0] for text in (texts[0], texts[2])]
     torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
     # the control: one text of eleven tokens is something else
     joined = encoder(torch.cat(texts)[None]).last_hidden_state[0]
     assert (joined - packed).abs().max() > 1e-3
-
-
-def test_an_incomplete_packed_batch_is_refused():
-    encoder = encoder_with("sdpa")
-    whole = packed_form([ids(1, 4)[0], ids(1, 7)[0]])
-    for name in ("position_ids", "max_seqlen"):
-        with pytest.raises(ValueError, match=f"a packed batch needs .*{name}"):
-            encoder(**{**whole, name: None})
-    with pytest.raises(ValueError, match="omit attention_mask"):
-        encoder(**whole, attention_mask=torch.ones(1, 11))
-    with pytest.raises(
-        ValueError, match="cu_seqlens ends at 11, but the packed batch has 9 tokens"
-    ):
-        encoder(**{**whole, **{k: whole[k][:, :9] for k in ("input_ids", "position_ids")}})
-    with pytest.raises(ValueError, match="position_ids has shape"):
-        encoder(**{**whole, "position_ids": whole["position_ids"][:, :9]})
 
 
 def test_states_and_attentions_are_recorded():

@@ -26,12 +26,12 @@ def test_every_public_name_is_there():
 
 def test_help_and_wrong_settings_load_neither_torch_nor_transformers(tmp_path):
     commands = [
-        [command.name or command.callback.__name__] for command in cli.app.registered_commands
+        (command.name or command.callback.__name__).replace("_", "-")
+        for command in cli.app.registered_commands
     ]
     (tmp_path / "file").touch()
-    calls = [["--help"], ["--version"]]
-    calls += [[name.replace("_", "-"), "--help"] for (name,) in commands]
-    calls += [
+    right = [["--help"], ["--version"], *([name, "--help"] for name in commands)]
+    wrong = [
         ["train", "lrr=1"],
         ["train", "--config", str(tmp_path / "none.yaml")],
         ["train", "max_steps=many"],
@@ -41,7 +41,7 @@ def test_help_and_wrong_settings_load_neither_torch_nor_transformers(tmp_path):
 import sys
 from qwen3_encdec import cli
 codes = []
-for call in {calls!r}:
+for call in {right + wrong!r}:
     sys.argv = ["qwen3-encdec", *call]
     try:
         cli.main()
@@ -51,8 +51,7 @@ for call in {calls!r}:
     assert not loaded, (call, loaded)
 print(codes)
 """
-    helps = len(calls) - 4
-    assert run(code) == str([0] * helps + [2] * 4)
+    assert run(code) == str([0] * len(right) + [2] * len(wrong))
 
 
 CHECK = """

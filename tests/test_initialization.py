@@ -5,13 +5,13 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3Model
+from transformers import Qwen3ForCausalLM, Qwen3Model
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion import initialize as module
 from qwen3_encdec.conversion.initialize import initialize, pick_layers, verify_initialization
 from qwen3_encdec.folders import InputError, read_tensors
-from tests.conftest import save_qwen_tokenizer
+from tests.conftest import save_qwen_tokenizer, tiny_qwen3_config
 
 
 @pytest.fixture
@@ -38,10 +38,8 @@ def test_every_tensor_is_copied_and_only_sentinels_are_new(parent_folder, init_f
     assert len(gates) == 2 * 3  # of three decoder layers
     assert len(target) == 2 * (len(source) - 1) + 1 + len(gates)
     # control tokens and bytes were trained, rows 538 ... 639 are spare
-    trained, sentinels = (
-        source["model.embed_tokens.weight"][:538],
-        target["model.shared.weight"][640:],
-    )
+    trained = source["model.embed_tokens.weight"][:538]
+    sentinels = target["model.shared.weight"][640:]
     assert sentinels.shape == (11, 40)
     assert (sentinels - trained.mean(0)).abs().max() < trained.std(0).max()
     assert len({tuple(row.tolist()) for row in sentinels}) == 11
@@ -55,17 +53,20 @@ def test_the_gate_is_closed_and_the_scale_is_of_the_decoders_own_values(parent_f
     tokenizer = Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path / "gated")
     parent = Qwen3ForCausalLM.from_pretrained(parent_folder).eval().model
     own, source = [[] for _ in range(3)], [[] for _ in range(3)]
+
+    def collect(values):
+        return lambda _, __, output: values.append(output[0])
+
     for text in module.TEXTS:
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         half = ids.shape[1] // 2
         encoded = model.get_encoder()(ids[:, :half]).last_hidden_state
-        for i, layer in enumerate(parent.layers):
-            source[i].append(layer.self_attn.v_proj(encoded)[0])
+        projections = [layer.self_attn.v_proj for layer in parent.layers]
+        for values, project in zip(source, projections, strict=True):
+            values.append(project(encoded)[0])
         hooks = [
-            layer.self_attn.v_proj.register_forward_hook(
-                lambda _, __, output, values=own[i]: values.append(output[0])
-            )
-            for i, layer in enumerate(parent.layers)
+            project.register_forward_hook(collect(values))
+            for values, project in zip(own, projections, strict=True)
         ]
         parent(ids[:, half:])
         for hook in hooks:
@@ -130,11 +131,7 @@ def test_picked_layers_are_spread_evenly(available, wanted, picks):
 
 def test_an_untied_head_is_dropped_aloud_and_biases_are_copied(tmp_path):
     torch.manual_seed(0)
-    config = Qwen3Config(
-        vocab_size=640, hidden_size=40, intermediate_size=56, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=14, tie_word_embeddings=False, attention_bias=True, initializer_range=0.2,
-    )  # fmt: skip
-    parent = Qwen3ForCausalLM(config)
+    parent = Qwen3ForCausalLM(tiny_qwen3_config(tie_word_embeddings=False, attention_bias=True))
     for name, bias in parent.named_parameters():
         if name.endswith("bias"):
             torch.nn.init.normal_(bias)
@@ -210,21 +207,19 @@ def test_a_folder_saved_from_qwen3model_has_names_without_their_prefix(
 
 
 def test_bad_sources_are_named(parent_copy, tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(InputError, match=r"checkpoint \./nowhere does not exist"):
-        initialize("./nowhere", out)
-    with pytest.raises(InputError, match="dtype 'float16' is not one of"):
-        initialize(parent_copy, out, dtype="float16")
-    weights = parent_copy / "model.safetensors"
+    def refused(sentence, base=parent_copy, **options):
+        with pytest.raises(InputError, match=sentence):
+            initialize(base, tmp_path / "out", **options)
+
+    refused(r"checkpoint \./nowhere does not exist", "./nowhere")
+    refused("dtype 'float16' is not one of", dtype="float16")
+    weights, file = parent_copy / "model.safetensors", parent_copy / "config.json"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(InputError, match="model.safetensors is truncated, damaged or missing"):
-        initialize(parent_copy, out)
-    config = json.loads((parent_copy / "config.json").read_text())
-    (parent_copy / "config.json").write_text(json.dumps({**config, "model_type": "qwen3_moe"}))
-    with pytest.raises(InputError, match="has model_type 'qwen3_moe', which is not a dense Qwen3"):
-        initialize(parent_copy, out)
-    quantized = {**config, "quantization_config": {"quant_method": "gptq", "bits": 4}}
-    (parent_copy / "config.json").write_text(json.dumps(quantized))
-    with pytest.raises(InputError, match=r"is quantized \(gptq\); use the unquantized checkpoint"):
-        initialize(parent_copy, out)
+    refused("model.safetensors is truncated, damaged or missing")
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"model_type": "qwen3_moe"}))
+    refused("has model_type 'qwen3_moe', which is not a dense Qwen3")
+    quantized = {"quantization_config": {"quant_method": "gptq", "bits": 4}}
+    file.write_text(json.dumps(config | quantized))
+    refused(r"is quantized \(gptq\); use the unquantized checkpoint")
     assert {path.name for path in tmp_path.iterdir()} == {"parent"}

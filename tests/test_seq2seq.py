@@ -4,17 +4,11 @@ import re
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn.functional import cross_entropy
-from transformers import AutoModel, AutoModelForSeq2SeqLM, DynamicCache
 
-from qwen3_encdec import (
-    Qwen3EncoderDecoderModel,
-    Qwen3EncoderForTokenClassification,
-    Qwen3EncoderModel,
-    Qwen3ForSeq2SeqLM,
-)
+from qwen3_encdec import Qwen3EncoderForTokenClassification, Qwen3EncoderModel, Qwen3ForSeq2SeqLM
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3SharedEmbedding
 from tests.conftest import BACKENDS, pack, tiny_config, use_backend
 
@@ -29,25 +23,22 @@ def batch(padded: bool = True) -> dict[str, torch.Tensor]:
         "labels": torch.randint(0, 300, (B, T), generator=generator),
     }
     if padded:
-        inputs["attention_mask"][1, 6:] = 0
-        inputs["attention_mask"][2, :3] = 0
-        inputs["labels"][0, 5:] = -100
-        inputs["labels"][2, 1:] = -100
+        inputs["attention_mask"][1, 6:] = inputs["attention_mask"][2, :3] = 0
+        inputs["labels"][0, 5:] = inputs["labels"][2, 1:] = -100
     return inputs
+
+
+def source_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
 def plain_loss(model, inputs) -> torch.Tensor:
     """The textbook loss: right shift by hand, dense logits of the padded batch, one cross-entropy."""
     labels = inputs["labels"]
-    shifted = torch.cat(
-        [torch.full((B, 1), model.config.decoder_start_token_id), labels[:, :-1]], dim=1
-    )
+    start = torch.full((B, 1), model.config.decoder_start_token_id)
+    shifted = torch.cat([start, labels[:, :-1]], dim=1)
     shifted[shifted == -100] = model.config.pad_token_id
-    logits = model(
-        input_ids=inputs["input_ids"],
-        attention_mask=inputs["attention_mask"],
-        decoder_input_ids=shifted,
-    ).logits
+    logits = model(**source_of(inputs), decoder_input_ids=shifted).logits
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
@@ -106,9 +97,7 @@ def test_training_needs_no_logits(model):
 )
 def test_a_configuration_that_asks_for_all_states_gets_them_in_training(kind):
     """Real tokens alone are computed otherwise, and states of layers are not laid out for them."""
-    inputs = {name: batch()[name] for name in ("input_ids", "attention_mask")}
-    if kind is Qwen3ForSeq2SeqLM:
-        inputs["labels"] = batch()["labels"]
+    inputs = batch() if kind is Qwen3ForSeq2SeqLM else source_of(batch())
     for wanted in (True, False):
         output = kind(tiny_config(output_hidden_states=wanted)).train()(**inputs)
         states = output.get("encoder_hidden_states", output.get("hidden_states"))
@@ -145,19 +134,10 @@ def test_parity_packed_documents_are_their_pairs_one_by_one(model, implementatio
     assert (joined.token_losses - output.token_losses)[:, 5:].abs().max() > 1e-2
 
 
-def test_an_incomplete_packed_batch_is_refused(model):
-    packed = pack(batch())
-    needed = "decoder_cu_seqlens", "decoder_max_seqlen", "key_order", "decoder_position_ids"
-    for name in needed:
-        with pytest.raises(ValueError, match="a packed batch needs"):
-            model(**{**packed, name: None})
-    torn = dict(packed, decoder_cu_seqlens=torch.tensor([0, 5, 13], dtype=torch.int32))
+def test_packed_documents_must_be_pairs(model):
+    torn = pack(batch()) | {"decoder_cu_seqlens": torch.tensor([0, 5, 13], dtype=torch.int32)}
     with pytest.raises(ValueError, match="3 sources and decoder_cu_seqlens 2 targets"):
         model(**torn)
-    with pytest.raises(ValueError, match="a cache cannot be used with a packed batch"):
-        model(**packed, cache=DynamicCache())
-    with pytest.raises(ValueError, match="omit decoder_attention_mask"):
-        model(**packed, decoder_attention_mask=torch.ones(1, 13))
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -177,16 +157,13 @@ def test_encoder_targets_are_masked_next_token_prediction(model, packed):
     total = model(**form, encoder_targets=given, encoder_loss_weight=0.7).loss
 
     def loss(offset: int) -> torch.Tensor:
-        logits = [states[row, place - offset] @ model.model.shared.weight.T for row, place in asked]
-        return cross_entropy(
-            torch.stack(logits), torch.tensor(list(asked.values())), reduction="sum"
-        )
+        before = torch.stack([states[row, place - offset] for row, place in asked])
+        tokens = torch.tensor(list(asked.values()))
+        return cross_entropy(before @ model.model.shared.weight.T, tokens, reduction="sum")
 
     torch.testing.assert_close(total - plain, 0.7 * loss(1) / items, atol=1e-5, rtol=1e-4)
     # the control: the state of the mask itself predicting it, which is masked language modelling
     assert abs(loss(0) - loss(1)) > 1e-2
-    with pytest.raises(ValueError, match="requires labels"):
-        model(input_ids=inputs["input_ids"], decoder_input_ids=given, encoder_targets=given)
 
 
 def test_one_embedding_under_one_name(model, tmp_path):
@@ -201,18 +178,11 @@ def test_one_embedding_under_one_name(model, tmp_path):
     check(copy.deepcopy(model))
     assert copy.deepcopy(model).model.encoder.get_input_embeddings() is not model.model.shared
     model.save_pretrained(tmp_path)
-    with safe_open(tmp_path / "model.safetensors", "pt") as tensors:
-        saved = set(tensors.keys())
-    assert [name for name in saved if "embed" in name or "shared" in name] == [
-        "model.shared.weight"
-    ]
+    saved = load_file(tmp_path / "model.safetensors")
+    assert [n for n in saved if "embed" in n or "shared" in n] == ["model.shared.weight"]
     loaded = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path)
     check(loaded)
-    for (name, mine), (other, reference) in zip(
-        loaded.named_parameters(), model.named_parameters(), strict=True
-    ):
-        assert name == other
-        assert torch.equal(mine, reference)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     loaded.resize_token_embeddings(345)
     check(loaded)
     loaded.save_pretrained(tmp_path / "resized")
@@ -232,11 +202,8 @@ def test_every_use_of_the_embedding_is_a_call(model, form):
 
 
 def test_a_missing_embedding_is_reported_and_initialized(model, tmp_path):
-    state = {
-        name: p
-        for name, p in model.state_dict().items()
-        if "shared" not in name and "embed" not in name
-    }
+    state = model.state_dict()
+    del state["model.shared.weight"]
     model.save_pretrained(tmp_path, state_dict=state)
     loaded, info = Qwen3ForSeq2SeqLM.from_pretrained(tmp_path, output_loading_info=True)
     assert "model.shared.weight" in info["missing_keys"]
@@ -260,82 +227,40 @@ def test_the_loss_ignores_which_logits_are_kept(model):
     assert torch.equal(model(**inputs, logits_to_keep=2).logits, expected.logits[:, -2:])
 
 
-def test_encoder_outputs_may_be_a_tuple_or_a_list(model):
-    inputs = batch()
-    expected = model(**inputs).loss
-    states = model.get_encoder()(inputs.pop("input_ids"), inputs["attention_mask"])[0]
-    for outputs in ((states,), [states]):
-        assert torch.equal(model(**inputs, encoder_outputs=outputs).loss, expected)
-
-
-def test_auto_classes(model, tmp_path):
-    model.save_pretrained(tmp_path)
-    assert isinstance(AutoModelForSeq2SeqLM.from_pretrained(tmp_path), Qwen3ForSeq2SeqLM)
-    assert isinstance(AutoModel.from_pretrained(tmp_path), Qwen3EncoderDecoderModel)
-
-
-def test_state_dict_names_are_those_of_the_design(model):
-    layer = {
-        *(f"self_attn.{name}_proj" for name in "qkvo"), "self_attn.q_norm", "self_attn.k_norm",
-        *(f"mlp.{name}_proj" for name in ("gate", "up", "down")), "input_layernorm", "post_attention_layernorm",
-    }  # fmt: skip
-    expected = {"model.shared.weight"}
-    for stack in ("encoder", "decoder"):
-        expected |= {f"model.{stack}.norm.weight"}
-        expected |= {f"model.{stack}.layers.{i}.{name}.weight" for i in range(3) for name in layer}
-    assert {name for name, _ in model.named_parameters()} == expected
-
-
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
 def test_cached_decoding_is_uncached_decoding(model, implementation, options):
     use_backend(model, implementation)
-    inputs = batch()
-    inputs.pop("labels")
-    runs = []
-    for use_cache in (True, False):
+    source = source_of(batch())
+
+    def generate(**inputs) -> torch.Tensor:
         torch.manual_seed(0)
-        runs.append(model.generate(**inputs, max_new_tokens=8, use_cache=use_cache, **options))
-    assert torch.equal(*runs)
+        return model.generate(**inputs, max_new_tokens=8, **options)
+
+    cached = generate(**source)
+    assert torch.equal(generate(**source, use_cache=False), cached)
     # the control: another source gives another text
-    torch.manual_seed(0)
-    other = dict(inputs, input_ids=inputs["input_ids"].flip(1))
-    changed = model.generate(**other, max_new_tokens=8, **options)
-    assert changed.shape != runs[0].shape or not torch.equal(changed, runs[0])
+    assert not torch.equal(generate(**source | {"input_ids": source["input_ids"].flip(1)}), cached)
 
 
 def test_cached_logits_step_by_step(model):
     inputs = batch()
     ids = model.prepare_decoder_input_ids_from_labels(inputs["labels"])
-    source = {"input_ids": inputs["input_ids"], "attention_mask": inputs["attention_mask"]}
+    source = source_of(inputs)
     full = model(**source, decoder_input_ids=ids).logits
     cache, encoded, steps = None, model.get_encoder()(**source), []
     for start, stop in ((0, 3), (3, 4), (4, 7)):  # a prefill, one token, a chunk
-        output = model(
-            encoder_outputs=encoded,
-            attention_mask=source["attention_mask"],
-            decoder_input_ids=ids[:, start:stop],
-            cache=cache,
-            use_cache=True,
-        )
+        past = {
+            "encoder_outputs": encoded,
+            "attention_mask": source["attention_mask"],
+            "cache": cache,
+        }
+        output = model(**past, decoder_input_ids=ids[:, start:stop], use_cache=True)
         cache = output.cache
         steps.append(output.logits)
     torch.testing.assert_close(torch.cat(steps, 1), full, atol=1e-5, rtol=1e-5)
     assert cache.layers[0].keys.shape == (B, 2, S + T, 14)  # the source is a prefix
     assert cache.get_seq_length() == T
-
-
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_generation_ignores_padding(model, side):
-    ids = batch(padded=False)["input_ids"][:1]
-    padding = torch.full((1, 4), model.config.pad_token_id)
-    order = (padding, ids) if side == "left" else (ids, padding)
-    padded = torch.cat(order, dim=1)
-    mask = torch.cat([torch.full_like(part, int(part is ids)) for part in order], dim=1)
-    alone = model.generate(input_ids=ids, max_new_tokens=6)
-    assert torch.equal(
-        model.generate(input_ids=padded, attention_mask=mask, max_new_tokens=6), alone
-    )
 
 
 def test_fewer_decoder_than_encoder_layers():
@@ -344,10 +269,12 @@ def test_fewer_decoder_than_encoder_layers():
     assert (len(model.model.encoder.layers), len(model.model.decoder.layers)) == (3, 2)
     inputs = batch()
     torch.testing.assert_close(model(**inputs).loss, plain_loss(model, inputs), atol=1e-5, rtol=0)
-    inputs.pop("labels")
-    for cache in ("dynamic", "static"):
-        tokens = model.generate(**inputs, max_new_tokens=4, cache_implementation=cache)
-        assert tokens.shape[0] == B
+    source = source_of(inputs)
+    dynamic, static = (
+        model.generate(**source, max_new_tokens=4, cache_implementation=kind)
+        for kind in ("dynamic", "static")
+    )
+    assert torch.equal(dynamic, static)
 
 
 def test_bf16_autocast_keeps_the_loss_in_fp32(model):

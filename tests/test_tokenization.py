@@ -1,5 +1,6 @@
 import json
 import shutil
+import unicodedata
 
 import pytest
 from tokenizers import Tokenizer
@@ -27,9 +28,7 @@ def test_sentinels_are_the_last_ids_in_order(small):
 
 
 def test_sentinels_appended_naively_land_elsewhere():
-    """The control: without reserved rows the first sentinel is not where the matrix's last rows
-    are.
-    """
+    """The control: without reserved rows they do not end at a multiple of 128."""
     naive = PreTrainedTokenizerFast(tokenizer_object=qwen3_backend(700))
     naive.add_tokens(["<extra_id_0>"], special_tokens=True)
     assert naive.convert_tokens_to_ids("<extra_id_0>") == 700 + 26
@@ -37,10 +36,7 @@ def test_sentinels_appended_naively_land_elsewhere():
 
 
 def test_pad_and_eos_differ_and_nothing_is_added(small):
-    assert small.convert_ids_to_tokens([small.pad_token_id, small.eos_token_id]) == [
-        "<|endoftext|>",
-        "<|im_end|>",
-    ]
+    assert (small.pad_token, small.eos_token) == ("<|endoftext|>", "<|im_end|>")
     assert small.bos_token_id is None
     ids = small("plain text")["input_ids"]
     assert small.decode(ids) == "plain text"
@@ -49,15 +45,12 @@ def test_pad_and_eos_differ_and_nothing_is_added(small):
 
 def test_survives_saving(small, tmp_path):
     small.save_pretrained(tmp_path)
-    for loaded in (
-        Qwen3EncoderDecoderTokenizer.from_pretrained(tmp_path),
-        AutoTokenizer.from_pretrained(tmp_path),
-    ):
+    for loader in (Qwen3EncoderDecoderTokenizer, AutoTokenizer):
+        loaded = loader.from_pretrained(tmp_path)
         assert isinstance(loaded, Qwen3EncoderDecoderTokenizer)
         assert loaded.sentinel_token_ids == small.sentinel_token_ids
-        assert (len(loaded), loaded.pad_token_id, loaded.eos_token_id) == (
-            len(small), small.pad_token_id, small.eos_token_id,
-        )  # fmt: skip
+        assert len(loaded) == len(small)
+        assert loaded.special_tokens_map == small.special_tokens_map
         assert loaded(ATTACK)["input_ids"] == small(ATTACK)["input_ids"]
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "BPE"
 
@@ -79,8 +72,6 @@ def test_control_tokens_in_corpus_text_stay_text(small):
     ["café", "cafe\u0301", "naïve 北京 🦊\t\n  x", "def f(x):\n    return x**2", "١٢٣ 12345"],
 )
 def test_text_comes_back_in_nfc(small, text):
-    import unicodedata
-
     assert small.decode(small(text)["input_ids"]) == unicodedata.normalize("NFC", text)
 
 
@@ -90,22 +81,16 @@ def test_a_cut_vocabulary_is_a_prefix_of_the_merges():
     short, longer = qwen3_backend(600), qwen3_backend(900)
     assert short.encode(text).ids != longer.encode(text).ids
     assert max(short.encode(text).ids) < 600
-    vocabulary = longer.get_vocab()
-    assert all(
-        vocabulary[token] == index for token, index in short.get_vocab().items() if index < 600
-    )
+    ranks = {token: index for token, index in short.get_vocab().items() if index < 600}
+    assert ranks.items() <= longer.get_vocab().items()
 
 
 def test_base_folder_gives_the_same_tokenizer(parent_folder):
-    from_folder, packaged = (
-        build_tokenizer(parent_folder, 11),
-        build_tokenizer(None, 11, num_ranks=512),
-    )
+    from_folder = build_tokenizer(parent_folder, 11)
+    packaged = build_tokenizer(None, 11, num_ranks=512)
     assert len(from_folder) == 640 + 11  # config.json of the folder has 640 rows
-    assert (
-        from_folder("Same text, same ids.")["input_ids"]
-        == packaged("Same text, same ids.")["input_ids"]
-    )
+    text = "Same text, same ids."
+    assert from_folder(text)["input_ids"] == packaged(text)["input_ids"]
 
 
 def test_what_a_base_tokenizer_does_to_texts_is_left_behind(parent_folder, tmp_path):

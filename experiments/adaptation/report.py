@@ -149,7 +149,8 @@ def rates(records: Sequence[Record]) -> list[list[str]]:
             curves = [run["curve"] for run in seeds.values()]
             found = [[mean(curve[n]) for curve in curves if n in curve] for n in SHOWN]
             cells = [spread(values) for values in found]
-            rows.append([f"{arm}, lr {lr:g} ({len(seeds)})", *cells, last])
+            if seeds:
+                rows.append([f"{arm}, lr {lr:g} ({len(seeds)})", *cells, last])
     return rows
 
 
@@ -302,6 +303,7 @@ def plot(records: Sequence[Record]) -> str:
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         for axes, (title, score) in zip(figure.subplots(1, 3), panels.items(), strict=True):
+            shown: list[float] = []
             for label, arm, lr, style in lines:
                 points: dict[int, list[float]] = {}
                 for run in by_seed(records, arm, lr).values():
@@ -309,8 +311,11 @@ def plot(records: Sequence[Record]) -> str:
                         points.setdefault(tokens or 1024, []).append(score(losses))
                 means = [statistics.fmean(values) for values in points.values()]
                 halves = [interval(values) or 0.0 for values in points.values()]
+                shown += means
                 color = HEADLINE[arm]
                 axes.errorbar(list(points), means, halves, fmt=style, color=color, label=label)
+            if shown:  # a wide interval may leave the picture
+                axes.set_ylim(min(shown) - 1, max(shown) + 1)
             axes.set_title(title)
             axes.set_xscale("log", base=2)
             axes.set_xticks([1024, *powers], ["start", *(f"{power // 1024}k" for power in powers)])

@@ -80,6 +80,11 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     return value
 
 
+def read_optional(path: str | Path) -> dict[str, Any]:
+    """Parse a JSON object; empty if there is no such file."""
+    return read_json(path) if Path(path).is_file() else {}
+
+
 def read_yaml(path: str | Path, what: str) -> Any:
     """Parse a YAML file, called `what` in errors. Raises InputError like `read_json`."""
     return _parse(path, yaml.safe_load, f"YAML {what}")
@@ -101,7 +106,7 @@ def write_json(path: str | Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary one: a full disk leaves the file as it was."""
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_text(text, encoding="utf-8")
         os.replace(temporary, path)
@@ -142,7 +147,7 @@ def writing(output: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise InputError(f"output {output} cannot be written: {error.strerror}") from None
+        raise InputError(f"output {output} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager
@@ -240,13 +245,25 @@ def _safetensors(folder: Path) -> Iterator[safe_open]:
 def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
     """Load an encoder-decoder's configuration. Raises InputError if it is missing or invalid."""
     folder = _require(folder, "config.json", "model folder", INITIALIZE_COMMAND)
-    if quantization := read_json(folder / "config.json").get("quantization_config"):
-        method = quantization.get("quant_method")
-        raise InputError(f"{folder} is quantized ({method}); use the unquantized model")
+    check_unquantized(folder, read_json(folder / "config.json"))
     try:
         return qwen3_encdec.Qwen3EncoderDecoderConfig.from_pretrained(folder)
     except (ValueError, OSError) as error:
         raise InputError(f"{folder / 'config.json'}: {error}") from None
+
+
+def check_unquantized(name: str | Path, fields: dict[str, Any]) -> None:
+    """Raise InputError if the fields of a model's config.json say that it is quantized."""
+    if quantization := fields.get("quantization_config"):
+        method = quantization.get("quant_method")
+        raise InputError(f"{name} is quantized ({method}); use the unquantized checkpoint")
+
+
+def check_finite(folder: Path, tensors: Iterable[tuple[str, Any]]) -> None:
+    """Raise InputError if a tensor of a folder's model holds NaN or infinity."""
+    for name, tensor in tensors:
+        if not tensor.isfinite().all():
+            raise InputError(f"{folder}: tensor {name} contains NaN or infinity")
 
 
 def load_tokenizer(

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
-from qwen3_encdec.folders import PROVENANCE_FILE, read_json
+from qwen3_encdec.folders import PROVENANCE_FILE, read_optional
 
 _METADATA = {
     # As for Qwen3's dense checkpoints and package-docs.
@@ -70,8 +70,7 @@ def base_of(checkpoint: Path) -> str:
     """
     source = str(checkpoint)
     for _ in range(9):  # bounded, in case of a cycle
-        file = Path(source) / PROVENANCE_FILE
-        record = read_json(file) if file.is_file() else {}
+        record = read_optional(Path(source) / PROVENANCE_FILE)
         source = record.get("source") or record.get("model") or source
     return without_path(source)
 

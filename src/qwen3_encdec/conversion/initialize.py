@@ -21,6 +21,7 @@ from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.folders import (
     InputError,
     check_output,
+    check_unquantized,
     new_folder,
     read_json,
     read_tensors,
@@ -160,9 +161,7 @@ def initialize(
     output_dir = check_output(output_dir, "encoder-decoder")
     source = resolve_checkpoint(qwen3_model)
     fields = read_json(source / "config.json")
-    if quantization := fields.get("quantization_config"):
-        method = quantization.get("quant_method")
-        raise InputError(f"{qwen3_model} is quantized ({method}); use the unquantized checkpoint")
+    check_unquantized(qwen3_model, fields)
     if (kind := fields.get("model_type")) != "qwen3":
         raise InputError(f"{qwen3_model} has model_type {kind!r}, which is not a dense Qwen3")
     base: Path | None = source

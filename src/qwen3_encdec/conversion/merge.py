@@ -18,10 +18,12 @@ from qwen3_encdec.conversion.extract import pooling_mode
 from qwen3_encdec.folders import (
     PROVENANCE_FILE,
     InputError,
+    check_finite,
     check_output,
     copy_without_weights,
     new_folder,
     read_json,
+    read_optional,
     read_tensors,
     resolve_checkpoint,
     tensor_shapes,
@@ -65,8 +67,10 @@ def soup(
         for name, tensor in _read(folder).items():
             rows = len(tensor)
             merged[name][:rows] += share * (tensor.float() - own[name][:rows].float())
-    record = read_json(first / PROVENANCE_FILE) if (first / PROVENANCE_FILE).is_file() else {}
-    facts = {key: record[key] for key in ("finetuned_from", "source") if key in record}
+    record = read_optional(first / PROVENANCE_FILE)
+    facts: dict[str, Any] = {
+        key: record[key] for key in ("finetuned_from", "source") if key in record
+    }
     facts |= {"soup_of": list(map(str, models)), "weights": shares}
     with new_folder(output_dir, "encoder", **facts) as folder:
         copy_without_weights(first, folder)
@@ -76,9 +80,7 @@ def soup(
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:
     tensors = _of_encoder(dict(read_tensors(folder)))
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise InputError(f"{folder}: tensor {name} contains NaN or infinity")
+    check_finite(folder, tensors.items())
     return tensors
 
 

@@ -82,7 +82,7 @@ class DataConfig:
                 raise InputError(f"data.{name}={getattr(self, name)} is below {least}")
         if not is_texts(self.heldout_inputs):
             raise InputError(f"data.heldout_inputs is not a list of names: {self.heldout_inputs!r}")
-        assert self.sources  # parsed here, so that errors come early
+        _ = self.sources  # parsed here, so that errors come early, also under python -O
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
                 raise InputError(

@@ -21,7 +21,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, write_text
 
 # Vendored copies of other packages would leak train texts into the held-out split.
 _SKIPPED_FOLDERS = {"test", "tests", "_test", "_tests", "testing"}
@@ -66,7 +66,10 @@ def package_docs_file(split: Split) -> Path:
         for name, file in files.items():
             own = [doc for doc in documents if is_heldout(doc.package) == (name == "heldout")]
             lines = [json.dumps(document._asdict()) + "\n" for document in own]
-            _write(file, "".join(lines))
+            try:
+                write_text(file, "".join(lines))
+            except OSError as error:
+                raise InputError(f"cannot write {file}: {error.strerror}") from None
     return files[split]
 
 
@@ -156,16 +159,6 @@ def _docstrings(path: tuple[str, str]) -> list[Docstring]:
                 inner = getattr(child, "name", None)
                 nodes.append((f"{name}.{inner}" if isinstance(inner, str) else name, child))
     return documents
-
-
-def _write(file: Path, text: str) -> None:
-    building = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        building.write_text(text, encoding="utf-8")
-        os.replace(building, file)
-    except OSError as error:
-        building.unlink(missing_ok=True)
-        raise InputError(f"cannot write {file}: {error.strerror}") from None
 
 
 def _source_files(distribution: Distribution) -> list[tuple[str, str]]:

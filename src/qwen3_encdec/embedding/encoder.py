@@ -32,7 +32,16 @@ from qwen3_encdec.conversion.extract import POOLING, extract_encoder, pooling_mo
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import open_corpus
-from qwen3_encdec.folders import InputError, default_device, first_line, load_whole, read_json
+from qwen3_encdec.folders import (
+    InputError,
+    check_finite,
+    default_device,
+    first_line,
+    load_whole,
+    read_json,
+    read_optional,
+    writing,
+)
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
 _CHUNK = 4096
@@ -90,15 +99,15 @@ def _layout(folder: Path) -> Layout:
     if mode not in POOLING.values() or not pooling.get("include_prompt", True):
         modes = ", ".join(POOLING)
         raise InputError(f"{folder}: pooling {mode!r} must be {modes} and include the prompt")
-    transformer = _read_optional(folder / "sentence_bert_config.json")
+    transformer = read_optional(folder / "sentence_bert_config.json")
     if transformer.get("do_lower_case"):
         raise InputError(f"{folder} sets do_lower_case, which is not supported")
-    tokenizer = _read_optional(folder / "tokenizer_config.json")
+    tokenizer = read_optional(folder / "tokenizer_config.json")
     # Since 6.0 only the tokenizer has the limit.
     limit = transformer.get("max_seq_length") or tokenizer.get("model_max_length")
     config = Qwen3Config.from_pretrained(folder)
     longest, width = config.max_position_embeddings, config.hidden_size
-    settings = _read_optional(folder / "config_sentence_transformers.json")
+    settings = read_optional(folder / "config_sentence_transformers.json")
     return Layout(
         pooling=mode,
         normalize=kinds[-1] == "Normalize",
@@ -109,11 +118,6 @@ def _layout(folder: Path) -> Layout:
         prompts={"query": "", "document": "", **(settings.get("prompts") or {})},
         default_prompt=settings.get("default_prompt_name"),
     )
-
-
-def _read_optional(file: Path) -> dict[str, Any]:
-    """Read a JSON object; empty if there is no such file."""
-    return read_json(file) if file.is_file() else {}
 
 
 class TextEncoder:
@@ -289,7 +293,7 @@ def encoder_folder(model: str | Path) -> Iterator[Path]:
     Raises InputError if `model` is neither.
     """
     folder = Path(model)
-    config = _read_optional(folder / "config.json")
+    config = read_optional(folder / "config.json")
     kind = config.get("model_type")
     if kind == Qwen3EncoderDecoderConfig.model_type or (folder / "checkpoints").is_dir():
         with tempfile.TemporaryDirectory() as scratch:
@@ -319,9 +323,7 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encod
         raise InputError(f"{folder / 'config.json'}: {error}") from None
     names = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
     model = load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=names).eval()
-    for name, weight in model.named_parameters():
-        if not weight.isfinite().all():
-            raise InputError(f"{folder}: tensor {name} contains NaN or infinity")
+    check_finite(folder, model.named_parameters())
     return model
 
 
@@ -378,15 +380,14 @@ def embed_file(
         raise InputError(f"input {source} contains no texts")
     building = output.with_name(f".partial.{output.name}")
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        building.touch()  # an output that cannot be written fails before the work
-        embeddings = encoder.encode(
-            texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
-        )
-        _write_embeddings(building, embeddings, texts)
-        building.replace(output)
-    except OSError as error:
-        raise InputError(f"output {output} cannot be written: {error.strerror or error}") from None
+        with writing(output):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            building.touch()  # an output that cannot be written fails before the work
+            embeddings = encoder.encode(
+                texts, prompt_name=prompt_name, dimensions=dimensions, progress=True
+            )
+            _write_embeddings(building, embeddings, texts)
+            building.replace(output)
     finally:
         with suppress(OSError):
             building.unlink()

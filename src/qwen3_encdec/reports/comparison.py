@@ -13,7 +13,14 @@ from typing import Any
 
 from matplotlib.axes import Axes
 
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, check_output, new_folder, read_json
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    check_output,
+    new_folder,
+    read_json,
+    read_optional,
+)
 from qwen3_encdec.reports import page
 from qwen3_encdec.reports.scores import score_sections
 
@@ -101,7 +108,7 @@ def _read(folder: Path, name: str) -> Run:
     if kind == "encoder":  # finetuned: its loss is not a denoising loss
         names = {"loss": "finetuning_loss", "learning_rate": "lr"}
         curves = [{names.get(key, key): line[key] for key in line} for line in curves]
-    return Run(name, folder, kind, read_json(metrics) if metrics.exists() else {}, curves)
+    return Run(name, folder, kind, read_optional(metrics), curves)
 
 
 def _lines(runs: Sequence[Run], key: str) -> dict[str, Points]:

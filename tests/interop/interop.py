@@ -92,7 +92,7 @@ def in_process(
         if done.returncode:
             error = done.stderr[max(done.stderr.rfind("\n", 0, done.stderr.rfind("Error:")), 0) :]
             raise RuntimeError(" ".join(error.split())[:200] or f"exit code {done.returncode}")
-        return np.array(read_json(output), dtype=np.float32)
+        return np.array(read_json(output, list), dtype=np.float32)
 
 
 def least_and_mean(found: np.ndarray, expected: np.ndarray) -> tuple[float, float]:

@@ -106,6 +106,8 @@ def test_initialize_then_extract(command, parent_folder, tmp_path, former):
     code, out, _ = command("initialize", qwen3, parent_folder, output, init)
     assert code == 0
     assert "verified on the saved folder" in out
+    code, out, _ = command("initialize", qwen3, parent_folder, output, init, "--json")
+    assert (code, json.loads(out)["verification"]["encoder"] < 1e-4) == (0, True)
     code, out, _ = command("extract", checkpoint, init, output, encoder)
     assert code == 0
     assert "with causal attention the difference is" in out

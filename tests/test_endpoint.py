@@ -63,11 +63,12 @@ def answer_with(vectors):
 CAUSAL = {"config_kwargs": {"is_causal": True}}
 
 
-def test_our_server_is_bidirectional(encoder_folder, monkeypatch):
+def test_our_server_is_bidirectional(encoder_folder, monkeypatch, command):
     monkeypatch.setenv("QWEN3_ENCDEC_API_KEY", "secret")
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     with embedding_server(TextEncoder(encoder_folder)) as url:
-        assert check_endpoint(url, encoder_folder).kind == "bidirectional"
+        code, out, _ = command("check-endpoint", url, "--model", encoder_folder, "--json")
+    assert (code, json.loads(out)["kind"]) == (0, "bidirectional")
 
 
 @pytest.mark.parametrize(

@@ -226,7 +226,7 @@ def train(
         str | None, Option(help="Dry run: 0.6B to 32B, or a folder or hub id of a Qwen3.")
     ] = None,
     mfu: Annotated[
-        float, Option(help="Dry run: share of the devices' peak; measured: 0.29.")
+        float, Option(min=0.01, max=1, help="Dry run: share of the devices' peak; measured: 0.29.")
     ] = 0.29,
     as_json: Annotated[bool, Option("--json", help="Dry run: print JSON.")] = False,
     find_batch_size: Annotated[
@@ -439,7 +439,7 @@ def check_endpoint(
     from qwen3_encdec.embedding.probe import check_endpoint
 
     verdict = check_endpoint(url, model, name)
-    print(json.dumps(vars(verdict)) if as_json else verdict)
+    print(json.dumps(verdict._asdict()) if as_json else verdict)
     raise Exit({"bidirectional": 0, "unknown": 3}.get(verdict.kind, 1))
 
 

@@ -5,7 +5,6 @@ ranks. While the device computes a step, the host fetches the next one. The host
 device once per step, when it reads the results reduced over all ranks.
 """
 
-import faulthandler
 import gc
 import math
 import time
@@ -16,7 +15,7 @@ from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
 from qwen3_encdec.training.distributed import launched, shared_errors
-from qwen3_encdec.training.monitor import expect_step, hearing_signals
+from qwen3_encdec.training.monitor import hearing_signals
 from qwen3_encdec.training.optimization import learning_rate, set_learning_rate
 from qwen3_encdec.training.steps import Run
 
@@ -38,7 +37,7 @@ def run_training(config: TrainingConfig) -> Path:
         finally:
             run.batches.close()  # ends the data workers, which ignore signals
             run.saver.close()
-            faulthandler.cancel_dump_traceback_later()
+            run.stall_guard.close()
             gc.unfreeze()
 
 
@@ -57,7 +56,7 @@ def _train(run: Run) -> Path:
     if step == 0 and config.eval_every:
         run.evaluate(0)
     state.model.train()
-    expect_step(config.stall_seconds)
+    run.stall_guard.step_ended()
     run.fetch()
     goes_on = run.agree()
     while step < config.max_steps and goes_on:
@@ -96,7 +95,7 @@ def _train(run: Run) -> Path:
             run.evaluate(step)
         if config.save_every and step % config.save_every == 0:
             run.save(step)
-        expect_step(config.stall_seconds)
+        run.stall_guard.step_ended()
     if step > run.start:
         run.save(step)
     saver.finish()

@@ -8,6 +8,7 @@ import resource
 import signal
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -81,10 +82,22 @@ def ignore_signals(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def expect_step(seconds: float) -> None:
-    """Dump all stacks and exit unless called again within ``seconds``: a rank may be gone."""
-    if seconds:
-        faulthandler.dump_traceback_later(seconds, exit=True, file=sys.__stderr__ or 2)
+class StallGuard:
+    """Dump all stacks and exit if no step ends for about ``seconds``: a rank may be gone."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._next = seconds, 0.0
+
+    def step_ended(self) -> None:
+        """Start the time again."""
+        now = time.monotonic()
+        if self.seconds and now >= self._next:  # a new timer is a new thread
+            self._next = now + self.seconds / 100
+            faulthandler.dump_traceback_later(self.seconds, exit=True, file=sys.__stderr__ or 2)
+
+    def close(self) -> None:
+        """Stop watching."""
+        faulthandler.cancel_dump_traceback_later()
 
 
 def lock(run_dir: Path) -> TextIO:

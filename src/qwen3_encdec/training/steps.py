@@ -63,6 +63,7 @@ class Run:
         self.start: int = resumed["step"]
         self.saver = Checkpointer(config, self.state, tokenizer, resumed["folder"])
         self.guard = monitor.SpikeGuard(config.spike_sigma, config.spike_window, resumed["recent"])
+        self.stall_guard = monitor.StallGuard(config.stall_seconds)
         self.denoisers = [denoiser.name for denoiser in config.data.denoisers]
         self.corpora = data.corpora
         sizes = flops.count_parameters(model_config)

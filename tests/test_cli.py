@@ -225,6 +225,19 @@ def test_output_folder_that_is_not_ours(
     assert "holds a tokenizer" in refused("demo", "--output", tmp_path / "ours")
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("serve", "--timeout", "inf"),
+        ("evaluate", "--output", "x", "--seed", -1),
+        ("initialize", "--output", "x", "--seed", 2**32),
+    ],
+)
+def test_numbers_that_libraries_cannot_take_are_refused(command, init_folder, arguments):
+    code, _, error = command(*arguments, "--model", init_folder)
+    assert (code, "Invalid value for" in error) == (2, True)
+
+
 def test_an_interrupted_command_says_so(monkeypatch, command, tmp_path):
     def interrupt(self, folder, **_):
         (folder / "tokenizer.json").touch()

@@ -376,6 +376,8 @@ def test_examples_of_package_docs():
     ("changes", "sentence"),
     [
         ({"steps": 0}, "steps\n.* greater than 0"),
+        ({"seed": 2**32}, "seed\n.* less than 4294967296"),
+        ({"inputs": []}, "inputs\n.* at least 1 item"),
         ({"lr": math.inf}, "lr\n.* finite"),
         ({"columns": ["text"]}, "columns\n.* at least 2 items"),
         ({"teacher": "x", "spread_weight": 1.0}, "cannot be used with a teacher"),

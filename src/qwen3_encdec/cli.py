@@ -51,7 +51,7 @@ Prompt = Annotated[str | None, Option(help="Name of the model's prompt to prepen
 Dtype = Literal["float32", "bfloat16"]
 Deduplicate = Literal["no", "exact", "minhash"]
 ComputeDtype = Annotated[Dtype | None, Option(help="Default: bfloat16 where supported natively.")]
-Seed = Annotated[int, Option(help="Random seed.")]
+Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
 Settings = Annotated[list[str] | None, Option("--set", metavar="KEY=VALUE", help="Set a key.")]
 PushTo = Annotated[str | None, Option(metavar="ORG/NAME", help="Upload to a private repo.")]
 Json = Annotated[bool, Option("--json", help="Print JSON instead of tables.")]
@@ -398,7 +398,9 @@ def serve(
     dtype: ComputeDtype = None,
     max_length: MaxLength = None,
     queue_tokens: Annotated[int, Option(min=1, help="Queued tokens before a 429.")] = 262_144,
-    timeout: Annotated[float, Option(min=0.1, help="Seconds until a request fails.")] = 60.0,
+    timeout: Annotated[
+        float, Option(min=0.1, max=86_400, help="Seconds until a request fails.")
+    ] = 60.0,
 ) -> None:
     """Serve OpenAI's /v1/embeddings; set QWEN3_ENCDEC_API_KEY to require that key of clients."""
     import logging

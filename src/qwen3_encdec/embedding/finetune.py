@@ -61,7 +61,9 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 class FinetuneConfig:
     """Settings of a finetuning, except the encoder it starts from."""
 
-    inputs: list[str] = field(default_factory=lambda: ["package-docs"])
+    inputs: Annotated[list[str], Field(min_length=1)] = field(
+        default_factory=lambda: ["package-docs"]
+    )
     """package-docs (summary line and body of docstrings), .jsonl, .csv or .parquet files, hub
     datasets (ORG/NAME:CONFIG).
     """
@@ -105,7 +107,7 @@ class FinetuneConfig:
     """Pairs held out of training for scoring, at most a tenth of all; 0 disables scoring."""
     eval_every: NonNegativeInt = 0
     """Steps between scores and checkpoints; 0 is a quarter of the steps."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 0
     """Seed for the choice and order of the pairs."""
 
 

@@ -258,6 +258,19 @@ def test_an_interrupted_finetuning_resumes_to_the_same_weights(
         finetune(encoder, tmp_path / "out", PAIRS, resume=True, **options)
 
 
+def test_a_finished_training_whose_folder_could_not_be_written_resumes(
+    encoder, tmp_path, monkeypatch
+):
+    options = QUICK | {"eval_every": 1, "heldout_pairs": 0}
+    straight = finetune(encoder, tmp_path / "straight", PAIRS, **options)
+    monkeypatch.setattr(finetuning, "write_card", mock.Mock(side_effect=OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        finetune(encoder, tmp_path / "out", PAIRS, **options)
+    monkeypatch.undo()
+    assert finetune(encoder, tmp_path / "out", PAIRS, resume=True, **options) == straight
+    assert not differ(tmp_path / "out", tmp_path / "straight")
+
+
 def test_matryoshka_training_raises_retrieval_at_full_and_small_width(encoder, tmp_path):
     options = {"steps": 30, "batch_size": 32, "lr": 3e-3, "max_length": 32, "matryoshka_dims": [10]}
     result = finetune(encoder, tmp_path / "tuned", PAIRS[:-60], **options, heldout_pairs=0)

@@ -154,14 +154,19 @@ def finetune(
     settings = {"encoder": str(encoder_dir.resolve()), "examples": len(full), **asdict(config)}
     work, checkpoint = _open_work(output_dir, settings, resume)
     saved_dtype = model.dtype
-    try:
-        if teacher is not None:
-            needed = range(min(len(dataset), config.steps * config.batch_size))
-            dataset = _add_labels(dataset.select(needed), teacher, work / "labels.arrow")
-        history = _train(config, model, dataset, heldout, work, checkpoint)
-    except InputError:  # any other error keeps the checkpoints
-        shutil.rmtree(work)
-        raise
+    if checkpoint is not None and checkpoint.name == f"checkpoint-{config.steps}":
+        # Only the folder is missing; the trainer would make one step more.
+        model = _load(checkpoint)
+        history = read_json(checkpoint / "trainer_state.json")["log_history"]
+    else:
+        try:
+            if teacher is not None:
+                needed = range(min(len(dataset), config.steps * config.batch_size))
+                dataset = _add_labels(dataset.select(needed), teacher, work / "labels.arrow")
+            history = _train(config, model, dataset, heldout, work, checkpoint)
+        except InputError:  # any other error keeps the checkpoints
+            shutil.rmtree(work)
+            raise
     scores = {line["step"]: line[SCORE] for line in history if SCORE in line}
     best = max(scores, key=scores.__getitem__, default=config.steps)  # the earliest of equals
     if scores:

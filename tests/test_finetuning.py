@@ -355,6 +355,7 @@ def test_prompts_and_contrastive_options_reach_the_libraries(encoder, tmp_path, 
     prompts = {"query_prompt": "query: ", "document_prompt": "text: "}
     arguments = told(encoder, tmp_path / "x", TRIPLETS, columns=["a", "b", "c"], **prompts)["args"]
     assert arguments.prompts == {"anchor": "query: ", "positive": "text: ", "negative_1": "text: "}
+    assert arguments.n_gpu == 1  # else a batch for every GPU of the machine
     assert not told(encoder, tmp_path / "x")["args"].prompts
     loss = told(encoder, tmp_path / "x", temperature=0.02, mini_batch_size=4)["loss"]
     assert (loss.scale, loss.mini_batch_size) == (50.0, 4)

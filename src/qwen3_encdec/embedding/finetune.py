@@ -350,6 +350,8 @@ def _train(
         save_total_limit=2,
         metric_for_best_model=SCORE,  # its checkpoint is never deleted
     )
+    # As it does for a model on several GPUs itself: DataParallel would train on a batch for each.
+    arguments._n_gpu = 1
     loss = _loss(config, model, dataset)
     projection = getattr(getattr(loss, "loss", loss), "projection", None)
     if checkpoint and projection is not None:

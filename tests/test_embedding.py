@@ -91,7 +91,7 @@ def test_bfloat16_is_near_and_the_default_where_it_is_native(fp32, prompted_enco
 
 
 SETTINGS = {
-    "prompts": {"query": "query: ", "passage": "text: "},
+    "prompts": {"query": "query: ", "passage": "text: ", "document": None},
     "default_prompt_name": "query",
     "truncate_dim": 16,
 }

@@ -74,7 +74,7 @@ class Layout:
         if name is not None and name not in self.prompts:
             names = ", ".join(self.prompts)
             raise InputError(f"prompt {name!r} is unknown; the model has: {names}")
-        return "" if name is None else self.prompts[name]
+        return "" if name is None else self.prompts[name] or ""
 
 
 def read_layout(folder: Path) -> Layout:

@@ -166,8 +166,11 @@ class TextEncoder:
 
     @property
     def batch_tokens(self) -> int:
-        """Default tokens per batch; larger batches would exceed a CPU's cache."""
-        return 1024 if self.device.type == "cpu" else 32_768
+        """Default tokens per batch: a CPU's cache holds no more, and without a varlen kernel the
+        mask of a batch is quadratic.
+        """
+        has_kernel = self.device.type == "cuda" and self.dtype != torch.float32
+        return 32_768 if has_kernel else 1024
 
     def tokenize(self, texts: Sequence[str], prompt: str = "", first: int = 1) -> Tokens:
         """Tokenize texts after a prompt, cut at `max_tokens`; safe to call from any thread.
@@ -256,7 +259,7 @@ class TextEncoder:
     def forward(self, ids: Sequence[np.ndarray]) -> torch.Tensor:
         """Embed a batch of int32 ids: [texts, E] float32 on the device, without synchronizing."""
         batch = pack(ids) | {"lengths": torch.tensor([len(text) for text in ids])}
-        if self.device.type != "cpu":
+        if self.device.type == "cuda":
             batch = recursively_apply(torch.Tensor.pin_memory, batch)
         batch = send_to_device(batch, self.device, non_blocking=True)
         lengths = batch.pop("lengths")

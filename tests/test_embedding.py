@@ -158,6 +158,13 @@ def test_any_number_of_texts_in_any_chunks(fp32, monkeypatch):
     monkeypatch.setattr("qwen3_encdec.embedding.encoder._CHUNK", 3)
     assert near(fp32.encode(text for text in TEXTS), expected)
     assert near(fp32.encode(pd.Series(TEXTS)), expected)
+    submitted = []
+    tokenize = fp32.tokenize
+    monkeypatch.setattr(fp32, "tokenize", lambda *given: submitted.append(given) or tokenize(*given))
+    ahead = fp32._tokenize_ahead(TEXTS * 3, "")
+    next(ahead)
+    ahead.close()
+    assert len(submitted) <= 2  # of eight chunks
 
 
 @pytest.mark.parametrize(
@@ -283,6 +290,7 @@ def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
         ("folder.npy", (), "must be a file ending in .npy or .parquet"),
         ("texts.txt/x.npy", (), "output texts.txt/x.npy cannot be written: "),
         ("folder.npy/in.parquet", ("--input", "folder.npy"), "is part of the input folder.npy"),
+        ("texts.parquet", ("--input", "*.parquet"), "is part of the input *.parquet"),
         ("x.npy", ("--input", "nowhere.txt"), "no such file"),
         ("x.npy", ("--input", "empty.txt"), "empty"),
         ("x.npy", ("--input", "-"), "input - contains no texts"),
@@ -296,13 +304,14 @@ def test_embed_refuses_and_writes_nothing(
     monkeypatch.chdir(tmp_path)
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
     (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "texts.parquet").touch()
     (tmp_path / "folder.npy").mkdir()
     paths = ("--model", prompted_encoder, "--input", "texts.txt", "--output", output)
     code, _, err = command("embed", *paths, *arguments)
     assert code == 2
     assert sentence in err
     assert len(err.strip().splitlines()) == 1
-    assert len(list(tmp_path.rglob("*"))) == 3
+    assert len(list(tmp_path.rglob("*"))) == 4
 
 
 def test_standard_input_that_is_not_utf8_is_named(monkeypatch):

@@ -5,6 +5,7 @@ reads from the folder, so embeddings of both can share one index. Tokenization r
 model; batches are packed on the CPU and results stay on the device until a chunk ends.
 """
 
+import glob
 import itertools
 import re
 import sys
@@ -218,20 +219,26 @@ class TextEncoder:
         unordered = isinstance(texts, Mapping | Set | bytes) or getattr(texts, "ndim", 1) != 1
         if unordered or not isinstance(texts, Iterable):
             raise InputError(f"texts must be a str or a list of them, got {type(texts).__name__}")
-        texts = list(texts)
-        prompt = itertools.repeat(self.layout.prompt(prompt_name))
+        texts, prompt = list(texts), self.layout.prompt(prompt_name)
         self.check_dimensions(dimensions)
-        numbers = itertools.count(1, _CHUNK)
-        chunks = [texts[start : start + _CHUNK] for start in range(0, len(texts), _CHUNK)]
         parts = [np.empty((0, dimensions or self.dimensions), dtype=np.float32)]
-        bar = tqdm(total=len(texts), unit="text", disable=None if progress else True)
-        with bar, ThreadPoolExecutor(1) as ahead:
-            for tokens in ahead.map(self.tokenize, chunks, prompt, numbers):
+        with tqdm(total=len(texts), unit="text", disable=None if progress else True) as bar:
+            for tokens in self._tokenize_ahead(texts, prompt):
                 self.num_cut += sum(tokens.cut)
                 embeddings = self._embed(tokens.ids, batch_tokens or self.batch_tokens)
                 parts.append(self.cut_to(embeddings, dimensions))
                 bar.update(len(tokens.ids))
         return np.concatenate(parts)
+
+    def _tokenize_ahead(self, texts: Sequence[str], prompt: str) -> Iterator[Tokens]:
+        """Tokenize chunk by chunk, each while the caller computes the one before it."""
+        with ThreadPoolExecutor(1) as thread:
+            chunks = (
+                thread.submit(self.tokenize, texts[start : start + _CHUNK], prompt, start + 1)
+                for start in range(0, len(texts), _CHUNK)
+            )
+            for tokens, _ in itertools.pairwise(itertools.chain(chunks, [None])):
+                yield tokens.result()  # the next chunk has been submitted
 
     def _embed(self, ids: Sequence[np.ndarray], budget: int) -> np.ndarray:
         """Embed a chunk of texts, [N, E] float32; wait for the device once, at the end."""
@@ -376,7 +383,8 @@ def embed_file(
     if output.suffix not in (".npy", ".parquet") or output.is_dir():
         raise InputError(f"output {output} must be a file ending in .npy or .parquet")
     place = output.resolve()
-    if output.suffix == ".parquet" and Path(source).resolve() in (place, *place.parents):
+    inputs = {Path(path).resolve() for path in (source, *glob.glob(source, recursive=True))}
+    if output.suffix == ".parquet" and inputs & {place, *place.parents}:
         raise InputError(f"output {output} is part of the input {source}; choose another file")
     texts = read_texts(source, text_column)
     if not texts:

@@ -312,9 +312,14 @@ def test_output_that_would_replace_the_input(refused, init_folder, tmp_path):
     soup = ("soup", "--model", encoder, "--model", encoder)
     for arguments in (("finetune", "--model", encoder), soup):
         assert f"would replace {encoder}" in refused(*arguments, "--output", encoder)
-    demo = tmp_path / "demo"
-    demo.mkdir()
-    (demo / PROVENANCE_FILE).write_text('{"kind": "demo"}')
-    (demo / "parent").mkdir()
-    message = refused("demo", "--model", demo / "parent", "--output", demo)
-    assert f"would replace {demo / 'parent'}" in message
+    output = tmp_path / "output"
+    within = output / "input"
+    within.mkdir(parents=True)
+    for kind, arguments in {
+        "demo": ("demo", "--model", within),
+        "report": ("report", within),
+        "evaluation": ("evaluate", "--model", encoder, "--pairs", within),
+        "exported encoder": ("export", "--to", "onnx", "--model", within),
+    }.items():
+        (output / PROVENANCE_FILE).write_text(json.dumps({"kind": kind}))
+        assert f"would replace {within}" in refused(*arguments, "--output", output)

@@ -234,6 +234,7 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(several, tmp_
     [
         ({}, "was not written by qwen3-encdec"),
         ({PROVENANCE_FILE: '{"kind": "encoder"}'}, "has neither metrics.json nor"),
+        ({PROVENANCE_FILE: "{}"}, "has neither metrics.json nor"),
         ({PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "1\n2\n"}, "is not a JSON object"),
         (
             {PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "{}"},

@@ -95,8 +95,8 @@ def export_encoder(model: str | Path, form: str, output_dir: str | Path) -> Expo
     if form not in FORMS:
         raise InputError(f"form {form!r} is not one of {', '.join(FORMS)}")
     kind = FORMS[form]
+    check_output(output_dir, "exported encoder", inputs=[model])
     check_packages(form, kind.packages)
-    check_output(output_dir, "exported encoder")
     output = new_folder(output_dir, "exported encoder", form=form, source=str(model))
     with encoder_folder(model) as encoder, output as folder:
         kind.write(encoder, folder)
@@ -212,9 +212,11 @@ def _write_onnx(encoder: Path, output: Path, int8: bool = False) -> None:
 def quiet() -> Iterator[None]:
     """Silence exporters, which log every node."""
     logging.disable(logging.WARNING)
-    with warnings.catch_warnings(action="ignore"):
-        yield
-    logging.disable(logging.NOTSET)
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
 
 
 def save_onnx(file: Path, module: torch.nn.Module, args: tuple = (), **options: Any) -> None:

@@ -79,8 +79,8 @@ def export_pair(model: str | Path, output_dir: str | Path) -> PairReport:
     Raises:
         InputError: `model` is not an encoder-decoder, a package is missing, or a token differs.
     """
+    check_output(output_dir, "exported pair", inputs=[model])
     check_packages(PAIR, ONNX)
-    check_output(output_dir, "exported pair")
     loaded: Any = load_model(model).eval()
     tokenizer = load_tokenizer(model)
     with new_folder(output_dir, "exported pair", source=str(model)) as folder:

@@ -142,7 +142,8 @@ def finetune(
     disable_progress_bars()
     config = replace(config or FinetuneConfig(), **changes)
     encoder_dir = Path(encoder_dir)
-    output_dir = check_output(output_dir, "encoder", inputs=[encoder_dir])
+    given = [encoder_dir, *config.inputs, config.teacher or encoder_dir]
+    output_dir = check_output(output_dir, "encoder", inputs=given)
     model = _load(encoder_dir)
     config = _fitted(config, model)
     if config.teacher and (config.mini_batch_size or config.spread_weight):

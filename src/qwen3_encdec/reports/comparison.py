@@ -54,7 +54,7 @@ def compare(folders: Sequence[str | Path], output_dir: str | Path) -> None:
     Raises:
         InputError: a folder is not one of ours or has no metrics, or `output_dir` is not ours.
     """
-    check_output(output_dir, "report")
+    check_output(output_dir, "report", inputs=folders)
     paths = [Path(folder).resolve() for folder in folders]
     root = os.path.commonpath([path.parent for path in paths])
     runs = [_read(path, path.relative_to(root).as_posix()) for path in dict.fromkeys(paths)]
@@ -100,7 +100,7 @@ def read_curves(file: Path) -> list[dict[str, Any]]:
 def _read(folder: Path, name: str) -> Run:
     if not (folder / PROVENANCE_FILE).is_file():
         raise InputError(f"run {folder} was not written by qwen3-encdec: no {PROVENANCE_FILE}")
-    kind, metrics = read_json(folder / PROVENANCE_FILE)["kind"], folder / "metrics.json"
+    kind, metrics = str(read_json(folder / PROVENANCE_FILE).get("kind")), folder / "metrics.json"
     logs = [folder / "metrics.jsonl", folder / "ul2" / "metrics.jsonl"]
     curves = [record for log in logs if log.exists() for record in read_curves(log)]
     if not curves and not metrics.exists():

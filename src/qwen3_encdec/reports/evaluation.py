@@ -51,7 +51,8 @@ def evaluate(
         num_examples: Held-out texts per denoiser.
         data: Data of the encoder-decoder's training; by default package-docs.
     """
-    check_output(output_dir, "evaluation")
+    given = [path for path in (parent, initialization) if path]
+    check_output(output_dir, "evaluation", inputs=[model_dir, *given, *pairs])
     logging.disable_progress_bar()
     model_dir, started = Path(model_dir), time.monotonic()
     is_encoder = (model_dir / "modules.json").exists()

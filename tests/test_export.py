@@ -1,6 +1,7 @@
 """Exported files embed as our encoder does, in their own runtimes (`make interop` installs them)."""
 
 import importlib.util
+import json
 import re
 import shutil
 import tomllib
@@ -151,12 +152,21 @@ def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder_folder, tm
 
 
 def test_a_pair_that_decodes_otherwise_is_not_written(init_folder, tmp_path, monkeypatch):
-    runtime("onnx")
-    monkeypatch.setattr(export_pair_module, "_write", lambda model, folder: None)
+    run = tmp_path / "run"
+    shutil.copytree(init_folder, run / "checkpoints" / "step-000001")
+    for name in ("check_packages", "_write"):
+        monkeypatch.setattr(export_pair_module, name, lambda *_: None)
     monkeypatch.setattr(export_pair_module, "decode", lambda *_, **options: np.ones((32, 24)))
     with pytest.raises(InputError, match="exported as ONNX failed verification"):
-        export_pair(init_folder, tmp_path / "pair")
-    assert not list(tmp_path.iterdir())
+        export_pair(run, tmp_path / "pair")
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_the_command_prints_figures_as_json(encoder_folder, tmp_path, monkeypatch, command):
+    monkeypatch.setitem(FORMS, "onnx", STOCK)
+    arguments = ("--model", encoder_folder, "--to", "onnx", "--output", tmp_path / "out")
+    code, out, err = command("export", *arguments, "--json")
+    assert (code, json.loads(out)["form"]) == (0, "onnx"), err
 
 
 def test_sample_texts_reach_from_one_token_to_the_longest(encoder_folder):

@@ -17,6 +17,7 @@ import unicodedata
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -56,7 +57,8 @@ class Form(NamedTuple):
     packages: tuple[str, ...]
 
 
-class ExportReport(NamedTuple):
+@dataclass(frozen=True)
+class ExportReport:
     """Lowest cosine and largest difference between the exported runtime and our own encoder; lowest
     cosines of weights that are read causally (the control) and of texts that are not NFC.
     """

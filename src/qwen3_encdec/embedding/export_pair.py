@@ -9,13 +9,15 @@ returns the source's keys and values for every decoder layer, and the decoder gr
 decoder-only model. L counts the source and the target so far, including the new token.
 """
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache
 
+from qwen3_encdec.conversion.extract import checkpoints_to_average
 from qwen3_encdec.embedding.export import ONNX, check_packages, sample_texts, save_onnx
 from qwen3_encdec.folders import (
     InputError,
@@ -30,7 +32,8 @@ PAIR = "pair-onnx"
 INPUTS, STEPS = 32, 24
 
 
-class PairReport(NamedTuple):
+@dataclass(frozen=True)
+class PairReport:
     """Number of tokens, how many equal ours, and how many with the source hidden (the control)."""
 
     tokens: int
@@ -76,15 +79,16 @@ class _Decoder(_Graph):
 def export_pair(model: str | Path, output_dir: str | Path) -> PairReport:
     """Export an encoder-decoder to ONNX and verify greedy decoding token by token.
 
-    Raises:
-        InputError: `model` is not an encoder-decoder, a package is missing, or a token differs.
+    `model` is a folder, a checkpoint or a run, whose newest checkpoint is exported. Raises
+    InputError if it is neither, a package is missing, or a token differs.
     """
     check_output(output_dir, "exported pair", inputs=[model])
     check_packages(PAIR, ONNX)
-    loaded: Any = load_model(model).eval()
-    tokenizer = load_tokenizer(model)
+    pair = checkpoints_to_average(Path(model), 1)[0]
+    loaded: Any = load_model(pair).eval()
+    tokenizer = load_tokenizer(pair)
     with new_folder(output_dir, "exported pair", source=str(model)) as folder:
-        copy_without_weights(Path(model), folder)
+        copy_without_weights(pair, folder)
         _write(loaded, folder)
         batch = tokenizer(sample_texts(tokenizer, INPUTS, 48), padding=True, return_tensors="pt")
         loaded.set_attn_implementation("sdpa")

@@ -9,8 +9,9 @@ import itertools
 import json
 import os
 import urllib.request
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,7 +23,8 @@ from qwen3_encdec.embedding.export import Embed, cosine, sample_texts
 from qwen3_encdec.folders import InputError
 
 
-class Verdict(NamedTuple):
+@dataclass(frozen=True)
+class Verdict:
     """`kind` is bidirectional, causal, misread (another pooling, no EOS) or unknown."""
 
     kind: str

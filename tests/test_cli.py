@@ -2,6 +2,7 @@
 
 import json
 import os
+import runpy
 import shutil
 from io import BytesIO, TextIOWrapper
 from pathlib import Path
@@ -127,6 +128,18 @@ def test_initialize_then_extract(command, parent_folder, tmp_path, former):
 
 def test_version(command):
     assert command("--version")[:2] == (0, f"qwen3-encdec {__version__}\n")
+
+
+def test_the_package_runs_as_a_module(capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["qwen3_encdec", "--version"])
+    with pytest.raises(SystemExit):
+        runpy.run_module("qwen3_encdec", run_name="__main__")
+    assert __version__ in capsys.readouterr().out
+
+
+def test_options_of_the_dry_run_do_not_start_a_training(refused):
+    for options in (("--devices", "8xH100"), ("--qwen3-model", "0.6B"), ("--json",)):
+        assert "are for --dry-run" in refused("train", *options)
 
 
 def test_unknown_yaml_key(refused, init_folder, tmp_path):

@@ -160,7 +160,9 @@ def test_any_number_of_texts_in_any_chunks(fp32, monkeypatch):
     assert near(fp32.encode(pd.Series(TEXTS)), expected)
     submitted = []
     tokenize = fp32.tokenize
-    monkeypatch.setattr(fp32, "tokenize", lambda *given: submitted.append(given) or tokenize(*given))
+    monkeypatch.setattr(
+        fp32, "tokenize", lambda *given: submitted.append(given) or tokenize(*given)
+    )
     ahead = fp32._tokenize_ahead(TEXTS * 3, "")
     next(ahead)
     ahead.close()

@@ -49,6 +49,7 @@ TextColumn = Annotated[str, Option(help="Field or column that holds the text.")]
 MaxLength = Annotated[int | None, Option(help="Truncate texts to this many tokens.")]
 Prompt = Annotated[str | None, Option(help="Name of the model's prompt to prepend to texts.")]
 Dtype = Literal["float32", "bfloat16"]
+Format = Literal["onnx", "onnx-int8", "gguf", "gguf-f16", "gguf-q8_0", "pair-onnx"]
 Deduplicate = Literal["no", "exact", "minhash"]
 ComputeDtype = Annotated[Dtype | None, Option(help="Default: bfloat16 where supported natively.")]
 Seed = Annotated[int, Option(min=0, max=2**32 - 1, help="Random seed.")]
@@ -239,6 +240,8 @@ def train(
     """Train an encoder-decoder on UL2, alone or under `accelerate launch`."""
     from qwen3_encdec.training.config import load_config
 
+    if not dry_run and (devices or qwen3_model or as_json):
+        raise InputError("--devices, --qwen3-model and --json are for --dry-run")
     resolved = load_config(config, overrides or ())
     if dry_run:
         from qwen3_encdec.training import plan
@@ -419,15 +422,16 @@ def serve(
 @app.command(cls=Command)
 def export(
     model: AnyEncoder,
-    to: Annotated[str, Option(help="onnx, onnx-int8, gguf, gguf-f16, gguf-q8_0 or pair-onnx.")],
+    to: Annotated[Format, Option(help="Format; pair-onnx is for an encoder-decoder.")],
     output: Output,
+    as_json: Json = False,
 ) -> None:
-    """Export an encoder to other runtimes and verify parity in them."""
+    """Export a model to another runtime and verify parity there."""
     from qwen3_encdec.embedding.export import export_encoder
     from qwen3_encdec.embedding.export_pair import PAIR, export_pair
 
     report = export_pair(model, output) if to == PAIR else export_encoder(model, to, output)
-    print(f"{report}\nwrote {output}")
+    _print(report, output, as_json)
 
 
 @app.command(cls=Command)
@@ -441,7 +445,7 @@ def check_endpoint(
     from qwen3_encdec.embedding.probe import check_endpoint
 
     verdict = check_endpoint(url, model, name)
-    print(json.dumps(verdict._asdict()) if as_json else verdict)
+    print(json.dumps(asdict(verdict)) if as_json else verdict)
     raise Exit({"bidirectional": 0, "unknown": 3}.get(verdict.kind, 1))
 
 

@@ -6,12 +6,11 @@ model; batches are packed on the CPU and results stay on the device until a chun
 """
 
 import glob
-import itertools
 import re
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -233,12 +232,14 @@ class TextEncoder:
     def _tokenize_ahead(self, texts: Sequence[str], prompt: str) -> Iterator[Tokens]:
         """Tokenize chunk by chunk, each while the caller computes the one before it."""
         with ThreadPoolExecutor(1) as thread:
-            chunks = (
-                thread.submit(self.tokenize, texts[start : start + _CHUNK], prompt, start + 1)
-                for start in range(0, len(texts), _CHUNK)
-            )
-            for tokens, _ in itertools.pairwise(itertools.chain(chunks, [None])):
-                yield tokens.result()  # the next chunk has been submitted
+            ahead: list[Future[Tokens]] = []
+            for start in range(0, len(texts), _CHUNK):
+                chunk = texts[start : start + _CHUNK]
+                ahead.append(thread.submit(self.tokenize, chunk, prompt, start + 1))
+                if len(ahead) == 2:
+                    yield ahead.pop(0).result()
+            for tokens in ahead:
+                yield tokens.result()
 
     def _embed(self, ids: Sequence[np.ndarray], budget: int) -> np.ndarray:
         """Embed a chunk of texts, [N, E] float32; wait for the device once, at the end."""

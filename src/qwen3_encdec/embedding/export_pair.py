@@ -80,7 +80,7 @@ def export_pair(model: str | Path, output_dir: str | Path) -> PairReport:
     """Export an encoder-decoder to ONNX and verify greedy decoding token by token.
 
     `model` is a folder, a checkpoint or a run, whose newest checkpoint is exported. Raises
-    InputError if it is neither, a package is missing, or a token differs.
+    InputError if it is none of these, a package is missing, or a token differs.
     """
     check_output(output_dir, "exported pair", inputs=[model])
     check_packages(PAIR, ONNX)

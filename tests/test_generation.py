@@ -252,3 +252,9 @@ def test_fill_takes_no_other_control_token_out_of_a_text(tokenizer):
     for text in ("nothing here", "<extra_id_11>", "<extra_id_03>", "<extra_id_\u0663>"):
         with pytest.raises(ValueError, match="must contain <extra_id_N>"):
             tokenizer.encode_with_sentinels([text])
+
+
+def test_fill_refuses_a_tokenizer_larger_than_the_model(tokenizer, model):
+    model.config.vocab_size = len(tokenizer) - 1
+    with pytest.raises(ValueError, match=f"the tokenizer has {len(tokenizer)} entries but"):
+        model.fill("A <extra_id_0>.", tokenizer)

@@ -334,8 +334,12 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             The filled text, or a list of them.
 
         Raises:
-            ValueError: a text has no `<extra_id_N>`, or one that is not in the tokenizer.
+            ValueError: a text has no `<extra_id_N>`, or one that is not in the tokenizer, or the
+                tokenizer is larger than the model.
         """
+        entries, limit = len(tokenizer), self.config.vocab_size
+        if entries > limit:
+            raise ValueError(f"the tokenizer has {entries} entries but the model {limit} rows")
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             return []

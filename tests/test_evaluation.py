@@ -368,7 +368,9 @@ def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
     assert float(first.split()[1]) == pytest.approx(loss, abs=1e-3)
 
 
-def test_evaluate_refuses_and_writes_nothing(parent_folder, init_folder, encoder_folder, tmp_path):
+def test_evaluate_refuses_and_writes_nothing(
+    parent_folder, init_folder, encoder_folder, tmp_path, monkeypatch
+):
     output = tmp_path / "out"
     with pytest.raises(InputError, match="not an encoder-decoder"):
         evaluate(parent_folder, output)
@@ -378,6 +380,9 @@ def test_evaluate_refuses_and_writes_nothing(parent_folder, init_folder, encoder
         evaluate(init_folder, output, pairs=["mine.jsonl"])
     with pytest.raises(InputError, match=r"initialization cannot be used with .*, an encoder"):
         evaluate(encoder_folder, output, initialization=init_folder)
+    monkeypatch.setattr(baselines, "tfidf", None)  # named before any baseline is scored
+    with pytest.raises(InputError, match="nowhere does not exist"):
+        evaluate(encoder_folder, output, parent=tmp_path / "nowhere")
     assert not output.exists()
 
 

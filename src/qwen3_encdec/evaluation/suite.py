@@ -95,6 +95,8 @@ def evaluate_retrieval(
     Raises:
         InputError: a folder cannot be loaded, or a task's name is unknown or occurs twice.
     """
+    if parent is not None:
+        parent = resolve_checkpoint(parent)  # before any work
     chosen = list(tasks)
     tasks_not_run: dict[str, str] = {}
     for name in mteb:
@@ -142,7 +144,7 @@ def _loaders(
     def read(**options: Any) -> Embedder:
         if parent is None:
             raise NotRun("pass the causal parent's folder or hub id")
-        return baselines.parent(resolve_checkpoint(parent), **options)
+        return baselines.parent(parent, **options)
 
     own = {name: partial(baselines.encoder, folder) for name, folder in encoders.items()}
     parents = {

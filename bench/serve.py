@@ -113,9 +113,11 @@ def running(serve: Callable[[Path, int], None], folder: Path) -> Iterator[str]:
             break
         except OSError:  # not yet listening
             time.sleep(0.05)
-    yield f"127.0.0.1:{port}"
-    process.terminate()
-    process.join()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        process.terminate()
+        process.join()
 
 
 def load(address: str, texts: list[str], clients: int, requests: int) -> dict:

@@ -48,7 +48,7 @@ def example_losses(
             part = [examples[number] for number in numbers]
             batch = collate_packed([e.source for e in part], [e.target for e in part])
             inputs = send_to_device(batch, device)
-            losses = model(**inputs, return_logits=False).token_losses[0].double().cpu()
+            losses = model(**inputs, return_logits=False).token_losses[0].cpu().double()
             lengths = torch.tensor([len(example.target) for example in part])
             sums.index_add_(0, torch.tensor(numbers).repeat_interleave(lengths), losses)
     finally:

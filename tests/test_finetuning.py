@@ -416,8 +416,8 @@ def test_bad_settings(encoder, tmp_path, changes, sentence):
 
 def test_bad_inputs(tmp_path):
     path = tmp_path / "pairs.jsonl"
-    path.write_text(json.dumps({"q": "a", "n": [3]}) + "\n")
-    for column in ("d", "n"):
+    path.write_text('{"q": "a", "n": [3], "mixed": "a"}\n{"q": "a", "n": [3], "mixed": 4}\n')
+    for column in ("d", "n", "mixed"):
         with pytest.raises(InputError, match=rf"pairs.jsonl cannot be read: .*{column}"):
             read_examples(FinetuneConfig(inputs=[str(path)], columns=["q", column]))
     path.write_text("")

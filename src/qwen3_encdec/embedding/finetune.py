@@ -408,7 +408,12 @@ def _read(name: str, columns: list[str]) -> Dataset:
             part = load_dataset(kind, data_files=name, split="train", **options)
         else:
             part = load_dataset(hub_id, subset or None, split="train")
-        part = part.select_columns(columns).cast(Features(dict.fromkeys(columns, Value("string"))))
+        part = part.select_columns(columns)
+        for column, feature in part.features.items():
+            # `datasets` would write the JSON of each cell, also of the texts.
+            if not isinstance(feature, Value):
+                raise ValueError(f"column {column} has lists or values of several types, not texts")
+        part = part.cast(Features(dict.fromkeys(columns, Value("string"))))
     except StopIteration:  # of `datasets`
         raise InputError(f"input {name} has no rows") from None
     except (DatasetsError, OSError, TypeError, ValueError) as error:

@@ -243,7 +243,7 @@ def test_a_hub_task_without_its_data_is_tried_once_and_not_run(monkeypatch):
         raise OSError("no network\nand a long story")
 
     monkeypatch.setattr(type(mteb.get_task("STSBenchmark")), "load_data", fail)
-    embedder = lambda texts, max_tokens=0, role=None: bags(texts)  # noqa: E731
+    embedder = lambda texts, role=None, max_tokens=0: bags(texts)  # noqa: E731
     monkeypatch.setattr(baselines, "minilm", lambda: embedder)
     metrics = suite.evaluate_retrieval({}, tasks=[], mteb=["STSBenchmark"])
     assert metrics["tasks_not_run"] == {"STSBenchmark": "its data cannot be loaded: no network"}

@@ -42,7 +42,7 @@ from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data.package_docs import package_docs, summary_pairs
 from qwen3_encdec.embedding.finetune import finetune
 from qwen3_encdec.evaluation import baselines
-from qwen3_encdec.evaluation.retrieval import rank_scores, relevant_ranks
+from qwen3_encdec.evaluation.retrieval import Embed, rank_scores, relevant_ranks
 from qwen3_encdec.evaluation.suite import provenance
 from qwen3_encdec.training import optimization
 from qwen3_encdec.training.config import TrainingConfig
@@ -155,13 +155,13 @@ def choose_texts(asked: Settings) -> tuple[list[str], list[str]]:
     return list(summaries[: asked["queries"]]), list(bodies)
 
 
-def score(embed: baselines.Embedder, asked: Settings) -> dict[str, Any]:
+def score(embed: Embed, asked: Settings) -> dict[str, Any]:
     """Search for each summary line's body among all bodies; `ranks` has one rank per query."""
     began = time.monotonic()
     queries, documents = choose_texts(asked)
     with torch.autocast("cpu", torch.bfloat16):
-        found = embed(queries, asked["max_tokens"], "query")
-        among = embed(documents, asked["max_tokens"], "document")
+        found = embed(queries, "query", asked["max_tokens"])
+        among = embed(documents, "document", asked["max_tokens"])
     ranks = relevant_ranks(found, among, np.arange(len(queries)))
     return {
         **rank_scores(ranks),

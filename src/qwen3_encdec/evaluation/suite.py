@@ -22,7 +22,7 @@ from tqdm import tqdm
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.evaluation import baselines
-from qwen3_encdec.evaluation.baselines import Embedder, NotRun
+from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
 from qwen3_encdec.evaluation.retrieval import PACKAGE_DOCS, Embed, Task
 from qwen3_encdec.folders import (
@@ -110,7 +110,8 @@ def evaluate_retrieval(
         if task.name in found:
             raise InputError(f"two tasks are named {task.name}; rename one or list it once")
         found[task.name] = {"metric": task.metric, "size": task.size, "scores": {}}
-    for name, load in _loaders(encoders, parent, outside).items():
+    loaders = _loaders(encoders, parent, outside)
+    for name, load in tqdm(loaders.items(), "retrieval", disable=None):
         try:
             embedder = load()
         except NotRun as reason:
@@ -120,12 +121,11 @@ def evaluate_retrieval(
             if task.name in tasks_not_run or (name == baselines.TFIDF and not task.corpus):
                 continue
             use = baselines.tfidf(task.corpus) if name == baselines.TFIDF else embedder
-            with tqdm(desc=f"{name}: {task.name}", unit="text", disable=None, leave=False) as bar:
-                try:
-                    embed = partial(_embed, use, task.max_tokens, bar.update)
-                    found[task.name]["scores"][name] = task.measure(embed)
-                except NotRun as reason:
-                    tasks_not_run[task.name] = str(reason)
+            embed = partial(use, max_tokens=task.max_tokens)
+            try:
+                found[task.name]["scores"][name] = task.measure(embed)
+            except NotRun as reason:
+                tasks_not_run[task.name] = str(reason)
     scored = {name: entry for name, entry in found.items() if entry["scores"]}
     metrics: dict[str, Any] = {"tasks": scored, "tasks_not_run": tasks_not_run, "not_run": not_run}
     if PACKAGE_DOCS in scored:
@@ -141,7 +141,7 @@ def _loaders(
 ) -> dict[str, Callable[[], Any]]:
     """Return functions that load the embedders by name; TF-IDF is fitted for each task instead."""
 
-    def read(**options: Any) -> Embedder:
+    def read(**options: Any) -> Embed:
         if parent is None:
             raise NotRun("pass the causal parent's folder or hub id")
         return baselines.parent(parent, **options)
@@ -236,21 +236,3 @@ def _processor() -> str:
     file = Path("/proc/cpuinfo")
     match = re.search(r"model name\s*: (.*)", file.read_text()) if file.exists() else None
     return match[1] if match else platform.processor() or platform.machine()
-
-
-def _embed(
-    embedder: Embedder,
-    max_tokens: int,
-    advance: Callable[[int], Any],
-    texts: Sequence[str],
-    role: str | None = None,
-) -> np.ndarray:
-    """Embed texts sorted by length, to limit padding; return embeddings in the order of `texts`."""
-    order = np.argsort([len(text) for text in texts], kind="stable")
-    parts = []
-    for start in range(0, len(texts), 256):
-        rows = order[start : start + 256]
-        parts.append(embedder([texts[i] for i in rows], max_tokens, role))
-        advance(len(rows))
-    embeddings = np.concatenate(parts).astype(np.float32, copy=False)
-    return embeddings[np.argsort(order)]

@@ -160,11 +160,6 @@ class TextEncoder:
         self.tokenizer.enable_truncation(self.max_tokens, direction=self.layout.truncation_side)
 
     @property
-    def dimensions(self) -> int:
-        """Default width of an embedding."""
-        return self.layout.dimensions
-
-    @property
     def batch_tokens(self) -> int:
         """Default tokens per batch: a CPU's cache holds no more, and without a varlen kernel the
         mask of a batch is quadratic.
@@ -220,7 +215,7 @@ class TextEncoder:
             raise InputError(f"texts must be a str or a list of them, got {type(texts).__name__}")
         texts, prompt = list(texts), self.layout.prompt(prompt_name)
         self.check_dimensions(dimensions)
-        parts = [np.empty((0, dimensions or self.dimensions), dtype=np.float32)]
+        parts = [np.empty((0, dimensions or self.layout.dimensions), dtype=np.float32)]
         with tqdm(total=len(texts), unit="text", disable=None if progress else True) as bar:
             for tokens in self._tokenize_ahead(texts, prompt):
                 self.num_cut += sum(tokens.cut)
@@ -258,7 +253,7 @@ class TextEncoder:
         """Cut [N, E] embeddings to `dimensions` and normalize again, or by default to the folder's
         `truncate_dim` without normalizing again, as sentence-transformers does.
         """
-        kept = embeddings[:, : dimensions or self.dimensions]
+        kept = embeddings[:, : dimensions or self.layout.dimensions]
         if dimensions is None or not self.layout.normalize:
             return kept
         return kept / np.linalg.norm(kept, axis=1, keepdims=True).clip(min=1e-12)

@@ -185,7 +185,7 @@ class Service:
         self.batcher = Batcher(encoder, limits.queue_tokens, self.counts)
         self.edge = ThreadPoolExecutor(2, thread_name_prefix="edge")
         card = {"id": encoder.name, "object": "model", "created": 0, "owned_by": "local"}
-        card |= {"max_tokens": encoder.max_tokens, "dimensions": encoder.dimensions}
+        card |= {"max_tokens": encoder.max_tokens, "dimensions": encoder.layout.dimensions}
         fixed = {
             "/health": {"status": "ok"},
             "/v1/models": {"object": "list", "data": [card]},

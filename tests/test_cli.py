@@ -181,37 +181,6 @@ def test_folders_with_files_that_are_not_what_they_should_be(refused, init_folde
     assert "initialize_from_qwen3.py" in refused("extract", "--model", folder, *out)
 
 
-def test_truncated_safetensors(refused, init_folder, tmp_path):
-    folder = shutil.copytree(init_folder, tmp_path / "cut")
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-    for command in ("extract", "evaluate"):
-        message = refused(command, "--model", folder, "--output", tmp_path / "out")
-        assert "model.safetensors is truncated" in message
-
-
-def test_more_spans_than_sentinels(refused, init_folder, tmp_path):
-    """The tiny model has 11 sentinels; R1 at 512 source tokens needs more."""
-    message = refused("train", "--config", training_yaml(tmp_path, init_folder))
-    assert "R1" in message
-    assert "11" in message
-
-
-def test_empty_corpus_and_broken_line(refused, init_folder, tmp_path):
-    lengths = {"source_length": 64, "target_length": 64}
-    empty, broken = tmp_path / "empty.jsonl", tmp_path / "broken.jsonl"
-    empty.write_text("")
-    good = json.dumps({"text": "A good document of more than a few words, again and again."})
-    broken.write_text(f"{good}\n{good}\n{{not json\n{good}\n")
-    for corpus, expected in ((empty, "empty.jsonl"), (broken, "broken.jsonl line 3")):
-        path = training_yaml(tmp_path, init_folder, data={"inputs": [str(corpus)], **lengths})
-        assert expected in refused("train", "--config", path)
-        prepare = ("--source-length", 64, "--target-length", 64, "--analyze-only")
-        assert expected in refused(
-            "prepare-data", "--tokenizer", init_folder, "--input", corpus, *prepare
-        )
-
-
 def test_output_folder_that_is_not_ours(
     monkeypatch, refused, command, parent_folder, init_folder, tmp_path
 ):

@@ -15,7 +15,6 @@ from sklearn.metrics import ndcg_score
 from transformers import AutoModel, AutoTokenizer
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.data.ul2 import PRESETS, Example, corrupt
 from qwen3_encdec.evaluation import baselines, retrieval, suite
 from qwen3_encdec.evaluation.baselines import NotRun
@@ -35,13 +34,6 @@ PAIRS = [
     (f"Summary number {i} of {word}.", f"The body says {word} {i} times over.")
     for i, word in enumerate(WORDS)
 ]
-
-
-@pytest.fixture(scope="module")
-def encoder_folder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("extracted") / "encoder"
-    extract_encoder(init_folder, folder)
-    return folder
 
 
 # Denoising

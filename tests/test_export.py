@@ -194,17 +194,8 @@ def test_bad_input_is_named(encoder_folder, parent_folder, tmp_path, monkeypatch
     with pytest.raises(InputError, match="form 'tflite' is not one of onnx, onnx-int8, gguf"):
         export_encoder(encoder_folder, "tflite", out)
     monkeypatch.setitem(FORMS, "stock", STOCK)
-    for folder in (parent_folder, tmp_path / "nowhere"):
-        with pytest.raises(InputError, match="is not an encoder folder; make one with"):
-            export_encoder(folder, "stock", out)
-    damaged = shutil.copytree(encoder_folder, tmp_path / "damaged")
-    (damaged / "model.safetensors").write_bytes((damaged / "model.safetensors").read_bytes()[:-50])
-    with pytest.raises(InputError, match=r"damaged/model.safetensors is truncated"):
-        export_encoder(damaged, "stock", out)
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "file").touch()
-    with pytest.raises(InputError, match="theirs"):
-        export_encoder(encoder_folder, "stock", tmp_path / "theirs")
+    with pytest.raises(InputError, match="is not an encoder folder; make one with"):
+        export_encoder(parent_folder, "stock", out)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for form in ("onnx", "gguf"):
         arguments = ("--model", encoder_folder, "--to", form, "--output", out)

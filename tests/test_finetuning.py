@@ -342,6 +342,12 @@ def wider(folder):
     return folder
 
 
+def test_a_wider_teacher_teaches_no_leading_dimensions(encoder, tmp_path):
+    teacher = wider(shutil.copytree(encoder, tmp_path / "teacher"))
+    with pytest.raises(InputError, match="matryoshka_dims need a teacher of width 40, not 56"):
+        finetune(encoder, tmp_path / "x", PAIRS, teacher=str(teacher), matryoshka_dims=[10])
+
+
 def test_labels_are_the_embeddings_of_the_teacher(encoder, tmp_path):
     model = SentenceTransformer(str(encoder), device="cpu")
     pairs = finetuning._dataset(PAIRS[:3])

@@ -149,12 +149,18 @@ def finetune(
     if config.teacher and (config.mini_batch_size or config.spread_weight):
         raise InputError("mini_batch_size and spread_weight cannot be used with a teacher")
     teacher = _load(config.teacher) if config.teacher else None
+    if teacher is not None and config.matryoshka_dims:
+        own, wanted = (each.get_embedding_dimension() for each in (model, teacher))
+        if own != wanted:  # the projection to the teacher's width takes whole embeddings
+            raise InputError(f"matryoshka_dims need a teacher of width {own}, not {wanted}")
     full = read_examples(config) if examples is None else _complete("examples", _dataset(examples))
     dataset, heldout = _split(config, full)
     _check_batches(config, dataset)
     settings = {"encoder": str(encoder_dir.resolve()), "examples": len(full), **asdict(config)}
     work, checkpoint = _open_work(output_dir, settings, resume)
     saved_dtype = model.dtype
+    if teacher is not None:
+        dataset = dataset.select(range(min(len(dataset), config.steps * config.batch_size)))
     if checkpoint is not None and checkpoint.name == f"checkpoint-{config.steps}":
         # Only the folder is missing; the trainer would make one step more.
         model = _load(checkpoint)
@@ -162,8 +168,7 @@ def finetune(
     else:
         try:
             if teacher is not None:
-                needed = range(min(len(dataset), config.steps * config.batch_size))
-                dataset = _add_labels(dataset.select(needed), teacher, work / "labels.arrow")
+                dataset = _add_labels(dataset, teacher, work / "labels.arrow")
             history = _train(config, model, dataset, heldout, work, checkpoint)
         except InputError:  # any other error keeps the checkpoints
             shutil.rmtree(work)

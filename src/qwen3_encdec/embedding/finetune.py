@@ -41,13 +41,13 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from qwen3_encdec.conversion.card import read_card, without_path, write_card
 from qwen3_encdec.data.package_docs import summary_pairs
+from qwen3_encdec.evaluation.baselines import loading
 from qwen3_encdec.evaluation.retrieval import retrieval_of_pairs
 from qwen3_encdec.folders import (
     InputError,
     check_output,
     copy_without_weights,
     default_device,
-    first_line,
     new_folder,
     read_json,
     write_json,
@@ -452,11 +452,8 @@ def _load(folder: str | Path) -> SentenceTransformer:
         raise InputError(
             f"{folder} is not a sentence-transformers folder; make one with: qwen3-encdec extract"
         )
-    try:
+    with loading(folder):
         model = SentenceTransformer(str(folder), local_files_only=True)
-    except Exception as error:  # damaged weights, configs and tokenizers raise different types
-        reason = first_line(error)
-        raise InputError(f"{folder} cannot be loaded: {reason}") from None
     # Otherwise the trainer embeds examples for every checkpoint's model card.
     model.model_card_data.generate_widget_examples = False
     model.model_card_data.widget = [{}]

@@ -7,7 +7,8 @@ last-token pooling uses the last token of the text; an extracted tokenizer appen
 """
 
 import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,50 +59,52 @@ def package_folder(module: str, package: str) -> Path:
     return Path(found.origin).parent
 
 
+@contextmanager
+def loading(folder: str | Path) -> Iterator[None]:
+    """Raise what goes wrong in a library as an InputError that names the folder."""
+    try:
+        yield
+    except Exception as error:  # damaged weights, configs and tokenizers raise different types
+        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
+
+
 def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embed:
     """Load a causal Qwen3 folder as an embedder, pooled by `"mean"` or `"lasttoken"`;
     `causal=False` only removes its mask. Raises InputError if `folder` is not such a checkpoint.
     """
+    from sentence_transformers import SentenceTransformer
     from sentence_transformers.models import Pooling, Transformer
 
     kind = read_json(Path(folder) / "config.json").get("model_type")
     if kind != "qwen3":
         raise InputError(f"parent {folder} has model_type {kind}; it must be a qwen3 checkpoint")
-
-    def modules() -> dict[str, Any]:
-        local = {"local_files_only": True}
+    local = {"local_files_only": True}
+    with loading(folder):
         transformer = Transformer(
             str(folder),
             model_kwargs={"dtype": torch.float32, **local},
             processor_kwargs={"padding_side": "right", **local},
             config_kwargs=local,
         )
-        # Passed as an argument, it would be ignored if the folder's config lacks the field.
-        transformer.auto_model.config.is_causal = causal
-        width = transformer.get_embedding_dimension()
-        return {"modules": [transformer, Pooling(width, pooling)]}
-
-    return _embedder(folder, modules)
+    # Passed as an argument, it would be ignored if the folder's config lacks the field.
+    transformer.auto_model.config.is_causal = causal
+    pooled = Pooling(transformer.get_embedding_dimension(), pooling)
+    return _embedder(SentenceTransformer(modules=[transformer, pooled]))
 
 
 def encoder(folder: str | Path) -> Embed:
     """Load a sentence-transformers folder, such as `extract_encoder` writes, exactly as any user
     would. Raises InputError if it cannot be loaded.
     """
-    options: dict[str, Any] = {"model_name_or_path": str(folder), "local_files_only": True}
-    options["model_kwargs"] = {"dtype": torch.float32}
-    return _embedder(folder, lambda: options)
-
-
-def _embedder(folder: str | Path, options: Callable[[], dict[str, Any]]) -> Embed:
-    """Build an embedder from sentence-transformers with these options."""
     from sentence_transformers import SentenceTransformer
 
-    try:
-        model = SentenceTransformer(**options())
-    except Exception as error:  # damaged weights, configs and tokenizers raise different types
-        reason = first_line(error)
-        raise InputError(f"{folder} cannot be loaded as an embedding model: {reason}") from None
+    options: dict[str, Any] = {"model_kwargs": {"dtype": torch.float32}}
+    with loading(folder):
+        return _embedder(SentenceTransformer(str(folder), local_files_only=True, **options))
+
+
+def _embedder(model: Any) -> Embed:
+    """Return a function that embeds with a SentenceTransformer."""
     own = model.max_seq_length
     encoders: dict[str | None, Callable] = {
         None: model.encode,

@@ -37,7 +37,10 @@ def _show_version(asked: bool) -> None:
         raise Exit
 
 
-Version = Annotated[bool, Option("--version", callback=_show_version, is_eager=True)]
+Version = Annotated[
+    bool,
+    Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit."),
+]
 Checkpoint = Annotated[str, Option(help="Qwen3 checkpoint: folder or hub id.")]
 Encoder = Annotated[Path, Option(help="Encoder folder.")]
 AnyEncoder = Annotated[Path, Option(help="Encoder, or an encoder-decoder to take it from.")]

@@ -221,6 +221,9 @@ from transformers import AutoModel
 print(type(AutoModel.from_pretrained("org/encoder")).__name__)
 """
     assert client(hub, tmp_path / "other", code).splitlines()[-1] == "Qwen3Model"
+    pushed = hub.root / "models/org/encoder"
+    assert (pushed / "README.md").exists()
+    assert not (pushed / "qwen3_encdec.json").exists()  # it names local paths
     refused = extract("org/encoder", "wrong")
     assert refused.returncode == 2
     assert "could not be uploaded to org/encoder: " in refused.stderr

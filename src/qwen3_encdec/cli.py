@@ -18,7 +18,13 @@ from typer import Argument, Exit, Option, Typer
 from typer.core import TyperCommand
 
 from qwen3_encdec import __version__
-from qwen3_encdec.folders import InputError, check_output, first_line, new_folder
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    check_output,
+    first_line,
+    new_folder,
+)
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 FORMER_NAMES = {
@@ -479,14 +485,16 @@ def _torch_dtype(name: str | None) -> Any:
 
 
 def _push(folder: Path, repository: str | None) -> None:
-    """Upload a folder to a private repository, if one is given."""
+    """Upload a folder to a private repository, if one is given, without its local paths."""
     if repository is None:
         return
     from huggingface_hub import HfApi
 
     try:
         HfApi().create_repo(repository, private=True, exist_ok=True)
-        commit = HfApi().upload_folder(repo_id=repository, folder_path=folder)
+        commit = HfApi().upload_folder(
+            repo_id=repository, folder_path=folder, ignore_patterns=PROVENANCE_FILE
+        )
     except Exception as error:  # the hub client raises a dozen unrelated types
         reason = first_line(error)
         raise InputError(f"{folder} could not be uploaded to {repository}: {reason}") from None

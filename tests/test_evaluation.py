@@ -185,16 +185,6 @@ def test_parent_must_be_a_qwen3(init_folder):
         baselines.parent(init_folder, pooling="mean")
 
 
-def test_encoder_appends_eos_and_does_not_depend_on_its_batch(encoder_folder):
-    embed = baselines.encoder(encoder_folder)
-    together, alone = embed(TEXTS), np.concatenate([embed([text]) for text in TEXTS])
-    np.testing.assert_allclose(together, alone, atol=1e-6)
-    tokenizer = AutoTokenizer.from_pretrained(encoder_folder)
-    assert tokenizer(TEXTS[0])["input_ids"][-1] == tokenizer.eos_token_id
-    pooled = states(encoder_folder, TEXTS[0], causal=False).mean(0)
-    np.testing.assert_allclose(together[0], (pooled / pooled.norm()).numpy(), atol=1e-5)
-
-
 def test_tfidf_knows_the_documents_only():
     embed = baselines.tfidf(["red apples", "green pears"])
     assert embed(["purple plums"]).sum() == 0

@@ -18,7 +18,6 @@ from sentence_transformers.sentence_transformer.modules import Dense
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
 from qwen3_encdec.conversion.card import read_card
-from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import finetune as finetuning
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.finetune import FinetuneConfig, finetune, read_examples
@@ -39,11 +38,9 @@ TRIPLETS = [(a, b, f"Nothing of it, only {i}.") for i, (a, b) in enumerate(PAIRS
 QUICK = {"steps": 2, "batch_size": 8, "max_length": 32}
 
 
-@pytest.fixture(scope="module")
-def encoder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / "encoder"
-    extract_encoder(init_folder, folder)
-    return folder
+@pytest.fixture
+def encoder(encoder_folder):
+    return encoder_folder
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
@@ -346,15 +343,6 @@ def test_a_wider_teacher_teaches_no_leading_dimensions(encoder, tmp_path):
     teacher = wider(shutil.copytree(encoder, tmp_path / "teacher"))
     with pytest.raises(InputError, match="matryoshka_dims need a teacher of width 40, not 56"):
         finetune(encoder, tmp_path / "x", PAIRS, teacher=str(teacher), matryoshka_dims=[10])
-
-
-def test_labels_are_the_embeddings_of_the_teacher(encoder, tmp_path):
-    model = SentenceTransformer(str(encoder), device="cpu")
-    pairs = finetuning._dataset(PAIRS[:3])
-    labels = finetuning._add_labels(pairs, model, tmp_path / "labels.arrow")["label"]
-    expected = np.stack([model.encode(list(side)) for side in zip(*PAIRS[:3], strict=True)], axis=1)
-    assert np.allclose(labels, expected, atol=1e-6)
-    assert (tmp_path / "labels.arrow").stat().st_size > 0
 
 
 def test_prompts_and_contrastive_options_reach_the_libraries(encoder, tmp_path, told):

@@ -11,16 +11,14 @@ thousand passages. Every failure is a JSON response in OpenAI's format.
 import asyncio
 import base64
 import hmac
-import itertools
 import json
 import logging
 import math
 import os
 import socket
 import time
-from collections import defaultdict
+from collections import defaultdict, deque
 from concurrent.futures import ThreadPoolExecutor
-from heapq import heappop, heappush
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -101,10 +99,8 @@ def write_response(
 
 
 class QueuedText(NamedTuple):
-    """One text of a request; texts are computed in the order of their turns."""
+    """One text of a request, and its embedding to come."""
 
-    turn: int
-    number: int
     ids: np.ndarray
     row: asyncio.Future
 
@@ -114,9 +110,7 @@ class Batcher:
 
     def __init__(self, encoder: TextEncoder, queue_tokens: int, counts: dict[str, float]) -> None:
         self.encoder, self.queue_tokens, self.counts = encoder, queue_tokens, counts
-        self._waiting: list[QueuedText] = []  # a heap
-        self._turn = 0
-        self._numbers = itertools.count()
+        self._waiting: deque[deque[QueuedText]] = deque()  # the texts of each request
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self._computing: asyncio.Task | None = None
 
@@ -127,15 +121,12 @@ class Batcher:
         if waiting and waiting + tokens > self.queue_tokens:
             raise HTTPException(429, f"queue full, {waiting:,.0f} tokens", {"Retry-After": "2"})
         self.counts["queue_tokens"] += tokens
-        texts = [
-            QueuedText(turn, next(self._numbers), text, asyncio.Future())
-            for turn, text in enumerate(ids, self._turn)
-        ]
-        for text in texts:
-            heappush(self._waiting, text)
+        texts = deque(QueuedText(text, asyncio.Future()) for text in ids)
+        rows = [text.row for text in texts]
+        self._waiting.append(texts)
         if self._computing is None or self._computing.done():
             self._computing = asyncio.create_task(self._compute())
-        return np.stack(await asyncio.gather(*(text.row for text in texts)))
+        return np.stack(await asyncio.gather(*rows))
 
     async def _compute(self) -> None:
         """Compute batch after batch until no text waits."""
@@ -162,12 +153,14 @@ class Batcher:
         return self.encoder.forward(ids).cpu().numpy()
 
     def _take(self) -> list[QueuedText]:
-        """Take texts in turn until a batch is full, dropping those of requests that have ended."""
+        """Fill a batch with a text of each request in turn; drop those of requests that ended."""
         batch: list[QueuedText] = []
         room = self.encoder.batch_tokens
-        while self._waiting and (not batch or len(self._waiting[0].ids) <= room):
-            text = heappop(self._waiting)
-            self._turn = text.turn
+        while self._waiting and (not batch or len(self._waiting[0][0].ids) <= room):
+            request = self._waiting.popleft()
+            text = request.popleft()
+            if request:
+                self._waiting.append(request)
             self.counts["queue_tokens"] -= len(text.ids)
             if not text.row.done():
                 batch.append(text)

@@ -242,7 +242,7 @@ def test_prompts_stand_before_the_texts_of_their_role(heldout, encoder_folder, t
     def cosine(embed) -> dict[str, float]:
         return {"score": float((embed(queries, "query") * embed(bodies, "document")).sum())}
 
-    task = SimpleNamespace(name="own", metric="cosine", max_tokens=128, corpus=[], size=5)
+    task = SimpleNamespace(name="own", metric="cosine", max_tokens=128, documents=[], size=5)
     task.measure = cosine
     encoders = {"a": encoder_folder, "b": folder}
     metrics = suite.evaluate_retrieval(encoders, tasks=[task], outside=False)

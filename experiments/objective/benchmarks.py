@@ -43,7 +43,7 @@ class Classification:
     metric: ClassVar[str] = "accuracy"
 
     @property
-    def corpus(self) -> list[str]:
+    def documents(self) -> list[str]:
         """The texts of the train split."""
         return self.train_texts
 
@@ -79,7 +79,7 @@ class Similarity:
     metric: ClassVar[str] = "Pearson"
 
     @property
-    def corpus(self) -> list[str]:
+    def documents(self) -> list[str]:
         """The documents."""
         return self.texts
 

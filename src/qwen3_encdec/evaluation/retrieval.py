@@ -25,9 +25,9 @@ Embed = Callable[..., np.ndarray]
 [N, d] fp32; the role selects which of the model's prompts precedes them.
 """
 Task = Any
-"""An object with `name`, `metric`, `max_tokens` at which texts are cut, `corpus` (texts that TF-IDF
-may be fitted on, never the queries), `size` (number of scored answers), and `measure(embed)`, which
-returns `score` and, if there is an interval, `low` and `high`.
+"""An object with `name`, `metric`, `max_tokens` at which texts are cut, `documents` (texts that
+TF-IDF may be fitted on, never the queries), `size` (number of scored answers), and
+`measure(embed)`, which returns `score` and, if there is an interval, `low` and `high`.
 """
 
 
@@ -41,11 +41,6 @@ class Retrieval:
     relevant: np.ndarray
     max_tokens: int = MAX_TOKENS
     metric: ClassVar[str] = "R@1"
-
-    @property
-    def corpus(self) -> list[str]:
-        """The documents."""
-        return self.documents
 
     @property
     def size(self) -> int:

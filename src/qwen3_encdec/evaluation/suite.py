@@ -118,9 +118,9 @@ def evaluate_retrieval(
             not_run[name] = str(reason)
             continue
         for task in chosen:
-            if task.name in tasks_not_run or (name == baselines.TFIDF and not task.corpus):
+            if task.name in tasks_not_run or (name == baselines.TFIDF and not task.documents):
                 continue
-            use = baselines.tfidf(task.corpus) if name == baselines.TFIDF else embedder
+            use = baselines.tfidf(task.documents) if name == baselines.TFIDF else embedder
             embed = partial(use, max_tokens=task.max_tokens)
             try:
                 found[task.name]["scores"][name] = task.measure(embed)
@@ -130,7 +130,7 @@ def evaluate_retrieval(
     metrics: dict[str, Any] = {"tasks": scored, "tasks_not_run": tasks_not_run, "not_run": not_run}
     if PACKAGE_DOCS in scored:
         (task,) = [task for task in chosen if task.name == PACKAGE_DOCS]
-        metrics |= {"num_queries": task.size, "num_documents": len(task.corpus), "retrieval": {}}
+        metrics |= {"num_queries": task.size, "num_documents": len(task.documents), "retrieval": {}}
         for name, row in scored[PACKAGE_DOCS]["scores"].items():
             metrics["retrieval"][name] = {key: row[key] for key in ("mrr", "ndcg@10", "r@1")}
     return metrics
@@ -167,7 +167,7 @@ class MtebTask:
         self.task, self.name, self.metric = task, task.metadata.name, task.metadata.main_score
         self.size = len(task.eval_splits) * len(task.hf_subsets)
         self.max_tokens = 512
-        self.corpus: list[str] = []  # unknown in advance, so TF-IDF is not run
+        self.documents: list[str] = []  # unknown in advance, so TF-IDF is not run
 
     def measure(self, embed: Embed) -> dict[str, float]:
         """Return `score`. Raises NotRun if the data cannot be loaded."""

@@ -1,11 +1,7 @@
 """Score tables of evaluations, for pages and for a terminal."""
 
-import io
 from collections.abc import Mapping
 from typing import Any
-
-from rich.console import Console
-from rich.table import Table as TerminalTable
 
 from qwen3_encdec.evaluation.retrieval import PACKAGE_DOCS
 from qwen3_encdec.reports.page import Section, Table, grid, transpose
@@ -52,18 +48,15 @@ def score_sections(runs: Mapping[str, Mapping[str, Any]]) -> list[Section]:
 
 def score_text(metrics: Mapping[str, Any]) -> str:
     """Format the tables of one run for a terminal."""
-    text = io.StringIO()
-    console = Console(file=text, width=160, markup=False, highlight=False)
+    lines = []
     for section in score_sections({"": metrics}):
         if section.table:
-            header, rows = section.table
-            table = TerminalTable(*header, box=None, pad_edge=False)
-            for row in rows:
-                table.add_row(*row)
-            console.print(table)
+            rows = [section.table[0], *section.table[1]]
+            widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+            lines += ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
         for fields in section.fields:
-            console.print(*(f"{name}  {reason}" for name, reason in fields), sep="\n")
-    return text.getvalue().rstrip()
+            lines += [f"{name}  {reason}" for name, reason in fields]
+    return "\n".join(lines)
 
 
 def _task_table(columns: Mapping[str, Mapping[str, str]]) -> Table | None:

@@ -392,12 +392,11 @@ def similarity(
     as_json: Json = False,
 ) -> None:
     """Print the pairwise cosine similarities of texts."""
-    from sentence_transformers.util import cos_sim
-
     from qwen3_encdec.embedding.encoder import TextEncoder
+    from qwen3_encdec.evaluation.retrieval import normalize
 
-    embeddings = TextEncoder(model).encode(texts, prompt_name=prompt_name)
-    cosines = cos_sim(embeddings, embeddings).tolist()
+    embeddings = normalize(TextEncoder(model).encode(texts, prompt_name=prompt_name))
+    cosines = (embeddings @ embeddings.T).tolist()
     lines = ["  ".join(f"{cosine:.3f}" for cosine in row) for row in cosines]
     print(json.dumps(cosines) if as_json else "\n".join(lines))
 

@@ -112,22 +112,17 @@ def test_models_health_and_metrics(url, encoder):
     [
         (b"{", "Invalid JSON"),
         (b"[" * 100_000, "Invalid JSON: recursion limit"),
-        (b"\xff", "Invalid JSON"),
         ({"texts": []}, "input: Field required"),
-        ([], "Input should be an object"),
         ({"input": []}, "List should have at least 1 item"),
-        ({"input": None}, "Input should be a valid array"),
         ({"input": [1, 2]}, "token ids"),
         ({"input": [[1, 2]]}, "token ids"),
         ({"input": ["a", None]}, "1: Input should be a valid string"),
         (b'{"input": ["a", "b\\ud800"]}', "hex escape"),
         ({"input": ["a"] * 2049}, "at most 2048 items"),
         ({"input": "a", "dimensions": "8"}, "dimensions: Input should be a valid integer"),
-        ({"input": "a", "dimensions": True}, "dimensions: Input should be a valid integer"),
         ({"input": "a", "dimensions": 999}, "must be between 1 and 40"),
         ({"input": "a", "encoding_format": "hex"}, "encoding_format: Input should be 'float' or"),
         ({"input": "a", "prompt_name": "no"}, "'no' is unknown; the model has"),
-        ({"input": "a", "prompt_name": 3}, "prompt_name: Input should be a valid string"),
     ],
 )
 def test_a_bad_request_is_refused_with_a_sentence(url, body, sentence):

@@ -408,6 +408,12 @@ def test_bad_settings(encoder, tmp_path, changes, sentence):
     assert not list(tmp_path.iterdir())
 
 
+def test_several_processes_would_write_one_folder(encoder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(InputError, match="runs in one process: start it without a launcher"):
+        finetune(encoder, tmp_path / "out", PAIRS, **QUICK)
+
+
 def test_bad_inputs(tmp_path):
     path = tmp_path / "pairs.jsonl"
     path.write_text('{"q": "a", "n": [3], "mixed": "a"}\n{"q": "a", "n": [3], "mixed": 4}\n')

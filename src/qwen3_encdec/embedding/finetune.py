@@ -7,6 +7,7 @@ loss or weight is not finite.
 
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Sequence
@@ -137,8 +138,10 @@ def finetune(
         `heldout`: their nDCG@10 `before`, `after` and at the `best` step, which is kept.
 
     Raises InputError if batches cannot be filled with distinct texts, a value is not finite, an
-    input or folder cannot be read, or settings conflict.
+    input or folder cannot be read, settings conflict, or a launcher started several processes.
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError("finetuning runs in one process: start it without a launcher")
     disable_progress_bars()
     config = replace(config or FinetuneConfig(), **changes)
     encoder_dir = Path(encoder_dir)

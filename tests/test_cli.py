@@ -123,7 +123,7 @@ def test_initialize_then_extract(command, parent_folder, tmp_path, former):
     assert cosines[2][0] < 0.999
     options = (f"{checkpoint}={init}", f"{output}={encoder}", "--max-tokens=0")
     code, _, error = command("extract", *options)
-    assert (code, "max_seq_length=0" in error) == (2, True)
+    assert (code, "Invalid value for '--max-length'" in error) == (2, True)
 
 
 def test_version(command):

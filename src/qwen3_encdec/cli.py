@@ -55,7 +55,7 @@ Evaluated = Annotated[Path, Option(help="Encoder, encoder-decoder, checkpoint or
 Output = Annotated[Path, Option(help="Folder to write.")]
 Sentinels = Annotated[int, Option(min=0, help="Number of <extra_id_N> tokens to append.")]
 TextColumn = Annotated[str, Option(help="Field or column that holds the text.")]
-MaxLength = Annotated[int | None, Option(help="Truncate texts to this many tokens.")]
+MaxLength = Annotated[int | None, Option(min=2, help="Truncate texts to this many tokens.")]
 Prompt = Annotated[str | None, Option(help="Name of the model's prompt to prepend to texts.")]
 Dtype = Literal["float32", "bfloat16"]
 Format = Literal["onnx", "onnx-int8", "gguf", "gguf-f16", "gguf-q8_0", "pair-onnx"]
@@ -365,7 +365,7 @@ def embed(
     output: Annotated[Path, Option(help="File to write: .npy or .parquet.")],
     text_column: TextColumn = "text",
     prompt_name: Prompt = None,
-    dimensions: Annotated[int | None, Option(help="Leading dimensions to keep.")] = None,
+    dimensions: Annotated[int | None, Option(min=1, help="Leading dimensions to keep.")] = None,
     max_length: MaxLength = None,
     dtype: ComputeDtype = None,
 ) -> None:

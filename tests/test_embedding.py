@@ -74,6 +74,13 @@ def test_batches_hold_every_text_once_and_about_the_budget():
     assert [int(lengths[batch].sum()) for batch in batches] == [900, 100, 13]
 
 
+def test_an_accelerator_that_cannot_pool_is_left_alone(prompted_encoder, monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("mps")
+    )
+    assert TextEncoder(prompted_encoder).device.type == "cpu"
+
+
 def test_batches_are_small_where_a_packed_batch_needs_a_mask(fp32):
     fp32.device = torch.device("cuda")
     assert fp32.batch_tokens == 1024  # no varlen kernel takes fp32

@@ -35,7 +35,6 @@ from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import (
     InputError,
     check_finite,
-    default_device,
     first_line,
     load_whole,
     read_json,
@@ -127,7 +126,7 @@ class TextEncoder:
         folder: Encoder written by `extract_encoder`, `finetune` or sentence-transformers, or an
             encoder-decoder (folder, checkpoint or run), whose encoder is extracted, mean-pooled.
         dtype: By default bfloat16 where the device computes it natively, else float32.
-        device: By default the accelerator, else the CPU.
+        device: By default CUDA, else the CPU; `torch.segment_reduce` has kernels for these alone.
         max_tokens: Tokens after which a text is cut; by default the folder's own limit.
 
     Raises InputError if `folder` is neither, or is causal or damaged.
@@ -142,7 +141,8 @@ class TextEncoder:
         max_tokens: int | None = None,
     ) -> None:
         self.name = Path(folder).resolve().name
-        self.device = torch.device(device or default_device())
+        best = "cuda" if torch.cuda.is_available() else "cpu"
+        self.device = torch.device(device or best)
         self.dtype = dtype or (torch.bfloat16 if _computes_bfloat16(self.device) else torch.float32)
         self.num_cut = 0
         with encoder_folder(folder) as path:

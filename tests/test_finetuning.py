@@ -359,6 +359,13 @@ def test_prompts_and_contrastive_options_reach_the_libraries(encoder, tmp_path, 
     assert loss.matryoshka_dims == (40, 20, 10)
 
 
+def test_bfloat16_is_used_only_where_it_is_native(encoder, tmp_path, told, monkeypatch):
+    monkeypatch.setattr(
+        torch.accelerator, "current_accelerator", lambda *_, **__: torch.device("mps")
+    )
+    assert not told(encoder, tmp_path / "x")["args"].bf16
+
+
 @pytest.mark.parametrize("suffix", [".JSONL", ".parquet", ".csv"])
 def test_examples_of_files(tmp_path, suffix, capsys):
     """Cells that look like numbers or missing values are texts; empty ones leave the row out."""

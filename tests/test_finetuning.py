@@ -91,6 +91,8 @@ def test_shipped_configs_have_every_field_and_no_other(name):
         assert f"\n{key}: " in text, key
     with pytest.raises(InputError, match=r"unknown key batchsize; did you mean batch_size\?"):
         load_dataclass(FinetuneConfig, None, ["batchsize=3"])
+    with pytest.raises(InputError, match="temperature: Input should be a valid number"):
+        load_dataclass(FinetuneConfig, None, ["temperature=yes"])
 
 
 def test_the_shipped_config_fits_any_width(encoder, tmp_path, told):

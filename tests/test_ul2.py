@@ -244,6 +244,7 @@ def test_the_documented_needs_are_the_true_ones():
         ([{"name": "a", "mean_span": 3, "corruption": 1.5}], "a: corruption=1.5"),
         ([{"name": "a", "mean_span": 0, "corruption": 0.5}], "a: mean_span=0"),
         ([{"name": "a", "mean_span": "3", "corruption": 0.5}], "a: mean_span='3' is not a number"),
+        ([{"name": "a", "mean_span": True, "corruption": 0.5}], "mean_span=True is not"),
         ([{"name": "a", "mean_span": None, "corruption": 0.5, "weight": 0}], "a: weight=0"),
         ([{"name": "a", "span": 3, "corruption": 0.5}], "span"),
     ],

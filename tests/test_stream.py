@@ -291,6 +291,10 @@ def test_heldout_texts_are_spread_kept_and_never_trained_on(tmp_path, tokenizer)
     # Kept with the run, as they are.
     write_heldout(tmp_path / "heldout.json", chosen)
     assert read_heldout(tmp_path / "heldout.json") == chosen
+    for text, fault in (('[{"corpus": 0', "is not valid JSON"), ("[3]", "held-out texts: ")):
+        (tmp_path / "foreign.json").write_text(text)
+        with pytest.raises(InputError, match=f"foreign.json.*{fault}"):
+            read_heldout(tmp_path / "foreign.json")
     # Neither the seed nor the ranks have a say.
     assert UL2Data(config_of(tmp_path, mixture=mixture, heldout_every=10, min_tokens=4, seed=7),
                    tokenizer).choose_heldout(40) == chosen  # fmt: skip

@@ -20,7 +20,6 @@ the rows it has handed out, regardless of what its workers have prefetched.
 """
 
 import hashlib
-import json
 import os
 from bisect import bisect
 from collections import Counter
@@ -38,10 +37,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.collate import Position, Row, collate_rows, count_tokens, pack
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, open_corpus
+from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, input_errors, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
-from qwen3_encdec.folders import InputError, write_json
+from qwen3_encdec.folders import InputError, read_json, write_json
 
 WINDOW_ROWS = 16
 """Number of rows' worth of examples that a stream packs together."""
@@ -489,8 +488,9 @@ def write_heldout(path: Path, texts: Sequence[HeldoutText]) -> None:
 
 
 def read_heldout(path: Path) -> list[HeldoutText]:
-    """Read what `write_heldout` wrote."""
-    return [HeldoutText(**text) for text in json.loads(path.read_text(encoding="utf-8"))]
+    """Read what `write_heldout` wrote. Raises InputError for any other file."""
+    with input_errors(f"{path} does not hold held-out texts"):
+        return [HeldoutText(**text) for text in read_json(path, list)]
 
 
 def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:

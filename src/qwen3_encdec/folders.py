@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -87,7 +88,20 @@ def read_optional(path: str | Path) -> dict[str, Any]:
 
 def read_yaml(path: str | Path, what: str) -> Any:
     """Parse a YAML file, called `what` in errors. Raises InputError like `read_json`."""
-    return _parse(path, yaml.safe_load, f"YAML {what}")
+    return _parse(path, partial(yaml.load, Loader=_UniqueKeys), f"YAML {what}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuse a key that occurs twice in a mapping; `SafeLoader` takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"key {key} occurs twice", problem_mark=mark)
+        return node
 
 
 def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:

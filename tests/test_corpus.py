@@ -100,6 +100,22 @@ def test_links_and_hidden_folders(tmp_path):
         opened(tmp_path / "data")
 
 
+def test_paths_do_not_depend_on_the_order_of_a_listing(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/x.txt").write_text("once")
+    (tmp_path / "a").symlink_to("b")
+    walk = os.walk
+    for backwards in (False, True):
+
+        def listed(*arguments, backwards=backwards, **options):
+            for top, folders, names in walk(*arguments, **options):
+                folders.sort(reverse=backwards)
+                yield top, folders, names
+
+        monkeypatch.setattr(os, "walk", listed)
+        assert [file.path for file in opened(tmp_path).files] == [f"{tmp_path}/a/x.txt"]
+
+
 def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("fine")
     (tmp_path / "closed").mkdir()
@@ -147,6 +163,7 @@ BAD = {
         ('{"text": 3}\n', r"line 1: column 'text' is int, not a string"),
         ('{"text": null}\n{"text": 0}\n', r"line 2: column 'text' is int, not a string"),
         (GOOD + "[1]\n", r"line 2001: no column 'text'; found a list"),
+        (GOOD + "[" * 10**5, r"line 2001: not valid JSON \(maximum recursion depth"),
     ],
     "a.json": [(json.dumps([{"text": "fine"}, {"body": "x"}]), r"line 2: no column 'text'")],
     "a.csv": [

@@ -190,6 +190,8 @@ def test_prepared_folders_that_are_taken_apart_or_written_again(corpus, tokenize
     assert second["tokens"] < first["tokens"]
     (out / "data/_index.json").rename(tmp_path / "_index.json")
     assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
+    (out / "data/_index.json").write_text('{"shards": "of another program"}')
+    assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
     (tmp_path / "_index.json").rename(out / "data/_index.json")
     next(out.rglob("part-*")).unlink()
     with pytest.raises(InputError, match=r"lacks 1 of its files, such as part-\d+"):

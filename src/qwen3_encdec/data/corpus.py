@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.package_docs import Split, cache_folder, package_docs_file
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, first_line, read_json
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, first_line, read_optional
 
 BLOCK_BYTES = 2**18
 BLOCK_ROWS = 2048
@@ -258,7 +258,7 @@ def _text(line: bytes, column: str) -> str:
         return text
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}); each line must be one object") from None
     if not isinstance(record, dict) or column not in record:
         there = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
@@ -363,13 +363,14 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
     seen = {os.path.realpath(folder)}
     for top, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(top)
+        folders.sort()
         for name in list(folders):
             path = os.path.join(top, name)
             if name.startswith(".") or os.path.realpath(path) in seen:
                 folders.remove(name)
                 passed_over.append(f"{path} (hidden, or a link to a folder already read)")
             seen.add(os.path.realpath(path))
-        for name in set(names) - {PROVENANCE_FILE, INDEX_FILE}:
+        for name in sorted(set(names) - {PROVENANCE_FILE, INDEX_FILE}):
             path = os.path.join(top, name)
             if name.startswith((".", "_")) or not _kind(name)[0]:
                 passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'unknown type'})")
@@ -419,9 +420,9 @@ def _read_index(folder: str) -> dict[str, dict[str, Any]]:
     Raises InputError if a file that its index lists is missing.
     """
     file = Path(folder, INDEX_FILE)
-    if not file.exists():
+    index = read_optional(file)
+    if index.keys() != {"tokenizer", "files"}:
         return {}
-    index = read_json(file)
     if missing := index["files"].keys() - set(os.listdir(folder)):
         raise InputError(
             f"prepared corpus {folder} lacks {len(missing):,} of its files, such as "

@@ -67,9 +67,12 @@ def package_versions() -> dict[str, str]:
 
 def describe_source(*options: str) -> str | None:
     """`git describe` of this package's checkout, with -dirty if files differ; None without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", *options]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # An environment inside the checkout of another project is not part of it.
+        run([*git, "ls-files", "--error-unmatch", Path(__file__).name])
+        return run([*git, "describe", "--always", "--dirty", *options]).stdout.strip()
     return None
 
 
@@ -262,7 +265,7 @@ def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
     check_unquantized(folder, read_json(folder / "config.json"))
     try:
         return qwen3_encdec.Qwen3EncoderDecoderConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # transformers raises many types
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 

@@ -350,6 +350,7 @@ def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
     state, note = changed.adopt(state)
     assert note == f"the data has changed; continuing with it at epoch {max(epochs) + 1}"
     loader = RowLoader(changed, batch_size=64, collate=list, state=state)
+    assert loader.epoch() == max(epochs) + 1
     next(iter(loader))
     assert loader.epoch() in (max(epochs), max(epochs) + 1)
     with pytest.raises(InputError, match="not those of all ranks"):
@@ -364,6 +365,13 @@ def test_settings_are_part_of_the_fingerprint_and_folders_are_not(folder, tokeni
     assert fingerprint(folder, cache_gib=2.0) == same
     for change in ({"seed": 1}, {"source_length": 255}, {"streams": 32}, {"cache_gib": 0.0}):
         assert fingerprint(folder, **change) != same
+    listed = "[{name: S, mean_span: null, corruption: 0.75, weight: %d}]"
+    preset = folder.with_name("preset.yaml")
+    preset.write_text(listed % 1)
+    first = fingerprint(folder, preset=str(preset))
+    assert fingerprint(folder, preset=str(preset)) == first
+    preset.write_text(listed % 2)
+    assert fingerprint(folder, preset=str(preset)) != first
     moved = folder.rename(folder.with_name("moved"))
     assert fingerprint(moved) == same
 

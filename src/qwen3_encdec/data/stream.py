@@ -77,6 +77,8 @@ class UL2Data:
         parts += [(source.weight, source.text_column) for source in config.sources]
         names = [field.name for field in fields(config) if field.name not in FREE]
         parts += [getattr(config, name) for name in names]
+        if str(config.preset).endswith((".yaml", ".yml")):
+            parts.append(config.denoisers)
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         """Changes with the settings, the tokenizer, and the files of the corpora."""
 
@@ -130,7 +132,7 @@ class UL2Data:
         """Return the state in which all streams are at the start of an epoch."""
         total = self.config.streams
         turns = [epoch * corpus.num_blocks // total for corpus in self.opened]
-        positions = [BEGINNING | {"turn": turn} for turn in turns]
+        positions = [BEGINNING | {"turn": turn, "epoch": epoch} for turn in turns]
         streams = {str(stream): positions for stream in range(total)}
         return {"data": self.fingerprint, "rows": 0, "streams": streams}
 
@@ -146,7 +148,7 @@ class UL2Data:
                 "the saved position belongs to another corpus, data config or tokenizer; "
                 "set data.accept_changes=true to continue with the current ones at a new epoch"
             )
-        epoch = 1 + max(at.get("epoch", 0) for stream in state["streams"].values() for at in stream)
+        epoch = 1 + max(at["epoch"] for stream in state["streams"].values() for at in stream)
         note = f"the data has changed; continuing with it at epoch {epoch}"
         return self.start(epoch) | {"rows": state["rows"]}, note
 

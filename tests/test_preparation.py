@@ -55,7 +55,7 @@ def own_cache(tmp_path, monkeypatch):
         ({"cache_gib": math.nan}, "cache_gib: .* got nan"),
         ({"cache_gib": True}, "cache_gib: Input should be a valid number"),
         ({"inputs": "a.txt"}, "inputs: Input should be a valid list, got 'a.txt'"),
-        ({"heldout_inputs": [""]}, "data.heldout_inputs is not a list of names"),
+        ({"heldout_inputs": [""]}, "heldout_inputs.0: String should have at least 1"),
         ({"text_column": ""}, "data.text_column='' is not the name of a column"),
         ({"mixture": [{"inputs": [3]}]}, r"not a list of names: \[3\]"),
         ({"mixture": [{"inputs": ["a"], "text_column": None}]}, "data.text_column=None"),

@@ -24,6 +24,7 @@ Natural = Annotated[int, Field(ge=0, strict=True)]
 Count = Annotated[int, Field(ge=1, strict=True)]
 Several = Annotated[int, Field(ge=2, strict=True)]
 Seed = Annotated[Natural, Field(lt=2**32)]  # numpy's limit
+Name = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -66,7 +67,7 @@ class DataConfig:
     """Field of a JSON line, column of a parquet file or hub dataset that holds the text."""
     hub_split: str = "train"
     """Split to read of a hub dataset."""
-    heldout_inputs: list[str] = field(default_factory=list)
+    heldout_inputs: list[Name] = field(default_factory=list)
     """Inputs for evaluation; if empty, package-docs holds out whole packages."""
     heldout_every: Several = 100
     """If heldout_inputs is empty, hold out one document in this many, chosen by its hash."""
@@ -90,8 +91,6 @@ class DataConfig:
     """Resume, at a new epoch, even if corpus, tokenizer or these settings have changed."""
 
     def __post_init__(self) -> None:
-        if not is_texts(self.heldout_inputs):
-            raise InputError(f"data.heldout_inputs is not a list of names: {self.heldout_inputs!r}")
         _ = self.sources  # parsed here, so that errors come early, also under python -O
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:

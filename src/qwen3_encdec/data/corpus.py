@@ -90,17 +90,16 @@ class File:
         return self._table(block) if self.rows else self._texts(block)
 
     def _texts(self, block: int) -> Iterator[Document]:
-        for at, line in self._unpacked(block) if self.streamed else self._lines(block):
+        lines = self._lines(block)
+        if self.streamed:
+            lines = islice(enumerate(_unpacked(self.path, self.copy)), block, None, self.num_blocks)
+        for at, line in lines:
             try:
                 text = _text(line, self.column)
             except ValueError as error:
                 number = 1 + (at if self.streamed else self._lines_before(at))
                 raise InputError(f"{self.path} line {number}: {error}") from None
             yield Document(self.path, text_key(text), text)
-
-    def _unpacked(self, block: int) -> Iterator[tuple[int, bytes]]:
-        lines = enumerate(_unpacked(self.path, self.copy))
-        return islice(lines, block, None, self.num_blocks)
 
     def _lines(self, block: int) -> Iterator[tuple[int, bytes]]:
         """Yield the byte offset and content of each line of a block."""

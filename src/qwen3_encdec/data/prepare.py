@@ -148,7 +148,8 @@ class Preparation:
         temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
         try:
             with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for keys, tokens in self._groups(self.parts[part], counts):
+                for group in self._groups(self.parts[part], counts):
+                    keys, tokens = zip(*group, strict=True)
                     offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
                     lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
                     writer.write_table(pa.table([pa.array(keys, pa.int64()), lists], schema=schema))
@@ -161,10 +162,9 @@ class Preparation:
 
     def _groups(
         self, blocks: range, counts: Counter[str]
-    ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-        """Yield keys and tokens of row groups, and count document outcomes."""
-        keys: list[int] = []
-        texts: list[np.ndarray] = []
+    ) -> Iterator[list[tuple[int, np.ndarray]]]:
+        """Yield row groups of (key, tokens) pairs, and count document outcomes."""
+        group: list[tuple[int, np.ndarray]] = []
         size = 0
         for number, document in self.corpus.numbered(blocks):
             tokens = self.encode(document.content)
@@ -175,13 +175,12 @@ class Preparation:
                 continue
             counts["tokens"] += len(tokens)
             size += len(tokens)
-            keys.append(document.key)
-            texts.append(tokens)
+            group.append((document.key, tokens))
             if size >= _GROUP_TOKENS:
-                yield keys, texts
-                keys, texts, size = [], [], 0
-        if keys:
-            yield keys, texts
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
 
     def finish(self, *task: Any) -> Counter[str]:
         """Index the files and move the folder into place; the last step, run by one task.

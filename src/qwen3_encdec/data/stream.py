@@ -191,13 +191,8 @@ class UL2Data:
 
     def example(self, tokens: np.ndarray, number: int, rng: Any, corpus: int) -> Example:
         """Corrupt a chunk with the preset's denoiser of that index."""
-        source, target = corrupt(
-            tokens,
-            self.config.denoisers[number],
-            rng,
-            sentinel_ids=self.sentinel_ids,
-            eos_id=self.eos_id,
-        )
+        denoiser, ids = self.config.denoisers[number], self.sentinel_ids
+        source, target = corrupt(tokens, denoiser, rng, sentinel_ids=ids, eos_id=self.eos_id)
         return Example(source, target, number, corpus)
 
     def choose_heldout(self, number: int) -> list[HeldoutText]:

@@ -408,14 +408,16 @@ class RowLoader:
         self._rows_given, total = state["rows"], data.config.streams
         own = sorted((state["rows"] + row) % total for row in range(rank, total, ranks))
         self._positions = {stream: list(state["streams"][str(stream)]) for stream in own}
-        options: dict[str, Any] = {"collate_fn": _as_is, "num_workers": num_workers}
+        self._rank = rank
+        self._options: dict[str, Any] = {"collate_fn": _as_is, "num_workers": num_workers}
         if num_workers:
-            options["worker_init_fn"] = worker_init_fn
-            options["prefetch_factor"] = max(2, 4 * batch_size // num_workers)
-        self._rows = DataLoader(_Reader(data, state, rank, ranks), batch_size=None, **options)
+            self._options["worker_init_fn"] = worker_init_fn
+            self._options["prefetch_factor"] = max(2, 4 * batch_size // num_workers)
 
     def __iter__(self) -> Generator[Any, None, None]:
-        rows = iter(self._rows)
+        """Yield the batches after those already given."""
+        reader = _Reader(self.data, self.state_dict(), self._rank, self.ranks)
+        rows = iter(DataLoader(reader, batch_size=None, **self._options))
         while True:
             batch = list(islice(rows, self.batch_size))
             for row in batch:

@@ -199,8 +199,10 @@ def test_prepared_folders_that_are_taken_apart_or_written_again(corpus, tokenize
 
 
 def test_preparations_that_would_be_useless(corpus, tokenizer, tmp_path):
-    with pytest.raises(InputError, match=r"output .* is inside input .*corpus; choose another"):
-        prepared(config_of(corpus), tokenizer, corpus / "tokens")
+    mixture = DataConfig(mixture=[{"inputs": [str(corpus)]}])
+    for config in (config_of(corpus), mixture):
+        with pytest.raises(InputError, match=r"output .* is inside input .*corpus; choose another"):
+            prepared(config, tokenizer, corpus / "tokens")
     (tmp_path / "a.txt").write_text("short\n" * 3)
     with pytest.raises(InputError, match="none of the 3 documents has 24 tokens"):
         prepared(config_of(tmp_path / "a.txt", min_tokens=24), tokenizer, tmp_path / "out")

@@ -362,7 +362,7 @@ def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
     changed = UL2Data(config_of(folder), tokenizer)
     with pytest.raises(InputError, match="belongs to another corpus, data config or tokenizer"):
         changed.adopt(state)
-    changed = UL2Data(config_of(folder, accept_changes=True), tokenizer)
+    changed = UL2Data(config_of(folder, accept_changes=True, heldout_every=9), tokenizer)
     epochs = [at["epoch"] for positions in state["streams"].values() for at in positions]
     state, note = changed.adopt(state)
     assert note == f"the data has changed; continuing with it at epoch {max(epochs) + 1}"
@@ -370,6 +370,8 @@ def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
     assert loader.epoch() == max(epochs) + 1
     next(iter(loader))
     assert loader.epoch() in (max(epochs), max(epochs) + 1)
+    (text,) = changed.choose_heldout(1)
+    assert len(changed.heldout_examples([text, text._replace(corpus=1)])) == 5
     with pytest.raises(InputError, match="not those of all ranks"):
         merge_states(states[:1])
 

@@ -73,10 +73,11 @@ class Preparation:
         deduplicate: str = "no",
     ) -> None:
         self.output, self.min_tokens = check_output(output, "prepared corpus"), config.min_tokens
-        for item in filter(os.path.isdir, config.inputs):
+        source = config.sources[0]
+        for item in filter(os.path.isdir, source.inputs):
             if Path(item).resolve() in output.resolve().parents:
                 raise InputError(f"output {output} is inside input {item}; choose another folder")
-        self.corpus, self.encode = open_corpus(config.sources[0], config), Encoder(tokenizer)
+        self.corpus, self.encode = open_corpus(source, config), Encoder(tokenizer)
         for file in self.corpus.files:
             if file.tokenizer:
                 raise InputError(f"{file.path} is already tokenized; train on it directly")
@@ -85,8 +86,8 @@ class Preparation:
         self.parts = [range(n, min(n + most, blocks)) for n in range(0, blocks, most)]
         self.plan = {
             "kind": "prepared corpus",
-            "inputs": config.inputs,
-            "text_column": config.text_column,
+            "inputs": source.inputs,
+            "text_column": source.text_column,
             "min_tokens": config.min_tokens,
             "deduplicate": deduplicate,
             "corpus": self.corpus.fingerprint(),

@@ -246,6 +246,8 @@ class UL2Data:
         """Corrupt each text with each denoiser, deterministically."""
         examples = []
         for text in texts:
+            if text.corpus >= len(self.corpora):  # chosen before the mixture was changed
+                continue
             tokens = np.array(text.tokens, np.int32)
             for number in range(len(self.config.denoisers)):
                 rng = np.random.Generator(np.random.PCG64((number << 64) + text.key))

@@ -167,6 +167,9 @@ def test_a_prepared_corpus_gives_the_same_examples(
     assert examples_of(out, tokenizer) == examples_of(corpus, tokenizer)
     line = UL2Data(config_of(out), tokenizer).report()[0]
     assert f"{counts['used']:,} documents, {counts['tokens']:,} tokens" in line
+    mixed = DataConfig(inputs=[str(out), str(corpus / "a.jsonl")])
+    about = re.search(r"about ([\d,]+) documents", UL2Data(mixed, tokenizer).report()[0])[1]
+    assert int(about.replace(",", "")) == pytest.approx(counts["used"] + 400, rel=0.1)
     # Any tool opens the folder, and the index spares opening its files.
     assert pq.read_table(out / "data").num_rows == counts["used"]
     opened = []

@@ -115,10 +115,11 @@ class UL2Data:
         rows = sum(sum(file.rows) for file in corpus.files)
         if all(file.tokenizer for file in corpus.files):
             return f"{rows:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
-        texts = [document.content for document in islice(corpus.read(0), 256)]
+        unknown = [file for file in corpus.files if not file.rows]
+        sample = (unknown or corpus.files)[0].read(0)
+        texts = [document.content for document in islice(sample, 256)]
         size = sum(len(str(text).encode("utf-8", "replace")) for text in texts)
-        unknown = sum(file.size for file in corpus.files if not file.rows)
-        documents = rows + unknown * len(texts) / max(size, 1)
+        documents = rows + sum(file.size for file in unknown) * len(texts) / max(size, 1)
         tokens = documents * sum(len(self.encode(text)) for text in texts) / max(len(texts), 1)
         return f"about {documents:,.0f} documents, {tokens:,.0f} tokens"
 

@@ -1,6 +1,5 @@
 """The `data:` section of a training YAML."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import inf
@@ -125,22 +124,22 @@ class DataConfig:
         return list(sources.values())
 
 
-def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
+def resolve_preset(preset: str | list[dict[str, Any]]) -> Preset:
     """Return a preset by name, from a .yaml file that lists denoisers, or from such a list.
 
     Raises InputError for anything else.
     """
-    if isinstance(preset, str) and preset in PRESETS:
-        return PRESETS[preset]
-    if isinstance(preset, str) and not preset.endswith((".yaml", ".yml")):
-        raise InputError(f"preset {preset!r} must be one of {', '.join(PRESETS)} or a .yaml file")
-    where = f"preset {preset}" if isinstance(preset, str) else "preset"
-    listed = read_yaml(preset, "preset") if isinstance(preset, str) else preset
-    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        raise InputError(f"{where}: {listed!r} is not a list of at least one denoiser")
-    denoisers = tuple(
-        item if isinstance(item, Denoiser) else _build(Denoiser, item, where) for item in listed
-    )
+    where = "preset"
+    if isinstance(preset, str):
+        if preset in PRESETS:
+            return PRESETS[preset]
+        if not preset.endswith((".yaml", ".yml")):
+            known = ", ".join(PRESETS)
+            raise InputError(f"preset {preset!r} must be one of {known} or a .yaml file")
+        where, preset = f"preset {preset}", read_yaml(preset, "preset")
+    if not isinstance(preset, list) or not preset:
+        raise InputError(f"{where}: {preset!r} is not a list of at least one denoiser")
+    denoisers = tuple(_build(Denoiser, item, where) for item in preset)
     names = [denoiser.name for denoiser in denoisers]
     if not is_texts(names) or len(set(names)) < len(names):
         raise InputError(f"{where}: denoiser names {names} must be distinct texts")

@@ -241,9 +241,9 @@ def check_capacity(preset: Preset, source_length: int, target_length: int, senti
         )
 
 
-def render(example: Example, tokenizer: Any, preset: Preset | None = None) -> str:
+def render(example: Example, tokenizer: Any, preset: Preset) -> str:
     """Render an example as readable text, with its special tokens visible."""
-    lines = [f"[{preset[example.denoiser].name if preset else example.denoiser}]"]
+    lines = [f"[{preset[example.denoiser].name}]"]
     for side, ids in (("source", example.source), ("target", example.target)):
         lines.append(f"  {side} ({len(ids)}): {tokenizer.decode(ids)!r}")
     return "\n".join(lines)

@@ -5,7 +5,6 @@ only: a tokenizer that keeps those flags turns corpus text into control tokens.
 """
 
 import json
-import pickle
 import shutil
 from pathlib import Path
 
@@ -131,12 +130,9 @@ def test_a_real_checkpoint_is_encoded_fast(init_folder, with_qwen_flags, spelled
     tokenization.logging.warning_once.cache_clear()
     wrong = Qwen3EncoderDecoderTokenizer.from_pretrained(with_qwen_flags)
     think = wrong.convert_tokens_to_ids("<think>")
-    for _ in range(2):
-        control = Encoder(wrong)
-        again = pickle.loads(pickle.dumps(control))
-        assert again("<think>").tolist() == control("<think>").tolist() == [think]
+    control = Encoder(wrong)
     assert control.name == "tokenizers"
-    assert caplog.text.count("tiktoken and tokenizers differ on") == 1
+    assert control("<think>").tolist() == [think]
     assert "rebuild the tokenizer with initialize" in caplog.text
 
 

@@ -151,18 +151,11 @@ def test_resume_with_other_workers_in_the_middle_of_their_turn(folder, tokenizer
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_that_is_iterated_again_goes_on(folder, tokenizer, workers):
     data = UL2Data(config_of(folder), tokenizer)
-    straight, states = steps(data, 2, 0, None, 4)
-    loaders = [
-        RowLoader(data, batch_size=8, rank=rank, ranks=2, num_workers=workers, collate=list)
-        for rank in range(2)
-    ]
-    for _ in range(2):
-        batches = [list(islice(loader, 2)) for loader in loaders]
-        pairs = zip(*batches, strict=True)
-        made = [Counter(key(row) for batch in pair for row in batch) for pair in pairs]
-        assert made == straight[:2]
-        del straight[:2]
-    assert [loader.state_dict() for loader in loaders] == states
+    straight, states = steps(data, 1, 0, None, 4)
+    loader = RowLoader(data, batch_size=16, num_workers=workers, collate=list)
+    made = [batch for _ in range(2) for batch in islice(loader, 2)]
+    assert [Counter(map(key, batch)) for batch in made] == straight
+    assert [loader.state_dict()] == states
 
 
 def test_the_state_is_small_readable_json(folder, tokenizer):

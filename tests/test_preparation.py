@@ -299,7 +299,9 @@ def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"cannot write .*part-\d+.*(too large|No space)"):
+        with pytest.raises(
+            InputError, match=r"part-\d+.* cannot be written: .*(too large|No space)"
+        ):
             prepared(config_of(corpus), tokenizer, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from qwen3_encdec.folders import InputError, write_text
+from qwen3_encdec.folders import InputError, write_text, writing
 
 # Vendored copies of other packages would leak train texts into the held-out split.
 _SKIPPED_FOLDERS = {"test", "tests", "_test", "_tests", "testing"}
@@ -62,10 +62,8 @@ def package_docs_file(split: Split) -> Path:
         for name, file in files.items():
             own = [doc for doc in documents if is_heldout(doc.package) == (name == "heldout")]
             lines = [json.dumps(document._asdict()) + "\n" for document in own]
-            try:
+            with writing(file):
                 write_text(file, "".join(lines))
-            except OSError as error:
-                raise InputError(f"cannot write {file}: {error.strerror}") from None
     return files[split]
 
 

@@ -42,6 +42,7 @@ from qwen3_encdec.folders import (
     package_versions,
     read_json,
     write_json,
+    writing,
 )
 
 _GROUP_TOKENS = 2**16
@@ -100,10 +101,6 @@ class Preparation:
         self.files = [self.building / "data" / name for name in names]
         self._duplicates = self.building / "duplicates.npy"
 
-    def failure(self, error: Exception, file: Path | None = None) -> InputError:
-        """Return the InputError to raise for a write error."""
-        return InputError(f"cannot write {file or self.building}: {error}; run again to resume")
-
     def missing(self) -> list[int]:
         """Return the numbers of the parts still to be written."""
         return [part for part, file in enumerate(self.files) if not file.exists()]
@@ -111,7 +108,7 @@ class Preparation:
     def begin(self) -> None:
         """Create the folder, or resume one with the same plan, and find the duplicates."""
         about = self.building / PROVENANCE_FILE
-        try:
+        with writing(self.building):
             (self.building / "data").mkdir(parents=True, exist_ok=True)
             same = about.exists() and self.plan.items() <= read_json(about).items()
             if not same and any(path.is_file() for path in self.building.rglob("*")):
@@ -128,8 +125,6 @@ class Preparation:
                 )
                 np.save(self.building / "duplicates.tmp.npy", copies)
                 os.replace(self.building / "duplicates.tmp.npy", self._duplicates)
-        except OSError as error:
-            raise self.failure(error) from None
 
     @cached_property
     def _copies(self) -> set[int]:
@@ -147,19 +142,19 @@ class Preparation:
         schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: self.encode.fingerprint.encode()})
         counts = Counter(dict.fromkeys(_COUNTED, 0))
         temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
-        try:
-            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for group in self._groups(self.parts[part], counts):
-                    keys, tokens = zip(*group, strict=True)
-                    offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
-                    lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
-                    writer.write_table(pa.table([pa.array(keys, pa.int64()), lists], schema=schema))
-                writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts)})
-            os.replace(temporary, file)
-        except OSError as error:
-            raise self.failure(error, file) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(file):
+            try:
+                with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                    for group in self._groups(self.parts[part], counts):
+                        keys, tokens = zip(*group, strict=True)
+                        offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
+                        lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
+                        columns = [pa.array(keys, pa.int64()), lists]
+                        writer.write_table(pa.table(columns, schema=schema))
+                    writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts)})
+                os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _groups(
         self, blocks: range, counts: Counter[str]
@@ -190,7 +185,7 @@ class Preparation:
         """
         if missing := self.missing():
             raise InputError(f"{self.building}: {len(missing):,} parts are not written yet")
-        try:
+        with writing(self.building):
             counts = _write_index(self.files, self.encode.fingerprint)
             if not counts["used"]:
                 shutil.rmtree(self.building)
@@ -204,8 +199,6 @@ class Preparation:
             if self.output.exists():
                 shutil.rmtree(self.output)
             os.rename(self.building, self.output)
-        except OSError as error:
-            raise self.failure(error) from None
         return counts
 
 
@@ -235,7 +228,7 @@ def prepare(
             for _ in written:
                 progress.update()
         except RuntimeError as error:  # a worker was killed
-            raise preparation.failure(error) from error
+            raise InputError(f"{output}: {error}; run again to resume") from error
     return preparation.finish()
 
 

@@ -177,8 +177,9 @@ def test_a_prepared_corpus_gives_the_same_examples(
     UL2Data(config_of(out), tokenizer)
     assert not opened
     monkeypatch.undo()
-    with pytest.raises(InputError, match="prepared with another tokenizer"):
-        UL2Data(config_of(out), build_tokenizer(num_ranks=500))
+    for config in (config_of(out), config_of(corpus, heldout_inputs=[str(out)])):
+        with pytest.raises(InputError, match="prepared with another tokenizer"):
+            UL2Data(config, build_tokenizer(num_ranks=500))
     with pytest.raises(InputError, match="is already tokenized"):
         prepared(config_of(out), tokenizer, tmp_path / "again")
     assert not (tmp_path / "again.partial").exists()

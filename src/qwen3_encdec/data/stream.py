@@ -84,15 +84,14 @@ class UL2Data:
 
     def _check_files(self) -> None:
         files = [file for corpus in self.opened for file in corpus.files]
-        for file in files:
+        heldout = self._heldout_corpus(0).files if self.config.heldout_inputs else ()
+        for file in (*files, *heldout):
             if file.tokenizer not in ("", self.encode.fingerprint):
                 raise InputError(
                     f"{file.path} was prepared with another tokenizer; prepare the corpus again"
                 )
-        if not self.config.heldout_inputs:
-            return
         mine = {os.path.realpath(file.copy) for file in files}
-        for file in self._heldout_corpus(0).files:
+        for file in heldout:
             if os.path.realpath(file.copy) in mine:
                 raise InputError(f"{file.path} is an input and a held-out input; remove one")
 

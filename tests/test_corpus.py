@@ -301,8 +301,3 @@ def test_the_fingerprint_knows_names_sizes_and_ends(tmp_path):
     assert len({first, second, third}) == 3
     (tmp_path / "a").rename(tmp_path / "b")  # moved
     assert fingerprint("b") == fingerprint("b/y.txt") == third
-
-
-def test_copies_have_one_key():
-    assert module.text_key("a") == module.text_key("a") != module.text_key("b")
-    assert 0 <= module.text_key("\ud800") < 2**63

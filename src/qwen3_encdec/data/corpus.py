@@ -235,7 +235,7 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
 
 def text_key(text: str) -> int:
     """Hash a text to 63 bits."""
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 

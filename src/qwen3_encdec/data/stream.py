@@ -117,7 +117,7 @@ class UL2Data:
         unknown = [file for file in corpus.files if not file.rows]
         sample = (unknown or corpus.files)[0].read(0)
         texts = [document.content for document in islice(sample, 256)]
-        size = sum(len(str(text).encode("utf-8", "replace")) for text in texts)
+        size = sum(len(str(text).encode()) for text in texts)
         documents = rows + sum(file.size for file in unknown) * len(texts) / max(size, 1)
         tokens = documents * sum(len(self.encode(text)) for text in texts) / max(len(texts), 1)
         return f"about {documents:,.0f} documents, {tokens:,.0f} tokens"

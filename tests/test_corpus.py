@@ -81,6 +81,13 @@ def test_every_kind_of_file(tmp_path, cache_gib, own_cache):
     assert "changed" in read(tmp_path, cache_gib=cache_gib)
 
 
+def test_package_docs_beside_files_with_another_column(tmp_path, monkeypatch):
+    (tmp_path / "docs.jsonl").write_text(lines("docstring"))
+    (tmp_path / "a.jsonl").write_text('{"body": "text"}')
+    monkeypatch.setattr(module, "package_docs_file", lambda split: tmp_path / "docs.jsonl")
+    assert read("package-docs", tmp_path / "a.jsonl", column="body") == ["docstring", "text"]
+
+
 def test_links_and_hidden_folders(tmp_path):
     (tmp_path / "data/.ipynb_checkpoints").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()

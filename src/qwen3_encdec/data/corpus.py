@@ -224,7 +224,8 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
                 file = _open_parquet(path, copy, sizes[path], source.text_column, block_bytes)
                 files.append(file)
         else:
-            column = "" if _kind(path)[0] == "txt" else source.text_column
+            # Package-docs, which has no suffix, has its own column.
+            column = {"txt": "", "": "text"}.get(_kind(path)[0], source.text_column)
             blocks = -(-sizes[path] // (streamed_bytes if path in packed else block_bytes))
             files.append(File(path, copy, sizes[path], blocks, column, path in packed))
     files = [file for file in files if file.num_blocks]

@@ -189,7 +189,8 @@ def test_prepared_folders_that_are_taken_apart_or_written_again(corpus, tokenize
     out = tmp_path / "out"
     first = prepared(config_of(corpus), tokenizer, out)
     UL2Data(config_of(out), tokenizer)
-    second = prepared(config_of(corpus / "a.jsonl"), tokenizer, out)
+    (tmp_path / "link").symlink_to(out)
+    second = prepared(config_of(corpus / "a.jsonl"), tokenizer, tmp_path / "link")
     assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
     assert second["tokens"] < first["tokens"]
     (out / "data/_index.json").rename(tmp_path / "_index.json")

@@ -73,10 +73,11 @@ class Preparation:
         output: Path,
         deduplicate: str = "no",
     ) -> None:
-        self.output, self.min_tokens = check_output(output, "prepared corpus"), config.min_tokens
+        output = check_output(output, "prepared corpus").resolve()  # a link stays
+        self.output, self.min_tokens = output, config.min_tokens
         source = config.sources[0]
         for item in filter(os.path.isdir, source.inputs):
-            if Path(item).resolve() in output.resolve().parents:
+            if Path(item).resolve() in output.parents:
                 raise InputError(f"output {output} is inside input {item}; choose another folder")
         self.corpus, self.encode = open_corpus(source, config), Encoder(tokenizer)
         for file in self.corpus.files:

@@ -65,7 +65,13 @@ class UL2Data:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
-        self.sentinel_ids, self.eos_id = special_ids(config, tokenizer)
+        ids = getattr(tokenizer, "sentinel_token_ids", None)
+        if ids is None:
+            name = tokenizer.name_or_path
+            raise InputError(f"tokenizer {name!r} has no sentinels; run: qwen3-encdec tokenizer")
+        check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
+        self.sentinel_ids = np.asarray(ids, dtype=np.int32)
+        self.eos_id = int(tokenizer.eos_token_id)
         self.kept_ids = np.array([self.eos_id, *self.sentinel_ids])
         self.encode = Encoder(tokenizer)
         self.opened = [open_corpus(source, config) for source in config.sources]
@@ -492,13 +498,3 @@ def read_heldout(path: Path) -> list[HeldoutText]:
     """Read what `write_heldout` wrote. Raises InputError for any other file."""
     with input_errors(f"{path} does not hold held-out texts"):
         return [HeldoutText(**text) for text in read_json(path, list)]
-
-
-def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:
-    """Return the sentinel ids (int32), after checking that there are enough, and the EOS id."""
-    ids = getattr(tokenizer, "sentinel_token_ids", None)
-    if ids is None:
-        name = tokenizer.name_or_path
-        raise InputError(f"tokenizer {name!r} has no sentinels; build one: qwen3-encdec tokenizer")
-    check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
-    return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id)

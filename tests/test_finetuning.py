@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -91,6 +92,8 @@ def test_shipped_configs_have_every_field_and_no_other(name):
         assert f"\n{key}: " in text, key
     with pytest.raises(InputError, match=r"unknown key batchsize; did you mean batch_size\?"):
         load_dataclass(FinetuneConfig, None, ["batchsize=3"])
+    with pytest.raises(ValueError, match="batchsize"):
+        replace(FinetuneConfig(), batchsize=3)
     with pytest.raises(InputError, match="temperature: Input should be a valid number"):
         load_dataclass(FinetuneConfig, None, ["temperature=yes"])
 

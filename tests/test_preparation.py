@@ -47,6 +47,7 @@ def own_cache(tmp_path, monkeypatch):
         ({"inputs": []}, "data.inputs is empty"),
         ({"preset": "ul3"}, "preset 'ul3'"),
         ({"source_length": 1}, "source_length: .* greater than or equal to 2, got 1"),
+        ({"sorce_length": 3}, "unknown key sorce_length; did you mean source_length?"),
         ({"source_length": 12, "target_length": 12}, "data.min_tokens=8 is more than half"),
         ({"min_tokens": 1}, "min_tokens: .* got 1"),
         ({"heldout_every": 1}, "heldout_every: .* got 1"),
@@ -68,6 +69,8 @@ def own_cache(tmp_path, monkeypatch):
 def test_bad_configs_name_the_field_and_the_value(changes, message):
     with pytest.raises(InputError, match=message):
         read_dataclass(DataConfig, changes, "mine.yaml")
+    with pytest.raises(ValueError, match="for DataConfig"):
+        DataConfig(**changes)
 
 
 def test_sources_of_one_name_are_numbered():

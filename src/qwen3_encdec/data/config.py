@@ -5,7 +5,8 @@ from functools import cached_property
 from math import inf
 from typing import Annotated, Any
 
-from pydantic import BeforeValidator, Field
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as strict_dataclass
 
 from qwen3_encdec.data.ul2 import PRESETS, Denoiser, Preset, raw_length
 from qwen3_encdec.folders import InputError, read_yaml
@@ -49,7 +50,7 @@ class Source:
             raise InputError(f"data.mixture: weight={weight!r} of {self.inputs} must be positive")
 
 
-@dataclass(frozen=True)
+@strict_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DataConfig:
     """Settings that determine the training examples."""
 

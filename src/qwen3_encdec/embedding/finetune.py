@@ -26,7 +26,7 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetsError
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from sentence_transformers import (
@@ -57,7 +57,7 @@ from qwen3_encdec.folders import (
 SCORE = "eval_ndcg@10"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FinetuneConfig:
     """Settings of a finetuning, except the encoder it starts from."""
 

@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import accumulate, count, islice, product
+from itertools import accumulate, chain, count, islice, product
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -238,7 +238,7 @@ class UL2Data:
             return document.key not in chosen and (apart or self.is_heldout(document))
 
         blocks = np.random.default_rng(0).permutation(opened.num_blocks).tolist()
-        for most, block in [*product([2], blocks), *product([number], blocks)]:
+        for most, block in chain(product([2], blocks), product([number], blocks)):
             if len(chosen) >= number:
                 break
             fresh = filter(is_fresh, opened.read(block))

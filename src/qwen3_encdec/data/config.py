@@ -1,4 +1,4 @@
-"""The `data:` section of a training YAML."""
+"""The `data:` section of a training YAML, and the types of values that all configs share."""
 
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
@@ -11,8 +11,7 @@ from pydantic.dataclasses import dataclass as strict_dataclass
 from qwen3_encdec.data.ul2 import PRESETS, Denoiser, Preset, raw_length
 from qwen3_encdec.folders import InputError, read_yaml
 
-# Numbers of any config. YAML 1.1 reads 1e-4 as a string, so strings are parsed; pydantic would take
-# `lr: yes` as 1.0.
+# YAML 1.1 reads 1e-4 as a string, so strings are parsed; pydantic would take `lr: yes` as 1.0.
 Number = Annotated[
     float,
     Field(allow_inf_nan=False),

@@ -380,7 +380,7 @@ def test_examples_of_package_docs():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"steps": 0}, "steps\n.* greater than 0"),
+        ({"steps": 0}, "steps\n.* greater than or equal to 1"),
         ({"lr": math.inf}, "lr\n.* finite"),
         ({"columns": ["text"]}, "columns\n.* at least 2 items"),
         ({"teacher": "x", "spread_weight": 1.0}, "cannot be used with a teacher"),

@@ -124,6 +124,12 @@ def test_an_encoder_travels_to_other_processes(tokenizer):
     assert again(text).tolist() == reference(tokenizer, text)
 
 
+def test_the_fingerprint_does_not_depend_on_earlier_calls(tokenizer):
+    before = Encoder(tokenizer).fingerprint
+    tokenizer(["one", "two texts"], padding=True, truncation=True, max_length=3)
+    assert Encoder(tokenizer).fingerprint == before
+
+
 def test_long_texts_are_cut_where_words_end(tokenizer, monkeypatch):
     encode = Encoder(tokenizer)
     texts = [text * 9 for text in random_texts(300) if text] + ["don't stop 3.14 _x y_ z! a\n b"]

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -333,6 +334,15 @@ def test_heldout_inputs_and_their_copies(tmp_path, tokenizer):
     same = config_of(tmp_path, heldout_inputs=[str(tmp_path / "held.jsonl")])
     with pytest.raises(InputError, match=r"held.jsonl is an input and a held-out input"):
         UL2Data(same, tokenizer)
+
+
+def test_file_names_that_are_not_utf_8(tmp_path, tokenizer):
+    for name in (b"caf\xe9.jsonl", b"caf\xe9.jsonl.gz"):
+        write_lines(tmp_path / os.fsdecode(name), texts(40, len(name)))
+    data = UL2Data(config_of(tmp_path, heldout_every=2), tokenizer)
+    chosen = data.choose_heldout(4)
+    write_heldout(tmp_path / "heldout.json", chosen)
+    assert read_heldout(tmp_path / "heldout.json") == chosen
 
 
 def test_choosing_heldout_texts_reads_a_few_blocks(tmp_path, tokenizer, monkeypatch):

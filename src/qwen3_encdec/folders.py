@@ -125,7 +125,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary one: a full disk leaves the file as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # A file name that is not UTF-8 becomes an escape, which JSON reads back.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -174,7 +174,7 @@ class Corpus:
         seen = 0
         for number, file in enumerate(self.files):
             name = file.path if file.path.startswith("hf://") else os.path.basename(file.path)
-            seen = zlib.crc32(f"{name} {file.size} {file.num_blocks}".encode(), seen)
+            seen = zlib.crc32(os.fsencode(f"{name} {file.size} {file.num_blocks}"), seen)
             if number % -(-len(self.files) // 64) == 0 and not file.copy.startswith("hf://"):
                 with open(file.copy, "rb") as data:
                     seen = zlib.crc32(data.read(2**16), seen)
@@ -326,7 +326,7 @@ def _unpack(path: str, copy: str) -> str:
     """Unpack a file into the cache, unless it is there already, and return the cached file."""
     about = os.stat(copy)
     identity = f"{os.path.realpath(copy)} {about.st_size} {about.st_mtime_ns}"
-    target = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.jsonl"
+    target = cache_folder() / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:24]}.jsonl"
     if target.exists():
         return str(target)
     building = target.with_suffix(".partial")

@@ -20,12 +20,7 @@ from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import Corpus, File, open_corpus
 from qwen3_encdec.folders import InputError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    return cache / "qwen3-encdec"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def opened(*inputs, column="text", cache_gib=1.0) -> Corpus:

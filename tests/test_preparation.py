@@ -28,17 +28,13 @@ from qwen3_encdec.reports.data import write_page
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from qwen3_encdec.training.config import read_dataclass
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 DATATROVE = Path(__file__).parents[1] / "examples" / "prepare_with_datatrove.py"
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer(num_ranks=512)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(

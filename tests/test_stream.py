@@ -35,16 +35,12 @@ from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 TEXT = "the encoder reads a source and its decoder writes one target Ünïcödé 天地玄黃 0 1 23"
 WORDS = TEXT.split()
 RANKS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 4)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer(num_ranks=512)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def texts(count: int, seed: int) -> list[str]:

@@ -179,17 +179,19 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
+    replaced = building.with_suffix(".replaced")
     try:
         yield building
         facts = {"kind": kind, **provenance, "versions": package_versions()}
         write_json(building / PROVENANCE_FILE, facts)
         _apply_umask(building)
-        replaced = building.with_suffix(".replaced")
         if output.exists():
             os.rename(output, replaced)
         os.rename(building, output)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
+        if replaced.exists() and not output.exists():
+            os.rename(replaced, output)
         shutil.rmtree(building, ignore_errors=True)
         raise
 

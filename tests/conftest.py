@@ -167,6 +167,14 @@ def command(monkeypatch, capsys):
 
 
 @pytest.fixture
+def own_cache(tmp_path_factory, monkeypatch) -> Path:
+    """An empty cache of unpacked files."""
+    cache = tmp_path_factory.mktemp("cache")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
+    return cache / "qwen3-encdec"
+
+
+@pytest.fixture
 def config() -> Qwen3EncoderDecoderConfig:
     return tiny_config()
 

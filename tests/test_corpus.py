@@ -20,12 +20,7 @@ from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.corpus import Corpus, File, open_corpus
 from qwen3_encdec.folders import InputError
 
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory, monkeypatch):
-    cache = tmp_path_factory.mktemp("cache")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
-    return cache / "qwen3-encdec"
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def opened(*inputs, column="text", cache_gib=1.0) -> Corpus:
@@ -81,6 +76,13 @@ def test_every_kind_of_file(tmp_path, cache_gib, own_cache):
     assert "changed" in read(tmp_path, cache_gib=cache_gib)
 
 
+def test_package_docs_beside_files_with_another_column(tmp_path, monkeypatch):
+    (tmp_path / "docs.jsonl").write_text(lines("docstring"))
+    (tmp_path / "a.jsonl").write_text('{"body": "text"}')
+    monkeypatch.setattr(module, "package_docs_file", lambda split: tmp_path / "docs.jsonl")
+    assert read("package-docs", tmp_path / "a.jsonl", column="body") == ["docstring", "text"]
+
+
 def test_links_and_hidden_folders(tmp_path):
     (tmp_path / "data/.ipynb_checkpoints").mkdir(parents=True)
     (tmp_path / "elsewhere").mkdir()
@@ -98,6 +100,21 @@ def test_links_and_hidden_folders(tmp_path):
     (tmp_path / "data/a.txt").unlink()
     with pytest.raises(InputError, match=r"newest.txt: .*No such file"):
         opened(tmp_path / "data")
+
+
+def test_paths_do_not_depend_on_the_order_of_a_listing(tmp_path, monkeypatch):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/x.txt").write_text("once")
+    (tmp_path / "a").symlink_to("b")
+    walk = os.walk
+
+    def backwards(*arguments, **options):
+        for top, folders, names in walk(*arguments, **options):
+            folders.sort(reverse=True)
+            yield top, folders, names
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert [file.path for file in opened(tmp_path).files] == [f"{tmp_path}/a/x.txt"]
 
 
 def test_a_folder_that_cannot_be_read(tmp_path, monkeypatch):
@@ -147,6 +164,7 @@ BAD = {
         ('{"text": 3}\n', r"line 1: column 'text' is int, not a string"),
         ('{"text": null}\n{"text": 0}\n', r"line 2: column 'text' is int, not a string"),
         (GOOD + "[1]\n", r"line 2001: no column 'text'; found a list"),
+        (GOOD + "[" * 10**5, r"line 2001: not valid JSON \(maximum recursion depth"),
     ],
     "a.json": [(json.dumps([{"text": "fine"}, {"body": "x"}]), r"line 2: no column 'text'")],
     "a.csv": [
@@ -285,8 +303,3 @@ def test_the_fingerprint_knows_names_sizes_and_ends(tmp_path):
     assert len({first, second, third}) == 3
     (tmp_path / "a").rename(tmp_path / "b")  # moved
     assert fingerprint("b") == fingerprint("b/y.txt") == third
-
-
-def test_copies_have_one_key():
-    assert module.text_key("a") == module.text_key("a") != module.text_key("b")
-    assert 0 <= module.text_key("\ud800") < 2**63

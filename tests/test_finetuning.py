@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
@@ -88,6 +89,10 @@ def test_shipped_configs_have_every_field_and_no_other(name):
         assert f"\n{key}: " in text, key
     with pytest.raises(InputError, match=r"unknown key batchsize; did you mean batch_size\?"):
         load_dataclass(FinetuneConfig, None, ["batchsize=3"])
+    with pytest.raises(ValueError, match="batchsize"):
+        replace(FinetuneConfig(), batchsize=3)
+    with pytest.raises(InputError, match="temperature: Input should be a valid number"):
+        load_dataclass(FinetuneConfig, None, ["temperature=yes"])
 
 
 def test_the_shipped_config_fits_any_width(encoder, tmp_path, told):
@@ -390,7 +395,7 @@ def test_examples_of_package_docs():
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        ({"steps": 0}, "steps\n.* greater than 0"),
+        ({"steps": 0}, "steps\n.* greater than or equal to 1"),
         ({"seed": 2**32}, "seed\n.* less than 4294967296"),
         ({"inputs": []}, "inputs\n.* at least 1 item"),
         ({"lr": math.inf}, "lr\n.* finite"),

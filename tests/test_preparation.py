@@ -26,7 +26,9 @@ from qwen3_encdec.data.stream import UL2Data, rows
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.reports.data import write_page
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
+from qwen3_encdec.training.config import read_dataclass
 
+pytestmark = pytest.mark.usefixtures("own_cache")
 DATATROVE = Path(__file__).parents[1] / "examples" / "prepare_with_datatrove.py"
 
 
@@ -35,34 +37,35 @@ def tokenizer():
     return build_tokenizer(num_ranks=512)
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"inputs": []}, "data.inputs is empty"),
         ({"preset": "ul3"}, "preset 'ul3'"),
-        ({"source_length": 1}, "data.source_length=1"),
+        ({"source_length": 1}, "source_length: .* greater than or equal to 2, got 1"),
+        ({"sorce_length": 3}, "unknown key sorce_length; did you mean source_length?"),
         ({"source_length": 12, "target_length": 12}, "data.min_tokens=8 is more than half"),
-        ({"min_tokens": 1}, "data.min_tokens=1"),
-        ({"heldout_every": 1}, "data.heldout_every=1"),
-        ({"seed": -1}, "data.seed=-1"),
-        ({"cache_gib": math.nan}, "data.cache_gib=nan"),
-        ({"inputs": "a.txt"}, "data.inputs is empty or not a list of names: 'a.txt'"),
-        ({"heldout_inputs": "a.txt"}, "data.heldout_inputs is not a list of names"),
+        ({"min_tokens": 1}, "min_tokens: .* got 1"),
+        ({"heldout_every": 1}, "heldout_every: .* got 1"),
+        ({"streams": True}, "streams: Input should be a valid integer, got True"),
+        ({"seed": -1}, "seed: .* got -1"),
+        ({"cache_gib": math.nan}, "cache_gib: .* got nan"),
+        ({"cache_gib": True}, "cache_gib: Input should be a valid number"),
+        ({"inputs": "a.txt"}, "inputs: Input should be a valid list, got 'a.txt'"),
+        ({"heldout_inputs": [""]}, "heldout_inputs.0: String should have at least 1"),
         ({"text_column": ""}, "data.text_column='' is not the name of a column"),
         ({"mixture": [{"inputs": [3]}]}, r"not a list of names: \[3\]"),
         ({"mixture": [{"inputs": ["a"], "text_column": None}]}, "data.text_column=None"),
         ({"mixture": [{"inputs": ["a"], "weight": math.inf}]}, "weight=inf of"),
-        ({"mixture": [{"inputs": ["a"], "wieght": 1}]}, "data.mixture: .*'wieght': 1.* must be"),
-        ({"mixture": ["a"]}, "data.mixture: 'a' must be a mapping of inputs, weight, text_column"),
+        ({"mixture": [{"inputs": ["a"], "weight": True}]}, "weight=True of"),
+        ({"mixture": [{"inputs": ["a"], "wieght": 1}]}, "data.mixture: .*argument 'wieght'"),
+        ({"mixture": ["a"]}, "mixture.0: Input should be a valid dictionary, got 'a'"),
     ],
 )
 def test_bad_configs_name_the_field_and_the_value(changes, message):
     with pytest.raises(InputError, match=message):
+        read_dataclass(DataConfig, changes, "mine.yaml")
+    with pytest.raises(ValueError, match="for DataConfig"):
         DataConfig(**changes)
 
 
@@ -163,6 +166,9 @@ def test_a_prepared_corpus_gives_the_same_examples(
     assert examples_of(out, tokenizer) == examples_of(corpus, tokenizer)
     line = UL2Data(config_of(out), tokenizer).report()[0]
     assert f"{counts['used']:,} documents, {counts['tokens']:,} tokens" in line
+    mixed = DataConfig(inputs=[str(out), str(corpus / "a.jsonl")])
+    about = re.search(r"about ([\d,]+) documents", UL2Data(mixed, tokenizer).report()[0])[1]
+    assert int(about.replace(",", "")) == pytest.approx(counts["used"] + 400, rel=0.1)
     # Any tool opens the folder, and the index spares opening its files.
     assert pq.read_table(out / "data").num_rows == counts["used"]
     opened = []
@@ -170,8 +176,9 @@ def test_a_prepared_corpus_gives_the_same_examples(
     UL2Data(config_of(out), tokenizer)
     assert not opened
     monkeypatch.undo()
-    with pytest.raises(InputError, match="prepared with another tokenizer"):
-        UL2Data(config_of(out), build_tokenizer(num_ranks=500))
+    for config in (config_of(out), config_of(corpus, heldout_inputs=[str(out)])):
+        with pytest.raises(InputError, match="prepared with another tokenizer"):
+            UL2Data(config, build_tokenizer(num_ranks=500))
     with pytest.raises(InputError, match="is already tokenized"):
         prepared(config_of(out), tokenizer, tmp_path / "again")
     assert not (tmp_path / "again.partial").exists()
@@ -181,10 +188,13 @@ def test_prepared_folders_that_are_taken_apart_or_written_again(corpus, tokenize
     out = tmp_path / "out"
     first = prepared(config_of(corpus), tokenizer, out)
     UL2Data(config_of(out), tokenizer)
-    second = prepared(config_of(corpus / "a.jsonl"), tokenizer, out)
+    (tmp_path / "link").symlink_to(out)
+    second = prepared(config_of(corpus / "a.jsonl"), tokenizer, tmp_path / "link")
     assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
     assert second["tokens"] < first["tokens"]
     (out / "data/_index.json").rename(tmp_path / "_index.json")
+    assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
+    (out / "data/_index.json").write_text('{"shards": "of another program"}')
     assert f"{second['tokens']:,} tokens" in UL2Data(config_of(out), tokenizer).report()[0]
     (tmp_path / "_index.json").rename(out / "data/_index.json")
     next(out.rglob("part-*")).unlink()
@@ -193,8 +203,10 @@ def test_prepared_folders_that_are_taken_apart_or_written_again(corpus, tokenize
 
 
 def test_preparations_that_would_be_useless(corpus, tokenizer, tmp_path):
-    with pytest.raises(InputError, match=r"output .* is inside input .*corpus; choose another"):
-        prepared(config_of(corpus), tokenizer, corpus / "tokens")
+    mixture = DataConfig(mixture=[{"inputs": [str(corpus)]}])
+    for config in (config_of(corpus), mixture):
+        with pytest.raises(InputError, match=r"output .* is inside input .*corpus; choose another"):
+            prepared(config, tokenizer, corpus / "tokens")
     (tmp_path / "a.txt").write_text("short\n" * 3)
     with pytest.raises(InputError, match="none of the 3 documents has 24 tokens"):
         prepared(config_of(tmp_path / "a.txt", min_tokens=24), tokenizer, tmp_path / "out")
@@ -288,7 +300,9 @@ def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (3000, limits[1]))
     try:
-        with pytest.raises(InputError, match=r"cannot write .*part-\d+.*(too large|No space)"):
+        with pytest.raises(
+            InputError, match=r"part-\d+.* cannot be written: .*(too large|No space)"
+        ):
             prepared(config_of(corpus), tokenizer, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

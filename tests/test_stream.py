@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 import random
 import subprocess
 import sys
@@ -34,16 +35,12 @@ from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 TEXT = "the encoder reads a source and its decoder writes one target Ünïcödé 天地玄黃 0 1 23"
 WORDS = TEXT.split()
 RANKS, WORKERS = (1, 2, 4, 8), (0, 1, 2, 4)
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     return build_tokenizer(num_ranks=512)
-
-
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def texts(count: int, seed: int) -> list[str]:
@@ -146,6 +143,16 @@ def test_resume_with_other_workers_in_the_middle_of_their_turn(folder, tokenizer
     first, states = steps(data, 1, before, None, 2, global_batch=3)
     rest, _ = steps(data, 1, after, merge_states(states), 4, global_batch=3)
     assert first + rest == straight
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_that_is_iterated_again_goes_on(folder, tokenizer, workers):
+    data = UL2Data(config_of(folder), tokenizer)
+    straight, states = steps(data, 1, 0, None, 4)
+    loader = RowLoader(data, batch_size=16, num_workers=workers, collate=list)
+    made = [batch for _ in range(2) for batch in islice(loader, 2)]
+    assert [Counter(map(key, batch)) for batch in made] == straight
+    assert [loader.state_dict()] == states
 
 
 def test_the_state_is_small_readable_json(folder, tokenizer):
@@ -291,6 +298,10 @@ def test_heldout_texts_are_spread_kept_and_never_trained_on(tmp_path, tokenizer)
     # Kept with the run, as they are.
     write_heldout(tmp_path / "heldout.json", chosen)
     assert read_heldout(tmp_path / "heldout.json") == chosen
+    for text, fault in (('[{"corpus": 0', "is not valid JSON"), ("[3]", "held-out texts: ")):
+        (tmp_path / "foreign.json").write_text(text)
+        with pytest.raises(InputError, match=f"foreign.json.*{fault}"):
+            read_heldout(tmp_path / "foreign.json")
     # Neither the seed nor the ranks have a say.
     assert UL2Data(config_of(tmp_path, mixture=mixture, heldout_every=10, min_tokens=4, seed=7),
                    tokenizer).choose_heldout(40) == chosen  # fmt: skip
@@ -321,6 +332,15 @@ def test_heldout_inputs_and_their_copies(tmp_path, tokenizer):
         UL2Data(same, tokenizer)
 
 
+def test_file_names_that_are_not_utf_8(tmp_path, tokenizer):
+    for name in (b"caf\xe9.jsonl", b"caf\xe9.jsonl.gz"):
+        write_lines(tmp_path / os.fsdecode(name), texts(40, len(name)))
+    data = UL2Data(config_of(tmp_path, heldout_every=2), tokenizer)
+    chosen = data.choose_heldout(4)
+    write_heldout(tmp_path / "heldout.json", chosen)
+    assert read_heldout(tmp_path / "heldout.json") == chosen
+
+
 def test_choosing_heldout_texts_reads_a_few_blocks(tmp_path, tokenizer, monkeypatch):
     for number in range(30):
         write_lines(tmp_path / f"{number}.jsonl", texts(200, number))
@@ -341,13 +361,16 @@ def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
     changed = UL2Data(config_of(folder), tokenizer)
     with pytest.raises(InputError, match="belongs to another corpus, data config or tokenizer"):
         changed.adopt(state)
-    changed = UL2Data(config_of(folder, accept_changes=True), tokenizer)
+    changed = UL2Data(config_of(folder, accept_changes=True, heldout_every=9), tokenizer)
     epochs = [at["epoch"] for positions in state["streams"].values() for at in positions]
     state, note = changed.adopt(state)
     assert note == f"the data has changed; continuing with it at epoch {max(epochs) + 1}"
     loader = RowLoader(changed, batch_size=64, collate=list, state=state)
+    assert loader.epoch() == max(epochs) + 1
     next(iter(loader))
     assert loader.epoch() in (max(epochs), max(epochs) + 1)
+    (text,) = changed.choose_heldout(1)
+    assert len(changed.heldout_examples([text, text._replace(corpus=1)])) == 5
     with pytest.raises(InputError, match="not those of all ranks"):
         merge_states(states[:1])
 
@@ -360,6 +383,13 @@ def test_settings_are_part_of_the_fingerprint_and_folders_are_not(folder, tokeni
     assert fingerprint(folder, cache_gib=2.0) == same
     for change in ({"seed": 1}, {"source_length": 255}, {"streams": 32}, {"cache_gib": 0.0}):
         assert fingerprint(folder, **change) != same
+    listed = "[{name: S, mean_span: null, corruption: 0.75, weight: %d}]"
+    preset = folder.with_name("preset.yaml")
+    preset.write_text(listed % 1)
+    first = fingerprint(folder, preset=str(preset))
+    assert fingerprint(folder, preset=str(preset)) == first
+    preset.write_text(listed % 2)
+    assert fingerprint(folder, preset=str(preset)) != first
     moved = folder.rename(folder.with_name("moved"))
     assert fingerprint(moved) == same
 

@@ -69,6 +69,7 @@ def test_the_traps_of_yaml_1_1(tmp_path, capsys):
         ("data: {inputs: []}", "data.inputs is empty"),
         ("- 1", "config: Input should be a dictionary "),
         ("a: [", "not valid YAML"),
+        ("lr: 1e-3\ndata: {}\nlr: 1e-4", 'key lr occurs twice in "<unicode string>", line 3'),
     ],
 )
 def test_bad_values_are_named(tmp_path, text, sentence):

@@ -184,16 +184,18 @@ def prepare_data(
     """Tokenize a corpus once, or without --output measure its UL2 examples."""
     from qwen3_encdec.data.config import DataConfig
     from qwen3_encdec.folders import load_tokenizer
+    from qwen3_encdec.training.config import read_dataclass
 
-    config = DataConfig(
-        inputs=input or ["package-docs"],
-        text_column=text_column,
-        preset=preset,
-        source_length=source_length,
-        target_length=target_length,
-        min_tokens=min_tokens,
-        seed=seed,
-    )
+    settings = {
+        "inputs": input or ["package-docs"],
+        "text_column": text_column,
+        "preset": preset,
+        "source_length": source_length,
+        "target_length": target_length,
+        "min_tokens": min_tokens,
+        "seed": seed,
+    }
+    config = read_dataclass(DataConfig, settings, "the command line")
     if output is not None and not analyze_only:
         from qwen3_encdec.data.prepare import prepare
 

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -66,9 +67,12 @@ def package_versions() -> dict[str, str]:
 
 def describe_source(*options: str) -> str | None:
     """`git describe` of this package's checkout, with -dirty if files differ; None without one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", *options]
+    git = ["git", "-C", str(Path(__file__).parent)]
+    run = partial(subprocess.run, capture_output=True, text=True, check=True)
     with suppress(OSError, subprocess.CalledProcessError):
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        # An environment inside the checkout of another project is not part of it.
+        run([*git, "ls-files", "--error-unmatch", Path(__file__).name])
+        return run([*git, "describe", "--always", "--dirty", *options]).stdout.strip()
     return None
 
 
@@ -87,7 +91,20 @@ def read_optional(path: str | Path) -> dict[str, Any]:
 
 def read_yaml(path: str | Path, what: str) -> Any:
     """Parse a YAML file, called `what` in errors. Raises InputError like `read_json`."""
-    return _parse(path, yaml.safe_load, f"YAML {what}")
+    return _parse(path, partial(yaml.load, Loader=_UniqueKeys), f"YAML {what}")
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """Refuse a key that occurs twice in a mapping; `SafeLoader` takes the last one."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for i, key in enumerate(keys):
+            if key in keys[:i]:
+                mark = node.value[i][0].start_mark
+                raise yaml.MarkedYAMLError(problem=f"key {key} occurs twice", problem_mark=mark)
+        return node
 
 
 def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:
@@ -108,7 +125,8 @@ def write_text(path: Path, text: str) -> None:
     """Write a text file through a temporary one: a full disk leaves the file as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        # A file name that is not UTF-8 becomes an escape, which JSON reads back.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -161,17 +179,19 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
+    replaced = building.with_suffix(".replaced")
     try:
         yield building
         facts = {"kind": kind, **provenance, "versions": package_versions()}
         write_json(building / PROVENANCE_FILE, facts)
         _apply_umask(building)
-        replaced = building.with_suffix(".replaced")
         if output.exists():
             os.rename(output, replaced)
         os.rename(building, output)
         shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
+        if replaced.exists() and not output.exists():
+            os.rename(replaced, output)
         shutil.rmtree(building, ignore_errors=True)
         raise
 
@@ -248,7 +268,7 @@ def load_config(folder: str | Path) -> "qwen3_encdec.Qwen3EncoderDecoderConfig":
     check_unquantized(folder, read_json(folder / "config.json"))
     try:
         return qwen3_encdec.Qwen3EncoderDecoderConfig.from_pretrained(folder)
-    except (ValueError, OSError) as error:
+    except Exception as error:  # transformers raises many types
         raise InputError(f"{folder / 'config.json'}: {error}") from None
 
 

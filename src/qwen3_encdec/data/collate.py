@@ -76,7 +76,7 @@ def collate_rows(rows: Sequence[Row]) -> dict[str, Any]:
 
 
 def collate_micro_batches(
-    rows: Sequence[Row], *, number: int, collate: Callable[[list[Row]], Any] = collate_rows
+    rows: Sequence[Row], *, number: int, collate: Callable[[list[Row]], Any]
 ) -> list[Any]:
     """Collate rows into `number` micro-batches of similar token counts and at least one row."""
     tokens, chosen = np.zeros(number, np.int64), np.zeros(len(rows), np.int64)

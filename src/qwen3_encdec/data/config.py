@@ -1,16 +1,29 @@
-"""The `data:` section of a training YAML."""
+"""The `data:` section of a training YAML, and the types of values that all configs share."""
 
-from collections.abc import Sequence
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from math import inf
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BeforeValidator, ConfigDict, Field
+from pydantic.dataclasses import dataclass as strict_dataclass
 
 from qwen3_encdec.data.ul2 import PRESETS, Denoiser, Preset, raw_length
 from qwen3_encdec.folders import InputError, read_yaml
 
-_LEAST = {"streams": 1, "cache_gib": 0, "min_tokens": 2, "heldout_every": 2, "seed": 0}
-_LEAST |= {"source_length": 2, "target_length": 2}
+# YAML 1.1 reads 1e-4 as a string, so strings are parsed; pydantic would take `lr: yes` as 1.0.
+Number = Annotated[
+    float,
+    Field(allow_inf_nan=False),
+    BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
+]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Natural = Annotated[int, Field(ge=0, strict=True)]
+Count = Annotated[int, Field(ge=1, strict=True)]
+Several = Annotated[int, Field(ge=2, strict=True)]
+Seed = Annotated[Natural, Field(lt=2**32)]  # numpy's limit
+Name = Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)
@@ -32,11 +45,11 @@ class Source:
         if not is_texts([self.text_column]):
             raise InputError(f"data.text_column={self.text_column!r} is not the name of a column")
         weight = self.weight
-        if not isinstance(weight, int | float) or not 0 < weight < inf:
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not 0 < weight < inf:
             raise InputError(f"data.mixture: weight={weight!r} of {self.inputs} must be positive")
 
 
-@dataclass(frozen=True)
+@strict_dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class DataConfig:
     """Settings that determine the training examples."""
 
@@ -53,35 +66,30 @@ class DataConfig:
     """Field of a JSON line, column of a parquet file or hub dataset that holds the text."""
     hub_split: str = "train"
     """Split to read of a hub dataset."""
-    heldout_inputs: list[str] = field(default_factory=list)
+    heldout_inputs: list[Name] = field(default_factory=list)
     """Inputs for evaluation; if empty, package-docs holds out whole packages."""
-    heldout_every: int = 100
+    heldout_every: Several = 100
     """If heldout_inputs is empty, hold out one document in this many, chosen by its hash."""
     preset: str | list[dict] = "t5gemma2"
     """Denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
-    source_length: int = 512
+    source_length: Several = 512
     """Maximum source tokens in a row, including sentinels and EOS."""
-    target_length: int = 256
+    target_length: Several = 256
     """Maximum target tokens in a row, including sentinels and EOS."""
-    min_tokens: int = 8
+    min_tokens: Several = 8
     """Shorter documents are refused and counted; no chunk of a document is shorter."""
-    streams: int = 64
+    streams: Count = 64
     """Number of canonical streams; ranks times workers must divide it. It affects the order."""
-    cache_gib: float = 32.0
+    cache_gib: NotNegative = 32.0
     """Compressed inputs, .csv, .json and hub datasets of up to this many GiB are unpacked or
     downloaded into the cache before training; larger ones are streamed.
     """
-    seed: int = 0
+    seed: Natural = 0
     """Seed of order and corruption."""
     accept_changes: bool = False
     """Resume, at a new epoch, even if corpus, tokenizer or these settings have changed."""
 
     def __post_init__(self) -> None:
-        for name, least in _LEAST.items():
-            if not getattr(self, name) >= least:
-                raise InputError(f"data.{name}={getattr(self, name)} is below {least}")
-        if not is_texts(self.heldout_inputs):
-            raise InputError(f"data.heldout_inputs is not a list of names: {self.heldout_inputs!r}")
         _ = self.sources  # parsed here, so that errors come early, also under python -O
         for denoiser, longest in zip(self.denoisers, self.raw_lengths, strict=True):
             if longest < 2 * self.min_tokens:
@@ -108,7 +116,7 @@ class DataConfig:
         sources: dict[str, Source] = {}
         for number, item in enumerate(self.mixture or [{"inputs": self.inputs}]):
             column = {"text_column": self.text_column}
-            source: Source = from_mapping(Source, item, "data.mixture", **column)
+            source: Source = _build(Source, item, "data.mixture", **column)
             name = source.name or source.inputs[0].strip("/").rpartition("/")[2]
             while name in sources:
                 name = f"{name}-{number}"
@@ -116,42 +124,35 @@ class DataConfig:
         return list(sources.values())
 
 
-def resolve_preset(preset: str | Sequence[dict[str, Any] | Denoiser]) -> Preset:
+def resolve_preset(preset: str | list[dict[str, Any]]) -> Preset:
     """Return a preset by name, from a .yaml file that lists denoisers, or from such a list.
 
     Raises InputError for anything else.
     """
-    if isinstance(preset, str) and preset in PRESETS:
-        return PRESETS[preset]
-    if isinstance(preset, str) and not preset.endswith((".yaml", ".yml")):
-        raise InputError(f"preset {preset!r} must be one of {', '.join(PRESETS)} or a .yaml file")
-    where = f"preset {preset}" if isinstance(preset, str) else "preset"
-    listed = read_yaml(preset, "preset") if isinstance(preset, str) else preset
-    if not isinstance(listed, Sequence) or isinstance(listed, str) or not listed:
-        raise InputError(f"{where}: {listed!r} is not a list of at least one denoiser")
-    denoisers = tuple(
-        item if isinstance(item, Denoiser) else from_mapping(Denoiser, item, where)
-        for item in listed
-    )
+    where = "preset"
+    if isinstance(preset, str):
+        if preset in PRESETS:
+            return PRESETS[preset]
+        if not preset.endswith((".yaml", ".yml")):
+            known = ", ".join(PRESETS)
+            raise InputError(f"preset {preset!r} must be one of {known} or a .yaml file")
+        where, preset = f"preset {preset}", read_yaml(preset, "preset")
+    if not isinstance(preset, list) or not preset:
+        raise InputError(f"{where}: {preset!r} is not a list of at least one denoiser")
+    denoisers = tuple(_build(Denoiser, item, where) for item in preset)
     names = [denoiser.name for denoiser in denoisers]
     if not is_texts(names) or len(set(names)) < len(names):
         raise InputError(f"{where}: denoiser names {names} must be distinct texts")
     return denoisers
 
 
-def from_mapping(kind: Any, item: Any, where: str, **defaults: Any) -> Any:
-    """Build a dataclass from a YAML mapping of its fields.
-
-    Raises InputError, which starts with `where`, for other keys or anything but a mapping.
-    """
-    keys = [field.name for field in fields(kind)]
-    required = {field.name for field in fields(kind) if field.default is MISSING}
-    if not isinstance(item, dict) or not required <= item.keys() <= set(keys):
-        raise InputError(
-            f"{where}: {item!r} must be a mapping of {', '.join(keys)}, with at least "
-            f"{' and '.join(sorted(required))}"
-        )
-    return kind(**{**defaults, **item})
+def _build(kind: type[Any], item: Any, where: str, **defaults: Any) -> Any:
+    """Build a dataclass from a YAML mapping of its fields."""
+    try:
+        return kind(**{**defaults, **item})
+    except TypeError as error:
+        keys = ", ".join(field.name for field in fields(kind))
+        raise InputError(f"{where}: {item!r} must be a mapping of {keys} ({error})") from None
 
 
 def is_texts(values: Any) -> bool:

@@ -32,7 +32,7 @@ from filelock import FileLock
 
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.package_docs import Split, cache_folder, package_docs_file
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, first_line, read_json
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, first_line, read_optional
 
 BLOCK_BYTES = 2**18
 BLOCK_ROWS = 2048
@@ -90,17 +90,16 @@ class File:
         return self._table(block) if self.rows else self._texts(block)
 
     def _texts(self, block: int) -> Iterator[Document]:
-        for at, line in self._unpacked(block) if self.streamed else self._lines(block):
+        lines = self._lines(block)
+        if self.streamed:
+            lines = islice(enumerate(_unpacked(self.path, self.copy)), block, None, self.num_blocks)
+        for at, line in lines:
             try:
                 text = _text(line, self.column)
             except ValueError as error:
                 number = 1 + (at if self.streamed else self._lines_before(at))
                 raise InputError(f"{self.path} line {number}: {error}") from None
             yield Document(self.path, text_key(text), text)
-
-    def _unpacked(self, block: int) -> Iterator[tuple[int, bytes]]:
-        lines = enumerate(_unpacked(self.path, self.copy))
-        return islice(lines, block, None, self.num_blocks)
 
     def _lines(self, block: int) -> Iterator[tuple[int, bytes]]:
         """Yield the byte offset and content of each line of a block."""
@@ -175,7 +174,7 @@ class Corpus:
         seen = 0
         for number, file in enumerate(self.files):
             name = file.path if file.path.startswith("hf://") else os.path.basename(file.path)
-            seen = zlib.crc32(f"{name} {file.size} {file.num_blocks}".encode(), seen)
+            seen = zlib.crc32(os.fsencode(f"{name} {file.size} {file.num_blocks}"), seen)
             if number % -(-len(self.files) // 64) == 0 and not file.copy.startswith("hf://"):
                 with open(file.copy, "rb") as data:
                     seen = zlib.crc32(data.read(2**16), seen)
@@ -225,7 +224,8 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
                 file = _open_parquet(path, copy, sizes[path], source.text_column, block_bytes)
                 files.append(file)
         else:
-            column = "" if _kind(path)[0] == "txt" else source.text_column
+            # Package-docs, which has no suffix, has its own column.
+            column = {"txt": "", "": "text"}.get(_kind(path)[0], source.text_column)
             blocks = -(-sizes[path] // (streamed_bytes if path in packed else block_bytes))
             files.append(File(path, copy, sizes[path], blocks, column, path in packed))
     files = [file for file in files if file.num_blocks]
@@ -236,7 +236,7 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
 
 def text_key(text: str) -> int:
     """Hash a text to 63 bits."""
-    digest = hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=8).digest()
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
 
 
@@ -258,7 +258,7 @@ def _text(line: bytes, column: str) -> str:
         return text
     try:
         record = json.loads(text)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not valid JSON ({error}); each line must be one object") from None
     if not isinstance(record, dict) or column not in record:
         there = ", ".join(record) if isinstance(record, dict) else f"a {type(record).__name__}"
@@ -326,7 +326,7 @@ def _unpack(path: str, copy: str) -> str:
     """Unpack a file into the cache, unless it is there already, and return the cached file."""
     about = os.stat(copy)
     identity = f"{os.path.realpath(copy)} {about.st_size} {about.st_mtime_ns}"
-    target = cache_folder() / f"{hashlib.sha256(identity.encode()).hexdigest()[:24]}.jsonl"
+    target = cache_folder() / f"{hashlib.sha256(os.fsencode(identity)).hexdigest()[:24]}.jsonl"
     if target.exists():
         return str(target)
     building = target.with_suffix(".partial")
@@ -363,13 +363,14 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
     seen = {os.path.realpath(folder)}
     for top, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
         real = os.path.realpath(top)
+        folders.sort()
         for name in list(folders):
             path = os.path.join(top, name)
             if name.startswith(".") or os.path.realpath(path) in seen:
                 folders.remove(name)
                 passed_over.append(f"{path} (hidden, or a link to a folder already read)")
             seen.add(os.path.realpath(path))
-        for name in set(names) - {PROVENANCE_FILE, INDEX_FILE}:
+        for name in sorted(set(names) - {PROVENANCE_FILE, INDEX_FILE}):
             path = os.path.join(top, name)
             if name.startswith((".", "_")) or not _kind(name)[0]:
                 passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'unknown type'})")
@@ -419,9 +420,9 @@ def _read_index(folder: str) -> dict[str, dict[str, Any]]:
     Raises InputError if a file that its index lists is missing.
     """
     file = Path(folder, INDEX_FILE)
-    if not file.exists():
+    index = read_optional(file)
+    if index.keys() != {"tokenizer", "files"}:
         return {}
-    index = read_json(file)
     if missing := index["files"].keys() - set(os.listdir(folder)):
         raise InputError(
             f"prepared corpus {folder} lacks {len(missing):,} of its files, such as "

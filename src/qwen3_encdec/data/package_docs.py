@@ -10,18 +10,14 @@ import hashlib
 import json
 import os
 import random
-import subprocess
-import sys
 import warnings
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from importlib.metadata import Distribution, distributions
 from itertools import chain
 from pathlib import Path
 from typing import Literal, NamedTuple, get_args
 
-from qwen3_encdec.folders import InputError, write_text
+from qwen3_encdec.folders import InputError, write_text, writing
 
 # Vendored copies of other packages would leak train texts into the held-out split.
 _SKIPPED_FOLDERS = {"test", "tests", "_test", "_tests", "testing"}
@@ -66,10 +62,8 @@ def package_docs_file(split: Split) -> Path:
         for name, file in files.items():
             own = [doc for doc in documents if is_heldout(doc.package) == (name == "heldout")]
             lines = [json.dumps(document._asdict()) + "\n" for document in own]
-            try:
+            with writing(file):
                 write_text(file, "".join(lines))
-            except OSError as error:
-                raise InputError(f"cannot write {file}: {error.strerror}") from None
     return files[split]
 
 
@@ -117,21 +111,16 @@ def cache_folder() -> Path:
 
 
 def _scan(installed: list[Distribution]) -> list[Docstring]:
-    """Parse all source files in parallel; of equal texts, keep the first by name.
-
-    Workers run this file as a program: a process pool would import or fork the caller.
-    """
+    """Parse all source files; of equal texts, keep the first by name."""
     paths = sorted({path for distribution in installed for path in _source_files(distribution)})
-    processes = os.cpu_count() or 1
-    parts = [json.dumps(paths[i::processes]) for i in range(processes)]
-    program = [sys.executable, "-P", __file__]
-    run = partial(subprocess.run, program, stdout=subprocess.PIPE, check=True)
-    with ThreadPoolExecutor(processes) as pool:
-        done = list(pool.map(lambda part: run(input=part.encode()), parts))
-    found = chain.from_iterable(json.loads(process.stdout) for process in done)
     distinct: dict[str, Docstring] = {}
-    for document in sorted(Docstring(*each) for each in found):
-        distinct.setdefault(document.text, document)
+    # Syntax trees have no cycles, and garbage collection would take two thirds of the time.
+    gc.disable()
+    try:
+        for document in sorted(chain.from_iterable(map(_docstrings, paths))):
+            distinct.setdefault(document.text, document)
+    finally:
+        gc.enable()
     return list(distinct.values())
 
 
@@ -170,9 +159,3 @@ def _source_files(distribution: Distribution) -> list[tuple[str, str]]:
         and path.parts[0] not in _EXCLUDED
         and not _SKIPPED_FOLDERS & set(path.parts[:-1])
     ]
-
-
-if __name__ == "__main__":
-    # Syntax trees have no cycles, and garbage collection would take two thirds of the time.
-    gc.disable()
-    json.dump(list(chain.from_iterable(map(_docstrings, json.load(sys.stdin)))), sys.stdout)

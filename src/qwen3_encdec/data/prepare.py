@@ -42,6 +42,7 @@ from qwen3_encdec.folders import (
     package_versions,
     read_json,
     write_json,
+    writing,
 )
 
 _GROUP_TOKENS = 2**16
@@ -72,11 +73,13 @@ class Preparation:
         output: Path,
         deduplicate: str = "no",
     ) -> None:
-        self.output, self.min_tokens = check_output(output, "prepared corpus"), config.min_tokens
-        for item in filter(os.path.isdir, config.inputs):
-            if Path(item).resolve() in output.resolve().parents:
+        output = check_output(output, "prepared corpus").resolve()  # a link stays
+        self.output, self.min_tokens = output, config.min_tokens
+        source = config.sources[0]
+        for item in filter(os.path.isdir, source.inputs):
+            if Path(item).resolve() in output.parents:
                 raise InputError(f"output {output} is inside input {item}; choose another folder")
-        self.corpus, self.encode = open_corpus(config.sources[0], config), Encoder(tokenizer)
+        self.corpus, self.encode = open_corpus(source, config), Encoder(tokenizer)
         for file in self.corpus.files:
             if file.tokenizer:
                 raise InputError(f"{file.path} is already tokenized; train on it directly")
@@ -85,8 +88,8 @@ class Preparation:
         self.parts = [range(n, min(n + most, blocks)) for n in range(0, blocks, most)]
         self.plan = {
             "kind": "prepared corpus",
-            "inputs": config.inputs,
-            "text_column": config.text_column,
+            "inputs": source.inputs,
+            "text_column": source.text_column,
             "min_tokens": config.min_tokens,
             "deduplicate": deduplicate,
             "corpus": self.corpus.fingerprint(),
@@ -99,10 +102,6 @@ class Preparation:
         self.files = [self.building / "data" / name for name in names]
         self._duplicates = self.building / "duplicates.npy"
 
-    def failure(self, error: Exception, file: Path | None = None) -> InputError:
-        """Return the InputError to raise for a write error."""
-        return InputError(f"cannot write {file or self.building}: {error}; run again to resume")
-
     def missing(self) -> list[int]:
         """Return the numbers of the parts still to be written."""
         return [part for part, file in enumerate(self.files) if not file.exists()]
@@ -110,7 +109,7 @@ class Preparation:
     def begin(self) -> None:
         """Create the folder, or resume one with the same plan, and find the duplicates."""
         about = self.building / PROVENANCE_FILE
-        try:
+        with writing(self.building):
             (self.building / "data").mkdir(parents=True, exist_ok=True)
             same = about.exists() and self.plan.items() <= read_json(about).items()
             if not same and any(path.is_file() for path in self.building.rglob("*")):
@@ -127,8 +126,6 @@ class Preparation:
                 )
                 np.save(self.building / "duplicates.tmp.npy", copies)
                 os.replace(self.building / "duplicates.tmp.npy", self._duplicates)
-        except OSError as error:
-            raise self.failure(error) from None
 
     @cached_property
     def _copies(self) -> set[int]:
@@ -146,25 +143,25 @@ class Preparation:
         schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: self.encode.fingerprint.encode()})
         counts = Counter(dict.fromkeys(_COUNTED, 0))
         temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
-        try:
-            with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
-                for keys, tokens in self._groups(self.parts[part], counts):
-                    offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
-                    lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
-                    writer.write_table(pa.table([pa.array(keys, pa.int64()), lists], schema=schema))
-                writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts)})
-            os.replace(temporary, file)
-        except OSError as error:
-            raise self.failure(error, file) from None
-        finally:
-            temporary.unlink(missing_ok=True)
+        with writing(file):
+            try:
+                with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+                    for group in self._groups(self.parts[part], counts):
+                        keys, tokens = zip(*group, strict=True)
+                        offsets = np.cumsum([0, *map(len, tokens)]).astype(np.int32)
+                        lists = pa.ListArray.from_arrays(offsets, np.concatenate(tokens))
+                        columns = [pa.array(keys, pa.int64()), lists]
+                        writer.write_table(pa.table(columns, schema=schema))
+                    writer.add_key_value_metadata({COUNTS_KEY: json.dumps(counts)})
+                os.replace(temporary, file)
+            finally:
+                temporary.unlink(missing_ok=True)
 
     def _groups(
         self, blocks: range, counts: Counter[str]
-    ) -> Iterator[tuple[list[int], list[np.ndarray]]]:
-        """Yield keys and tokens of row groups, and count document outcomes."""
-        keys: list[int] = []
-        texts: list[np.ndarray] = []
+    ) -> Iterator[list[tuple[int, np.ndarray]]]:
+        """Yield row groups of (key, tokens) pairs, and count document outcomes."""
+        group: list[tuple[int, np.ndarray]] = []
         size = 0
         for number, document in self.corpus.numbered(blocks):
             tokens = self.encode(document.content)
@@ -175,13 +172,12 @@ class Preparation:
                 continue
             counts["tokens"] += len(tokens)
             size += len(tokens)
-            keys.append(document.key)
-            texts.append(tokens)
+            group.append((document.key, tokens))
             if size >= _GROUP_TOKENS:
-                yield keys, texts
-                keys, texts, size = [], [], 0
-        if keys:
-            yield keys, texts
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
 
     def finish(self, *task: Any) -> Counter[str]:
         """Index the files and move the folder into place; the last step, run by one task.
@@ -190,7 +186,7 @@ class Preparation:
         """
         if missing := self.missing():
             raise InputError(f"{self.building}: {len(missing):,} parts are not written yet")
-        try:
+        with writing(self.building):
             counts = _write_index(self.files, self.encode.fingerprint)
             if not counts["used"]:
                 shutil.rmtree(self.building)
@@ -204,8 +200,6 @@ class Preparation:
             if self.output.exists():
                 shutil.rmtree(self.output)
             os.rename(self.building, self.output)
-        except OSError as error:
-            raise self.failure(error) from None
         return counts
 
 
@@ -235,7 +229,7 @@ def prepare(
             for _ in written:
                 progress.update()
         except RuntimeError as error:  # a worker was killed
-            raise preparation.failure(error) from error
+            raise InputError(f"{output}: {error}; run again to resume") from error
     return preparation.finish()
 
 

@@ -20,14 +20,13 @@ the rows it has handed out, regardless of what its workers have prefetched.
 """
 
 import hashlib
-import json
 import os
 from bisect import bisect
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import accumulate, count, islice, product
+from itertools import accumulate, chain, count, islice, product
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -38,10 +37,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.collate import Position, Row, collate_rows, count_tokens, pack
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, open_corpus
+from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, input_errors, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
-from qwen3_encdec.folders import InputError, write_json
+from qwen3_encdec.folders import InputError, read_json, write_json
 
 WINDOW_ROWS = 16
 """Number of rows' worth of examples that a stream packs together."""
@@ -66,7 +65,13 @@ class UL2Data:
 
     def __init__(self, config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> None:
         self.config = config
-        self.sentinel_ids, self.eos_id = special_ids(config, tokenizer)
+        ids = getattr(tokenizer, "sentinel_token_ids", None)
+        if ids is None:
+            name = tokenizer.name_or_path
+            raise InputError(f"tokenizer {name!r} has no sentinels; run: qwen3-encdec tokenizer")
+        check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
+        self.sentinel_ids = np.asarray(ids, dtype=np.int32)
+        self.eos_id = int(tokenizer.eos_token_id)
         self.kept_ids = np.array([self.eos_id, *self.sentinel_ids])
         self.encode = Encoder(tokenizer)
         self.opened = [open_corpus(source, config) for source in config.sources]
@@ -78,20 +83,21 @@ class UL2Data:
         parts += [(source.weight, source.text_column) for source in config.sources]
         names = [field.name for field in fields(config) if field.name not in FREE]
         parts += [getattr(config, name) for name in names]
+        if str(config.preset).endswith((".yaml", ".yml")):
+            parts.append(config.denoisers)
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
         """Changes with the settings, the tokenizer, and the files of the corpora."""
 
     def _check_files(self) -> None:
         files = [file for corpus in self.opened for file in corpus.files]
-        for file in files:
+        heldout = self._heldout_corpus(0).files if self.config.heldout_inputs else ()
+        for file in (*files, *heldout):
             if file.tokenizer not in ("", self.encode.fingerprint):
                 raise InputError(
                     f"{file.path} was prepared with another tokenizer; prepare the corpus again"
                 )
-        if not self.config.heldout_inputs:
-            return
         mine = {os.path.realpath(file.copy) for file in files}
-        for file in self._heldout_corpus(0).files:
+        for file in heldout:
             if os.path.realpath(file.copy) in mine:
                 raise InputError(f"{file.path} is an input and a held-out input; remove one")
 
@@ -114,10 +120,11 @@ class UL2Data:
         rows = sum(sum(file.rows) for file in corpus.files)
         if all(file.tokenizer for file in corpus.files):
             return f"{rows:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
-        texts = [document.content for document in islice(corpus.read(0), 256)]
-        size = sum(len(str(text).encode("utf-8", "replace")) for text in texts)
-        unknown = sum(file.size for file in corpus.files if not file.rows)
-        documents = rows + unknown * len(texts) / max(size, 1)
+        unknown = [file for file in corpus.files if not file.rows]
+        sample = (unknown or corpus.files)[0].read(0)
+        texts = [document.content for document in islice(sample, 256)]
+        size = sum(len(str(text).encode()) for text in texts)
+        documents = rows + sum(file.size for file in unknown) * len(texts) / max(size, 1)
         tokens = documents * sum(len(self.encode(text)) for text in texts) / max(len(texts), 1)
         return f"about {documents:,.0f} documents, {tokens:,.0f} tokens"
 
@@ -131,7 +138,7 @@ class UL2Data:
         """Return the state in which all streams are at the start of an epoch."""
         total = self.config.streams
         turns = [epoch * corpus.num_blocks // total for corpus in self.opened]
-        positions = [BEGINNING | {"turn": turn} for turn in turns]
+        positions = [BEGINNING | {"turn": turn, "epoch": epoch} for turn in turns]
         streams = {str(stream): positions for stream in range(total)}
         return {"data": self.fingerprint, "rows": 0, "streams": streams}
 
@@ -147,7 +154,7 @@ class UL2Data:
                 "the saved position belongs to another corpus, data config or tokenizer; "
                 "set data.accept_changes=true to continue with the current ones at a new epoch"
             )
-        epoch = 1 + max(at.get("epoch", 0) for stream in state["streams"].values() for at in stream)
+        epoch = 1 + max(at["epoch"] for stream in state["streams"].values() for at in stream)
         note = f"the data has changed; continuing with it at epoch {epoch}"
         return self.start(epoch) | {"rows": state["rows"]}, note
 
@@ -190,13 +197,8 @@ class UL2Data:
 
     def example(self, tokens: np.ndarray, number: int, rng: Any, corpus: int) -> Example:
         """Corrupt a chunk with the preset's denoiser of that index."""
-        source, target = corrupt(
-            tokens,
-            self.config.denoisers[number],
-            rng,
-            sentinel_ids=self.sentinel_ids,
-            eos_id=self.eos_id,
-        )
+        denoiser, ids = self.config.denoisers[number], self.sentinel_ids
+        source, target = corrupt(tokens, denoiser, rng, sentinel_ids=ids, eos_id=self.eos_id)
         return Example(source, target, number, corpus)
 
     def choose_heldout(self, number: int) -> list[HeldoutText]:
@@ -236,7 +238,7 @@ class UL2Data:
             return document.key not in chosen and (apart or self.is_heldout(document))
 
         blocks = np.random.default_rng(0).permutation(opened.num_blocks).tolist()
-        for most, block in [*product([2], blocks), *product([number], blocks)]:
+        for most, block in chain(product([2], blocks), product([number], blocks)):
             if len(chosen) >= number:
                 break
             fresh = filter(is_fresh, opened.read(block))
@@ -250,6 +252,8 @@ class UL2Data:
         """Corrupt each text with each denoiser, deterministically."""
         examples = []
         for text in texts:
+            if text.corpus >= len(self.corpora):  # chosen before the mixture was changed
+                continue
             tokens = np.array(text.tokens, np.int32)
             for number in range(len(self.config.denoisers)):
                 rng = np.random.Generator(np.random.PCG64((number << 64) + text.key))
@@ -412,14 +416,16 @@ class RowLoader:
         self._rows_given, total = state["rows"], data.config.streams
         own = sorted((state["rows"] + row) % total for row in range(rank, total, ranks))
         self._positions = {stream: list(state["streams"][str(stream)]) for stream in own}
-        options: dict[str, Any] = {"collate_fn": _as_is, "num_workers": num_workers}
+        self._rank = rank
+        self._options: dict[str, Any] = {"collate_fn": _as_is, "num_workers": num_workers}
         if num_workers:
-            options["worker_init_fn"] = worker_init_fn
-            options["prefetch_factor"] = max(2, 4 * batch_size // num_workers)
-        self._rows = DataLoader(_Reader(data, state, rank, ranks), batch_size=None, **options)
+            self._options["worker_init_fn"] = worker_init_fn
+            self._options["prefetch_factor"] = max(2, 4 * batch_size // num_workers)
 
     def __iter__(self) -> Generator[Any, None, None]:
-        rows = iter(self._rows)
+        """Yield the batches after those already given."""
+        reader = _Reader(self.data, self.state_dict(), self._rank, self.ranks)
+        rows = iter(DataLoader(reader, batch_size=None, **self._options))
         while True:
             batch = list(islice(rows, self.batch_size))
             for row in batch:
@@ -489,15 +495,6 @@ def write_heldout(path: Path, texts: Sequence[HeldoutText]) -> None:
 
 
 def read_heldout(path: Path) -> list[HeldoutText]:
-    """Read what `write_heldout` wrote."""
-    return [HeldoutText(**text) for text in json.loads(path.read_text(encoding="utf-8"))]
-
-
-def special_ids(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> tuple[np.ndarray, int]:
-    """Return the sentinel ids (int32), after checking that there are enough, and the EOS id."""
-    ids = getattr(tokenizer, "sentinel_token_ids", None)
-    if ids is None:
-        name = tokenizer.name_or_path
-        raise InputError(f"tokenizer {name!r} has no sentinels; build one: qwen3-encdec tokenizer")
-    check_capacity(config.denoisers, config.source_length, config.target_length, len(ids))
-    return np.asarray(ids, dtype=np.int32), int(tokenizer.eos_token_id)
+    """Read what `write_heldout` wrote. Raises InputError for any other file."""
+    with input_errors(f"{path} does not hold held-out texts"):
+        return [HeldoutText(**text) for text in read_json(path, list)]

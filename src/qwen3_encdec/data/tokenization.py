@@ -41,6 +41,9 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
+        # Left by the tokenizer's last call; its next one sets them anew.
+        tokenizer.backend_tokenizer.no_padding()
+        tokenizer.backend_tokenizer.no_truncation()
         spec = tokenizer.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(spec.encode()).hexdigest()[:16]
         """Changes with any change to the tokenizer."""

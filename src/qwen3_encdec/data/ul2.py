@@ -19,6 +19,7 @@ Shapes: everything is a one-dimensional integer array. Source: Tay et al. 2022 (
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count
 from math import ceil, floor, inf
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ class Denoiser:
             ("corruption", self.corruption, 1e-6, 1),
             ("weight", self.weight, 1e-6, inf),
         ):
-            if not isinstance(value, int | float):
+            if isinstance(value, bool) or not isinstance(value, int | float):
                 raise InputError(f"denoiser {self.name}: {name}={value!r} is not a number")
             if not low <= value < high:
                 raise InputError(f"denoiser {self.name}: {name}={value!r} not in [{low}, {high})")
@@ -216,7 +217,7 @@ def raw_length(denoiser: Denoiser, source_length: int, target_length: int) -> in
 
     EOS and sentinels are counted. Raises InputError if that is below two tokens.
     """
-    for length in range(2, source_length + target_length + 2):
+    for length in count(2):
         fewest, most, spans = sizes(denoiser, length)
         if length - fewest + spans >= source_length or most + spans >= target_length:
             break
@@ -240,9 +241,9 @@ def check_capacity(preset: Preset, source_length: int, target_length: int, senti
         )
 
 
-def render(example: Example, tokenizer: Any, preset: Preset | None = None) -> str:
+def render(example: Example, tokenizer: Any, preset: Preset) -> str:
     """Render an example as readable text, with its special tokens visible."""
-    lines = [f"[{preset[example.denoiser].name if preset else example.denoiser}]"]
+    lines = [f"[{preset[example.denoiser].name}]"]
     for side, ids in (("source", example.source), ("target", example.target)):
         lines.append(f"  {side} ({len(ids)}): {tokenizer.decode(ids)!r}")
     return "\n".join(lines)

@@ -91,9 +91,15 @@ def _run_stages(
     root: Path, given: Path | None, budget: dict[str, Any], full: bool, seed: int
 ) -> dict[str, Any]:
     """Run all stages from the given parent, or a new nano one, and return the metrics."""
-    clock = _Clock()
+    seconds: dict[str, float] = {}
+    began = time.monotonic()
+
+    def lap(stage: str, summary: str) -> None:
+        seconds[stage] = round(time.monotonic() - began - sum(seconds.values()), 1)
+        print(f"{stage:<12}{seconds[stage]:6.1f} s  {summary}", flush=True)
+
     texts, pairs = [document.text for document in package_docs("train")], summary_pairs("train")
-    clock.lap("corpus", f"{len(texts):,} docstrings and {len(pairs):,} pairs in installed packages")
+    lap("corpus", f"{len(texts):,} docstrings and {len(pairs):,} pairs in installed packages")
 
     parent = given or root / "parent"
     if given is None:
@@ -101,10 +107,10 @@ def _run_stages(
         result = train_causal_parent(
             parent, tokenizer=tokenizer, texts=texts, seed=seed, **budget["parent"]
         )
-        clock.lap("parent", f"nano Qwen3 with a loss of {result['loss']:.3f} nats per token")
+        lap("parent", f"nano Qwen3 with a loss of {result['loss']:.3f} nats per token")
 
     report = initialize(parent, root / "init", seed=seed)
-    clock.lap("initialize", f"encoder-decoder of {report.parameters:,} parameters, verified")
+    lap("initialize", f"encoder-decoder of {report.parameters:,} parameters, verified")
 
     data = DataConfig(**budget["data"], seed=seed)
     steps = budget["ul2"]["max_steps"]
@@ -121,10 +127,10 @@ def _run_stages(
     )
     with (root / "ul2.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
         checkpoint = train_to_the_end(config)
-    clock.lap("ul2", f"{steps} steps, logged in ul2.log")
+    lap("ul2", f"{steps} steps, logged in ul2.log")
 
     extracted = extract_encoder(checkpoint, root / "encoder")
-    clock.lap("extract", f"plain Qwen3Model of {extracted.parameters:,} parameters")
+    lap("extract", f"plain Qwen3Model of {extracted.parameters:,} parameters")
 
     encoders = {ENCODER: root / "encoder"}
     tuned = {CONTRASTIVE: "encoder"}
@@ -134,26 +140,12 @@ def _run_stages(
     for name, folder in tuned.items():
         encoders[name] = root / f"{folder}-contrastive"
         finetune(root / folder, encoders[name], pairs, seed=seed, **budget["contrastive"])
-    clock.lap("contrastive", "encoder and causal parent" if full else "summary lines and bodies")
+    lap("contrastive", "encoder and causal parent" if full else "summary lines and bodies")
 
     folders = {"initialization": root / "init", "trained": checkpoint}
     metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=data)
     task = package_retrieval(budget["num_queries"], seed, budget.get("num_documents"))
     scored = parent if full else None
     metrics |= evaluate_retrieval(encoders, parent=scored, tasks=[task], outside=full)
-    clock.lap("evaluate", f"{metrics['num_documents']:,} documents from held-out packages")
-    return metrics | {"seconds": clock.seconds}
-
-
-class _Clock:
-    """Print and record the seconds of each stage as it ends."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._began = time.monotonic()
-
-    def lap(self, stage: str, summary: str) -> None:
-        now = time.monotonic()
-        self.seconds[stage] = round(now - self._began, 1)
-        self._began = now
-        print(f"{stage:<12}{self.seconds[stage]:6.1f} s  {summary}", flush=True)
+    lap("evaluate", f"{metrics['num_documents']:,} documents from held-out packages")
+    return metrics | {"seconds": seconds}

@@ -27,7 +27,7 @@ from datasets import (
     load_dataset,
 )
 from datasets.exceptions import DatasetsError
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import ConfigDict, Field
 from pydantic.dataclasses import dataclass
 from safetensors.torch import load_file, save_file
 from sentence_transformers import (
@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
 from qwen3_encdec.conversion.card import read_card, without_path, write_card
+from qwen3_encdec.data.config import Count, Natural, NotNegative, Number, Positive, Seed, Several
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.evaluation.baselines import loading
 from qwen3_encdec.evaluation.retrieval import retrieval_of_pairs
@@ -54,10 +55,9 @@ from qwen3_encdec.folders import (
 )
 
 SCORE = "eval_ndcg@10"
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class FinetuneConfig:
     """Settings of a finetuning, except the encoder it starts from."""
 
@@ -77,7 +77,7 @@ class FinetuneConfig:
     """
     document_prompt: str | None = None
     """The same for documents and negatives."""
-    max_length: PositiveInt = 128
+    max_length: Count = 128
     """Tokens per text while training; the folder keeps its own limit for use."""
     teacher: str | None = None
     """sentence-transformers folder to distill from; None learns from the pairs, contrastively."""
@@ -85,29 +85,29 @@ class FinetuneConfig:
     """Temperature of the softmax over cosines."""
     symmetric: bool = True
     """Also contrast each document with all queries, not only each query with all documents."""
-    matryoshka_dims: list[float] = field(default_factory=list)
+    matryoshka_dims: list[Number] = field(default_factory=list)
     """Leading dimensions trained as embeddings of their own, as counts or shares of width (0.5)."""
-    spread_weight: NonNegativeFloat = 0.0
+    spread_weight: NotNegative = 0.0
     """Weight of the spread-out regularizer on each side's embeddings."""
-    steps: PositiveInt = 200
+    steps: Count = 200
     """Optimizer steps."""
-    batch_size: Annotated[int, Field(ge=2)] = 64
+    batch_size: Several = 64
     """Pairs per step; each is a negative for the others, so all their texts are distinct."""
-    mini_batch_size: NonNegativeInt = 0
+    mini_batch_size: Natural = 0
     """Pairs in memory at once (GradCache, at the cost of one more forward pass); 0 is all."""
     lr: Positive | None = None
     """Peak learning rate after linear warm-up over a tenth of the steps, then decayed linearly.
     Default: 2e-5 from width 1024 on, 2e-5 x (1024 / width)^2 below it, at most 1e-3.
     """
-    weight_decay: NonNegativeFloat = 0.0
+    weight_decay: NotNegative = 0.0
     """Weight decay of AdamW."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass."""
-    heldout_pairs: NonNegativeInt = 256
+    heldout_pairs: Natural = 256
     """Pairs held out of training for scoring, at most a tenth of all; 0 disables scoring."""
-    eval_every: NonNegativeInt = 0
+    eval_every: Natural = 0
     """Steps between scores and checkpoints; 0 is a quarter of the steps."""
-    seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 0
+    seed: Seed = 0
     """Seed for the choice and order of the pairs."""
 
 

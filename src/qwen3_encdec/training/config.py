@@ -11,24 +11,13 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import AfterValidator, BeforeValidator, Field, TypeAdapter, ValidationError
 
-from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.config import Count, DataConfig, Natural, NotNegative, Number, Positive, Seed
 from qwen3_encdec.folders import InputError, read_yaml
 
 T = TypeVar("T")
-# YAML 1.1 reads 1e-4 as a string, so strings are parsed; pydantic would take `lr: yes` as 1.0.
-Number = Annotated[
-    float,
-    Field(allow_inf_nan=False),
-    BeforeValidator(lambda value: str(value) if isinstance(value, bool) else value),
-]
-Positive = Annotated[Number, Field(gt=0)]
-NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, le=1)]
 Beta = Annotated[Number, Field(ge=0, lt=1)]
 Seconds = Annotated[Number, Field(ge=0, le=1e9)]  # the timer's limit is near 1e10
-Count = Annotated[int, Field(ge=1, strict=True)]
-Natural = Annotated[int, Field(ge=0, strict=True)]
-Seed = Annotated[Natural, Field(lt=2**32)]  # numpy's limit
 Folder = Annotated[str, AfterValidator(os.path.expanduser)]
 # YAML 1.1 reads a bare `no` as false.
 Precision = Annotated[

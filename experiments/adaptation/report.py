@@ -47,9 +47,11 @@ HEADLINE = {
     "gate on keys too": "#7d5ba6",
     "closing from -8": "#2f9e79",
 }
-GATE = "scaled values, gate"
+RAW = "raw values"
+MAIN = (RAW, "scaled values", "scaled values, gate")
+"""Arms with several learning rates."""
 RATE, FAST = 1e-4, 1e-3
-"""Learning rate of every arm, and the best one tried of raw values and of the gate."""
+"""Learning rate of every arm, and the best one tried of raw values."""
 SHOWN = (0, 4096, 8192, 16384, 32768, 65536)
 """Tokens in the tables of rates and of all runs."""
 
@@ -122,7 +124,7 @@ def tables(records: Sequence[Record]) -> str:
     parts = ["Mean over the five denoisers; in brackets the number of seeds:", table(header, rows)]
     parts.append("Tokens of the first arm's end over those of another for the same loss, by seed:")
     parts.append(table(["arms", "tokens ratio"], ratios(runs)))
-    parts.append("Learning rates, in the same way; the ratio is that of raw values to the gate:")
+    parts.append("Learning rates, in the same way; the ratio is that of raw values to the arm:")
     header = ["arm", *(f"{tokens:,}" for tokens in SHOWN), "tokens ratio"]
     parts.append(table(header, rates(records)))
     parts.append("First seed, all runs: mean of the denoisers by tokens, then each at the last:")
@@ -141,14 +143,15 @@ def ratios(runs: dict[str, dict[int, Record]]) -> list[list[str]]:
 
 
 def rates(records: Sequence[Record]) -> list[list[str]]:
-    """Tabulate raw values and the gate at every learning rate."""
+    """Tabulate the main arms at every learning rate."""
     rows = []
     for lr in sorted({record["run"]["lr"] for record in records}):
-        raw, gate = (by_seed(records, arm, lr) for arm in ("raw values", GATE))
-        for arm, seeds, last in (("raw values", raw, "–"), (GATE, gate, ratio(raw, gate))):
+        for arm in MAIN:
+            seeds = by_seed(records, arm, lr)
             curves = [run["curve"] for run in seeds.values()]
             found = [[mean(curve[n]) for curve in curves if n in curve] for n in SHOWN]
             cells = [spread(values) for values in found]
+            last = "–" if arm == RAW else ratio(by_seed(records, RAW, lr), seeds)
             if seeds:
                 rows.append([f"{arm}, lr {lr:g} ({len(seeds)})", *cells, last])
     return rows
@@ -297,7 +300,7 @@ def plot(records: Sequence[Record]) -> str:
     panels: dict[str, Callable] = {"mean of five denoisers": mean}
     panels |= {"R1": lambda losses: losses["R1"], "S": lambda losses: losses["S"]}
     lines = [(arm, arm, RATE, ".-") for arm in HEADLINE]
-    lines += [(f"{arm}, lr {FAST:g}", arm, FAST, ".--") for arm in ("raw values", GATE)]
+    lines += [(f"{arm}, lr {FAST:g}", arm, FAST, ".--") for arm in MAIN]
     last = max((max(record["curve"]) for record in records), default=0)
     powers = [2**n for n in range(11, 20) if 2**n <= last]
     with matplotlib.rc_context(STYLE):

@@ -41,7 +41,7 @@ def rank_process(
 ) -> None:
     """One rank. ``faults`` are the step at which `nan`, `spike` or `hang` happens, and
 
-    slow: seconds that writing tensors takes; full: no file can grow beyond 100 kB; launch: environment that distributes; means: weigh every micro-batch the
+    slow: seconds that writing tensors takes; full: bytes beyond which no file can grow; launch: environment that distributes; means: weigh every micro-batch the
     same, which is the common mistake.
     """
     log = Path(overrides[-1].partition("=")[2]).with_suffix(f".rank{rank}.log")
@@ -59,8 +59,8 @@ def rank_process(
     from qwen3_encdec.training.distributed import TrainingState
     from qwen3_encdec.training.steps import Run
 
-    if faults.get("full"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    if limit := faults.get("full"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     now: dict[str, Any] = {"step": 0, "weights": iter(())}
     rate, save, backward = loop.learning_rate, checkpoint.dcp.save, Run.backward

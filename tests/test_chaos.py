@@ -215,10 +215,13 @@ def test_a_damaged_shard_of_another_rank_is_passed_over(init_folder, corpus, fin
     assert (run / "checkpoints/damaged-step-000004").exists()
 
 
-def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(init_folder, corpus, tmp_path):
+@pytest.mark.parametrize("limit", [20_000, 100_000], ids=["at rank 0's tokenizer", "at tensors"])
+def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(
+    init_folder, corpus, tmp_path, limit
+):
     run = tmp_path / "run"
     assert Life(settings(init_folder, corpus, run, max_steps=2)).end() == [0, 0]
-    assert Life(settings(init_folder, corpus, run, max_steps=40), full=True).end() == [2, 2]
+    assert Life(settings(init_folder, corpus, run, max_steps=40), full=limit).end() == [2, 2]
     sentence = "cannot write to [^:]*: (.*); training stopped, the last checkpoint is (.*)"
     for rank in range(2):
         found = re.search(sentence, log(run, rank))

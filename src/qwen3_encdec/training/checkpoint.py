@@ -88,8 +88,11 @@ class Checkpointer:
         folder = self.folder / folder_name(training["step"])
         partial = self.folder / f".{folder.name}.partial"
         try:
+            # A rank that fails alone must not leave the others waiting in torch's collectives.
             with shared_errors(self._group, BaseException):
-                self._write_files(partial, tensors, position, training)
+                self._write_small_files(partial, tensors, position, training)
+            with shared_errors(self._group, BaseException):
+                self._write_tensors(partial, tensors)
             with shared_errors(self._group, BaseException):
                 if self._is_main:
                     self._publish(partial, folder, training["heldout_loss"])
@@ -98,8 +101,8 @@ class Checkpointer:
             raise
         return folder
 
-    def _write_files(self, partial: Path, tensors: Any, position: Any, training: Any) -> None:
-        """Write this rank's files; rank 0 also writes what is not sharded."""
+    def _write_small_files(self, partial: Path, tensors: Any, position: Any, training: Any) -> None:
+        """Write this rank's position and checksums; rank 0 also writes the rest of the folder."""
         state = partial / "state"
         state.mkdir(parents=True, exist_ok=True)
         if self._is_main:
@@ -119,13 +122,15 @@ class Checkpointer:
         name = f"rank-{rank:05d}-of-{self._ranks:05d}.json"
         write_json(state / name, {"data": position, "checksums": sums})
 
+    def _write_tensors(self, partial: Path, tensors: Any) -> None:
+        """Write this rank's shards; rank 0 also joins the weights to whole tensors."""
         options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._group}
         files = _file_numbers(self.state.saved)
         writer = dcp.HuggingFaceStorageWriter(
             str(partial), files, save_distributed=True, enable_consolidation=True
         )
         dcp.save(tensors["model"], storage_writer=writer, **options)
-        writer = dcp.HuggingFaceStorageWriter(str(state), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(partial / "state"), save_distributed=True)
         dcp.save(tensors["state"], storage_writer=writer, **options)
 
     def _publish(self, partial: Path, folder: Path, loss: float | None) -> None:

@@ -10,8 +10,8 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -160,17 +160,31 @@ class Checkpointer:
                     print(f"{old} could not be deleted; delete it manually", flush=True)
 
 
-def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
-    """Load the newest undamaged checkpoint and return its training state, on all ranks.
+def whole_checkpoints(checkpoints: Path, damages: dict[Path, str]) -> Iterator[Path]:
+    """Yield checkpoints whose files are all there, newest first, and add the others to ``damages``.
 
-    Damaged newer ones are renamed, so that later steps neither count nor replace them. Raises
-    InputError if all are damaged.
+    All ranks must iterate together. The contents of tensors are not checked.
     """
-    damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
         try:
             with shared_errors():
                 _check_files(folder)
+        except InputError as error:
+            damages[folder] = f"checkpoint {folder} is damaged: {error}"
+        else:
+            yield folder
+
+
+def restore(
+    candidates: Iterable[Path], damages: dict[Path, str], state: TrainingState
+) -> dict[str, Any]:
+    """Load the first undamaged candidate and return its training state, on all ranks.
+
+    Damaged ones are renamed, so that later steps neither count nor replace them. Raises InputError
+    if all are damaged.
+    """
+    for folder in candidates:
+        try:
             state.read(folder)
         except InputError as error:
             damages[folder] = f"checkpoint {folder} is damaged: {error}"
@@ -188,15 +202,6 @@ def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
     if damages:
         raise InputError("; ".join([*damages.values(), "no older checkpoint is left"]))
     return {"folder": None, "step": 0, "totals": {}, "recent": [], "positions": []}
-
-
-def newest_whole(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint whose files are all there, with or without damaged tensors."""
-    for folder in reversed(_step_folders(checkpoints)):
-        with suppress(InputError):
-            _check_files(folder)
-            return folder
-    return None
 
 
 def changes_since(state: dict[str, Any], config: TrainingConfig, ranks: int) -> list[str]:

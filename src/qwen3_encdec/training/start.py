@@ -1,6 +1,7 @@
 """Build a run's prepared model, restore its last state, and find its batch size."""
 
 import importlib.util
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,11 @@ def resume(
 ) -> tuple[TrainingState, dict[str, Any]]:
     """Build the training state and load the newest undamaged checkpoint (`checkpoint.restore`)."""
     checkpoints, show = Path(config.output_dir) / "checkpoints", accelerator.print
-    state = build_state(config, accelerator, checkpoint.newest_whole(checkpoints))
-    resumed = checkpoint.restore(checkpoints, state)
+    damages: dict[Path, str] = {}
+    candidates = checkpoint.whole_checkpoints(checkpoints, damages)
+    newest = list(islice(candidates, 1))
+    state = build_state(config, accelerator, *newest)
+    resumed = checkpoint.restore(chain(newest, candidates), damages, state)
     if folder := resumed["folder"]:
         step, before = resumed["step"], resumed.get("lr", float("inf"))
         if step > config.max_steps:

@@ -236,6 +236,12 @@ def test_prolonging_a_decayed_run_is_said(init_folder, corpus, straight, tmp_pat
     assert "rises" not in capsys.readouterr().out
 
 
+def test_a_finished_run_without_a_decay_ends_at_once(init_folder, corpus, straight, tmp_path):
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    config = small_run(init_folder, corpus, output_dir=copy, decay_fraction=0)
+    assert run_training(config).name == "step-000004"
+
+
 def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     losses = iter([9.0, 5.0, 1.0, 6.0, 4.0])
     monkeypatch.setattr(

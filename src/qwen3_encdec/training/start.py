@@ -1,6 +1,7 @@
 """Build a run's prepared model, restore its last state, and find its batch size."""
 
 import importlib.util
+import math
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def resume(
     state = build_state(config, accelerator, *newest)
     resumed = checkpoint.restore(chain(newest, candidates), damages, state)
     if folder := resumed["folder"]:
-        step, before = resumed["step"], resumed.get("lr", float("inf"))
+        step = resumed["step"]
         if step > config.max_steps:
             raise InputError(
                 f"{folder} is beyond max_steps={config.max_steps}; raise it or choose another "
@@ -70,12 +71,14 @@ def resume(
             )
         changes = checkpoint.changes_since(resumed, config, accelerator.num_processes)
         show("; ".join([f"resuming from {folder}", *changes]))
-        after = learning_rate(step + 1, config)
-        if step >= config.warmup_steps and after > before * 1.0001:
-            show(
-                f"warning: the learning rate rises from {before:.2e} to {after:.2e}: {folder.name} "
-                "was saved in a shorter schedule's decay; resume from before it to avoid this"
-            )
+        if config.warmup_steps <= step < config.max_steps:
+            before, after = resumed.get("lr", math.inf), learning_rate(step + 1, config)
+            if after > before * 1.0001:
+                show(
+                    f"warning: the learning rate rises from {before:.2e} to {after:.2e}: "
+                    f"{folder.name} was saved in a shorter schedule's decay; resume from before it "
+                    "to avoid this"
+                )
     return state, resumed
 
 

@@ -206,6 +206,7 @@ def test_the_batch_size_finder_goes_down_until_a_step_fits(
     forward, tried = Qwen3ForSeq2SeqLM.forward, []
 
     def hungry(self, *arguments, **options):
+        assert self.training
         tried.append((len(options["cu_seqlens"]) - 1) // 2)
         if tried[-1] > 17:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")

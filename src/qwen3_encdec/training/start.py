@@ -87,6 +87,7 @@ def find_batch_size(config: TrainingConfig) -> None:
     with launched(config) as accelerator:
         vocabulary, data = load_config(config.model).vocab_size, config.data
         state = build_state(config, accelerator)
+        state.model.train()  # as loaded, it would recompute nothing
 
         # Ranks try the same sizes, so that memory runs out on all of them at once.
         @find_executable_batch_size(starting_batch_size=max(config.batch_size, 256))

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import PartialState
 from accelerate.utils import ParallelismConfig
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -146,6 +147,7 @@ def test_sizes_without_a_checkpoint(parent_folder):
 def test_recipes_load_and_fit(name, capsys):
     config = load_config(ROOT / f"configs/recipes/{name}.yaml")
     plan.dry_run(config, *RECIPES[name])
+    assert not PartialState._shared_state  # as under a launcher, where it would meet no other rank
     lines = capsys.readouterr().out.partition("\nparameters")[2].splitlines()
     names = [line.partition(":")[0] for line in lines]
     assert {"step", "run", "memory GiB", "time"} < set(names)

@@ -200,7 +200,7 @@ def attention_alone(args: Any, backend: str) -> dict[str, Any]:
     """Time both stacks' attention, forward and backward, over the real cumulative lengths."""
     training = Training(args)
     config, device, batch = training.config, training.device, training.batches[0]
-    if reason := disagreement(backend, config, device):
+    if reason := disagreement(backend, config, device, "bf16"):
         return {"absent": reason}
     training.model.set_attn_implementation(backend)
     source, target = batch["cu_seqlens"], batch["decoder_cu_seqlens"]

@@ -38,8 +38,7 @@ def build_state(
     """Build the prepared model and its optimizer; weights may stay unset if ``newest`` is given."""
     logging.disable_progress_bar()
     model_config = load_config(newest or config.model)
-    device, show = accelerator.device, accelerator.print
-    attention = layers.choose_attention(config.attention, model_config, device, show)
+    attention = layers.choose_attention(config.attention, model_config, accelerator)
     if newest and accelerator.distributed_type != DistributedType.DEEPSPEED:
         with initialization.no_init_weights():
             model = Qwen3ForSeq2SeqLM(model_config)

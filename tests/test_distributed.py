@@ -174,6 +174,17 @@ def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
         launched(config).__enter__()
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_user_s_allocator_settings_stay(monkeypatch, tmp_path, name):
+    mine = {name: "max_split_size_mb:64"}
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    config = TrainingConfig(trackers=[], mixed_precision="no", output_dir=str(tmp_path))
+    for before, after in ((mine, mine), ({}, {names[0]: "expandable_segments:True"})):
+        monkeypatch.setattr(os, "environ", before | {"HOME": str(tmp_path)})
+        with launched(config):
+            assert {key: os.environ[key] for key in names if key in os.environ} == after
+
+
 @pytest.mark.parametrize(("stage", "precision"), [("1", "no"), ("2", "bf16")])
 @needs_deepspeed
 def test_what_deepspeed_cannot_do_is_refused(monkeypatch, stage, precision):

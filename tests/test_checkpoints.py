@@ -2,7 +2,9 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,6 +16,8 @@ from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.stream import RowLoader
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import checkpoint, distributed
+from qwen3_encdec.training.checkpoint import Checkpointer
+from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.loop import run_training
 from tests.test_training import read_metrics, small_run, write_corpus
 
@@ -294,6 +298,19 @@ def test_tensorboard_shows_each_step_once(init_folder, corpus, tmp_path):
     run_training(small_run(init_folder, corpus, output_dir=run_dir, **options))
     events = EventAccumulator(str(run_dir / "trackers/qwen3-encdec")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_the_writer_thread_uses_its_rank_s_device(tmp_path, monkeypatch):
+    device, used = torch.device("cuda", 3), []
+    accelerator = SimpleNamespace(device=device, num_processes=1, is_main_process=False)
+    config, state = TrainingConfig(output_dir=str(tmp_path)), SimpleNamespace(accelerator=accelerator)
+    monkeypatch.setattr(Checkpointer, "_write_small_files", lambda *_: None)
+    monkeypatch.setattr(Checkpointer, "_write_tensors", lambda *_: used.append("written"))
+    in_turn = lambda index: used.append(index) or nullcontext()  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "device_index", in_turn)
+    training = {"step": 1, "heldout_loss": None}
+    Checkpointer(config, state, None, None)._write({}, {}, training)
+    assert used == [3, "written"]
 
 
 @pytest.mark.parametrize("part", ["dcp.save", "os.rename"])

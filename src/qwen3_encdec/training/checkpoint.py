@@ -87,11 +87,13 @@ class Checkpointer:
     def _write(self, tensors: Any, position: dict[str, Any], training: dict[str, Any]) -> Path:
         folder = self.folder / folder_name(training["step"])
         partial = self.folder / f".{folder.name}.partial"
+        device = self.state.accelerator.device.index  # None on a CPU
         try:
             # A rank that fails alone must not leave the others waiting in torch's collectives.
             with shared_errors(self._group, BaseException):
                 self._write_small_files(partial, tensors, position, training)
-            with shared_errors(self._group, BaseException):
+            # A new thread's device is the first one, on which torch would make a context.
+            with shared_errors(self._group, BaseException), torch.accelerator.device_index(device):
                 self._write_tensors(partial, tensors)
             with shared_errors(self._group, BaseException):
                 if self._is_main:

@@ -1,5 +1,6 @@
 """The training loop against a plain one written out here, and the inputs it refuses."""
 
+import errno
 import json
 import multiprocessing
 import re
@@ -22,7 +23,7 @@ from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.loop import run_training
-from qwen3_encdec.training.monitor import SpikeGuard, hearing_signals
+from qwen3_encdec.training.monitor import SpikeGuard, hearing_signals, lock
 from qwen3_encdec.training.optimization import (
     build_optimizer,
     learning_rate,
@@ -220,6 +221,15 @@ def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):
             run_training(small_run(init_folder, corpus, output_dir=run_dir))
         other.kill()
     assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).exists()
+
+
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch, capsys):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    assert lock(tmp_path / "run").name == str(tmp_path / "run/.lock")
+    assert "run cannot be locked (Function not implemented)" in capsys.readouterr().out
 
 
 def test_stop_is_looked_at_during_start_up(init_folder, corpus, tmp_path, capsys):

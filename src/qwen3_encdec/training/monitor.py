@@ -101,14 +101,19 @@ class StallGuard:
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Create a run's folder and lock out other processes while the returned file is open."""
+    """Create a run's folder and lock out other processes while the returned file is open.
+
+    On a file system without locks it prints a warning instead.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / ".lock").open("w")
     try:
         # A record lock ends with the process and is not inherited by its data workers.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise InputError(f"another run is training in {run_dir}; stop it first") from None
+    except OSError as error:  # Lustre and NFS may be mounted without locks
+        print(f"warning: {run_dir} cannot be locked ({error.strerror})", flush=True)
     return file
 
 

@@ -133,6 +133,11 @@ def test_the_others_do_not_wait_for_a_lost_rank(init_folder, corpus, tmp_path, h
         assert "most recent call first" in log(run)  # where it waited
 
 
+def test_a_late_rank_joins_a_new_run(init_folder, corpus, tmp_path):
+    run = tmp_path / "run"
+    assert Life(settings(init_folder, corpus, run, max_steps=1), late=4).end() == [0, 0], log(run, 1)
+
+
 def gradients(run: Path) -> dict[str, torch.Tensor]:
     """Of the first step, by parameter: a first moment is (1 - beta1) of it."""
     reader = HuggingFaceStorageReader(str(run / "checkpoints/step-000001/state"))

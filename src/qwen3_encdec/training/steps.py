@@ -35,7 +35,8 @@ class Run:
         """Build or resume a run; a folder made for it is removed again if that fails."""
         self.config, self.accelerator, self.asked = config, accelerator, asked
         processes, self.device = accelerator.num_processes, accelerator.device
-        self.run_dir = folders.check_output(config.output_dir, "training run")
+        with shared_errors():  # all ranks look before rank 0 writes
+            self.run_dir = folders.check_output(config.output_dir, "training run")
         model_config = folders.load_config(config.model)
         tokenizer = folders.load_tokenizer(config.model, model_config)
         start.check_settings(config, tokenizer.num_sentinel_tokens, processes)

@@ -134,8 +134,8 @@ def test_the_others_do_not_wait_for_a_lost_rank(init_folder, corpus, tmp_path, h
 
 
 def test_a_late_rank_joins_a_new_run(init_folder, corpus, tmp_path):
-    run = tmp_path / "run"
-    assert Life(settings(init_folder, corpus, run, max_steps=1), late=4).end() == [0, 0], log(run, 1)
+    life = Life(settings(init_folder, corpus, tmp_path / "run", max_steps=1), late=4)
+    assert life.end() == [0, 0], log(tmp_path / "run", 1)
 
 
 def gradients(run: Path) -> dict[str, torch.Tensor]:

@@ -197,9 +197,11 @@ def restore(
             shutil.rmtree(aside, ignore_errors=True)
             os.rename(damaged, aside)
         training = read_json(folder / "state/training.json")
+        ranks = [read_json(file)["data"] for file in sorted(folder.glob("state/rank-*.json"))]
         if before := training.get("guard"):  # written by an earlier version
             training["recent"] = before.get("recent", before.get("applied"))
-        ranks = [read_json(file)["data"] for file in sorted(folder.glob("state/rank-*.json"))]
+        if not all("streams" in position for position in ranks):  # data had another order then
+            ranks = [{"data": "", "rows": 0, "streams": {}}]
         return training | {"folder": folder, "positions": ranks}
     if damages:
         raise InputError("; ".join([*damages.values(), "no older checkpoint is left"]))

@@ -125,11 +125,11 @@ class Checkpointer:
         write_json(state / name, {"data": position, "checksums": sums})
 
     def _write_tensors(self, partial: Path, tensors: Any) -> None:
-        """Write this rank's shards; rank 0 also joins the weights to whole tensors."""
+        """Write this rank's shards; of several ranks, rank 0 then joins those of the weights."""
         options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._group}
-        files = _file_numbers(self.state.saved)
+        files, several = _file_numbers(self.state.saved), self._ranks > 1
         writer = dcp.HuggingFaceStorageWriter(
-            str(partial), files, save_distributed=True, enable_consolidation=True
+            str(partial), files, save_distributed=several, enable_consolidation=several
         )
         dcp.save(tensors["model"], storage_writer=writer, **options)
         writer = dcp.HuggingFaceStorageWriter(str(partial / "state"), save_distributed=True)
@@ -137,7 +137,7 @@ class Checkpointer:
 
     def _publish(self, partial: Path, folder: Path, loss: float | None) -> None:
         """Rename the finished checkpoint into place, update the links, delete old checkpoints."""
-        shutil.rmtree(partial / "sharded")
+        shutil.rmtree(partial / "sharded", ignore_errors=True)
         only = partial / "model-00001-of-00001.safetensors"
         if only.exists():
             os.replace(only, partial / _ONE_FILE)

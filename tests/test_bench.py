@@ -93,7 +93,7 @@ def test_both_sides_train_on_the_same_tokens(model_bench, side):
 def test_both_models_have_the_same_text_dimensions(model_bench, size):
     def shapes(side):
         named = model_bench.make_model(
-            side, model_bench.FULL[size], "bfloat16", "meta"
+            side, model_bench.FULL[size], torch.bfloat16, "meta"
         ).named_parameters()
         return sorted(
             tuple(parameter.shape)

@@ -19,15 +19,10 @@ from qwen3_encdec.training import checkpoint, distributed
 from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.loop import run_training
-from tests.test_training import read_metrics, small_run, write_corpus
+from tests.test_training import read_metrics, small_run
 
 ONE = "00001-of-00001"
 SHARD = "state/shard-00001-model-00001-of-00001.safetensors"
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="session")

@@ -31,23 +31,6 @@ from qwen3_encdec.training.optimization import (
 )
 
 ROOT = Path(__file__).parents[1]
-TEXT = "the loss of an optimizer step is a sum over its target tokens"
-WORDS = TEXT.split()
-
-
-def write_corpus(path: Path, documents: int = 120) -> Path:
-    """Documents of different lengths, so that micro-batches and ranks hold different numbers of
-    tokens.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with path.open("w") as file:
-        for _ in range(documents):
-            length = int(torch.randint(5, 60, (), generator=generator))
-            words = [WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator)]
-            file.write(json.dumps({"text": " ".join(words)}) + "\n")
-    return path
-
-
 SMALL = {
     "max_steps": 4, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2, "log_every": 1, "save_every": 2,
     "keep_last": 0, "eval_every": 2, "eval_examples_per_denoiser": 2, "trackers": "[]",
@@ -58,10 +41,13 @@ SMALL = {
 }  # fmt: skip
 
 
-def small_run(folder: Path, corpus: Path, **changes) -> TrainingConfig:
+def small_settings(folder: Path, corpus: Path, **changes) -> list[str]:
     settings = {"model": folder, "data.inputs": f"[{corpus}]", "output_dir": corpus.parent / "run"}
-    settings |= SMALL | changes
-    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
+    return [f"{key}={value}" for key, value in (settings | SMALL | changes).items()]
+
+
+def small_run(folder: Path, corpus: Path, **changes) -> TrainingConfig:
+    return load_config(None, small_settings(folder, corpus, **changes))
 
 
 def read_metrics(run_dir: Path, *names: str) -> list[tuple]:
@@ -112,11 +98,6 @@ def plain_trace(
         optimizer.zero_grad()
         # The log has the negative log-likelihood, whatever the loss adds to it.
         yield float(loss.detach()) if per_micro_batch else float(likelihood), float(norm)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])

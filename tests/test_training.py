@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -231,6 +232,12 @@ def test_the_second_ctrl_c_ends_at_once(capfd):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert "press Ctrl-C again to end at once" in capfd.readouterr().err
+
+
+def test_a_run_may_be_in_any_thread(init_folder, corpus, tmp_path):
+    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_training, config).result().name == "step-000004"
 
 
 def test_a_tracker_that_fails_stops_nothing(init_folder, corpus, tmp_path, monkeypatch, capsys):

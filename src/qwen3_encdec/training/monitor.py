@@ -59,7 +59,10 @@ class SpikeGuard:
 
 @contextmanager
 def hearing_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM, or the first Ctrl-C, sets instead of ending the process."""
+    """Yield an event that SIGTERM, or the first Ctrl-C, sets instead of ending the process.
+
+    Only the main thread can handle signals; in another one they keep their effect.
+    """
     asked = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -68,7 +71,9 @@ def hearing_signals() -> Iterator[threading.Event]:
             os.write(2, b"stopping after this step; press Ctrl-C again to end at once\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in _STOPPING}
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = _STOPPING if is_main else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:

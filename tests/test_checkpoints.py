@@ -267,6 +267,16 @@ def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     assert f"{run_dir}/checkpoints/step-000001 could not be deleted" in capsys.readouterr().out
 
 
+def test_a_damaged_best_checkpoint_stops_nothing(init_folder, corpus, straight, tmp_path):
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    best = copy / "checkpoints/best"
+    best.unlink()
+    best.symlink_to("step-000002")
+    (best / "state/training.json").write_text("{")
+    run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=6))
+    assert best.resolve().name == "step-000006"
+
+
 def test_a_full_disk_at_start_up_leaves_the_run_as_it_was(
     init_folder, corpus, straight, tmp_path, monkeypatch
 ):

@@ -12,6 +12,7 @@ import shutil
 import zlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -259,9 +260,11 @@ def _step_folders(checkpoints: Path) -> list[Path]:
 
 
 def _heldout_loss(folder: Path) -> float:
-    path = folder / "state/training.json"
-    loss = read_json(path).get("heldout_loss") if path.exists() else None
-    return math.inf if loss is None else loss
+    """Return a checkpoint's held-out loss; infinity if there is none or it cannot be read."""
+    with suppress(InputError):
+        loss = read_json(folder / "state/training.json").get("heldout_loss")
+        return math.inf if loss is None else loss
+    return math.inf
 
 
 def _link(link: Path, folder: Path) -> None:

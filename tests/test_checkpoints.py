@@ -172,6 +172,19 @@ def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys
     assert (copy / "checkpoints/damaged-step-000004/state").exists()
 
 
+def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_it(
+    init_folder, corpus, straight, tmp_path, monkeypatch
+):
+    def forbidden(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    (copy / "checkpoints/step-000004" / SHARD).unlink()
+    monkeypatch.setattr("qwen3_encdec.training.checkpoint.os.rename", forbidden)
+    with pytest.raises(InputError, match="run/checkpoints cannot be written: Permission denied"):
+        run_training(small_run(init_folder, corpus, output_dir=copy))
+
+
 def test_without_a_whole_checkpoint_it_stops(init_folder, corpus, straight, tmp_path):
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     for step in ("000002", "000004"):

@@ -192,11 +192,9 @@ def restore(
         except InputError as error:
             damages[folder] = f"checkpoint {folder} is damaged: {error}"
             continue
-        for damaged, sentence in damages.items() if state.accelerator.is_main_process else ():
-            print(sentence, flush=True)
-            aside = damaged.with_name(f"damaged-{damaged.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(damaged, aside)
+        with shared_errors(), folders.writing(folder.parent):
+            if state.accelerator.is_main_process:
+                _set_aside(damages)
         training = read_json(folder / "state/training.json")
         ranks = [read_json(file)["data"] for file in sorted(folder.glob("state/rank-*.json"))]
         if before := training.get("guard"):  # written by an earlier version
@@ -207,6 +205,15 @@ def restore(
     if damages:
         raise InputError("; ".join([*damages.values(), "no older checkpoint is left"]))
     return {"folder": None, "step": 0, "totals": {}, "recent": [], "positions": []}
+
+
+def _set_aside(damages: dict[Path, str]) -> None:
+    """Print what is wrong with each damaged checkpoint and rename it."""
+    for damaged, sentence in damages.items():
+        print(sentence, flush=True)
+        aside = damaged.with_name(f"damaged-{damaged.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(damaged, aside)
 
 
 def changes_since(state: dict[str, Any], config: TrainingConfig, ranks: int) -> list[str]:

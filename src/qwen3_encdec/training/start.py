@@ -104,5 +104,8 @@ def find_batch_size(config: TrainingConfig) -> None:
         try:
             found = largest()
         except RuntimeError as error:
-            raise InputError(f"no batch_size fits: {error}") from None
+            if "No executable batch size" not in str(error):
+                raise
+            remedy = "set gradient_checkpointing or shard over more devices"
+            raise InputError(f"not even batch_size=1 fits; {remedy}") from None
         accelerator.print(f"batch_size={found} fits a step on full rows; nothing was written")

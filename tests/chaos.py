@@ -41,8 +41,11 @@ def rank_process(
 ) -> None:
     """One rank. ``faults`` are the step at which `nan`, `spike` or `hang` happens, and
 
-    slow: seconds that writing tensors takes; late: seconds until rank 1 looks at the run's folder; full: bytes beyond which no file can grow; launch: environment that distributes; means: weigh every micro-batch the
-    same, which is the common mistake.
+    launch: environment that distributes;
+    late: seconds until rank 1 looks at the run's folder;
+    slow: seconds that writing tensors takes;
+    full: bytes beyond which no file can grow;
+    means: weigh every micro-batch the same, which is the common mistake.
     """
     log = Path(overrides[-1].partition("=")[2]).with_suffix(f".rank{rank}.log")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)

@@ -7,8 +7,8 @@ The parts, in order: the recipe's step with a profile, attention alone by backen
 fastest, with bf16 weights and with more rows, FSDP2 on one device, decoding, and `run_training`
 itself. Each prints when it is done, and none starts after the time limit.
 
-A step is 4 micro-batches of documents with UL2's mixture of lengths, then AdamW. MFU counts the
-operations of `training/plan.py` over real tokens.
+Every step takes the rows of `run_training`'s first one: package-docs, packed, in 4 micro-batches.
+MFU counts the operations of `training/flops.py` over real tokens.
 """
 
 import json
@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +26,27 @@ import numpy as np
 import torch
 from accelerate.utils import send_to_device
 from measure import command_line, generate, save_pair, target, write
+from torch.autograd import DeviceType
 from torch.distributed import HashStore, init_process_group, is_initialized
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM
+from qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.attention_qwen3_encdec import Varlen, attend
-from qwen3_encdec.data.collate import collate_packed
-from qwen3_encdec.data.ul2 import PRESETS, corrupt, raw_length
-from qwen3_encdec.folders import first_line
+from qwen3_encdec.data.collate import collate_micro_batches
+from qwen3_encdec.data.config import DataConfig
+from qwen3_encdec.data.stream import RowLoader, UL2Data
+from qwen3_encdec.folders import first_line, load_config, load_tokenizer
 from qwen3_encdec.training import flops, plan
-from qwen3_encdec.training.config import TrainingConfig, load_config
+from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.layers import FASTEST_FIRST, compile_layers, disagreement, layers_of
 from qwen3_encdec.training.loop import run_training
 from qwen3_encdec.training.optimization import build_optimizer
 
 LENGTHS, ROWS = (1024, 512), 16  # as in configs/recipes/0.6b-1gpu.yaml
+MICRO_BATCHES = 4
 TINY = {"hidden_size": 96, "intermediate_size": 160, "num_hidden_layers": 2, "head_dim": 64}
-TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 331}
-TINY |= {"num_sentinel_tokens": 11, "pad_token_id": 0, "eos_token_id": 1}
+TINY |= {"num_attention_heads": 4, "num_key_value_heads": 2}
 TIME_LIMIT = 7.0  # minutes after which no part starts
 KERNELS = {
     "products": ("gemm", "matmul", "cutlass", "aten::mm", "aten::addmm", "aten::bmm", "nvjet"),
@@ -61,6 +64,7 @@ def part(name: str, do: Callable[..., dict[str, Any]], *given: Any, **options: A
     try:
         if time.time() - _began > 60 * TIME_LIMIT:
             raise TimeoutError(f"not started: the limit of {TIME_LIMIT:g} minutes has passed")
+        torch.compiler.reset()  # or the parts' compilations would add up to the limit
         figures = do(*given, **options)
     except Exception as error:  # whatever a kernel raises, the other parts continue
         figures = {"failed": f"{type(error).__name__}: {first_line(error)[:200]}"}
@@ -74,37 +78,41 @@ def part(name: str, do: Callable[..., dict[str, Any]], *given: Any, **options: A
     return figures
 
 
-def pair_config(tiny: bool) -> Qwen3EncoderDecoderConfig:
-    """Return the 0.6B pair's configuration or a toy one, with the source gate of `initialize`."""
-    return Qwen3EncoderDecoderConfig(source_gate=True, **TINY if tiny else {})
-
-
-def documents(config: Any, source_length: int, target_length: int, rows: int) -> list[Any]:
-    """Corrupt random texts of UL2's length mixture until their targets fill `rows`."""
-    rng, preset = np.random.default_rng(0), PRESETS["t5gemma2"]
-    weights = np.array([denoiser.weight for denoiser in preset])
-    words = config.vocab_size - config.num_sentinel_tokens  # the sentinels come last
-    marks = {"sentinel_ids": np.arange(words, config.vocab_size), "eos_id": config.eos_token_id}
-    found: list[tuple[np.ndarray, np.ndarray]] = []
-    while sum(len(target) for _, target in found) < rows * target_length:
-        denoiser = preset[int(rng.choice(len(preset), p=weights / weights.sum()))]
-        length = rng.integers(16, raw_length(denoiser, source_length, target_length) + 1)
-        found.append(corrupt(rng.integers(2, words, length), denoiser, rng, **marks))
-    return found
+def make_run(folder: Path, quick: bool) -> TrainingConfig:
+    """Save a pair with random weights and return the settings of its run."""
+    source, target = (64, 64) if quick else LENGTHS
+    sizes = {"num_ranks": 8000, **TINY} if quick else {}
+    return TrainingConfig(
+        model=str(save_pair(folder / "model", source_gate=True, **sizes)),
+        output_dir=str(folder / "run"),
+        data=DataConfig(source_length=source, target_length=target),
+        max_steps=3 if quick else 15,
+        warmup_steps=1,
+        batch_size=1 if quick else ROWS,
+        gradient_accumulation_steps=MICRO_BATCHES,
+        num_workers=0 if quick else 2,
+        log_every=3,
+        eval_every=0,
+        trackers=[],
+    )
 
 
 class Training:
     """The pair, its optimizer and the micro-batches of one step."""
 
-    def __init__(self, args: Any, backend: str = "sdpa", rows: int = ROWS) -> None:
-        self.device, self.config = torch.device(args.device), pair_config(args.quick)
-        pairs = documents(self.config, *(32, 24, 4) if args.quick else (*LENGTHS, 4 * rows))
-        batches = [collate_packed(*zip(*pairs[i::4], strict=True)) for i in range(4)]
+    def __init__(self, args: Any, backend: str = "sdpa", scale: int = 1) -> None:
+        self.device, self.config = torch.device(args.device), load_config(args.run.model)
+        collate = partial(collate_micro_batches, number=MICRO_BATCHES)
+        rows = MICRO_BATCHES * args.run.batch_size * scale
+        batches = next(iter(RowLoader(args.data, batch_size=rows, collate=collate)))
+        sums = np.zeros(4)
+        for batch in batches:
+            del batch["denoiser"]
+            sides = batch["cu_seqlens"].numpy(), batch["decoder_cu_seqlens"].numpy()
+            sums += flops.length_sums(*map(np.diff, sides))
         self.batches = send_to_device(batches, self.device)
-        lengths = np.array([[len(source), len(target)] for source, target in pairs])
-        self.tokens, self.targets = int(lengths.sum()), int(lengths[:, 1].sum())
-        per_sum = flops.flops_per_sum(self.config, flops.count_parameters(self.config))
-        self.work = float(per_sum @ flops.length_sums(*lengths.T))
+        self.tokens, self.targets = sums[:2].sum(), int(sums[1])
+        self.work = flops.flops_per_sum(self.config, flops.count_parameters(self.config)) @ sums
         torch.manual_seed(0)
         with self.device:
             self.model = Qwen3ForSeq2SeqLM(self.config).train()
@@ -114,7 +122,6 @@ class Training:
 
     def compile(self) -> None:
         """Compile the layers; on a CPU only capture them, which needs no compiler."""
-        torch._dynamo.reset()
         options = {} if self.device.type == "cuda" else {"backend": "eager"}
         compile_layers(self.model, TrainingConfig(compile=True), **options)
 
@@ -175,21 +182,23 @@ class Training:
 
 
 def measured(
-    args: Any, backend: str, *preparations: str, profile: bool = False, **rows: int
+    args: Any, backend: str, *preparations: str, profile: bool = False, scale: int = 1
 ) -> dict:
     """Measure training after calling these of its methods in order."""
-    training = Training(args, backend, **rows)
+    training = Training(args, backend, scale)
     for name in preparations:
         getattr(training, name)()
     return training.measure(profile)
 
 
 def kernel_shares(events: Any) -> dict[str, float]:
-    """Return the share of the time by class of kernel."""
+    """Return the share of the time by class of kernel; on a CPU, of operator."""
     spent: Counter[str] = Counter()
-    cuda = torch.cuda.is_available()
     for event in events:
-        time_of = event.self_device_time_total if cuda else event.self_cpu_time_total
+        time_of = event.self_cpu_time_total
+        if torch.cuda.is_available():  # an operator's event repeats the time of its kernels
+            is_kernel = event.device_type == DeviceType.CUDA and not event.is_user_annotation
+            time_of = event.self_device_time_total if is_kernel else 0
         name = event.key.lower()
         kinds = (kind for kind, words in KERNELS.items() if any(w in name for w in words))
         spent[next(kinds, "other")] += time_of
@@ -200,7 +209,7 @@ def attention_alone(args: Any, backend: str) -> dict[str, Any]:
     """Time both stacks' attention, forward and backward, over the real cumulative lengths."""
     training = Training(args)
     config, device, batch = training.config, training.device, training.batches[0]
-    if reason := disagreement(backend, config, device):
+    if reason := disagreement(backend, config, device, "bf16"):
         return {"absent": reason}
     training.model.set_attn_implementation(backend)
     source, target = batch["cu_seqlens"], batch["decoder_cu_seqlens"]
@@ -229,27 +238,17 @@ def decode(args: Any) -> dict[str, float]:
     rows, source, new = (2, 32, 3) if args.quick else (8, 2048, 64)
     torch.manual_seed(0)
     with torch.device(args.device):
-        model = Qwen3ForSeq2SeqLM(pair_config(args.quick)).to(torch.bfloat16).eval()
+        model = Qwen3ForSeq2SeqLM(load_config(args.run.model)).to(torch.bfloat16).eval()
     for _ in range(2):  # the first time compiles
         first, rest = generate(model, rows, source, new, cache_implementation="static")
     return {"new tokens/s": rows * new / (first + rest)}
 
 
 def real_run(args: Any, backend: str) -> dict[str, float]:
-    """Run the training command's own loop on package-docs; return tokens per second and MFU."""
-    with tempfile.TemporaryDirectory() as name:
-        folder, (source, target) = Path(name), (64, 64) if args.quick else LENGTHS
-        sizes = {"num_ranks": 8000, **TINY} if args.quick else {}
-        settings = {
-            "model": save_pair(folder / "model", source_gate=True, **sizes),
-            "output_dir": folder / "run", "trackers": "[]", "log_every": 3, "eval_every": 0,
-            "data.source_length": source, "data.target_length": target, "attention": backend,
-            "batch_size": 1 if args.quick else ROWS, "gradient_accumulation_steps": 4,
-            "max_steps": 3 if args.quick else 15, "warmup_steps": 1,
-            "num_workers": 0 if args.quick else 2,
-        }  # fmt: skip
-        run_training(load_config(None, [f"{key}={value}" for key, value in settings.items()]))
-        last = json.loads((folder / "run/metrics.jsonl").read_text().splitlines()[-1])
+    """Run the training command's own loop; return tokens per second, MFU and the wait for data."""
+    run_training(replace(args.run, attention=backend))
+    lines = (Path(args.run.output_dir) / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
     return {name: last[name] for name in ("tokens_per_second", "mfu", "data_wait") if name in last}
 
 
@@ -260,14 +259,8 @@ def now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def main() -> None:
-    """Run everything on one device and write the figures."""
-    parser = command_line(__doc__)
-    args = parser.parse_args()
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    if args.device == "cpu" and not args.quick:
-        parser.error("no CUDA GPU is visible; --quick tests this script without one")
-
+def run_parts(args: Any) -> None:
+    """Run all parts in order, then print the targets of a GPU."""
     part("baseline", measured, args, "sdpa", "compile", profile=True)
     times = {}
     for backend in ("sdpa", *FASTEST_FIRST):
@@ -277,8 +270,8 @@ def main() -> None:
     best = min(times, key=lambda name: times[name], default="sdpa")
     speeds = [part(f"step, {best}", measured, args, best, "compile")]
     speeds.append(part("step, bf16 weights", measured, args, best, "compile", "keep_masters"))
-    for rows in (2 * ROWS, 4 * ROWS):
-        speeds.append(part(f"step, {rows} rows", measured, args, best, "compile", rows=rows))
+    for scale in (2, 4):
+        speeds.append(part(f"step, {scale} x rows", measured, args, best, "compile", scale=scale))
     part("FSDP2, compiled after", measured, args, best, "shard", "compile")
     part("FSDP2, compiled before", measured, args, best, "compile", "shard")
     decoding = part("decoding, static cache", decode, args)
@@ -293,6 +286,20 @@ def main() -> None:
         target("real-loop-over-bench", share, ">= 0.97", "{:.3g}")
         decoded = decoding.get("new tokens/s", nan)
         target("decoding-static-cache", decoded, ">= 2500 tokens/s on an H200", "{:.0f}")
+
+
+def main() -> None:
+    """Run everything on one device and write the figures."""
+    parser = command_line(__doc__)
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu" and not args.quick:
+        parser.error("no CUDA GPU is visible; --quick tests this script without one")
+
+    with tempfile.TemporaryDirectory() as folder:
+        args.run = make_run(Path(folder), args.quick)
+        args.data = UL2Data(args.run.data, load_tokenizer(args.run.model))
+        run_parts(args)
     name = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     slug = "-".join(name.lower().split()) + "-quick" * args.quick
     file = args.output or Path(__file__).parent / f"results/gpu-{slug}.json"

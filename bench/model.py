@@ -2,14 +2,12 @@
 
     python bench/model.py    # half an hour on an idle Linux machine with 2 cores
 
-The stages are the functions `train`, `loss`, `prefill` and `growth`; decoding has no target.
-Both sides have the same dimensions, layers, heads, vocabulary, activation, precision, threads,
-optimizer and labels, SDPA and full attention, so every matrix has the same shape
-(tests/test_bench.py checks); T5Gemma 2 has next to no vision tower. Both get the same UL2 examples
-of package-docs: T5Gemma 2 one per row, padded to the longest, as its users batch them; ours packed.
-Only real tokens count. Every measurement runs in its own process, the sides take turns, and ratios
-are of the medians over rounds. Peak memory is the high-water mark of resident memory above its
-level before the first step.
+The stages are the functions `train`, `loss`, `prefill` and `growth`; decoding has no target. All
+matrices of both sides have the same shapes (tests/test_bench.py checks), and both use SDPA and the
+same optimizer. They get the same UL2 examples of package-docs: T5Gemma 2 one per row, padded to the
+longest, as its users batch them; ours packed. Only real tokens count. Every measurement runs in its
+own process, the sides take turns, and ratios are of the medians over rounds. Peak memory is the
+high-water mark of resident memory above its level before the first step.
 """
 
 import ctypes
@@ -34,7 +32,7 @@ from qwen3_encdec.data.stream import heldout_examples
 from qwen3_encdec.loss_qwen3_encdec import chunked_cross_entropy
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-SHORT = {"bfloat16": "bf16", "float32": "fp32"}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 WANTED = {
     ("train", "tokens/s"): ("train-throughput", ">= 4.0"),
     ("train", "peak GB"): ("train-memory", "<= 0.5"),
@@ -64,7 +62,7 @@ FULL = {
 QUICK = {"tiny": Size(32, 2, 800, heads=4, head_dim=16, ranks=600, examples=4)}
 
 
-def make_model(side: str, size: Size, dtype: str, device: str = "cpu") -> Any:
+def make_model(side: str, size: Size, dtype: torch.dtype, device: str = "cpu") -> Any:
     """Build the model of a side, seeded: "ours", or "theirs" with full attention in every layer and
     next to no vision tower.
     """
@@ -93,7 +91,7 @@ def make_model(side: str, size: Size, dtype: str, device: str = "cpu") -> Any:
         kind = T5Gemma2ForConditionalGeneration
     torch.manual_seed(0)
     with torch.device(device):
-        model = kind._from_config(config, dtype=getattr(torch, dtype), attn_implementation="sdpa")
+        model = kind._from_config(config, dtype=dtype, attn_implementation="sdpa")
     model.generation_config.decoder_start_token_id = 2
     return model
 
@@ -140,7 +138,7 @@ def count_tokens(pairs: list[Pair]) -> int:
 class Trainer:
     """A model, its optimizer and one training step, warmed up on a few tokens."""
 
-    def __init__(self, side: str, size: Size, dtype: str):
+    def __init__(self, side: str, size: Size, dtype: torch.dtype):
         self.model = make_model(side, size, dtype).train()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-5, fused=True)
         (self.few,) = make_batches(side, random_pairs(8, 4, 2, size), 1)
@@ -156,7 +154,7 @@ class Trainer:
         return time.perf_counter() - began
 
 
-def train(side: str, size: Size, dtype: str, pairs: list[Pair], number: int) -> Figures:
+def train(side: str, size: Size, dtype: torch.dtype, pairs: list[Pair], number: int) -> Figures:
     """Measure real tokens per second over all batches, and the peak memory of a step in GB."""
     batches = make_batches(side, pairs, number)
     trainer = Trainer(side, size, dtype)
@@ -166,11 +164,11 @@ def train(side: str, size: Size, dtype: str, pairs: list[Pair], number: int) -> 
     return {"tokens/s": count_tokens(pairs) / seconds, "peak GB": (memory("VmHWM") - start) / 1e9}
 
 
-def loss(side: str, shape: tuple[int, int, int], dtype: str) -> Figures:
+def loss(side: str, shape: tuple[int, int, int], dtype: torch.dtype) -> Figures:
     """Measure seconds and peak GB from hidden states to gradients: chunked, or one fp32 product."""
     tokens, width, classes = shape
     torch.manual_seed(0)
-    hidden = torch.randn(tokens, width, dtype=getattr(torch, dtype)).requires_grad_()
+    hidden = torch.randn(tokens, width, dtype=dtype).requires_grad_()
     weight = torch.randn(classes, width, dtype=hidden.dtype).mul_(0.02).requires_grad_()
     labels = torch.randint(0, classes, (tokens,))
 
@@ -189,7 +187,7 @@ def loss(side: str, shape: tuple[int, int, int], dtype: str) -> Figures:
     return {"seconds": step(tokens), "peak GB": (memory("VmHWM") - start) / 1e9}
 
 
-def prefill(side: str, size: Size, dtype: str, sources: tuple, new_tokens: int) -> Figures:
+def prefill(side: str, size: Size, dtype: torch.dtype, sources: tuple, new_tokens: int) -> Figures:
     """Measure source tokens/s of a batch of 4 up to the first token, target tokens/s after it."""
     model = make_model(side, size, dtype).eval()
     figures = {}
@@ -201,7 +199,7 @@ def prefill(side: str, size: Size, dtype: str, sources: tuple, new_tokens: int) 
     return figures
 
 
-def growth(side: str, size: Size, dtype: str, documents: tuple[int, ...]) -> Figures:
+def growth(side: str, size: Size, dtype: torch.dtype, documents: tuple[int, ...]) -> Figures:
     """Measure microseconds per token of training steps over documents of one length, by length."""
     trainer, figures = Trainer(side, size, dtype), {}
     for source in documents:
@@ -250,28 +248,24 @@ def compare(rounds: int, stage: Callable, label: str, *arguments: Any) -> list[d
 
 def main() -> None:
     """Run the stages, print figures, then targets."""
-    stages = ("train", "loss", "prefill", "growth")
-    parser = command_line(__doc__)
-    parser.add_argument("--only", choices=stages, action="append", help="leave the others out")
-    arguments = parser.parse_args()
-    quick, wanted = arguments.quick, arguments.only or stages
+    arguments = command_line(__doc__).parse_args()
+    quick = arguments.quick
     sizes, batches, rounds = (QUICK, 2, 1) if quick else (FULL, 4, 3)
     lengths = ((16, 48), 3) if quick else ((512, 4096), 17)  # sources, new tokens
     shape = (64, 32, 800) if quick else (2048, 1024, 152_036)  # tokens, hidden size, classes
     documents = (16, 64) if quick else (256, 1024, 4096)  # sources; targets are a quarter
 
-    jobs: list[tuple] = []
-    for name, size in sizes.items():
-        pairs = read_examples(size, batches * size.examples) if "train" in wanted else []
-        for dtype, short in SHORT.items():
-            jobs.append((train, f"{name} {short}", size, dtype, pairs, batches))
-            jobs.append((prefill, f"{name} {short}", size, dtype, *lengths))
-    jobs += [(loss, short, shape, dtype) for dtype, short in SHORT.items()]
-    jobs.append((growth, "us a token", next(iter(sizes.values())), "bfloat16", documents))
     measurements = []
-    for stage, label, *given in jobs:
-        if stage.__name__ in wanted:
-            measurements += compare(rounds, stage, label, *given)
+    for name, size in sizes.items():
+        pairs = read_examples(size, batches * size.examples)
+        for short, dtype in DTYPES.items():
+            label = f"{name} {short}"
+            measurements += compare(rounds, train, label, size, dtype, pairs, batches)
+            measurements += compare(rounds, prefill, label, size, dtype, *lengths)
+    for short, dtype in DTYPES.items():
+        measurements += compare(rounds, loss, short, shape, dtype)
+    smallest = next(iter(sizes.values()))
+    measurements += compare(rounds, growth, "us a token", smallest, torch.bfloat16, documents)
     for entry in measurements:
         if goal := WANTED.get((entry["stage"], entry["figure"])):
             label = entry["of"].replace(" ", "-")

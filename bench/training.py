@@ -79,8 +79,8 @@ def step_seconds(model: Path, run: Path, **changes: Any) -> list[float]:
 
 def no_op(self: Any, labels: torch.Tensor, **options: Any) -> Any:
     """Replace the forward pass: compute nothing that has a gradient."""
-    loss = torch.zeros((), requires_grad=True)
-    return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=torch.ones(labels.shape))
+    loss = torch.zeros((), device=labels.device, requires_grad=True)
+    return Qwen3Seq2SeqLMOutput(loss=loss, token_losses=torch.ones_like(labels.float()))
 
 
 if __name__ == "__main__":

@@ -41,8 +41,11 @@ def rank_process(
 ) -> None:
     """One rank. ``faults`` are the step at which `nan`, `spike` or `hang` happens, and
 
-    slow: seconds that writing tensors takes; full: no file can grow beyond 100 kB; launch: environment that distributes; means: weigh every micro-batch the
-    same, which is the common mistake.
+    launch: environment that distributes;
+    late: seconds until rank 1 looks at the run's folder;
+    slow: seconds that writing tensors takes;
+    full: bytes beyond which no file can grow;
+    means: weigh every micro-batch the same, which is the common mistake.
     """
     log = Path(overrides[-1].partition("=")[2]).with_suffix(f".rank{rank}.log")
     os.dup2(os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
@@ -53,17 +56,19 @@ def rank_process(
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
     import torch
 
+    from qwen3_encdec import folders
     from qwen3_encdec.folders import InputError
     from qwen3_encdec.training import checkpoint, loop
     from qwen3_encdec.training.config import load_config
     from qwen3_encdec.training.distributed import TrainingState
     from qwen3_encdec.training.steps import Run
 
-    if faults.get("full"):
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.RLIM_INFINITY))
+    if limit := faults.get("full"):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
     torch.set_num_threads(1)
     now: dict[str, Any] = {"step": 0, "weights": iter(())}
     rate, save, backward = loop.learning_rate, checkpoint.dcp.save, Run.backward
+    check_output = folders.check_output
     reader = checkpoint.dcp.HuggingFaceStorageReader
     read_data, read = reader.read_data, Counter()
     kind = TrainingState
@@ -76,6 +81,10 @@ def rank_process(
         if step == faults.get("hang") and rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         return rate(step, config)
+
+    def late(*arguments):
+        time.sleep(rank * faults.get("late", 0))
+        return check_output(*arguments)
 
     def slowly(*arguments, **options):
         time.sleep(faults.get("slow", 0))
@@ -106,7 +115,7 @@ def rank_process(
             loss = loss * float("nan")
         micro_backward(state, loss * 100 if now["step"] == faults.get("spike") else loss)
 
-    loop.learning_rate, checkpoint.dcp.save = at_step, slowly
+    loop.learning_rate, checkpoint.dcp.save, folders.check_output = at_step, slowly, late
     Run.backward, kind.backward, reader.read_data = recorded, faulty, counted
     try:
         loop.run_training(load_config(None, overrides))

@@ -265,3 +265,18 @@ def prompted_encoder(init_folder, tmp_path_factory) -> Path:
     prompts = {"query": "query: ", "document": ""}
     file.write_text(json.dumps(json.loads(file.read_text()) | {"prompts": prompts}))
     return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    """Documents of different lengths: micro-batches and ranks hold different numbers of tokens."""
+    text = "the loss of an optimizer step is a sum over its target tokens"
+    words = text.split()
+    generator = torch.Generator().manual_seed(0)
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    with path.open("w") as file:
+        for _ in range(120):
+            length = int(torch.randint(5, 60, (), generator=generator))
+            chosen = torch.randint(len(words), (length,), generator=generator).tolist()
+            file.write(json.dumps({"text": " ".join(words[i] for i in chosen)}) + "\n")
+    return path

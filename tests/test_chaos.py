@@ -29,15 +29,9 @@ from tests.chaos import (
     outcome,
     settings,
 )
-from tests.test_training import write_corpus
 
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 needs_deepspeed = pytest.mark.skipif(not DEEPSPEED, reason="deepspeed: make test-distributed")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="module")
@@ -133,6 +127,11 @@ def test_the_others_do_not_wait_for_a_lost_rank(init_folder, corpus, tmp_path, h
         assert "most recent call first" in log(run)  # where it waited
 
 
+def test_a_late_rank_joins_a_new_run(init_folder, corpus, tmp_path):
+    life = Life(settings(init_folder, corpus, tmp_path / "run", max_steps=1), late=4)
+    assert life.end() == [0, 0], log(tmp_path / "run", 1)
+
+
 def gradients(run: Path) -> dict[str, torch.Tensor]:
     """Of the first step, by parameter: a first moment is (1 - beta1) of it."""
     reader = HuggingFaceStorageReader(str(run / "checkpoints/step-000001/state"))
@@ -215,10 +214,13 @@ def test_a_damaged_shard_of_another_rank_is_passed_over(init_folder, corpus, fin
     assert (run / "checkpoints/damaged-step-000004").exists()
 
 
-def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(init_folder, corpus, tmp_path):
+@pytest.mark.parametrize("limit", [20_000, 100_000], ids=["at rank 0's tokenizer", "at tensors"])
+def test_a_full_disk_stops_cleanly_and_goes_on_when_there_is_room(
+    init_folder, corpus, tmp_path, limit
+):
     run = tmp_path / "run"
     assert Life(settings(init_folder, corpus, run, max_steps=2)).end() == [0, 0]
-    assert Life(settings(init_folder, corpus, run, max_steps=40), full=True).end() == [2, 2]
+    assert Life(settings(init_folder, corpus, run, max_steps=40), full=limit).end() == [2, 2]
     sentence = "cannot write to [^:]*: (.*); training stopped, the last checkpoint is (.*)"
     for rank in range(2):
         found = re.search(sentence, log(run, rank))

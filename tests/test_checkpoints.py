@@ -2,28 +2,27 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.stream import RowLoader
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import checkpoint, distributed
+from qwen3_encdec.training.checkpoint import Checkpointer
+from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.loop import run_training
-from tests.test_training import read_metrics, small_run, write_corpus
+from tests.test_training import read_metrics, small_run
 
 ONE = "00001-of-00001"
 SHARD = "state/shard-00001-model-00001-of-00001.safetensors"
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.fixture(scope="session")
@@ -173,6 +172,19 @@ def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys
     assert (copy / "checkpoints/damaged-step-000004/state").exists()
 
 
+def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_it(
+    init_folder, corpus, straight, tmp_path, monkeypatch
+):
+    def forbidden(*arguments):
+        raise PermissionError(13, "Permission denied")
+
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    (copy / "checkpoints/step-000004" / SHARD).unlink()
+    monkeypatch.setattr("qwen3_encdec.training.checkpoint.os.rename", forbidden)
+    with pytest.raises(InputError, match="run/checkpoints cannot be written: Permission denied"):
+        run_training(small_run(init_folder, corpus, output_dir=copy))
+
+
 def test_without_a_whole_checkpoint_it_stops(init_folder, corpus, straight, tmp_path):
     copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
     for step in ("000002", "000004"):
@@ -181,28 +193,27 @@ def test_without_a_whole_checkpoint_it_stops(init_folder, corpus, straight, tmp_
         run_training(small_run(init_folder, corpus, output_dir=copy))
 
 
-def test_folders_written_before_are_read(init_folder, corpus, straight, tmp_path):
-    """As the first version wrote them: whole tensors, and sums of whole files."""
-    cut = interrupted(straight, tmp_path / "cut")
-    folder = cut / "checkpoints/step-000002"
-    names = list(load_file(folder / SHARD))
-    for number in (1, 2):
-        half = {n: load_file(folder / SHARD)[n].clone() for n in names[number - 1 :: 2]}
-        save_file(half, folder / f"state/optimizer-0000{number}-of-00002.safetensors")
-    (folder / SHARD).unlink()
-    (folder / "state/checks.json").unlink()
-    position = json.loads((folder / f"state/rank-{ONE}.json").read_text())
-    position.pop("checksums")
-    (folder / f"state/rank-{ONE}.json").write_text(json.dumps(position))
-    (folder / f"state/sha256-{ONE}.txt").write_text("")
-    state = json.loads((folder / "state/training.json").read_text())
-    for added in ("lr", "heldout_loss"):
-        state.pop(added)
-    state["config"] |= {"optimizer": "adamw", "loss_implementation": "chunked"}
-    state["guard"] = {"applied": state.pop("recent"), "skipped_in_a_row": 0}
-    (folder / "state/training.json").write_text(json.dumps(state))
-    run_training(small_run(init_folder, corpus, output_dir=cut))
-    assert same_run(straight, cut)
+def test_a_run_written_by_95a6fa2_is_resumed(corpus, tmp_path, capsys, monkeypatch):
+    before, run = Path(__file__).parent / "data/written_by_95a6fa2/checkpoint", tmp_path / "run"
+    shutil.copytree(before, run / "checkpoints/step-000003")
+    (run / "qwen3_encdec.json").write_text('{"kind": "training run"}')
+    changes = {"output_dir": run, "max_steps": 5, "eval_every": 0}
+    with pytest.raises(InputError, match="the saved position belongs to another.*accept_changes"):
+        run_training(small_run(before, corpus, **changes))
+    found, optimizer_state = {}, distributed.TrainingState.optimizer_state
+
+    def keep(state):
+        found.update(optimizer_state(state))
+        return found
+
+    monkeypatch.setattr(distributed.TrainingState, "optimizer_state", keep)
+    monkeypatch.setattr(distributed.TrainingState, "step", lambda *_: None)
+    run_training(small_run(before, corpus, **changes, **{"data.accept_changes": True}))
+    assert "continuing with it at epoch 1" in capsys.readouterr().out
+    written = load_file(before / f"state/optimizer-{ONE}.safetensors")
+    assert found
+    assert all(torch.equal(tensor, written[name]) for name, tensor in found.items())
+    assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 4
 
 
 def test_settings_may_change_at_a_resume_and_are_said(
@@ -236,6 +247,12 @@ def test_prolonging_a_decayed_run_is_said(init_folder, corpus, straight, tmp_pat
     assert "rises" not in capsys.readouterr().out
 
 
+def test_a_finished_run_without_a_decay_ends_at_once(init_folder, corpus, straight, tmp_path):
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    config = small_run(init_folder, corpus, output_dir=copy, decay_fraction=0)
+    assert run_training(config).name == "step-000004"
+
+
 def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     losses = iter([9.0, 5.0, 1.0, 6.0, 4.0])
     monkeypatch.setattr(
@@ -263,6 +280,16 @@ def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     assert f"{run_dir}/checkpoints/step-000001 could not be deleted" in capsys.readouterr().out
 
 
+def test_a_damaged_best_checkpoint_stops_nothing(init_folder, corpus, straight, tmp_path):
+    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+    best = copy / "checkpoints/best"
+    best.unlink()
+    best.symlink_to("step-000002")
+    (best / "state/training.json").write_text("{")
+    run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=6))
+    assert best.resolve().name == "step-000006"
+
+
 def test_a_full_disk_at_start_up_leaves_the_run_as_it_was(
     init_folder, corpus, straight, tmp_path, monkeypatch
 ):
@@ -288,6 +315,20 @@ def test_tensorboard_shows_each_step_once(init_folder, corpus, tmp_path):
     run_training(small_run(init_folder, corpus, output_dir=run_dir, **options))
     events = EventAccumulator(str(run_dir / "trackers/qwen3-encdec")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_the_writer_thread_uses_its_rank_s_device(tmp_path, monkeypatch):
+    device, used = torch.device("cuda", 3), []
+    accelerator = SimpleNamespace(device=device, num_processes=1, is_main_process=False)
+    config = TrainingConfig(output_dir=str(tmp_path))
+    monkeypatch.setattr(Checkpointer, "_write_small_files", lambda *_: None)
+    monkeypatch.setattr(Checkpointer, "_write_tensors", lambda *_: used.append("written"))
+    in_turn = lambda index: used.append(index) or nullcontext()  # noqa: E731
+    monkeypatch.setattr(torch.accelerator, "device_index", in_turn)
+    training = {"step": 1, "heldout_loss": None}
+    saver = Checkpointer(config, SimpleNamespace(accelerator=accelerator), None, None)
+    saver._write({}, {}, training)
+    assert used == [3, "written"]
 
 
 @pytest.mark.parametrize("part", ["dcp.save", "os.rename"])

@@ -15,7 +15,7 @@ from accelerate import PartialState
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import launched
-from tests.test_training import SMALL, plain_trace, read_metrics, small_run, write_corpus
+from tests.test_training import plain_trace, read_metrics, small_run, small_settings
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
@@ -74,17 +74,6 @@ run_training(load_config(None, sys.argv[1:]))
 """
 
 
-def overrides(folder: Path, corpus: Path, **changes) -> list[str]:
-    settings = {"model": folder, "data.inputs": f"[{corpus}]", "eval_every": 0}
-    settings = SMALL | settings | {"gradient_accumulation_steps": 2} | changes
-    return [f"{key}={value}" for key, value in settings.items()]
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
-
-
 @pytest.mark.parametrize(
     ("config", "processes", "kind", "shards"),
     [
@@ -100,8 +89,8 @@ def test_each_file_launches_one_model(
 ):
     script, run_dir = tmp_path / "train.py", tmp_path / "run"
     script.write_text(TRAIN)
-    more = {"gradient_accumulation_steps": 4 // processes, "output_dir": run_dir}
-    settings = overrides(init_folder, corpus, **more)
+    more = {"gradient_accumulation_steps": 4 // processes, "output_dir": run_dir, "eval_every": 0}
+    settings = small_settings(init_folder, corpus, **more)
     printed = launch(script, *settings, config=config, processes=processes)
     assert f"{processes} x cpu, {kind}, compute fp32\n" in printed
     if shards:
@@ -123,7 +112,7 @@ def test_each_file_launches_one_model(
 
 
 def test_the_given_command_without_a_launcher_s_file_for_one_process(init_folder, corpus, tmp_path):
-    settings = overrides(init_folder, corpus, output_dir=tmp_path / "run", max_steps=1)
+    settings = small_settings(init_folder, corpus, output_dir=tmp_path / "run", max_steps=1)
     printed = launch(ROOT / "scripts/train.py", *settings, config="ddp", processes=1)
     assert "1 x cpu, one process, compute fp32\n" in printed
 
@@ -172,6 +161,17 @@ def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
     config = TrainingConfig(trackers=[], mixed_precision="no", output_dir=str(tmp_path))
     with pytest.raises(InputError, match="started 2 processes but accelerate sees 1"):
         launched(config).__enter__()
+
+
+@pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
+def test_the_user_s_allocator_settings_stay(monkeypatch, tmp_path, name):
+    mine = {name: "max_split_size_mb:64"}
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+    config = TrainingConfig(trackers=[], mixed_precision="no", output_dir=str(tmp_path))
+    for before, after in ((mine, mine), ({}, {names[0]: "expandable_segments:True"})):
+        monkeypatch.setattr(os, "environ", before | {"HOME": str(tmp_path)})
+        with launched(config):
+            assert {key: os.environ[key] for key in names if key in os.environ} == after
 
 
 @pytest.mark.parametrize(("stage", "precision"), [("1", "no"), ("2", "bf16")])

@@ -3,26 +3,33 @@
 import os
 import subprocess
 import sys
+from functools import partial
 from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AttentionInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training import layers
 from qwen3_encdec.training.config import TrainingConfig, load_config
-from qwen3_encdec.training.layers import choose_attention, compile_layers, recompute_layers
+from qwen3_encdec.training.layers import (
+    choose_attention,
+    compile_layers,
+    disagreement,
+    recompute_layers,
+)
 from qwen3_encdec.training.optimization import (
     build_optimizer,
     learning_rate,
     set_learning_rate,
 )
-from tests.conftest import flash_by_hand, tiny_config
+from tests.conftest import tiny_config
 
 
 def packed_batch(seed: int = 0, documents: int = 5) -> dict[str, torch.Tensor]:
@@ -203,20 +210,29 @@ def test_recomputation_survives_sharding_and_compiling(tmp_path):
 
 
 def test_attention_is_chosen_by_what_is_there():
-    lines, cpu = [], torch.device("cpu")
+    lines = []
+    here = SimpleNamespace(device=torch.device("cpu"), mixed_precision="bf16", print=lines.append)
     # here no flash package is installed, and dropout does not disturb the comparison
     config = tiny_config(attention_dropout=0.3)
-    assert choose_attention("auto", config, cpu, lines.append) == "sdpa"
-    assert choose_attention("eager", config, cpu, lines.append) == "eager"
+    assert choose_attention("auto", config, here) == "sdpa"
+    assert choose_attention("eager", config, here) == "eager"
     assert lines == ["attention: eager"]
     with pytest.raises(InputError, match="attention: cannot use flash_attention_2 .ImportError"):
-        choose_attention("flash_attention_2", config, cpu, lines.append)
+        choose_attention("flash_attention_2", config, here)
 
 
-def test_an_attention_that_computes_something_else_is_refused():
-    def wrong(*arguments, **options):
-        output, weights = flash_by_hand(*arguments, **options)
-        return output * 1.5, weights
+def test_an_unfit_attention_is_refused():
+    def leaking(module, query, key, value, mask, **options):
+        mask = mask | mask.roll(1, dims=-1)  # one key more on the right of each query's
+        return sdpa_attention_forward(module, query, key, value, mask, **options)
 
-    AttentionInterface.register("wrong", wrong)
-    assert "differ from sdpa by" in layers.disagreement("wrong", tiny_config(), torch.device("cpu"))
+    def half_precision(module, query, *arguments, **options):
+        assert query.dtype == torch.bfloat16, "only fp16 and bf16"  # as flash-attention says
+        return sdpa_attention_forward(module, query, *arguments, **options)
+
+    AttentionInterface.register("leaking", leaking)
+    AttentionInterface.register("half_precision", half_precision)
+    check = partial(disagreement, model_config=tiny_config(), device=torch.device("cpu"))
+    assert "its gradient differs from sdpa's by" in check("leaking", precision="bf16")
+    assert check("half_precision", precision="bf16") is None
+    assert "only fp16 and bf16" in check("half_precision", precision="no")

@@ -1,5 +1,6 @@
 """The training loop against a plain one written out here, and the inputs it refuses."""
 
+import errno
 import json
 import multiprocessing
 import re
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.loop import run_training
-from qwen3_encdec.training.monitor import SpikeGuard, hearing_signals
+from qwen3_encdec.training.monitor import SpikeGuard, hearing_signals, lock
 from qwen3_encdec.training.optimization import (
     build_optimizer,
     learning_rate,
@@ -30,23 +32,6 @@ from qwen3_encdec.training.optimization import (
 )
 
 ROOT = Path(__file__).parents[1]
-TEXT = "the loss of an optimizer step is a sum over its target tokens"
-WORDS = TEXT.split()
-
-
-def write_corpus(path: Path, documents: int = 120) -> Path:
-    """Documents of different lengths, so that micro-batches and ranks hold different numbers of
-    tokens.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with path.open("w") as file:
-        for _ in range(documents):
-            length = int(torch.randint(5, 60, (), generator=generator))
-            words = [WORDS[i] for i in torch.randint(len(WORDS), (length,), generator=generator)]
-            file.write(json.dumps({"text": " ".join(words)}) + "\n")
-    return path
-
-
 SMALL = {
     "max_steps": 4, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2, "log_every": 1, "save_every": 2,
     "keep_last": 0, "eval_every": 2, "eval_examples_per_denoiser": 2, "trackers": "[]",
@@ -57,10 +42,13 @@ SMALL = {
 }  # fmt: skip
 
 
-def small_run(folder: Path, corpus: Path, **changes) -> TrainingConfig:
+def small_settings(folder: Path, corpus: Path, **changes) -> list[str]:
     settings = {"model": folder, "data.inputs": f"[{corpus}]", "output_dir": corpus.parent / "run"}
-    settings |= SMALL | changes
-    return load_config(None, [f"{key}={value}" for key, value in settings.items()])
+    return [f"{key}={value}" for key, value in (settings | SMALL | changes).items()]
+
+
+def small_run(folder: Path, corpus: Path, **changes) -> TrainingConfig:
+    return load_config(None, small_settings(folder, corpus, **changes))
 
 
 def read_metrics(run_dir: Path, *names: str) -> list[tuple]:
@@ -111,11 +99,6 @@ def plain_trace(
         optimizer.zero_grad()
         # The log has the negative log-likelihood, whatever the loss adds to it.
         yield float(loss.detach()) if per_micro_batch else float(likelihood), float(norm)
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "corpus.jsonl")
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
@@ -222,6 +205,15 @@ def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):
     assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).exists()
 
 
+def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch, capsys):
+    def unsupported(*arguments):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr("fcntl.lockf", unsupported)
+    assert lock(tmp_path / "run").name == str(tmp_path / "run/.lock")
+    assert "run cannot be locked (Function not implemented)" in capsys.readouterr().out
+
+
 def test_stop_is_looked_at_during_start_up(init_folder, corpus, tmp_path, capsys):
     run_dir = tmp_path / "run"
     run_dir.mkdir()
@@ -240,6 +232,12 @@ def test_the_second_ctrl_c_ends_at_once(capfd):
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert "press Ctrl-C again to end at once" in capfd.readouterr().err
+
+
+def test_a_run_may_be_in_any_thread(init_folder, corpus, tmp_path):
+    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0)
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(run_training, config).result().name == "step-000004"
 
 
 def test_a_tracker_that_fails_stops_nothing(init_folder, corpus, tmp_path, monkeypatch, capsys):

@@ -154,7 +154,8 @@ class UL2Data:
                 "the saved position belongs to another corpus, data config or tokenizer; "
                 "set data.accept_changes=true to continue with the current ones at a new epoch"
             )
-        epoch = 1 + max(at["epoch"] for stream in state["streams"].values() for at in stream)
+        epochs = [at.get("epoch", 0) for stream in state["streams"].values() for at in stream]
+        epoch = 1 + max(epochs, default=0)
         note = f"the data has changed; continuing with it at epoch {epoch}"
         return self.start(epoch) | {"rows": state["rows"]}, note
 

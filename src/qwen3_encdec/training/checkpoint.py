@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import zlib
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
@@ -87,9 +88,14 @@ class Checkpointer:
     def _write(self, tensors: Any, position: dict[str, Any], training: dict[str, Any]) -> Path:
         folder = self.folder / folder_name(training["step"])
         partial = self.folder / f".{folder.name}.partial"
+        device = self.state.accelerator.device.index  # None on a CPU
         try:
+            # A rank that fails alone must not leave the others waiting in torch's collectives.
             with shared_errors(self._group, BaseException):
-                self._write_files(partial, tensors, position, training)
+                self._write_small_files(partial, tensors, position, training)
+            # A new thread's device is the first one, on which torch would make a context.
+            with shared_errors(self._group, BaseException), torch.accelerator.device_index(device):
+                self._write_tensors(partial, tensors)
             with shared_errors(self._group, BaseException):
                 if self._is_main:
                     self._publish(partial, folder, training["heldout_loss"])
@@ -98,8 +104,8 @@ class Checkpointer:
             raise
         return folder
 
-    def _write_files(self, partial: Path, tensors: Any, position: Any, training: Any) -> None:
-        """Write this rank's files; rank 0 also writes what is not sharded."""
+    def _write_small_files(self, partial: Path, tensors: Any, position: Any, training: Any) -> None:
+        """Write this rank's position and checksums; rank 0 also writes the rest of the folder."""
         state = partial / "state"
         state.mkdir(parents=True, exist_ok=True)
         if self._is_main:
@@ -119,18 +125,20 @@ class Checkpointer:
         name = f"rank-{rank:05d}-of-{self._ranks:05d}.json"
         write_json(state / name, {"data": position, "checksums": sums})
 
+    def _write_tensors(self, partial: Path, tensors: Any) -> None:
+        """Write this rank's shards; of several ranks, rank 0 then joins those of the weights."""
         options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._group}
-        files = _file_numbers(self.state.saved)
+        files, several = _file_numbers(self.state.saved), self._ranks > 1
         writer = dcp.HuggingFaceStorageWriter(
-            str(partial), files, save_distributed=True, enable_consolidation=True
+            str(partial), files, save_distributed=several, enable_consolidation=several
         )
         dcp.save(tensors["model"], storage_writer=writer, **options)
-        writer = dcp.HuggingFaceStorageWriter(str(state), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(str(partial / "state"), save_distributed=True)
         dcp.save(tensors["state"], storage_writer=writer, **options)
 
     def _publish(self, partial: Path, folder: Path, loss: float | None) -> None:
         """Rename the finished checkpoint into place, update the links, delete old checkpoints."""
-        shutil.rmtree(partial / "sharded")
+        shutil.rmtree(partial / "sharded", ignore_errors=True)
         only = partial / "model-00001-of-00001.safetensors"
         if only.exists():
             os.replace(only, partial / _ONE_FILE)
@@ -155,43 +163,57 @@ class Checkpointer:
                     print(f"{old} could not be deleted; delete it manually", flush=True)
 
 
-def restore(checkpoints: Path, state: TrainingState) -> dict[str, Any]:
-    """Load the newest undamaged checkpoint and return its training state, on all ranks.
+def whole_checkpoints(checkpoints: Path, damages: dict[Path, str]) -> Iterator[Path]:
+    """Yield checkpoints whose files are all there, newest first, and add the others to ``damages``.
 
-    Damaged newer ones are renamed, so that later steps neither count nor replace them. Raises
-    InputError if all are damaged.
+    All ranks must iterate together. The contents of tensors are not checked.
     """
-    damages: dict[Path, str] = {}
     for folder in reversed(_step_folders(checkpoints)):
         try:
             with shared_errors():
                 _check_files(folder)
+        except InputError as error:
+            damages[folder] = f"checkpoint {folder} is damaged: {error}"
+        else:
+            yield folder
+
+
+def restore(
+    candidates: Iterable[Path], damages: dict[Path, str], state: TrainingState
+) -> dict[str, Any]:
+    """Load the first undamaged candidate and return its training state, on all ranks.
+
+    Damaged ones are renamed, so that later steps neither count nor replace them. Raises InputError
+    if all are damaged.
+    """
+    for folder in candidates:
+        try:
             state.read(folder)
         except InputError as error:
             damages[folder] = f"checkpoint {folder} is damaged: {error}"
             continue
-        for damaged, sentence in damages.items() if state.accelerator.is_main_process else ():
-            print(sentence, flush=True)
-            aside = damaged.with_name(f"damaged-{damaged.name}")
-            shutil.rmtree(aside, ignore_errors=True)
-            os.rename(damaged, aside)
+        with shared_errors(), folders.writing(folder.parent):
+            if state.accelerator.is_main_process:
+                _set_aside(damages)
         training = read_json(folder / "state/training.json")
+        ranks = [read_json(file)["data"] for file in sorted(folder.glob("state/rank-*.json"))]
         if before := training.get("guard"):  # written by an earlier version
             training["recent"] = before.get("recent", before.get("applied"))
-        ranks = [read_json(file)["data"] for file in sorted(folder.glob("state/rank-*.json"))]
+        if not all("streams" in position for position in ranks):  # data had another order then
+            ranks = [{"data": "", "rows": 0, "streams": {}}]
         return training | {"folder": folder, "positions": ranks}
     if damages:
         raise InputError("; ".join([*damages.values(), "no older checkpoint is left"]))
     return {"folder": None, "step": 0, "totals": {}, "recent": [], "positions": []}
 
 
-def newest_whole(checkpoints: Path) -> Path | None:
-    """Return the newest checkpoint whose files are all there, with or without damaged tensors."""
-    for folder in reversed(_step_folders(checkpoints)):
-        with suppress(InputError):
-            _check_files(folder)
-            return folder
-    return None
+def _set_aside(damages: dict[Path, str]) -> None:
+    """Print what is wrong with each damaged checkpoint and rename it."""
+    for damaged, sentence in damages.items():
+        print(sentence, flush=True)
+        aside = damaged.with_name(f"damaged-{damaged.name}")
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(damaged, aside)
 
 
 def changes_since(state: dict[str, Any], config: TrainingConfig, ranks: int) -> list[str]:
@@ -245,9 +267,11 @@ def _step_folders(checkpoints: Path) -> list[Path]:
 
 
 def _heldout_loss(folder: Path) -> float:
-    path = folder / "state/training.json"
-    loss = read_json(path).get("heldout_loss") if path.exists() else None
-    return math.inf if loss is None else loss
+    """Return a checkpoint's held-out loss; infinity if there is none or it cannot be read."""
+    with suppress(InputError):
+        loss = read_json(folder / "state/training.json").get("heldout_loss")
+        return math.inf if loss is None else loss
+    return math.inf
 
 
 def _link(link: Path, folder: Path) -> None:

@@ -160,8 +160,11 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
     Under FSDP2, gradients are reduced in fp32; accelerate alone would round them. Raises InputError
     for a launch that the loop cannot run.
     """
-    # Read when CUDA starts. Without it, batches of varying length fragment memory.
-    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+    # Read when CUDA starts. Without it, batches of varying length fragment memory. torch reads only
+    # one of these names, and which one first depends on its version.
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
     allow_distributed_cpu()
     precision: str = config.mixed_precision
     if precision == "auto":

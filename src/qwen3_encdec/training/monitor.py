@@ -59,7 +59,10 @@ class SpikeGuard:
 
 @contextmanager
 def hearing_signals() -> Iterator[threading.Event]:
-    """Yield an event that SIGTERM, or the first Ctrl-C, sets instead of ending the process."""
+    """Yield an event that SIGTERM, or the first Ctrl-C, sets instead of ending the process.
+
+    Only the main thread can handle signals; in another one they keep their effect.
+    """
     asked = threading.Event()
 
     def ask(number: int, frame: Any) -> None:
@@ -68,7 +71,9 @@ def hearing_signals() -> Iterator[threading.Event]:
             os.write(2, b"stopping after this step; press Ctrl-C again to end at once\n")
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    before = {number: signal.signal(number, ask) for number in _STOPPING}
+    is_main = threading.current_thread() is threading.main_thread()
+    numbers = _STOPPING if is_main else ()
+    before = {number: signal.signal(number, ask) for number in numbers}
     try:
         yield asked
     finally:
@@ -101,14 +106,19 @@ class StallGuard:
 
 
 def lock(run_dir: Path) -> TextIO:
-    """Create a run's folder and lock out other processes while the returned file is open."""
+    """Create a run's folder and lock out other processes while the returned file is open.
+
+    On a file system without locks it prints a warning instead.
+    """
     run_dir.mkdir(parents=True, exist_ok=True)
     file = (run_dir / ".lock").open("w")
     try:
         # A record lock ends with the process and is not inherited by its data workers.
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):
         raise InputError(f"another run is training in {run_dir}; stop it first") from None
+    except OSError as error:  # Lustre and NFS may be mounted without locks
+        print(f"warning: {run_dir} cannot be locked ({error.strerror})", flush=True)
     return file
 
 

@@ -128,18 +128,18 @@ def dry_run(
 ) -> None:
     """Print a run's config and cost; raise InputError if it cannot fit."""
     c = flops.qwen3_sizes(model) if model else load_config(config.model)
-    with launched(config) as accelerator:
+    with launched(config) as accelerator:  # whose `print` starts a process group after the block
         show, there = accelerator.print, machines(accelerator, devices)
-    check_settings(config, c.num_sentinel_tokens, there.processes)
-    cost = estimate(c, config, there, mfu)
-    if as_json:
-        show(json.dumps({"config": config_to_dict(config), **cost}))
-    else:
-        show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
-        for name, value in flatten(cost).items():
-            label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
-            figure = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
-            show(f"{label:40}{figure}")
+        check_settings(config, c.num_sentinel_tokens, there.processes)
+        cost = estimate(c, config, there, mfu)
+        if as_json:
+            show(json.dumps({"config": config_to_dict(config), **cost}))
+        else:
+            show(yaml.safe_dump(config_to_dict(config), sort_keys=False))
+            for name, value in flatten(cost).items():
+                label = name.replace(".", ": ").replace("_", " ").replace("gib", "GiB")
+                figure = f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+                show(f"{label:40}{figure}")
     needed, present = cost["memory_gib"]["peak"], (there.memory or math.inf) / 2**30
     if needed > present:
         raise InputError(

@@ -1,6 +1,8 @@
 """Build a run's prepared model, restore its last state, and find its batch size."""
 
 import importlib.util
+import math
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +38,7 @@ def build_state(
     """Build the prepared model and its optimizer; weights may stay unset if ``newest`` is given."""
     logging.disable_progress_bar()
     model_config = load_config(newest or config.model)
-    device, show = accelerator.device, accelerator.print
-    attention = layers.choose_attention(config.attention, model_config, device, show)
+    attention = layers.choose_attention(config.attention, model_config, accelerator)
     if newest and accelerator.distributed_type != DistributedType.DEEPSPEED:
         with initialization.no_init_weights():
             model = Qwen3ForSeq2SeqLM(model_config)
@@ -55,10 +56,13 @@ def resume(
 ) -> tuple[TrainingState, dict[str, Any]]:
     """Build the training state and load the newest undamaged checkpoint (`checkpoint.restore`)."""
     checkpoints, show = Path(config.output_dir) / "checkpoints", accelerator.print
-    state = build_state(config, accelerator, checkpoint.newest_whole(checkpoints))
-    resumed = checkpoint.restore(checkpoints, state)
+    damages: dict[Path, str] = {}
+    candidates = checkpoint.whole_checkpoints(checkpoints, damages)
+    newest = list(islice(candidates, 1))
+    state = build_state(config, accelerator, *newest)
+    resumed = checkpoint.restore(chain(newest, candidates), damages, state)
     if folder := resumed["folder"]:
-        step, before = resumed["step"], resumed.get("lr", float("inf"))
+        step = resumed["step"]
         if step > config.max_steps:
             raise InputError(
                 f"{folder} is beyond max_steps={config.max_steps}; raise it or choose another "
@@ -66,12 +70,14 @@ def resume(
             )
         changes = checkpoint.changes_since(resumed, config, accelerator.num_processes)
         show("; ".join([f"resuming from {folder}", *changes]))
-        after = learning_rate(step + 1, config)
-        if step >= config.warmup_steps and after > before * 1.0001:
-            show(
-                f"warning: the learning rate rises from {before:.2e} to {after:.2e}: {folder.name} "
-                "was saved in a shorter schedule's decay; resume from before it to avoid this"
-            )
+        if config.warmup_steps <= step < config.max_steps:
+            before, after = resumed.get("lr", math.inf), learning_rate(step + 1, config)
+            if after > before * 1.0001:
+                show(
+                    f"warning: the learning rate rises from {before:.2e} to {after:.2e}: "
+                    f"{folder.name} was saved in a shorter schedule's decay; resume from before it "
+                    "to avoid this"
+                )
     return state, resumed
 
 
@@ -80,6 +86,7 @@ def find_batch_size(config: TrainingConfig) -> None:
     with launched(config) as accelerator:
         vocabulary, data = load_config(config.model).vocab_size, config.data
         state = build_state(config, accelerator)
+        state.model.train()  # as loaded, it would recompute nothing
 
         # Ranks try the same sizes, so that memory runs out on all of them at once.
         @find_executable_batch_size(starting_batch_size=max(config.batch_size, 256))
@@ -97,5 +104,8 @@ def find_batch_size(config: TrainingConfig) -> None:
         try:
             found = largest()
         except RuntimeError as error:
-            raise InputError(f"no batch_size fits: {error}") from None
+            if "No executable batch size" not in str(error):
+                raise
+            remedy = "set gradient_checkpointing or shard over more devices"
+            raise InputError(f"not even batch_size=1 fits; {remedy}") from None
         accelerator.print(f"batch_size={found} fits a step on full rows; nothing was written")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import yaml
 from accelerate import Accelerator
-from accelerate.utils import gather_object, send_to_device, set_seed
+from accelerate.utils import gather_object, set_seed
 
 from qwen3_encdec import folders
 from qwen3_encdec.data import collate, stream
@@ -35,7 +35,8 @@ class Run:
         """Build or resume a run; a folder made for it is removed again if that fails."""
         self.config, self.accelerator, self.asked = config, accelerator, asked
         processes, self.device = accelerator.num_processes, accelerator.device
-        self.run_dir = folders.check_output(config.output_dir, "training run")
+        with shared_errors():  # all ranks look before rank 0 writes
+            self.run_dir = folders.check_output(config.output_dir, "training run")
         model_config = folders.load_config(config.model)
         tokenizer = folders.load_tokenizer(config.model, model_config)
         start.check_settings(config, tokenizer.num_sentinel_tokens, processes)
@@ -190,7 +191,7 @@ class Run:
         """
         flags = [self.saver.failed, self.asked_to_stop(), self.data_error is not None]
         counts = sum((batch["counts"] for batch in self.upcoming), np.zeros(7))
-        parts = [torch.tensor([*flags, *counts], dtype=torch.float64, device=self.device)]
+        parts = [_copy(torch.tensor([*flags, *counts], dtype=torch.float64), self.device)]
         if totals is not None:
             norms = self.state.squared_norms() / self.accelerator.num_processes
             parts += [totals.flatten(), norms]
@@ -223,7 +224,7 @@ class Run:
         by_denoiser = mean_losses(losses, heldout, [e.denoiser for e in heldout], self.denoisers)
         self.heldout_losses[step] = sum(by_denoiser.values()) / len(by_denoiser)
         metrics = {f"eval_loss/{name}": loss for name, loss in by_denoiser.items()}
-        if len(self.corpora) > 1:
+        if len(self.corpora) > 1 and not self.config.data.heldout_inputs:
             by_corpus = mean_losses(losses, heldout, [e.corpus for e in heldout], self.corpora)
             metrics |= {f"eval_loss_on/{name}": loss for name, loss in by_corpus.items()}
         self.log(step, metrics)
@@ -262,6 +263,12 @@ def _send(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     target = np.diff(batch["decoder_cu_seqlens"].numpy())
     targets = int((batch["labels"] != -100).sum())
     counts = [targets, source.sum(), len(source), *flops.length_sums(source, target)]
-    if device.type == "cuda":  # only pinned memory is copied asynchronously
-        batch = {k: v.pin_memory() if torch.is_tensor(v) else v for k, v in batch.items()}
-    return send_to_device(batch, device, non_blocking=True) | {"counts": np.array(counts)}
+    sent = {k: _copy(v, device) if torch.is_tensor(v) else v for k, v in batch.items()}
+    return sent | {"counts": np.array(counts)}
+
+
+def _copy(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy a tensor to the device without waiting for it, which needs pinned memory."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

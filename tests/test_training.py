@@ -131,6 +131,10 @@ def test_a_mixture_has_a_held_out_loss_for_each_corpus(init_folder, corpus, tmp_
     losses = np.array(read_metrics(tmp_path / "run", *keys))
     assert len(losses) == 3
     assert (losses[:, 0] != losses[:, 1]).all()
+    settings |= {"data.heldout_inputs": [str(tmp_path / "sums.txt")]}  # of no corpus
+    settings |= {"data.mixture": [parts[0], parts[0]], "max_steps": 1}
+    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "apart", **settings))
+    assert not read_metrics(tmp_path / "apart", "eval_loss_on/prose")
 
 
 @pytest.mark.parametrize("option", ["z_loss=0.01", "mntp_weight=0.5"])

@@ -112,22 +112,10 @@ def _run_stages(
     report = initialize(parent, root / "init", seed=seed)
     lap("initialize", f"encoder-decoder of {report.parameters:,} parameters, verified")
 
-    data = DataConfig(**budget["data"], seed=seed)
-    steps = budget["ul2"]["max_steps"]
-    config = TrainingConfig(
-        model=str(root / "init"),
-        output_dir=str(root / "ul2"),
-        data=data,
-        log_every=max(1, steps // 50),
-        eval_every=max(1, steps // 4),
-        eval_examples_per_denoiser=budget["heldout_texts"],
-        save_every=0,
-        seed=seed,
-        **budget["ul2"],
-    )
+    config = _training(root, budget, seed)
     with (root / "ul2.log").open("w", encoding="utf-8") as log, redirect_stdout(log):
         checkpoint = train_to_the_end(config)
-    lap("ul2", f"{steps} steps, logged in ul2.log")
+    lap("ul2", f"{config.max_steps} steps, logged in ul2.log")
 
     extracted = extract_encoder(checkpoint, root / "encoder")
     lap("extract", f"plain Qwen3Model of {extracted.parameters:,} parameters")
@@ -143,9 +131,25 @@ def _run_stages(
     lap("contrastive", "encoder and causal parent" if full else "summary lines and bodies")
 
     folders = {"initialization": root / "init", "trained": checkpoint}
-    metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=data)
+    metrics = evaluate_denoising(folders, num_examples=budget["heldout_texts"], data=config.data)
     task = package_retrieval(budget["num_queries"], seed, budget.get("num_documents"))
     scored = parent if full else None
     metrics |= evaluate_retrieval(encoders, parent=scored, tasks=[task], outside=full)
     lap("evaluate", f"{metrics['num_documents']:,} documents from held-out packages")
     return metrics | {"seconds": seconds}
+
+
+def _training(root: Path, budget: dict[str, Any], seed: int) -> TrainingConfig:
+    """Return the config of the demo's UL2 training."""
+    steps = budget["ul2"]["max_steps"]
+    return TrainingConfig(
+        model=str(root / "init"),
+        output_dir=str(root / "ul2"),
+        data=DataConfig(**budget["data"], seed=seed),
+        log_every=max(1, steps // 50),
+        eval_every=max(1, steps // 4),
+        eval_examples_per_denoiser=budget["heldout_texts"],
+        save_every=0,
+        seed=seed,
+        **budget["ul2"],
+    )

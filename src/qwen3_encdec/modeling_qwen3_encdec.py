@@ -293,7 +293,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         one_step = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
         given = model_kwargs.get("cache")
         unset = given is None and generation_config.cache_implementation is None
-        if self.device.type == "cuda" and one_step and unset and generation_config.use_cache:
+        # The steps of flash and Flex attention do not compile whole.
+        compiles = self.device.type == "cuda" and self.config._attn_implementation == "sdpa"
+        if compiles and one_step and unset and generation_config.use_cache:
             generation_config.cache_implementation = "static"  # compiled, as CUDA graphs
         length = source_length + max_cache_length
         super()._prepare_cache_for_generation(

@@ -244,8 +244,8 @@ def _by_document(query, key, value, packed: Varlen, scaling: float, dropout: flo
 
 
 def _bottom_right(queries: int, keys: int, like: torch.Tensor) -> Any:
-    """Make SDPA's bottom-right causal mask: a flag to the kernel on CUDA, a matrix on CPU."""
-    if like.is_cuda:
+    """Make SDPA's bottom-right causal mask: a flag to the kernel on CUDA, else a matrix."""
+    if like.is_cuda and not torch.compiler.is_compiling():  # torch cannot trace the flag
         return causal_lower_right(queries, keys)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
     return _additive(seen, like.dtype)

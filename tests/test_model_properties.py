@@ -446,7 +446,9 @@ def test_generation_in_training_with_checkpointing_is_that_of_evaluation(make, g
 def test_batches_of_nothing(training):
     model = build().train(training)
     empty = torch.zeros(2, 0, dtype=torch.long)
-    assert model(input_ids=ids(0, 6), decoder_input_ids=ids(0, 4)).logits.shape == (0, 4, 331)
+    for length in (1, 4):
+        none = {"input_ids": ids(0, length), "decoder_input_ids": ids(0, length)}
+        assert model(**none).logits.shape == (0, length, 331)
     assert model(input_ids=ids(2, 6), decoder_input_ids=empty).logits.shape == (2, 0, 331)
     for batch in (
         {"input_ids": ids(2, 6), "labels": empty},

@@ -14,10 +14,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
+from transformers.models.qwen3.modeling_qwen3 import (
+    Qwen3Attention,
+    eager_attention_forward,
+    repeat_kv,
+)
 
 # torch 2.11 supports GQA without this argument.
 _NEEDS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -186,21 +190,29 @@ def attend(
         mask = _additive(mask, query.dtype)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
     output, weights = attention(module, query, key, value, mask, **options)
-    return output, None if packed is not None else weights
+    if packed is not None or backend == "flex_attention":  # on GPUs, Flex returns a log-sum-exp
+        return output, None
+    return output, weights
 
 
 def _sdpa(query, key, value, mask, causal: bool, scaling: float, dropout: float) -> torch.Tensor:
     """Map [B, H, T, d] queries to [B, T, H, d] with SDPA."""
-    if mask is None and causal and query.shape[2] > 1:
-        mask = _bottom_right(query.shape[2], key.shape[2], query)
+    group = query.shape[1] // key.shape[1]
     if query.shape[2] == 1:
         # GQA with a single query: fold the group into the query dimension so each KV head is read
         # once.
-        grouped = query.view(*key.shape[:2], -1, query.shape[-1])
+        grouped = query.view(*key.shape[:2], group, query.shape[-1])
         output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scaling)
         return output.reshape(query.shape).transpose(1, 2)
+    if mask is None and causal:
+        mask = _bottom_right(query.shape[2], key.shape[2], query)
+    # On CUDA only the flash kernel takes groups, and it takes neither a mask tensor nor fp32. The
+    # fallback for groups materializes the scores.
+    flash = query.dtype != torch.float32 and (mask is None or isinstance(mask, CausalBias))
+    if query.is_cuda and not flash:
+        key, value = repeat_kv(key, group), repeat_kv(value, group)
     output = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, scale=scaling, enable_gqa=True
+        query, key, value, mask, dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
     return output.transpose(1, 2)
 

@@ -482,6 +482,18 @@ def test_a_row_without_source_or_target_leaves_the_others_alone(training):
         torch.testing.assert_close(output.logits[row], one.logits[0], atol=1e-5, rtol=1e-4)
 
 
+def test_many_documents_need_no_unique():
+    """On a GPU it waits for the device."""
+    labels, start = ids(1, 4_000), build().config.decoder_start_token_id
+    bounds = torch.tensor([0, 0, *range(0, 4_001, 40)], dtype=torch.int32)
+    with torch.profiler.profile() as profile:
+        found = build().prepare_decoder_input_ids_from_labels(labels, cu_seqlens=bounds)
+    assert not [event.key for event in profile.key_averages() if "unique" in event.key]
+    expected = labels.roll(1, 1)
+    expected[0, ::40] = start
+    assert torch.equal(found, expected)
+
+
 @modes
 def test_packed_documents_without_source_or_of_one_token(training):
     model = build().train(training)

@@ -278,7 +278,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id or 0)
         places = torch.arange(labels.shape[1], device=labels.device)
         if cu_seqlens is not None:
-            first = torch.isin(places, cu_seqlens[:-1])[None]
+            # Without `assume_unique`, many documents would be sorted by a synchronizing unique().
+            first = torch.isin(places, cu_seqlens[:-1], assume_unique=True)[None]
         elif isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
             first = (mask.cumsum(-1) == 1) & (mask != 0)
         else:

@@ -5,6 +5,7 @@ The reference is always each document alone, without a mask, its loss taken from
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -526,6 +527,25 @@ def test_a_step_without_labels_has_no_loss(training):
         loss = build().train(training)(**batch, num_items_in_batch=count).loss
         loss.backward()
         assert loss == 0
+
+
+@modes
+def test_a_replica_of_data_parallel_gives_the_same_numbers(training, monkeypatch):
+    """Trainer wraps a model so on several GPUs; here both replicas are on the CPU."""
+    module = import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        module,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices],
+    )
+    model = build().train(training)
+    batch = {"input_ids": ids(2, 6), "labels": ids(2, 5)}
+    expected = model(**batch, num_items_in_batch=20).loss
+    expected.backward()
+    _, replica = module.replicate(model, [0, 1])
+    model.model.shared.weight.data.zero_()  # a replica that reads it gives other numbers
+    loss = replica(**batch, num_items_in_batch=torch.tensor([[20]])).loss
+    torch.testing.assert_close(loss, expected)
 
 
 # --- compiled

@@ -85,6 +85,8 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Seq2SeqModelOutput:
         """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM`."""
+        self.encoder.embed_with(self)
+        self.decoder.embed_with(self)
         encoder_output: Any = encoder_outputs
         if encoder_outputs is None:
             encoder_output = self.encoder(
@@ -216,7 +218,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             use_cache = False if use_cache is None else use_cache
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum()
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+            # DataParallel scatters it with a dimension.
+            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1).reshape(())
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
                     labels, decoder_attention_mask, decoder_cu_seqlens

@@ -148,6 +148,10 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
+        self.embed_with(owner)
+
+    def embed_with(self, owner: nn.Module | None) -> None:
+        """Look up the embedding in `owner`. A replica of DataParallel still has the original's."""
         self._owner: Any = (owner,)  # in a tuple, so it is not registered as a submodule
 
     def get_input_embeddings(self) -> Any:
@@ -281,6 +285,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **inputs: Any,
     ) -> BaseModelOutput:
         """Encode a batch; the arguments are those of `Qwen3Encoder.forward`."""
+        self.encoder.embed_with(self)
         return self.encoder(input_ids, attention_mask, return_dict=True, **inputs)
 
 

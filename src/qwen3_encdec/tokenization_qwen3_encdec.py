@@ -147,14 +147,12 @@ def build_tokenizer(
         raise ValueError(
             f"{base}: the tokenizer has {entries} entries but the model {rows} embedding rows"
         )
-    reserved = [f"<|reserved_{i}|>" for i in range(rows - entries)]
-    for token in sorted(backend.get_vocab()):
-        if token in reserved or _SENTINEL.fullmatch(token):
-            raise ValueError(
-                f"{base} already has {token}, which is added to a Qwen3 tokenizer here"
-            )
-    _add_special(backend, reserved)
-    _add_special(backend, [f"<extra_id_{i}>" for i in range(num_sentinel_tokens)])
+    added = [f"<|reserved_{i}|>" for i in range(rows - entries)]
+    added += [f"<extra_id_{i}>" for i in range(num_sentinel_tokens)]
+    for token in sorted(added):
+        if backend.token_to_id(token) is not None:
+            raise ValueError(f"{base} already has {token}, which is to be added to it")
+    _add_special(backend, added)
     tokenizer = Qwen3EncoderDecoderTokenizer(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,

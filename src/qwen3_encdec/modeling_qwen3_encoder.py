@@ -347,8 +347,8 @@ class Qwen3EncoderForSequenceClassification(Qwen3EncoderClassifier):
             raise ValueError("a text classifier takes padded batches with a mask [B, S]")
         if mask is None:
             return states.mean(1)
-        kept = mask.to(states.dtype)[..., None]
-        return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+        kept = mask.float()[..., None]  # a sum in fp16 overflows
+        return ((states * kept).sum(1) / kept.sum(1).clamp(min=1)).to(states.dtype)
 
 
 class Qwen3EncoderForTokenClassification(Qwen3EncoderClassifier):

@@ -52,8 +52,8 @@ def chunked_cross_entropy(
     # Each chunk reads and writes the whole weight gradient, so a GPU needs larger chunks.
     chunk = chunk or (2048 if hidden.is_cuda else 512)
     options = (scale, chunk, z_loss)
-    # Finding the ignored labels would synchronize with the device or break the graph.
-    if hidden.is_cuda or torch.compiler.is_compiling():
+    # Elsewhere, finding the ignored labels would synchronize with the device or break the graph.
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
         loss, losses = _ChunkedCrossEntropy.apply(states, weight, flat, *options)
         return loss, losses.view(labels.shape)
     kept = (flat != IGNORED).nonzero().squeeze(1)

@@ -10,7 +10,7 @@ Qwen3-0.6B with 100 sentinels.
 import copy
 import dataclasses
 import difflib
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -88,7 +88,6 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     model_type = "qwen3_encdec"
     keys_to_ignore_at_inference = ["cache", "token_losses"]  # noqa: RUF012
     default_theta = 1_000_000.0
-    base_model_tp_plan: ClassVar[dict] = {}  # the stacks carry their own
 
     vocab_size: int = 152_036
     num_sentinel_tokens: int = 100

@@ -20,7 +20,7 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
@@ -133,8 +133,6 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
     Args:
         owner: The module whose `shared` embeds ids; without it the stack takes only embeddings.
     """
-
-    _tp_plan = Qwen3Config.base_model_tp_plan
 
     def __init__(
         self,

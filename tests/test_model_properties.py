@@ -410,6 +410,8 @@ def test_a_cache_is_honoured_with_labels_too(training, use_cache):
     source, target = ids(2, 6), ids(2, 7)
     whole = model(input_ids=source, decoder_input_ids=target).logits
     cache = model(input_ids=source, decoder_input_ids=target[:, :4], use_cache=True).cache
+    assert cache.layers[0].keys.shape == (2, 2, 6 + 4, 14)  # the source is a prefix
+    assert cache.get_seq_length() == 4
     rest = {"decoder_input_ids": target[:, 4:], "labels": target[:, 4:]}
     found = model(input_ids=source, **rest, cache=cache, use_cache=use_cache, return_logits=True)
     torch.testing.assert_close(found.logits, whole[:, 4:], atol=1e-5, rtol=1e-4)

@@ -368,7 +368,7 @@ def test_inputs_that_do_not_fit_are_refused(kind, training):
 @pytest.mark.parametrize(
     "name",
     [
-        *("position_ids", "max_seqlen", "key_order"),
+        *("position_ids", "cu_seqlens", "max_seqlen", "key_order"),
         *("decoder_position_ids", "decoder_cu_seqlens", "decoder_max_seqlen"),
     ],
 )

@@ -87,6 +87,10 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM`."""
         self.encoder.embed_with(self)
         self.decoder.embed_with(self)
+        packed = None
+        bounds = cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
+        if any(part is not None for part in bounds):
+            packed = _packed_keys(*bounds)
         encoder_output: Any = encoder_outputs
         if encoder_outputs is None:
             encoder_output = self.encoder(
@@ -102,11 +106,6 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_output = BaseModelOutput(*encoder_outputs)
         encoded = encoder_output.last_hidden_state
-        packed = None
-        if cu_seqlens is not None:
-            packed = _packed_keys(
-                cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
-            )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -358,12 +357,16 @@ def _packed_keys(
     cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
 ) -> Varlen:
     """Describe the merged keys of a packed batch; the sums are computed on the device."""
-    if decoder_cu_seqlens is None or decoder_max_seqlen is None or key_order is None:
-        raise ValueError("a packed batch needs decoder_cu_seqlens, decoder_max_seqlen, key_order")
-    if max_seqlen is None or decoder_cu_seqlens.shape != cu_seqlens.shape:
+    parts = cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
+    if any(part is None for part in parts):
+        raise ValueError(
+            "a packed batch needs cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen,"
+            " key_order"
+        )
+    if decoder_cu_seqlens.shape != cu_seqlens.shape:
         raise ValueError(
             f"cu_seqlens has {len(cu_seqlens) - 1} sources and decoder_cu_seqlens "
-            f"{len(decoder_cu_seqlens) - 1} targets; pass max_seqlen and one target per source"
+            f"{len(decoder_cu_seqlens) - 1} targets; pass one target per source"
         )
     return Varlen(
         queries=decoder_cu_seqlens,

@@ -215,13 +215,13 @@ class Qwen3Encoder(Qwen3Stack):
         states = self.embed(input_ids, inputs_embeds)
         batch, length = states.shape[:2]
         packed = mask = None
-        if cu_seqlens is None:
+        if cu_seqlens is None and max_seqlen is None:
             check_shape("attention_mask", attention_mask, (batch, length))
             check_shape("position_ids", position_ids, (batch, length), (1, length))
             mask = create_bidirectional_mask(self.config, states, attention_mask)
         else:
-            longest = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
-            packed = Varlen(cu_seqlens, cu_seqlens, longest, longest)
+            bounds = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
+            packed = Varlen(bounds[0], bounds[0], bounds[1], bounds[1])
             packed.prepare(self.config._attn_implementation, states, length)
         if position_ids is None:
             position_ids = torch.arange(length, device=states.device)[None]
@@ -245,8 +245,8 @@ def check_shape(name: str, tensor: Any, *shapes: tuple[int, ...]) -> None:
 
 def check_packed(
     tokens: int, mask: Any, position_ids: Any, cu_seqlens: Any, max_seqlen: Any, prefix: str = ""
-) -> int:
-    """Return `max_seqlen`; raise ValueError unless one side of a packed batch is complete."""
+) -> tuple[torch.Tensor, int]:
+    """Return the bounds; raise ValueError unless one side of a packed batch is complete."""
     if mask is not None:
         raise ValueError(f"a packed batch has no padding; omit {prefix}attention_mask")
     if position_ids is None or cu_seqlens is None or max_seqlen is None:
@@ -259,7 +259,7 @@ def check_packed(
         raise ValueError(
             f"{prefix}cu_seqlens ends at {end}, but the packed batch has {tokens} tokens"
         )
-    return max_seqlen
+    return cu_seqlens, max_seqlen
 
 
 class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
 from .attention_qwen3_encdec import compute_dtype
 
@@ -69,14 +70,13 @@ def dense_cross_entropy(
     z_loss: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute the same from existing [..., V] logits."""
-    kept = labels != IGNORED
-    log_probs = logits.float().log_softmax(-1)
-    losses = -log_probs.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
+    flat = logits.float().flatten(0, -2)
+    losses = cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED)
     objective = losses
     if z_loss:
-        objective = losses + z_loss * logits.float().logsumexp(-1).square()
-    loss = objective.masked_fill(~kept, 0.0).sum() / num_items
-    return loss, losses.detach().masked_fill(~kept, 0.0)
+        squares = flat.logsumexp(-1).square()
+        objective = losses + z_loss * squares.masked_fill(labels.flatten() == IGNORED, 0.0)
+    return objective.sum() / num_items, losses.detach().view(labels.shape)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):

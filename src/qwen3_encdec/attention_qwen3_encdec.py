@@ -177,7 +177,8 @@ def attend(
         mask, options["is_causal"] = packed.mask, packed.causal
     if backend == "sdpa":
         if packed is not None and mask is None:
-            return _packed_sdpa(query, key, value, packed, module.scaling, dropout), None
+            packed_sdpa = _varlen if query.is_cuda else _by_document
+            return packed_sdpa(query, key, value, packed, module.scaling, dropout), None
         return _sdpa(query, key, value, mask, causal, module.scaling, dropout), None
     if packed is not None and "flash" in backend:
         options |= {
@@ -217,10 +218,8 @@ def _sdpa(query, key, value, mask, causal: bool, scaling: float, dropout: float)
     return output.transpose(1, 2)
 
 
-def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
-    """Map packed [1, H, N, d] queries to [1, N, H, d] with SDPA."""
-    if not query.is_cuda:
-        return _by_document(query, key, value, packed, scaling, dropout)
+def _varlen(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
+    """Map packed [1, H, N, d] queries to [1, N, H, d] with torch's varlen kernel."""
     if dropout:
         raise ValueError("attention_dropout must be 0: torch's varlen attention has no dropout")
     output: Any = varlen_attn(

@@ -16,12 +16,9 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3Attention,
-    eager_attention_forward,
-    repeat_kv,
-)
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
 # torch 2.11 supports GQA without this argument.
 _NEEDS_GQA = "enable_gqa" in inspect.signature(varlen_attn).parameters
@@ -71,7 +68,11 @@ class Varlen:
 
     def prepare(self, backend: str, states: torch.Tensor, key_length: int) -> None:
         """Build the mask, once per forward, if `backend` needs one for [1, N, E] `states`."""
-        if "flash" in backend or (backend == "sdpa" and self._has_kernel(states)):
+        if states.device.type == "cpu":
+            needless = not torch.compiler.is_compiling()  # document by document
+        else:
+            needless = states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
+        if "flash" in backend or (backend == "sdpa" and needless):
             return
         first, last = self.interval(states.shape[1])
         if backend == "flex_attention":
@@ -101,12 +102,6 @@ class Varlen:
         if self.causal:
             last = last - (self.queries[document + 1] - 1 - places)
         return first, last
-
-    def _has_kernel(self, states: torch.Tensor) -> bool:
-        """Return True if SDPA needs no mask: varlen kernel on CUDA, document loop on CPU."""
-        if states.device.type == "cpu":
-            return not torch.compiler.is_compiling()
-        return states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
 
 
 def project_query(attention: Qwen3Attention, states: torch.Tensor) -> torch.Tensor:

@@ -276,12 +276,11 @@ class Qwen3MergedDecoder(Qwen3Stack):
     def _cache(self, cache: Cache | None, use_cache: bool | None, packed: Any) -> Cache | None:
         """Return the given cache, or create one if wanted; raise if a given one cannot be used."""
         recomputing = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
-        if cache is not None and (packed is not None or recomputing):
+        unusable = packed is not None or recomputing
+        if cache is not None and unusable:
             raise ValueError("a cache cannot be used with a packed batch or gradient checkpointing")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if cache is None and use_cache and packed is None and not recomputing:
-            return SourceDynamicCache()
-        return cache
+        return SourceDynamicCache() if cache is None and use_cache and not unusable else cache
 
     def _merged_mask(self, states, attention_mask, encoder_mask, keys: "_MergedKeys") -> Any:
         """Make the mask of `[encoder ; decoder]` keys; None means bottom-right causal.
@@ -291,16 +290,14 @@ class Qwen3MergedDecoder(Qwen3Stack):
         """
         batch, length, _ = states.shape
         source, past = keys.source, keys.past
+        known = not isinstance(past, torch.Tensor)  # as it is of a static cache
         if attention_mask is not None and len(attention_mask.shape) == 4:
-            number = attention_mask.shape[-1]
-            if not isinstance(past, torch.Tensor) and number < source + past + length:
-                raise ValueError(
-                    f"the 4D decoder_attention_mask has {number} keys, but must cover {source}"
-                    f" source and {past + length} target keys"
-                )
+            if known and attention_mask.shape[-1] < source + past + length:
+                needed = f"{source} source and {past + length} target keys"
+                raise ValueError(f"the 4D decoder_attention_mask must cover {needed}")
             return attention_mask
         check_shape("attention_mask", encoder_mask, (batch, source))
-        if not isinstance(past, torch.Tensor):
+        if known:
             check_shape("decoder_attention_mask", attention_mask, (batch, past + length))
         implementation = self.config._attn_implementation
         # Flash attention learns from the mask's length how much of a static cache is written.

@@ -85,12 +85,10 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Seq2SeqModelOutput:
         """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM`."""
-        self.encoder.embed_with(self)
-        self.decoder.embed_with(self)
-        packed = None
-        bounds = cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
-        if any(part is not None for part in bounds):
-            packed = _packed_keys(*bounds)
+        self.encoder.owner = self.decoder.owner = (self,)  # DataParallel copies the original's
+        packed = _packed_keys(
+            cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
+        )
         encoder_output: Any = encoder_outputs
         if encoder_outputs is None:
             encoder_output = self.encoder(
@@ -294,8 +292,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         """Make room for the source, which is a prefix of the only cache."""
         source_length = model_kwargs["encoder_outputs"][0].shape[1]
         one_step = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        given = model_kwargs.get("cache")
-        unset = given is None and generation_config.cache_implementation is None
+        unset = model_kwargs.get("cache") is None and generation_config.cache_implementation is None
         # The steps of flash and Flex attention do not compile whole.
         compiles = self.device.type == "cuda" and self.config._attn_implementation == "sdpa"
         if compiles and one_step and unset and generation_config.use_cache:
@@ -353,29 +350,29 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         return filled[0] if isinstance(text, str) and copies == 1 else filled
 
 
-def _packed_keys(
-    cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
-) -> Varlen:
+def _packed_keys(*bounds: Any) -> Varlen | None:
     """Describe the merged keys of a packed batch; the sums are computed on the device."""
-    parts = cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
-    if any(part is None for part in parts):
+    sources, longest_source, targets, longest_target, order = bounds
+    if all(bound is None for bound in bounds):
+        return None
+    if any(bound is None for bound in bounds):
         raise ValueError(
             "a packed batch needs cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen,"
             " key_order"
         )
-    if decoder_cu_seqlens.shape != cu_seqlens.shape:
+    if sources.shape != targets.shape:
         raise ValueError(
-            f"cu_seqlens has {len(cu_seqlens) - 1} sources and decoder_cu_seqlens "
-            f"{len(decoder_cu_seqlens) - 1} targets; pass one target per source"
+            f"cu_seqlens has {len(sources) - 1} sources and decoder_cu_seqlens "
+            f"{len(targets) - 1} targets; pass one target per source"
         )
     return Varlen(
-        queries=decoder_cu_seqlens,
-        keys=cu_seqlens + decoder_cu_seqlens,
-        longest_query=decoder_max_seqlen,
-        longest_key=max_seqlen + decoder_max_seqlen,
+        queries=targets,
+        keys=sources + targets,
+        longest_query=longest_target,
+        longest_key=longest_source + longest_target,
         causal=True,
-        order=key_order,
-        inverse=key_order.argsort(),
+        order=order,
+        inverse=order.argsort(),
     )
 
 

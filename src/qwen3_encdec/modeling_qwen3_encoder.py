@@ -146,15 +146,11 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self.embed_with(owner)
-
-    def embed_with(self, owner: nn.Module | None) -> None:
-        """Look up the embedding in `owner`. A replica of DataParallel still has the original's."""
-        self._owner: Any = (owner,)  # in a tuple, so it is not registered as a submodule
+        self.owner: Any = (owner,)  # in a tuple, so it is not registered as a submodule
 
     def get_input_embeddings(self) -> Any:
         """Return the embedding of the enclosing model."""
-        return None if self._owner[0] is None else self._owner[0].shared
+        return None if self.owner[0] is None else self.owner[0].shared
 
     def embed(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
@@ -164,9 +160,9 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
             raise ValueError(f"pass exactly one of {prefix}input_ids and {prefix}inputs_embeds")
         if inputs_embeds is not None:
             return inputs_embeds
-        if self._owner[0] is None:
+        if self.owner[0] is None:
             raise ValueError(f"this stack has no embedding; pass {prefix}inputs_embeds")
-        return self._owner[0].shared(input_ids)
+        return self.owner[0].shared(input_ids)
 
 
 class Qwen3Encoder(Qwen3Stack):
@@ -283,7 +279,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **inputs: Any,
     ) -> BaseModelOutput:
         """Encode a batch; the arguments are those of `Qwen3Encoder.forward`."""
-        self.encoder.embed_with(self)
+        self.encoder.owner = (self,)  # a replica of DataParallel has the original's
         return self.encoder(input_ids, attention_mask, return_dict=True, **inputs)
 
 

@@ -44,6 +44,14 @@ def test_a_static_cache_gives_the_tokens_of_a_growing_one(model, source, impleme
     assert torch.equal(static, growing)
 
 
+@torch.no_grad()
+def test_a_static_cache_without_a_source(model):
+    ids = torch.randint(0, 300, (2, 4), generator=torch.Generator().manual_seed(1))
+    inputs = {"encoder_outputs": (torch.zeros(2, 0, 40),), "decoder_input_ids": ids}
+    found = model(**inputs, cache=static_cache(model)).logits
+    torch.testing.assert_close(found, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_a_gpu_decodes_with_a_static_cache_where_steps_compile(model, implementation, monkeypatch):
     use_backend(model, implementation)

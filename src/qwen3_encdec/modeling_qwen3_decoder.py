@@ -311,7 +311,9 @@ class Qwen3MergedDecoder(Qwen3Stack):
             attention_mask = torch.cat([encoder_mask.to(attention_mask), attention_mask], dim=1)
         elif implementation == "sdpa" and not keys.is_compileable:
             return None
-        return create_causal_mask(self.config, states, attention_mask, cache=keys)
+        # Skipped, a static cache's mask would be causal over the whole length of the cache.
+        options: Any = {"cache": keys, "allow_is_causal_skip": not keys.is_compileable}
+        return create_causal_mask(self.config, states, attention_mask, **options)
 
 
 def _positions(states: torch.Tensor, attention_mask: Any, past: Any) -> torch.Tensor:

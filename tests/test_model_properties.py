@@ -548,6 +548,8 @@ def test_a_replica_of_data_parallel_gives_the_same_numbers(training, monkeypatch
     model.model.shared.weight.data.zero_()  # a replica that reads it gives other numbers
     loss = replica(**batch, num_items_in_batch=torch.tensor([[20]])).loss
     torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="DataParallel cuts packed batches apart"):
+        replica(**PACKED)
 
 
 # --- compiled

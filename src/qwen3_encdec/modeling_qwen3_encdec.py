@@ -18,7 +18,7 @@ from typing import Any, Unpack
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -51,9 +51,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
-        self.shared = Qwen3SharedEmbedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
+        self.shared = Qwen3SharedEmbedding(config)
         self.encoder = Qwen3Encoder(config, self)
         self.decoder = Qwen3MergedDecoder(config, self)
         self.post_init()
@@ -89,6 +87,8 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         packed = _packed_keys(
             cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
         )
+        if packed is not None and getattr(self, "_is_replica", False):
+            raise ValueError("DataParallel cuts packed batches apart; launch a process per GPU")
         encoder_output: Any = encoder_outputs
         if encoder_outputs is None:
             encoder_output = self.encoder(
@@ -302,9 +302,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             generation_config, model_kwargs, generation_mode, batch_size, length
         )
         cache = model_kwargs.get("cache")
-        if cache is None:
+        own = getattr(cache, "self_attention_cache", cache)
+        if own is None:
             return
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if isinstance(own, StaticCache) and (room := own.get_max_length()) < length:
             raise ValueError(
                 f"the static cache holds {room} tokens, but source and target need {length}"

@@ -46,6 +46,9 @@ from .loss_qwen3_encdec import chunked_cross_entropy
 class Qwen3SharedEmbedding(nn.Embedding):
     """One matrix for encoder input, decoder input and LM head. Every use calls the module."""
 
+    def __init__(self, config: Qwen3EncoderDecoderConfig):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+
     def forward(
         self, input: torch.Tensor, labels: torch.Tensor | None = None, **loss_options: Any
     ) -> Any:
@@ -62,9 +65,7 @@ class Qwen3SharedEmbedding(nn.Embedding):
         if not input.is_floating_point():
             return super().forward(input)
         if self.training and getattr(self, "neftune_noise_alpha", None):
-            raise ValueError(
-                "neftune_noise_alpha is not supported: it adds noise to the LM head too"
-            )
+            raise ValueError("neftune_noise_alpha is not supported: it would reach the LM head")
         if labels is None:
             return F.linear(input, self.weight)
         loss, token_losses = chunked_cross_entropy(input, self.weight, labels, **loss_options)
@@ -265,9 +266,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
-        self.shared = Qwen3SharedEmbedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
+        self.shared = Qwen3SharedEmbedding(config)
         self.encoder = Qwen3Encoder(config, self)
         self.post_init()
 

@@ -197,13 +197,12 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         # cache inputs
         cache: Cache | None = None,
         use_cache: bool | None = None,
-        # loss inputs
+        # loss and logits
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         encoder_targets: torch.Tensor | None = None,
         encoder_loss_weight: float = 1.0,
         z_loss: float = 0.0,
-        # logits
         return_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
@@ -215,8 +214,11 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             use_cache = False if use_cache is None else use_cache
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum()
-            # DataParallel scatters it with a dimension.
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1).reshape(())
+            elif not isinstance(num_items_in_batch, torch.Tensor):  # a copy would wait for the GPU
+                num_items_in_batch = torch.full((), num_items_in_batch, device=labels.device)
+            num_items_in_batch = num_items_in_batch.clamp(min=1).reshape(
+                ()
+            )  # DataParallel adds dims
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
                     labels, decoder_attention_mask, decoder_cu_seqlens
@@ -361,10 +363,8 @@ def _packed_keys(*bounds: Any) -> Varlen | None:
             " key_order"
         )
     if sources.shape != targets.shape:
-        raise ValueError(
-            f"cu_seqlens has {len(sources) - 1} sources and decoder_cu_seqlens "
-            f"{len(targets) - 1} targets; pass one target per source"
-        )
+        numbers = f"{len(sources) - 1} sources and {len(targets) - 1} targets"
+        raise ValueError(f"a packed batch has {numbers}; pass one target per source")
     return Varlen(
         queries=targets,
         keys=sources + targets,

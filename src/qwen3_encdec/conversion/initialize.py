@@ -189,7 +189,9 @@ def initialize(
     # Rows from the first reserved token on were never trained.
     tokens = tokenizer.convert_ids_to_tokens(range(source_config.vocab_size))
     trained = sum(not token.startswith("<|reserved_") for token in tokens)
-    with new_folder(output_dir, "encoder-decoder", source=str(qwen3_model), dtype=dtype) as folder:
+    # A relative path would later be read from another place.
+    origin = str(source.absolute() if Path(qwen3_model).exists() else qwen3_model)
+    with new_folder(output_dir, "encoder-decoder", source=origin, dtype=dtype) as folder:
         with no_init_weights():
             model = Qwen3ForSeq2SeqLM(config).eval()
         copied, dropped = _fill(model, source, picks, trained, seed)

@@ -74,7 +74,12 @@ class Varlen:
             needless = states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
         if "flash" in backend or (backend == "sdpa" and needless):
             return
-        first, last = self.interval(states.shape[1])
+        # The first key that each query sees, and the end of its keys, both [N].
+        places = torch.arange(states.shape[1], device=states.device)
+        document = torch.searchsorted(self.queries, places, right=True) - 1
+        first, last = self.keys[document].long(), self.keys[document + 1].long()
+        if self.causal:
+            last = last - (self.queries[document + 1] - 1 - places)
         if backend == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -93,15 +98,6 @@ class Varlen:
     def reorder(self, keys: torch.Tensor) -> torch.Tensor:
         """Permute [1, K, M, d] by `order`; the gradient is a gather by `inverse`."""
         return _Reorder.apply(keys, self.order, self.inverse)
-
-    def interval(self, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first key that each query sees, and the end of its range, both [N] int64."""
-        places = torch.arange(num_queries, device=self.queries.device)
-        document = torch.searchsorted(self.queries, places, right=True) - 1
-        first, last = self.keys[document].long(), self.keys[document + 1].long()
-        if self.causal:
-            last = last - (self.queries[document + 1] - 1 - places)
-        return first, last
 
 
 def project_query(attention: Qwen3Attention, states: torch.Tensor) -> torch.Tensor:

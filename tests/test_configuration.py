@@ -67,6 +67,7 @@ def test_every_dense_qwen3_is_accepted(sizes):
         ({"hiden_size": 3}, "'hiden_size' is not used .* did you mean 'hidden_size'"),
         ({"sliding_window": 4096}, "'sliding_window' is not used"),
         ({"num_key_value_heads": 3}, "num_key_value_heads=3 does not divide num_attention_heads=4"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads=0 does not divide"),
         ({"head_dim": 13}, "head_dim=13 is odd"),
         ({"num_decoder_layers": 0}, "num_decoder_layers=0 is not between 1 and"),
         ({"num_decoder_layers": 4}, "num_decoder_layers=4 is not between 1 and .*layers=3"),

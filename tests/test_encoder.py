@@ -3,7 +3,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import Qwen3Model
 
-from qwen3_encdec import Qwen3EncoderModel
+from qwen3_encdec import Qwen3EncoderForSequenceClassification, Qwen3EncoderModel
 from tests.conftest import BACKENDS, tiny_config, tiny_qwen3_config, use_backend
 
 
@@ -98,3 +98,9 @@ def test_states_and_attentions_are_recorded():
     assert [tuple(states.shape) for states in output.hidden_states] == [(3, 11, 40)] * 4
     assert [tuple(weights.shape) for weights in output.attentions] == [(3, 4, 11, 11)] * 3
     torch.testing.assert_close(output.attentions[0].sum(-1), torch.ones(3, 4, 11))
+
+
+def test_the_mean_of_a_long_text_does_not_overflow_in_fp16():
+    states = torch.full((1, 1100, 4), 64.0, dtype=torch.float16)
+    head = Qwen3EncoderForSequenceClassification(tiny_config())
+    assert torch.equal(head.pool(states, torch.ones(1, 1100)), states[:, 0])

@@ -10,6 +10,7 @@ from transformers import AutoModel, AutoTokenizer, Qwen3Model
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion.card import read_card
 from qwen3_encdec.conversion.extract import checkpoints_to_average, extract_encoder
+from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_json
 
 TEXTS = ["One.", "A sentence of a few more words, to be padded against.", "def f(x): return x"]
@@ -149,6 +150,14 @@ def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, encoder_fo
     write_json(run / "checkpoints/step-000003" / PROVENANCE_FILE, made)
     extract_encoder(run, tmp_path / "out")
     assert read_card(tmp_path / "out")["base_model"] == "Qwen/Qwen3-0.6B"
+
+
+def test_the_current_folder_has_a_name(parent_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(parent_folder)
+    initialize(".", tmp_path / "init", num_sentinel_tokens=3, verify=False)
+    monkeypatch.chdir(tmp_path / "init")
+    assert extract_encoder(".", tmp_path / "out").averaged == ["init"]
+    assert read_card(tmp_path / "out")["base_model"] == parent_folder.name
 
 
 def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):

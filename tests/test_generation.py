@@ -2,12 +2,13 @@
 
 import pytest
 import torch
-from transformers import DynamicCache, StaticCache, TextIteratorStreamer
+from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
+from transformers.generation import GenerationMode
 
 from qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.modeling_qwen3_decoder import SourceDynamicCache, SourceStaticCache
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
-from tests.conftest import tiny_config
+from tests.conftest import BACKENDS, tiny_config, use_backend
 
 S = 9
 
@@ -31,10 +32,38 @@ def test_generation_ignores_padding(model, source):
     assert not torch.equal(model.generate(source["input_ids"], **options), together)
 
 
-def test_static_cache_and_a_step_compiled_as_one_graph(model, source):
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_static_cache_gives_the_tokens_of_a_growing_one(model, source, implementation, masked):
+    use_backend(model, implementation)
+    inputs = source if masked else {"input_ids": source["input_ids"]}
+    growing, static = (
+        model.generate(**inputs, max_new_tokens=6, cache_implementation=kind)
+        for kind in ("dynamic", "static")
+    )
+    assert torch.equal(static, growing)
+
+
+@torch.no_grad()
+def test_a_static_cache_without_a_source(model):
+    ids = torch.randint(0, 300, (2, 4), generator=torch.Generator().manual_seed(1))
+    inputs = {"encoder_outputs": (torch.zeros(2, 0, 40),), "decoder_input_ids": ids}
+    found = model(**inputs, cache=static_cache(model)).logits
+    torch.testing.assert_close(found, model(**inputs).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_a_gpu_decodes_with_a_static_cache_where_steps_compile(model, implementation, monkeypatch):
+    use_backend(model, implementation)
+    monkeypatch.setattr(Qwen3ForSeq2SeqLM, "device", torch.device("cuda"))
+    inputs = {"encoder_outputs": (torch.zeros(1, S, 40),)}
+    settings = GenerationConfig(use_cache=True, num_beams=1, num_return_sequences=1)
+    model._prepare_cache_for_generation(settings, inputs, GenerationMode.GREEDY_SEARCH, 1, 4)
+    assert isinstance(inputs["cache"], StaticCache) == (implementation == "sdpa")
+
+
+def test_a_step_is_compiled_as_one_graph(model, source):
     expected = model.generate(**source, max_new_tokens=6)
-    static = model.generate(**source, max_new_tokens=6, cache_implementation="static")
-    assert torch.equal(static, expected)
     inputs = {"encoder_outputs": model.get_encoder()(**source), "cache": static_cache(model)}
     inputs["attention_mask"] = source["attention_mask"]
     step = torch.compile(model.forward, fullgraph=True, backend="eager")
@@ -192,19 +221,6 @@ def test_encoder_outputs_are_used_again(model, source):
     for _ in range(2):
         assert torch.equal(model.generate(**given, max_new_tokens=5), expected)
     assert not calls
-
-
-@pytest.mark.parametrize("length", [5_000, pytest.param(33_000, marks=pytest.mark.slow)])
-def test_sources_longer_than_anything_usual(length):
-    torch.manual_seed(0)
-    model = Qwen3ForSeq2SeqLM(tiny_config(num_hidden_layers=1)).eval()
-    ids = torch.randint(0, 300, (1, length))
-    tokens = model.generate(input_ids=ids, max_new_tokens=3, min_new_tokens=3)
-    assert tokens.shape == (1, 4)
-    with torch.no_grad():
-        whole = model(input_ids=ids, decoder_input_ids=tokens[:, :1]).logits
-        later = model(input_ids=ids[:, 1:], decoder_input_ids=tokens[:, :1]).logits
-    assert not torch.equal(whole, later)  # its first token is not forgotten
 
 
 def test_streaming_gives_the_text_piece_by_piece(model, source, tokenizer):

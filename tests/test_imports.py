@@ -78,6 +78,7 @@ print(*names)
         "import qwen3_encdec; import transformers.generation.utils",
         "from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig",
         "from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer",
+        "from qwen3_encdec.attention_qwen3_encdec import attend",
     ],
 )
 def test_auto_classes_know_the_model_whatever_is_imported_first(first):

@@ -185,6 +185,10 @@ def test_nan_does_not_pass(parent_copy, tmp_path):
     [
         (lambda t: t.update({"score.weight": torch.zeros(2)}), "score.weight .* is not one of a"),
         (lambda t: t.update({"model.norm.weight": torch.zeros(1)}), r"\(1,\) does not fit model"),
+        (
+            lambda t: t.update({"model.embed_tokens.weight": torch.zeros(900, 40)}),
+            r"\(900, 40\) does not fit model.shared.weight",
+        ),
         (lambda t: t.pop("model.norm.weight"), "no tensor for model.decoder.norm.weight"),
     ],
 )

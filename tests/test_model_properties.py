@@ -5,6 +5,7 @@ The reference is always each document alone, without a mask, its loss taken from
 
 import inspect
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -367,7 +368,7 @@ def test_inputs_that_do_not_fit_are_refused(kind, training):
 @pytest.mark.parametrize(
     "name",
     [
-        *("position_ids", "max_seqlen", "key_order"),
+        *("position_ids", "cu_seqlens", "max_seqlen", "key_order"),
         *("decoder_position_ids", "decoder_cu_seqlens", "decoder_max_seqlen"),
     ],
 )
@@ -409,6 +410,8 @@ def test_a_cache_is_honoured_with_labels_too(training, use_cache):
     source, target = ids(2, 6), ids(2, 7)
     whole = model(input_ids=source, decoder_input_ids=target).logits
     cache = model(input_ids=source, decoder_input_ids=target[:, :4], use_cache=True).cache
+    assert cache.layers[0].keys.shape == (2, 2, 6 + 4, 14)  # the source is a prefix
+    assert cache.get_seq_length() == 4
     rest = {"decoder_input_ids": target[:, 4:], "labels": target[:, 4:]}
     found = model(input_ids=source, **rest, cache=cache, use_cache=use_cache, return_logits=True)
     torch.testing.assert_close(found.logits, whole[:, 4:], atol=1e-5, rtol=1e-4)
@@ -446,7 +449,9 @@ def test_generation_in_training_with_checkpointing_is_that_of_evaluation(make, g
 def test_batches_of_nothing(training):
     model = build().train(training)
     empty = torch.zeros(2, 0, dtype=torch.long)
-    assert model(input_ids=ids(0, 6), decoder_input_ids=ids(0, 4)).logits.shape == (0, 4, 331)
+    for length in (1, 4):
+        none = {"input_ids": ids(0, length), "decoder_input_ids": ids(0, length)}
+        assert model(**none).logits.shape == (0, length, 331)
     assert model(input_ids=ids(2, 6), decoder_input_ids=empty).logits.shape == (2, 0, 331)
     for batch in (
         {"input_ids": ids(2, 6), "labels": empty},
@@ -478,6 +483,18 @@ def test_a_row_without_source_or_target_leaves_the_others_alone(training):
         inputs = {"input_ids": source[row : row + 1], "attention_mask": mask[row : row + 1]}
         one = model(**inputs, labels=labels[row : row + 1], return_logits=True)
         torch.testing.assert_close(output.logits[row], one.logits[0], atol=1e-5, rtol=1e-4)
+
+
+def test_many_documents_need_no_unique():
+    """On a GPU it waits for the device."""
+    labels, start = ids(1, 4_000), build().config.decoder_start_token_id
+    bounds = torch.tensor([0, 0, *range(0, 4_001, 40)], dtype=torch.int32)
+    with torch.profiler.profile() as profile:
+        found = build().prepare_decoder_input_ids_from_labels(labels, cu_seqlens=bounds)
+    assert not [event.key for event in profile.key_averages() if "unique" in event.key]
+    expected = labels.roll(1, 1)
+    expected[0, ::40] = start
+    assert torch.equal(found, expected)
 
 
 @modes
@@ -512,6 +529,27 @@ def test_a_step_without_labels_has_no_loss(training):
         loss = build().train(training)(**batch, num_items_in_batch=count).loss
         loss.backward()
         assert loss == 0
+
+
+@modes
+def test_a_replica_of_data_parallel_gives_the_same_numbers(training, monkeypatch):
+    """Trainer wraps a model so on several GPUs; here both replicas are on the CPU."""
+    module = import_module("torch.nn.parallel.replicate")
+    monkeypatch.setattr(
+        module,
+        "_broadcast_coalesced_reshape",
+        lambda tensors, devices, detach=False: [[t.clone() for t in tensors] for _ in devices],
+    )
+    model = build().train(training)
+    batch = {"input_ids": ids(2, 6), "labels": ids(2, 5)}
+    expected = model(**batch, num_items_in_batch=20).loss
+    expected.backward()
+    _, replica = module.replicate(model, [0, 1])
+    model.model.shared.weight.data.zero_()  # a replica that reads it gives other numbers
+    loss = replica(**batch, num_items_in_batch=torch.tensor([[20]])).loss
+    torch.testing.assert_close(loss, expected)
+    with pytest.raises(ValueError, match="DataParallel cuts packed batches apart"):
+        replica(**PACKED)
 
 
 # --- compiled

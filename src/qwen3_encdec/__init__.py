@@ -63,12 +63,15 @@ def _register() -> None:
 
 
 class _ImportWatcher(MetaPathFinder):
-    """Calls `_register` once an outermost import has loaded our classes or the Auto classes."""
+    """Calls `_register` once an outermost import has loaded our classes or the Auto classes.
+
+    A module that is still being executed must not be imported from.
+    """
 
     depth = 0
 
     def find_spec(self, fullname: str, path: Any, target: Any = None) -> ModuleSpec | None:
-        if fullname not in _REGISTERED and not fullname.startswith("transformers."):
+        if not fullname.startswith((f"{__name__}.", "transformers.")):
             return None
         spec = PathFinder.find_spec(fullname, path, target)
         if spec and spec.loader:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
-from torch.nn.attention.bias import causal_lower_right
+from torch.nn.attention.bias import CausalBias, causal_lower_right
 from torch.nn.attention.varlen import varlen_attn
+from transformers.integrations.sdpa_attention import repeat_kv
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, eager_attention_forward
 
@@ -67,9 +68,18 @@ class Varlen:
 
     def prepare(self, backend: str, states: torch.Tensor, key_length: int) -> None:
         """Build the mask, once per forward, if `backend` needs one for [1, N, E] `states`."""
-        if "flash" in backend or (backend == "sdpa" and self._has_kernel(states)):
+        if states.device.type == "cpu":
+            needless = not torch.compiler.is_compiling()  # document by document
+        else:
+            needless = states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
+        if "flash" in backend or (backend == "sdpa" and needless):
             return
-        first, last = self.interval(states.shape[1])
+        # The first key that each query sees, and the end of its keys, both [N].
+        places = torch.arange(states.shape[1], device=states.device)
+        document = torch.searchsorted(self.queries, places, right=True) - 1
+        first, last = self.keys[document].long(), self.keys[document + 1].long()
+        if self.causal:
+            last = last - (self.queries[document + 1] - 1 - places)
         if backend == "flex_attention":
             from torch.nn.attention.flex_attention import create_block_mask
 
@@ -88,21 +98,6 @@ class Varlen:
     def reorder(self, keys: torch.Tensor) -> torch.Tensor:
         """Permute [1, K, M, d] by `order`; the gradient is a gather by `inverse`."""
         return _Reorder.apply(keys, self.order, self.inverse)
-
-    def interval(self, num_queries: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the first key that each query sees, and the end of its range, both [N] int64."""
-        places = torch.arange(num_queries, device=self.queries.device)
-        document = torch.searchsorted(self.queries, places, right=True) - 1
-        first, last = self.keys[document].long(), self.keys[document + 1].long()
-        if self.causal:
-            last = last - (self.queries[document + 1] - 1 - places)
-        return first, last
-
-    def _has_kernel(self, states: torch.Tensor) -> bool:
-        """Return True if SDPA needs no mask: varlen kernel on CUDA, document loop on CPU."""
-        if states.device.type == "cpu":
-            return not torch.compiler.is_compiling()
-        return states.is_cuda and compute_dtype(states) in (torch.float16, torch.bfloat16)
 
 
 def project_query(attention: Qwen3Attention, states: torch.Tensor) -> torch.Tensor:
@@ -173,7 +168,8 @@ def attend(
         mask, options["is_causal"] = packed.mask, packed.causal
     if backend == "sdpa":
         if packed is not None and mask is None:
-            return _packed_sdpa(query, key, value, packed, module.scaling, dropout), None
+            packed_sdpa = _varlen if query.is_cuda else _by_document
+            return packed_sdpa(query, key, value, packed, module.scaling, dropout), None
         return _sdpa(query, key, value, mask, causal, module.scaling, dropout), None
     if packed is not None and "flash" in backend:
         options |= {
@@ -186,29 +182,35 @@ def attend(
         mask = _additive(mask, query.dtype)
     attention = ALL_ATTENTION_FUNCTIONS.get_interface(backend, eager_attention_forward)
     output, weights = attention(module, query, key, value, mask, **options)
-    return output, None if packed is not None else weights
+    if packed is not None or backend == "flex_attention":  # on GPUs, Flex returns a log-sum-exp
+        return output, None
+    return output, weights
 
 
 def _sdpa(query, key, value, mask, causal: bool, scaling: float, dropout: float) -> torch.Tensor:
     """Map [B, H, T, d] queries to [B, T, H, d] with SDPA."""
-    if mask is None and causal and query.shape[2] > 1:
-        mask = _bottom_right(query.shape[2], key.shape[2], query)
+    group = query.shape[1] // key.shape[1]
     if query.shape[2] == 1:
         # GQA with a single query: fold the group into the query dimension so each KV head is read
         # once.
-        grouped = query.view(*key.shape[:2], -1, query.shape[-1])
+        grouped = query.view(*key.shape[:2], group, query.shape[-1])
         output = F.scaled_dot_product_attention(grouped, key, value, mask, dropout, scale=scaling)
         return output.reshape(query.shape).transpose(1, 2)
+    if mask is None and causal:
+        mask = _bottom_right(query.shape[2], key.shape[2], query)
+    # On CUDA only the flash kernel takes groups, and it takes neither a mask tensor nor fp32. The
+    # fallback for groups materializes the scores.
+    flash = query.dtype != torch.float32 and (mask is None or isinstance(mask, CausalBias))
+    if query.is_cuda and not flash:
+        key, value = repeat_kv(key, group), repeat_kv(value, group)
     output = F.scaled_dot_product_attention(
-        query, key, value, mask, dropout, scale=scaling, enable_gqa=True
+        query, key, value, mask, dropout, scale=scaling, enable_gqa=key.shape[1] != query.shape[1]
     )
     return output.transpose(1, 2)
 
 
-def _packed_sdpa(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
-    """Map packed [1, H, N, d] queries to [1, N, H, d] with SDPA."""
-    if not query.is_cuda:
-        return _by_document(query, key, value, packed, scaling, dropout)
+def _varlen(query, key, value, packed: Varlen, scaling: float, dropout: float) -> torch.Tensor:
+    """Map packed [1, H, N, d] queries to [1, N, H, d] with torch's varlen kernel."""
     if dropout:
         raise ValueError("attention_dropout must be 0: torch's varlen attention has no dropout")
     output: Any = varlen_attn(
@@ -244,8 +246,8 @@ def _by_document(query, key, value, packed: Varlen, scaling: float, dropout: flo
 
 
 def _bottom_right(queries: int, keys: int, like: torch.Tensor) -> Any:
-    """Make SDPA's bottom-right causal mask: a flag to the kernel on CUDA, a matrix on CPU."""
-    if like.is_cuda:
+    """Make SDPA's bottom-right causal mask: a flag to the kernel on CUDA, else a matrix."""
+    if like.is_cuda and not torch.compiler.is_compiling():  # torch cannot trace the flag
         return causal_lower_right(queries, keys)
     seen = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
     return _additive(seen, like.dtype)

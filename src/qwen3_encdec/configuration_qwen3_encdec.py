@@ -10,7 +10,7 @@ Qwen3-0.6B with 100 sentinels.
 import copy
 import dataclasses
 import difflib
-from typing import Any, ClassVar
+from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from huggingface_hub.errors import StrictDataclassError
@@ -81,14 +81,13 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         is_encoder_decoder: Always True.
 
     Raises:
-        ValueError: a field that no code reads, sizes that do not fit, or token ids outside the
-            vocabulary.
+        ValueError: a field that no code reads, sizes that do not fit, or a padding or start token
+            outside the vocabulary.
     """
 
     model_type = "qwen3_encdec"
     keys_to_ignore_at_inference = ["cache", "token_losses"]  # noqa: RUF012
     default_theta = 1_000_000.0
-    base_model_tp_plan: ClassVar[dict] = {}  # the stacks carry their own
 
     vocab_size: int = 152_036
     num_sentinel_tokens: int = 100
@@ -118,7 +117,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         if self.num_decoder_layers is None:
             self.num_decoder_layers = self.num_hidden_layers
-        # A small hand-made vocabulary has neither. Ids given explicitly are checked instead.
+        # A small hand-made vocabulary has neither.
         if self.pad_token_id == _PAD >= self.vocab_size:
             self.pad_token_id = None
         if self.eos_token_id == _EOS >= self.vocab_size:
@@ -139,7 +138,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
             raise ValueError(
                 f"num_decoder_layers={layers!r} is not between 1 and num_hidden_layers={most}"
             )
-        if self.num_attention_heads % self.num_key_value_heads:
+        if self.num_key_value_heads < 1 or self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_key_value_heads={self.num_key_value_heads} does not divide "
                 f"num_attention_heads={self.num_attention_heads}"

@@ -52,31 +52,14 @@ def chunked_cross_entropy(
     # Each chunk reads and writes the whole weight gradient, so a GPU needs larger chunks.
     chunk = chunk or (2048 if hidden.is_cuda else 512)
     options = (scale, chunk, z_loss)
-    # Finding the ignored labels would synchronize with the device or break the graph.
-    if hidden.is_cuda or torch.compiler.is_compiling():
+    # Elsewhere, finding the ignored labels would synchronize with the device or break the graph.
+    if hidden.device.type != "cpu" or torch.compiler.is_compiling():
         loss, losses = _ChunkedCrossEntropy.apply(states, weight, flat, *options)
         return loss, losses.view(labels.shape)
     kept = (flat != IGNORED).nonzero().squeeze(1)
     loss, losses = _ChunkedCrossEntropy.apply(states[kept], weight, flat[kept], *options)
     token_losses = losses.new_zeros(flat.shape).index_copy(0, kept, losses)
     return loss, token_losses.view(labels.shape)
-
-
-def dense_cross_entropy(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    num_items: torch.Tensor | int,
-    z_loss: float = 0.0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Compute the same from existing [..., V] logits."""
-    kept = labels != IGNORED
-    log_probs = logits.float().log_softmax(-1)
-    losses = -log_probs.gather(-1, labels.masked_fill(~kept, 0)[..., None]).squeeze(-1)
-    objective = losses
-    if z_loss:
-        objective = losses + z_loss * logits.float().logsumexp(-1).square()
-    loss = objective.masked_fill(~kept, 0.0).sum() / num_items
-    return loss, losses.detach().masked_fill(~kept, 0.0)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -174,4 +157,4 @@ def _table(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return table
 
 
-__all__ = ["IGNORED", "chunked_cross_entropy", "dense_cross_entropy"]
+__all__ = ["IGNORED", "chunked_cross_entropy"]

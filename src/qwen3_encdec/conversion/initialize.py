@@ -189,7 +189,9 @@ def initialize(
     # Rows from the first reserved token on were never trained.
     tokens = tokenizer.convert_ids_to_tokens(range(source_config.vocab_size))
     trained = sum(not token.startswith("<|reserved_") for token in tokens)
-    with new_folder(output_dir, "encoder-decoder", source=str(qwen3_model), dtype=dtype) as folder:
+    # A relative path would later be read from another place.
+    origin = str(source.absolute() if Path(qwen3_model).exists() else qwen3_model)
+    with new_folder(output_dir, "encoder-decoder", source=origin, dtype=dtype) as folder:
         with no_init_weights():
             model = Qwen3ForSeq2SeqLM(config).eval()
         copied, dropped = _fill(model, source, picks, trained, seed)
@@ -235,8 +237,9 @@ def _fill(
             layer, _, rest = name.removeprefix(prefix).partition(".")
             copies = [i for i, pick in enumerate(picks) if pick == int(layer)]
             targets[1:] = [f"model.decoder.layers.{i}.{rest}" for i in copies]
-        if prefix == "model.embed_tokens.":
-            tensor = _grow(tensor.float(), len(state[targets[0]]), trained, seed)
+        sentinels = model.config.num_sentinel_tokens
+        if prefix == "model.embed_tokens." and len(tensor) == model.config.vocab_size - sentinels:
+            tensor = _grow(tensor.float(), sentinels, trained, seed)
         for target in targets:
             if target not in state or state[target].shape != tensor.shape:
                 shape = tuple(tensor.shape)
@@ -256,11 +259,11 @@ def _fill(
     return len(filled), dropped
 
 
-def _grow(embedding: torch.Tensor, rows: int, trained: int, seed: int) -> torch.Tensor:
+def _grow(embedding: torch.Tensor, sentinels: int, trained: int, seed: int) -> torch.Tensor:
     """Append sentinel rows: the mean of the trained rows plus a tenth of their std as noise."""
     known = embedding[:trained]
-    shape = rows - embedding.shape[0], embedding.shape[1]
-    noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.randn(sentinels, embedding.shape[1], generator=generator)
     return torch.cat([embedding, known.mean(0) + 0.1 * known.std(0) * noise])
 
 

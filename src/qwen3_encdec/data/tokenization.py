@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 from transformers.utils import logging
-
-from qwen3_encdec.tokenization_qwen3_encdec import byte_alphabet
 
 logger = logging.get_logger(__name__)
 
@@ -132,7 +131,7 @@ def _tiktoken(spec_text: str) -> Callable[[str], np.ndarray]:
             pass
         case _:
             raise ValueError("the tokenizer does not normalize and split text as Qwen3's does")
-    byte_of = {letter: byte for byte, letter in byte_alphabet().items()}
+    byte_of = {letter: byte for byte, letter in bytes_to_unicode().items()}
     ranks = {bytes(byte_of[letter] for letter in token): vocabulary[token] for token in vocabulary}
     encoding = tiktoken.Encoding(
         "corpus", pat_str=pattern, mergeable_ranks=ranks, special_tokens={}

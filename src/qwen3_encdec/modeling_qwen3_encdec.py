@@ -216,9 +216,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 num_items_in_batch = (labels != IGNORED).sum()
             elif not isinstance(num_items_in_batch, torch.Tensor):  # a copy would wait for the GPU
                 num_items_in_batch = torch.full((), num_items_in_batch, device=labels.device)
-            num_items_in_batch = num_items_in_batch.clamp(min=1).reshape(
-                ()
-            )  # DataParallel adds dims
+            # DataParallel adds a dimension.
+            num_items_in_batch = num_items_in_batch.clamp(min=1).reshape(())
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
                     labels, decoder_attention_mask, decoder_cu_seqlens

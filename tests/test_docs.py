@@ -18,6 +18,8 @@ from qwen3_encdec.evaluation.retrieval import Retrieval
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TEXTS = "\n".join(file.read_text(encoding="utf-8") for file in (*PAGES, *CONFIGS))
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -89,23 +91,20 @@ def test_examples_are_shown_on_the_pages():
 
 def test_hsdp_commands_have_as_many_processes_as_their_sizes_multiply_to():
     """Also those of the recipes, whose launch needs more GPUs than a test has."""
-    files = [*PAGES, *(ROOT / "configs").rglob("*.yaml")]
-    text = "\n".join(re.sub(r"\\\n#? *", "", file.read_text(encoding="utf-8")) for file in files)
-    commands = re.findall(r"accelerate launch .*accelerate_hsdp.yaml.*", text)
+    joined = re.sub(r"\\\n#? *", "", TEXTS)
+    commands = re.findall(r"accelerate launch .*accelerate_hsdp.yaml.*", joined)
     assert len(commands) >= 3
     for command in commands:
         options = dict(re.findall(r"--(\w+) (\d+)", command))
-        sizes = [
+        replicas, shards = (
             int(options[f"parallelism_config_dp_{kind}_size"]) for kind in ("replicate", "shard")
-        ]
-        assert sizes[0] * sizes[1] == int(options["num_processes"]), command
+        )
+        assert replicas * shards == int(options["num_processes"]), command
 
 
 def test_folders_of_the_demo_are_named_as_it_names_them():
     source = (ROOT / "src/qwen3_encdec/demo/pipeline.py").read_text(encoding="utf-8")
-    files = [*PAGES, *(ROOT / "configs").rglob("*.yaml")]
-    text = "\n".join(file.read_text(encoding="utf-8") for file in files)
-    named = set(re.findall(r"runs/demo/([a-z-]+?)(?:-contrastive)?\b(?!\.)", text))
+    named = set(re.findall(r"runs/demo/([a-z-]+?)(?:-contrastive)?\b(?!\.)", TEXTS))
     assert {"init", "encoder"} <= named <= set(re.findall(r'root / "([a-z-]+)"', source)), named
 
 

@@ -163,6 +163,15 @@ def test_processes_that_have_not_met_stop(monkeypatch, tmp_path):
         launched(config).__enter__()
 
 
+def test_hsdp_over_another_number_of_processes_stops(monkeypatch):
+    for name in ("WORLD_SIZE", "PARALLELISM_CONFIG_DP_REPLICATE_SIZE"):
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setenv("PARALLELISM_CONFIG_DP_SHARD_SIZE", "2")
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    with pytest.raises(InputError, match="size 8 x dp_shard_size 2 must be .* processes, 8; pass"):
+        launched(TrainingConfig()).__enter__()
+
+
 @pytest.mark.parametrize("name", ["PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"])
 def test_the_user_s_allocator_settings_stay(monkeypatch, tmp_path, name):
     mine = {name: "max_split_size_mb:64"}

@@ -8,14 +8,18 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import numpy as np
 import pytest
 import typer.main
 import yaml
 
 from qwen3_encdec.cli import app
+from qwen3_encdec.evaluation.retrieval import Retrieval
 
 ROOT = Path(__file__).parent.parent
 PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+TEXTS = "\n".join(file.read_text(encoding="utf-8") for file in (*PAGES, *CONFIGS))
 COMMANDS = typer.main.get_command(app).commands
 
 
@@ -83,6 +87,33 @@ def test_examples_are_shown_on_the_pages():
     assert all((ROOT / file).is_file() for file in files)
     with pytest.raises(AssertionError):
         included('--8 < --"examples/own_denoiser.py"')
+
+
+def test_hsdp_commands_have_as_many_processes_as_their_sizes_multiply_to():
+    """Also those of the recipes, whose launch needs more GPUs than a test has."""
+    joined = re.sub(r"\\\n#? *", "", TEXTS)
+    commands = re.findall(r"accelerate launch .*accelerate_hsdp.yaml.*", joined)
+    assert len(commands) >= 3
+    for command in commands:
+        options = dict(re.findall(r"--(\w+) (\d+)", command))
+        replicas, shards = (
+            int(options[f"parallelism_config_dp_{kind}_size"]) for kind in ("replicate", "shard")
+        )
+        assert replicas * shards == int(options["num_processes"]), command
+
+
+def test_folders_of_the_demo_are_named_as_it_names_them():
+    source = (ROOT / "src/qwen3_encdec/demo/pipeline.py").read_text(encoding="utf-8")
+    named = set(re.findall(r"runs/demo/([a-z-]+?)(?:-contrastive)?\b(?!\.)", TEXTS))
+    assert {"init", "encoder"} <= named <= set(re.findall(r'root / "([a-z-]+)"', source)), named
+
+
+def test_a_task_has_what_the_page_says():
+    page = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
+    names = re.findall(r"`(\w+)", page.partition("anything else with")[2].partition(";")[0])
+    task = Retrieval("name", [], [], np.empty(0))
+    assert len(names) == 6
+    assert [name for name in names if not hasattr(task, name)] == []
 
 
 def test_the_shell_completes_commands():

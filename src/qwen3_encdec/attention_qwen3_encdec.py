@@ -142,8 +142,10 @@ def attend(
     | `_attn_implementation` | padded form                    | packed form                        |
     |------------------------|--------------------------------|------------------------------------|
     | eager                  | additive mask, returns weights | dense mask                         |
-    | sdpa                   | bool mask, or none             | CUDA: torch's varlen kernel; CPU:  |
-    |                        |                                | by document; compiled: dense mask  |
+    | sdpa                   | bool mask, or none             | CUDA in half precision: torch's    |
+    |                        |                                | varlen kernel; CPU: by document;   |
+    |                        |                                | CUDA in fp32, compiled on a CPU:   |
+    |                        |                                | dense mask                         |
     | flash_attention_*      | unpadded by transformers       | cumulative lengths                 |
     | flex_attention         | block mask                     | block mask                         |
     | registered elsewhere   | as transformers masks it       | dense mask                         |

@@ -28,12 +28,12 @@ Name = Annotated[str, Field(min_length=1)]
 
 @dataclass(frozen=True)
 class Source:
-    """One source of a mixture."""
+    """One corpus of a mixture."""
 
     inputs: list[str]
     """Same as `DataConfig.inputs`."""
     weight: float = 1.0
-    """Share of the tokens, relative to the other sources."""
+    """Share of the tokens, relative to the other corpora."""
     text_column: str = "text"
     """Same as `DataConfig.text_column`."""
     name: str = ""
@@ -59,11 +59,11 @@ class DataConfig:
     ORG/NAME:CONFIG; or package-docs, the docstrings of the installed Python packages.
     """
     mixture: list[dict] = field(default_factory=list)
-    """Instead of inputs: sources as {inputs: [...], weight: 1, text_column: text, name: web};
+    """Instead of inputs: corpora as {inputs: [...], weight: 1, text_column: text, name: web};
     weight is a share of the tokens.
     """
     text_column: str = "text"
-    """Field of a JSON line, column of a parquet file or hub dataset that holds the text."""
+    """Field of a JSON line, or column of a table or hub dataset, that holds the text."""
     hub_split: str = "train"
     """Split to read of a hub dataset."""
     heldout_inputs: list[Name] = field(default_factory=list)
@@ -71,7 +71,9 @@ class DataConfig:
     heldout_every: Several = 100
     """If heldout_inputs is empty, hold out one document in this many, chosen by its hash."""
     preset: str | list[dict] = "t5gemma2"
-    """Denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}."""
+    """Denoisers: t5gemma2, ul2, t5, or a list of {name, mean_span, corruption, weight}, also in a
+    .yaml file.
+    """
     source_length: Several = 512
     """Maximum source tokens in a row, including sentinels and EOS."""
     target_length: Several = 256

@@ -1,5 +1,6 @@
 """Launch a run on the available devices and hold its model and optimizer."""
 
+import math
 import os
 import time
 import warnings
@@ -177,6 +178,15 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
         if plugin.fsdp_version != 2:
             raise InputError("training needs fsdp_version: 2 in the accelerate config")
         plugins["fsdp_plugin"] = plugin
+    if _uses("PARALLELISM_CONFIG"):
+        ranks, prefix = int(os.environ.get("WORLD_SIZE", 1)), "PARALLELISM_CONFIG_DP_"
+        sizes = [int(os.environ.get(f"{prefix}{n}_SIZE", 1)) for n in ("REPLICATE", "SHARD")]
+        if math.prod(sizes) != ranks:
+            raise InputError(
+                f"dp_replicate_size {sizes[0]} x dp_shard_size {sizes[1]} must be the number of "
+                f"processes, {ranks}; pass --parallelism_config_dp_replicate_size and "
+                "--parallelism_config_dp_shard_size"
+            )
     if _uses("DEEPSPEED"):
         if not torch.accelerator.is_available():
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # read on import

@@ -341,10 +341,15 @@ def _unpack(path: str, copy: str) -> str:
     return str(target)
 
 
+def local_paths(item: str) -> list[str]:
+    """Return the existing files and folders that an input names: a path, or matches of a glob."""
+    return [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+
+
 def _local_files(item: str, passed_over: list[str]) -> list[str]:
     """Return the files that a path or a glob matches, including those in matched folders."""
     files = []
-    matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    matches = local_paths(item)
     for match in matches:
         if os.path.isdir(match):
             files += _walk(match, passed_over)

@@ -32,6 +32,7 @@ from qwen3_encdec.data.corpus import (
     TOKENIZER_KEY,
     TOKENS_SCHEMA,
     Corpus,
+    local_paths,
     open_corpus,
 )
 from qwen3_encdec.data.tokenization import Encoder
@@ -73,12 +74,13 @@ class Preparation:
         output: Path,
         deduplicate: str = "no",
     ) -> None:
-        output = check_output(output, "prepared corpus").resolve()  # a link stays
-        self.output, self.min_tokens = output, config.min_tokens
         source = config.sources[0]
-        for item in filter(os.path.isdir, source.inputs):
-            if Path(item).resolve() in output.parents:
-                raise InputError(f"output {output} is inside input {item}; choose another folder")
+        given = [path for item in source.inputs for path in local_paths(item)]
+        output = check_output(output, "prepared corpus", inputs=given).resolve()  # a link stays
+        self.output, self.min_tokens = output, config.min_tokens
+        for path in given:
+            if Path(path).resolve() in output.parents:
+                raise InputError(f"output {output} is inside input {path}; choose another folder")
         self.corpus, self.encode = open_corpus(source, config), Encoder(tokenizer)
         for file in self.corpus.files:
             if file.tokenizer:

@@ -18,13 +18,7 @@ from typer import Argument, Exit, Option, Typer
 from typer.core import TyperCommand
 
 from qwen3_encdec import __version__
-from qwen3_encdec.folders import (
-    PROVENANCE_FILE,
-    InputError,
-    check_output,
-    first_line,
-    new_folder,
-)
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, check_output, first_line, new_folder
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 FORMER_NAMES = {

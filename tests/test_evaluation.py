@@ -306,6 +306,7 @@ def test_a_drawn_query_keeps_all_its_documents_and_is_one_unit_of_the_interval()
     ("line", "sentence"),
     [
         ("{", "mine.jsonl:1 is not valid JSON"),
+        ("[" * 10**5, "mine.jsonl:1 is not valid JSON"),
         ("[1]", "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a"}', "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a", "document": ""}', "mine.jsonl:1 must have non-empty query and document"),

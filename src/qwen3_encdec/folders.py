@@ -112,7 +112,7 @@ def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:
         return parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not valid {form}: {' '.join(str(error).split())}") from None
 
 

@@ -125,7 +125,7 @@ def _read_pair(line: str, place: str) -> tuple[str, str]:
     row: Any
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{place} is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         row = {}

@@ -324,6 +324,13 @@ def test_bad_pairs_are_named(tmp_path, line, sentence):
         pairs_retrieval("package-docs.jsonl", 9, 0)
 
 
+def test_pairs_may_hold_half_a_surrogate_pair(tmp_path):
+    lines = [json.dumps({"query": "a\ud800", "document": text}) for text in ("b\udc00", "c")]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    task = pairs_retrieval(tmp_path / "mine.jsonl", 9, 0)
+    assert set(task.queries) | set(task.documents) == {"a\ufffd", "b\ufffd", "c"}
+
+
 def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
     for name in ("train", "held"):
         lines = [f"Line {i} has some words about {i * i}, to {name}." for i in range(20)]

@@ -266,9 +266,14 @@ def _text(line: bytes, column: str) -> str:
     text = "" if record[column] is None else record[column]
     if not isinstance(text, str):
         raise ValueError(f"column {column!r} is {type(text).__name__}, not a string")
-    if not text.isascii():  # JSON can contain a lone surrogate, which is no character
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return without_surrogates(text)
+
+
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which JSON can contain but no tokenizer takes."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _unpacked(path: str, copy: str) -> Iterator[bytes]:

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from qwen3_encdec.data.corpus import without_surrogates
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.folders import InputError
 
@@ -134,7 +135,7 @@ def _read_pair(line: str, place: str) -> tuple[str, str]:
     for names in (("query", "document"), ("anchor", "positive")):
         query, document = map(row.get, names)
         if all(isinstance(text, str) and text.strip() for text in (query, document)):
-            return query, document
+            return without_surrogates(query), without_surrogates(document)
     raise InputError(f"{place} must have non-empty query and document, or anchor and positive")
 
 

@@ -156,9 +156,15 @@ def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder_folder, tm
 
 def test_a_pair_that_decodes_otherwise_is_not_written(init_folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    shutil.copytree(init_folder, run / "checkpoints" / "step-000001")
-    for name in ("check_packages", "_write"):
-        monkeypatch.setattr(export_pair_module, name, lambda *_: None)
+    state = shutil.copytree(init_folder, run / "checkpoints" / "step-000001") / "state"
+    state.mkdir()
+
+    def write(model, folder):
+        assert (folder / "tokenizer.json").exists()
+        assert not (folder / "state").exists()
+
+    monkeypatch.setattr(export_pair_module, "check_packages", lambda *_: None)
+    monkeypatch.setattr(export_pair_module, "_write", write)
     monkeypatch.setattr(export_pair_module, "decode", lambda *_, **options: np.ones((32, 24)))
     with pytest.raises(InputError, match="exported as ONNX failed verification"):
         export_pair(run, tmp_path / "pair")

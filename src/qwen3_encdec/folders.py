@@ -205,8 +205,8 @@ def _apply_umask(folder: Path) -> None:
 
 
 def copy_without_weights(source: Path, folder: Path) -> None:
-    """Copy a model folder's files, except weights and provenance, into an existing folder."""
-    names = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "onnx", "openvino")
+    """Copy a model folder's files into a folder, but no weights, training state or provenance."""
+    names = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "onnx", "openvino", "state")
     weights = shutil.ignore_patterns(*names, PROVENANCE_FILE)
     shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 

@@ -311,7 +311,7 @@ def test_a_drawn_query_keeps_all_its_documents_and_is_one_unit_of_the_interval()
         ('{"query": "a"}', "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a", "document": ""}', "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a", "document": "b", "score": 0}', "mine.jsonl:1 has a score; list relevant"),
-        ("\udcff", "mine.jsonl is not UTF-8"),
+        ("\udcff", "mine.jsonl cannot be read: 'utf-8' codec"),
         ('{"query": "a", "document": "b"}', r"has 1 distinct document\(s\); two are needed"),
         ("", r"has 0 distinct document\(s\); two are needed"),
     ],

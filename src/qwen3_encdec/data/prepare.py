@@ -123,10 +123,8 @@ class Preparation:
                 leftover.unlink()
             write_json(about, self.plan)
             if not self._duplicates.exists():
-                copies = np.array(
-                    list(_find_copies(self.corpus, self.plan["deduplicate"])), np.int64
-                )
-                np.save(self.building / "duplicates.tmp.npy", copies)
+                copies = list(_find_copies(self.corpus, self.plan["deduplicate"]))
+                np.save(self.building / "duplicates.tmp.npy", np.array(copies, np.int64))
                 os.replace(self.building / "duplicates.tmp.npy", self._duplicates)
 
     @cached_property

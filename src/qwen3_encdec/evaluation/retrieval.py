@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qwen3_encdec.data.corpus import without_surrogates
+from qwen3_encdec.data.corpus import input_errors, without_surrogates
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.folders import InputError
 
@@ -108,12 +108,8 @@ def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 51
     name = Path(file).stem
     if name == PACKAGE_DOCS:
         raise InputError(f"pairs {file} has the name of the built-in task; rename the file")
-    try:
+    with input_errors(f"pairs {file} cannot be read"):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"pairs {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"pairs {file} is not UTF-8: {error.reason}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     pairs = [_read_pair(line, f"{file}:{number}") for number, line in numbered]
     distinct = len({document for _, document in pairs})

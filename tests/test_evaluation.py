@@ -331,7 +331,8 @@ def test_pairs_may_hold_half_a_surrogate_pair(tmp_path):
     assert set(task.queries) | set(task.documents) == {"a\ufffd", "b\ufffd", "c"}
 
 
-def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
+def test_evaluate_an_encoder_decoder(init_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(init_folder)
     for name in ("train", "held"):
         lines = [f"Line {i} has some words about {i * i}, to {name}." for i in range(20)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
@@ -342,9 +343,9 @@ def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
         target_length=20,
         min_tokens=4,
     )
-    metrics = evaluate(
-        init_folder, tmp_path / "out", initialization=init_folder, data=data, num_examples=3
-    )
+    metrics = evaluate(".", tmp_path / "out", initialization=".", data=data, num_examples=3)
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"Evaluation of {init_folder.name}</h1>" in page
     assert metrics["denoising"]["trained"] == metrics["denoising"]["initialization"]
     assert list(metrics["denoising"]["trained"]) == ["R1", "R2", "X1", "X2", "S"]
     assert len(metrics["infill"]["examples"]) == 3

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec.conversion.card import base_of
 from qwen3_encdec.data.stream import RowLoader
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import checkpoint, distributed
@@ -214,6 +215,16 @@ def test_a_run_written_by_95a6fa2_is_resumed(corpus, tmp_path, capsys, monkeypat
     assert found
     assert all(torch.equal(tensor, written[name]) for name, tensor in found.items())
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 4
+
+
+def test_a_checkpoint_leads_to_its_model_from_any_folder(
+    init_folder, corpus, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(init_folder.parent)
+    config = small_run(Path(init_folder.name), corpus, output_dir=tmp_path, max_steps=1)
+    checkpoint = run_training(config)
+    monkeypatch.chdir(tmp_path)
+    assert base_of(checkpoint) == base_of(init_folder)
 
 
 def test_settings_may_change_at_a_resume_and_are_said(

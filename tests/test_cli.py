@@ -302,6 +302,11 @@ def test_output_that_would_replace_the_input(refused, init_folder, tmp_path):
         "report": ("report", within),
         "evaluation": ("evaluate", "--model", encoder, "--pairs", within),
         "exported encoder": ("export", "--to", "onnx", "--model", within),
+        "encoder-decoder": ("initialize", "--model", within),
+        "encoder": ("extract", "--model", within),
+        "tokenizer": ("tokenizer", "--base", within),
+        "prepared corpus": ("prepare-data", "--tokenizer", init_folder, "--input", f"{output}/i*"),
+        "data report": ("prepare-data", "--tokenizer", within, "--analyze-only"),
     }.items():
         (output / PROVENANCE_FILE).write_text(json.dumps({"kind": kind}))
         assert f"would replace {within}" in refused(*arguments, "--output", output)

@@ -306,11 +306,12 @@ def test_a_drawn_query_keeps_all_its_documents_and_is_one_unit_of_the_interval()
     ("line", "sentence"),
     [
         ("{", "mine.jsonl:1 is not valid JSON"),
+        ("[" * 10**5, "mine.jsonl:1 is not valid JSON"),
         ("[1]", "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a"}', "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a", "document": ""}', "mine.jsonl:1 must have non-empty query and document"),
         ('{"query": "a", "document": "b", "score": 0}', "mine.jsonl:1 has a score; list relevant"),
-        ("\udcff", "mine.jsonl is not UTF-8"),
+        ("\udcff", "mine.jsonl cannot be read: 'utf-8' codec"),
         ('{"query": "a", "document": "b"}', r"has 1 distinct document\(s\); two are needed"),
         ("", r"has 0 distinct document\(s\); two are needed"),
     ],
@@ -323,7 +324,15 @@ def test_bad_pairs_are_named(tmp_path, line, sentence):
         pairs_retrieval("package-docs.jsonl", 9, 0)
 
 
-def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
+def test_pairs_may_hold_half_a_surrogate_pair(tmp_path):
+    lines = [json.dumps({"query": "a\ud800", "document": text}) for text in ("b\udc00", "c")]
+    (tmp_path / "mine.jsonl").write_text("\n".join(lines))
+    task = pairs_retrieval(tmp_path / "mine.jsonl", 9, 0)
+    assert set(task.queries) | set(task.documents) == {"a\ufffd", "b\ufffd", "c"}
+
+
+def test_evaluate_an_encoder_decoder(init_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(init_folder)
     for name in ("train", "held"):
         lines = [f"Line {i} has some words about {i * i}, to {name}." for i in range(20)]
         (tmp_path / f"{name}.txt").write_text("\n".join(lines))
@@ -334,9 +343,9 @@ def test_evaluate_an_encoder_decoder(init_folder, tmp_path):
         target_length=20,
         min_tokens=4,
     )
-    metrics = evaluate(
-        init_folder, tmp_path / "out", initialization=init_folder, data=data, num_examples=3
-    )
+    metrics = evaluate(".", tmp_path / "out", initialization=".", data=data, num_examples=3)
+    page = (tmp_path / "out/report.html").read_text()
+    assert f"Evaluation of {init_folder.name}</h1>" in page
     assert metrics["denoising"]["trained"] == metrics["denoising"]["initialization"]
     assert list(metrics["denoising"]["trained"]) == ["R1", "R2", "X1", "X2", "S"]
     assert len(metrics["infill"]["examples"]) == 3

@@ -2,11 +2,13 @@
 
 import importlib.util
 import json
+import logging
 import re
 import shutil
 import tomllib
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import torch
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer
 
+from qwen3_encdec.cli import Format
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding import export
 from qwen3_encdec.embedding import export_pair as export_pair_module
@@ -25,7 +28,7 @@ from qwen3_encdec.embedding.export import (
     export_encoder,
     sample_texts,
 )
-from qwen3_encdec.embedding.export_pair import decode, export_pair
+from qwen3_encdec.embedding.export_pair import PAIR, decode, export_pair
 from qwen3_encdec.folders import InputError, load_config, load_tokenizer, read_json, write_json
 
 FILES = {
@@ -153,9 +156,15 @@ def test_the_pair_decodes_as_ours_token_by_token(init_folder, encoder_folder, tm
 
 def test_a_pair_that_decodes_otherwise_is_not_written(init_folder, tmp_path, monkeypatch):
     run = tmp_path / "run"
-    shutil.copytree(init_folder, run / "checkpoints" / "step-000001")
-    for name in ("check_packages", "_write"):
-        monkeypatch.setattr(export_pair_module, name, lambda *_: None)
+    state = shutil.copytree(init_folder, run / "checkpoints" / "step-000001") / "state"
+    state.mkdir()
+
+    def write(model, folder):
+        assert (folder / "tokenizer.json").exists()
+        assert not (folder / "state").exists()
+
+    monkeypatch.setattr(export_pair_module, "check_packages", lambda *_: None)
+    monkeypatch.setattr(export_pair_module, "_write", write)
     monkeypatch.setattr(export_pair_module, "decode", lambda *_, **options: np.ones((32, 24)))
     with pytest.raises(InputError, match="exported as ONNX failed verification"):
         export_pair(run, tmp_path / "pair")
@@ -178,6 +187,18 @@ def test_sample_texts_reach_from_one_token_to_the_longest(encoder_folder):
     assert texts == sample_texts(tokenizer, 32, 400) != sample_texts(tokenizer, 32, 400, seed=1)
     assert lengths != sorted(lengths)  # so that batches are padded
     assert all(sample_texts(tokenizer, 4, longest=2))
+
+
+def test_the_command_offers_every_form():
+    assert get_args(Format) == (*FORMS, PAIR)
+
+
+def test_logging_stays_as_quiet_as_it_was():
+    logging.disable(logging.INFO)
+    with export.quiet():
+        assert logging.root.manager.disable == logging.WARNING
+    assert logging.root.manager.disable == logging.INFO
+    logging.disable(logging.NOTSET)
 
 
 def test_extras_install_what_their_commands_import():

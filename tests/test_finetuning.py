@@ -273,6 +273,14 @@ def test_a_finished_training_whose_folder_could_not_be_written_resumes(
     assert not differ(tmp_path / "out", tmp_path / "straight")
 
 
+def test_the_current_folder_can_be_the_output(encoder, tmp_path, monkeypatch):
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    finetune(encoder, ".", PAIRS, **QUICK)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out/metrics.jsonl").exists()
+
+
 def test_matryoshka_training_raises_retrieval_at_full_and_small_width(encoder, tmp_path):
     options = {"steps": 30, "batch_size": 32, "lr": 3e-3, "max_length": 32, "matryoshka_dims": [10]}
     result = finetune(encoder, tmp_path / "tuned", PAIRS[:-60], **options, heldout_pairs=0)

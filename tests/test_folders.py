@@ -4,11 +4,19 @@ import json
 import os
 import shutil
 import subprocess
+from functools import partial
 
 import pytest
 
 from qwen3_encdec import folders
-from qwen3_encdec.folders import InputError, describe_source, load_config, new_folder
+from qwen3_encdec.folders import (
+    InputError,
+    describe_source,
+    load_config,
+    new_folder,
+    read_json,
+    read_yaml,
+)
 
 
 def test_the_commit_is_that_of_this_package(tmp_path, monkeypatch):
@@ -41,6 +49,13 @@ def test_a_folder_that_cannot_be_moved_into_place_leaves_the_one_before(tmp_path
         write("second")
     assert (tmp_path / "out/file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_files_nested_too_deeply_are_named(tmp_path):
+    (tmp_path / "file").write_text("[" * 10**5)
+    for read in (read_json, partial(read_yaml, what="config")):
+        with pytest.raises(InputError, match=r"file is not valid .*recursion"):
+            read(tmp_path / "file")
 
 
 @pytest.mark.parametrize("change", [{"dtype": "float99"}, {"layer_types": 3}, {"hidden_size": "a"}])

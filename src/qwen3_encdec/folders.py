@@ -112,7 +112,7 @@ def _parse(path: str | Path, parse: Callable[[str], Any], form: str) -> Any:
         return parse(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}") from None
-    except (ValueError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(f"{path} is not valid {form}: {' '.join(str(error).split())}") from None
 
 
@@ -205,8 +205,8 @@ def _apply_umask(folder: Path) -> None:
 
 
 def copy_without_weights(source: Path, folder: Path) -> None:
-    """Copy a model folder's files, except weights and provenance, into an existing folder."""
-    names = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "onnx", "openvino")
+    """Copy a model folder's files into a folder, but no weights, training state or provenance."""
+    names = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "onnx", "openvino", "state")
     weights = shutil.ignore_patterns(*names, PROVENANCE_FILE)
     shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
 

@@ -152,9 +152,10 @@ def build_tokenizer(
         )
     added = [f"<|reserved_{i}|>" for i in range(rows - entries)]
     added += [f"<extra_id_{i}>" for i in range(num_sentinel_tokens)]
-    for token in sorted(added):
+    # One sentinel more would continue the row of those that are added.
+    for token in sorted([*added, f"<extra_id_{num_sentinel_tokens}>"]):
         if backend.token_to_id(token) is not None:
-            raise ValueError(f"{base} already has {token}, which is to be added to it")
+            raise ValueError(f"{base} already has {token}; take the tokenizer of a Qwen3")
     _add_special(backend, added)
     tokenizer = Qwen3EncoderDecoderTokenizer(
         tokenizer_object=backend,

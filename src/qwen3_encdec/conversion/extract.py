@@ -94,7 +94,7 @@ def extract_encoder(
     """
     if pooling not in POOLING:
         raise InputError(f"pooling {pooling!r} is not one of {', '.join(POOLING)}")
-    output_dir = check_output(output_dir, "encoder")
+    output_dir = check_output(output_dir, "encoder", inputs=[checkpoint])
     folders = checkpoints_to_average(Path(checkpoint).absolute(), average_last)  # "." has no name
     config = load_config(folders[-1])
     longest = config.max_position_embeddings

@@ -158,7 +158,7 @@ def initialize(
     """
     if dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}")
-    output_dir = check_output(output_dir, "encoder-decoder")
+    output_dir = check_output(output_dir, "encoder-decoder", inputs=[qwen3_model])
     source = resolve_checkpoint(qwen3_model)
     fields = read_json(source / "config.json")
     check_unquantized(qwen3_model, fields)

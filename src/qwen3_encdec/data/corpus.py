@@ -266,9 +266,14 @@ def _text(line: bytes, column: str) -> str:
     text = "" if record[column] is None else record[column]
     if not isinstance(text, str):
         raise ValueError(f"column {column!r} is {type(text).__name__}, not a string")
-    if not text.isascii():  # JSON can contain a lone surrogate, which is no character
-        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-    return text
+    return without_surrogates(text)
+
+
+def without_surrogates(text: str) -> str:
+    """Replace lone surrogates, which JSON can contain but no tokenizer takes."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _unpacked(path: str, copy: str) -> Iterator[bytes]:
@@ -341,10 +346,15 @@ def _unpack(path: str, copy: str) -> str:
     return str(target)
 
 
+def local_paths(item: str) -> list[str]:
+    """Return the existing files and folders that an input names: a path, or matches of a glob."""
+    return [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+
+
 def _local_files(item: str, passed_over: list[str]) -> list[str]:
     """Return the files that a path or a glob matches, including those in matched folders."""
     files = []
-    matches = [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    matches = local_paths(item)
     for match in matches:
         if os.path.isdir(match):
             files += _walk(match, passed_over)

@@ -115,12 +115,14 @@ def _scan(installed: list[Distribution]) -> list[Docstring]:
     paths = sorted({path for distribution in installed for path in _source_files(distribution)})
     distinct: dict[str, Docstring] = {}
     # Syntax trees have no cycles, and garbage collection would take two thirds of the time.
+    was_enabled = gc.isenabled()
     gc.disable()
     try:
         for document in sorted(chain.from_iterable(map(_docstrings, paths))):
             distinct.setdefault(document.text, document)
     finally:
-        gc.enable()
+        if was_enabled:
+            gc.enable()
     return list(distinct.values())
 
 

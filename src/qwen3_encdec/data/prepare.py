@@ -32,6 +32,7 @@ from qwen3_encdec.data.corpus import (
     TOKENIZER_KEY,
     TOKENS_SCHEMA,
     Corpus,
+    local_paths,
     open_corpus,
 )
 from qwen3_encdec.data.tokenization import Encoder
@@ -73,12 +74,13 @@ class Preparation:
         output: Path,
         deduplicate: str = "no",
     ) -> None:
-        output = check_output(output, "prepared corpus").resolve()  # a link stays
-        self.output, self.min_tokens = output, config.min_tokens
         source = config.sources[0]
-        for item in filter(os.path.isdir, source.inputs):
-            if Path(item).resolve() in output.parents:
-                raise InputError(f"output {output} is inside input {item}; choose another folder")
+        given = [path for item in source.inputs for path in local_paths(item)]
+        output = check_output(output, "prepared corpus", inputs=given).resolve()  # a link stays
+        self.output, self.min_tokens = output, config.min_tokens
+        for path in given:
+            if Path(path).resolve() in output.parents:
+                raise InputError(f"output {output} is inside input {path}; choose another folder")
         self.corpus, self.encode = open_corpus(source, config), Encoder(tokenizer)
         for file in self.corpus.files:
             if file.tokenizer:
@@ -121,10 +123,8 @@ class Preparation:
                 leftover.unlink()
             write_json(about, self.plan)
             if not self._duplicates.exists():
-                copies = np.array(
-                    list(_find_copies(self.corpus, self.plan["deduplicate"])), np.int64
-                )
-                np.save(self.building / "duplicates.tmp.npy", copies)
+                copies = list(_find_copies(self.corpus, self.plan["deduplicate"]))
+                np.save(self.building / "duplicates.tmp.npy", np.array(copies, np.int64))
                 os.replace(self.building / "duplicates.tmp.npy", self._duplicates)
 
     @cached_property

@@ -5,7 +5,6 @@ reads from the folder, so embeddings of both can share one index. Tokenization r
 model; batches are packed on the CPU and results stay on the device until a chunk ends.
 """
 
-import glob
 import re
 import sys
 import tempfile
@@ -31,7 +30,7 @@ from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, extract_encoder, pooling_mode
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.config import DataConfig, Source
-from qwen3_encdec.data.corpus import open_corpus
+from qwen3_encdec.data.corpus import local_paths, open_corpus
 from qwen3_encdec.folders import (
     InputError,
     check_finite,
@@ -379,7 +378,7 @@ def embed_file(
     if output.suffix not in (".npy", ".parquet") or output.is_dir():
         raise InputError(f"output {output} must be a file ending in .npy or .parquet")
     place = output.resolve()
-    inputs = {Path(path).resolve() for path in (source, *glob.glob(source, recursive=True))}
+    inputs = {Path(path).resolve() for path in local_paths(source)}
     if output.suffix == ".parquet" and inputs & {place, *place.parents}:
         raise InputError(f"output {output} is part of the input {source}; choose another file")
     texts = read_texts(source, text_column)

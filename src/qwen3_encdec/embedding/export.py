@@ -213,12 +213,13 @@ def _write_onnx(encoder: Path, output: Path, int8: bool = False) -> None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence exporters, which log every node."""
+    before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
         with warnings.catch_warnings(action="ignore"):
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(before)
 
 
 def save_onnx(file: Path, module: torch.nn.Module, args: tuple = (), **options: Any) -> None:

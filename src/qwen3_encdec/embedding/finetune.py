@@ -251,6 +251,7 @@ def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
 
 def _open_work(output: Path, settings: dict[str, Any], resume: bool) -> tuple[Path, Path | None]:
     """Return the folder for checkpoints and metrics, and the checkpoint to resume from, if any."""
+    output = output.absolute()  # "." has no name
     work = output.with_name(f"{output.name}.training")
     # The trainer writes this file last; a checkpoint without it was interrupted.
     complete = [file.parent for file in work.glob("checkpoint-*/trainer_state.json")]

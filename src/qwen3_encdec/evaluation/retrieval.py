@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from qwen3_encdec.data.corpus import input_errors, without_surrogates
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.folders import InputError
 
@@ -107,12 +108,8 @@ def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 51
     name = Path(file).stem
     if name == PACKAGE_DOCS:
         raise InputError(f"pairs {file} has the name of the built-in task; rename the file")
-    try:
+    with input_errors(f"pairs {file} cannot be read"):
         lines = Path(file).read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise InputError(f"pairs {file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"pairs {file} is not UTF-8: {error.reason}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     pairs = [_read_pair(line, f"{file}:{number}") for number, line in numbered]
     distinct = len({document for _, document in pairs})
@@ -125,7 +122,7 @@ def _read_pair(line: str, place: str) -> tuple[str, str]:
     row: Any
     try:
         row = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise InputError(f"{place} is not valid JSON: {error}") from None
     if not isinstance(row, dict):
         row = {}
@@ -134,7 +131,7 @@ def _read_pair(line: str, place: str) -> tuple[str, str]:
     for names in (("query", "document"), ("anchor", "positive")):
         query, document = map(row.get, names)
         if all(isinstance(text, str) and text.strip() for text in (query, document)):
-            return query, document
+            return without_surrogates(query), without_surrogates(document)
     raise InputError(f"{place} must have non-empty query and document, or anchor and positive")
 
 

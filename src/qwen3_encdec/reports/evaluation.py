@@ -76,7 +76,7 @@ def evaluate(
     metrics["provenance"] = provenance(model=str(model_dir), seed=seed, started=started)
     with new_folder(output_dir, "evaluation", model=str(model_dir)) as folder:
         write_json(folder / "metrics.json", metrics)
-        name = f"Evaluation of {model_dir.name}"
+        name = f"Evaluation of {model_dir.absolute().name}"
         write_page(folder, [Run(name, model_dir, "evaluation", metrics)], name)
     return metrics
 

@@ -116,7 +116,8 @@ class Checkpointer:
             plain.save_pretrained(partial, state_dict={})
             (partial / _ONE_FILE).unlink(missing_ok=True)
             self.tokenizer.save_pretrained(partial)
-            made_by = {"kind": "encoder-decoder", "model": self.config.model, **self._made_by}
+            model = os.path.abspath(self.config.model)  # it may be read from another folder
+            made_by = {"kind": "encoder-decoder", "model": model, **self._made_by}
             made_by["step"] = training["step"]
             write_json(partial / folders.PROVENANCE_FILE, made_by)
             write_json(state / "training.json", training)

@@ -74,6 +74,36 @@ run_training(load_config(None, sys.argv[1:]))
 """
 
 
+FIND = """
+import sys, torch
+from qwen3_encdec.training import start
+from qwen3_encdec.training.config import load_config
+from qwen3_encdec.training.distributed import TrainingState
+
+backward, calls = TrainingState.backward, []
+
+def run_out_of_memory(gradient):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+def first_one_fails(self, loss):
+    calls.append(self)
+    if len(calls) == 1:
+        self.parameters["model.encoder.norm.weight"].register_hook(run_out_of_memory)
+    backward(self, loss)
+
+TrainingState.backward = first_one_fails
+start.find_batch_size(load_config(None, sys.argv[1:]))
+"""
+
+
+def test_the_batch_size_finder_survives_a_failed_backward_pass(init_folder, corpus, tmp_path):
+    script = tmp_path / "find.py"
+    script.write_text(FIND)
+    settings = small_settings(init_folder, corpus, output_dir=tmp_path / "run")
+    printed = launch(script, *settings, config="ddp")
+    assert "batch_size=230 fits" in printed  # 256 did not
+
+
 @pytest.mark.parametrize(
     ("config", "processes", "kind", "shards"),
     [

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from qwen3_encdec.folders import InputError
+from qwen3_encdec.training import distributed
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import launched
 from tests.test_training import plain_trace, read_metrics, small_run, small_settings
@@ -202,6 +203,26 @@ def test_the_user_s_allocator_settings_stay(monkeypatch, tmp_path, name):
         monkeypatch.setattr(os, "environ", before | {"HOME": str(tmp_path)})
         with launched(config):
             assert {key: os.environ[key] for key in names if key in os.environ} == after
+
+
+def test_training_on_a_mac_takes_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with launched(TrainingConfig(trackers=[])) as accelerator:
+        assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no")
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "no")])
+def test_bf16_is_chosen_where_the_gpu_computes_it_natively(monkeypatch, native, precision):
+    """On a T4 torch emulates it, and its varlen kernel fails."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **options: given.append(options))
+    with pytest.raises(AttributeError):  # there is no accelerator
+        launched(TrainingConfig(trackers=[])).__enter__()
+    assert given[0]["mixed_precision"] == precision
 
 
 @pytest.mark.parametrize(("stage", "precision"), [("1", "no"), ("2", "bf16")])

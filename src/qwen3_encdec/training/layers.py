@@ -50,7 +50,7 @@ def compile_layers(model: nn.Module, config: TrainingConfig, **options: Any) -> 
     """
     wanted = config.compile
     if wanted == "auto":
-        wanted = torch.accelerator.is_available()
+        wanted = next(model.parameters()).device.type != "cpu"
     if not wanted:
         return
     # By default DDP's buckets also split the graph of a layer, which older torch cannot do.

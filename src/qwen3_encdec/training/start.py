@@ -85,7 +85,7 @@ def resume(
 def find_batch_size(config: TrainingConfig) -> None:
     """Print the largest batch_size that fits a whole step on full rows, by accelerate's search."""
     with launched(config) as accelerator:
-        vocabulary, data = load_config(config.model).vocab_size, config.data
+        lengths = config.data.source_length, config.data.target_length
 
         # Ranks try the same sizes, so that memory runs out on all of them at once.
         @find_executable_batch_size(starting_batch_size=max(config.batch_size, 256))
@@ -95,10 +95,7 @@ def find_batch_size(config: TrainingConfig) -> None:
             state = build_state(config, accelerator)
             state.model.train()  # as loaded, it would recompute nothing
             state.optimizer_state()  # every step but the first begins with it
-            sides = []
-            for length in (data.source_length, data.target_length):
-                half = np.arange(length // 2) % vocabulary
-                sides.append([half] * 2 * rows)
+            sides = [[np.zeros(length // 2)] * 2 * rows for length in lengths]
             batch = send_to_device(collate.collate_packed(*sides), accelerator.device)
             # Later micro-batches begin with the gradients of the first.
             for last in (False, True)[config.gradient_accumulation_steps == 1 :]:

@@ -13,6 +13,7 @@ import torch
 from accelerate import PartialState
 
 from qwen3_encdec.folders import InputError
+from qwen3_encdec.training import distributed
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import launched
 from tests.test_training import plain_trace, read_metrics, small_run, small_settings
@@ -72,6 +73,36 @@ def prepare_and_look(self, model, optimizer):
 Accelerator.prepare = prepare_and_look
 run_training(load_config(None, sys.argv[1:]))
 """
+
+
+FIND = """
+import sys, torch
+from qwen3_encdec.training import start
+from qwen3_encdec.training.config import load_config
+from qwen3_encdec.training.distributed import TrainingState
+
+backward, calls = TrainingState.backward, []
+
+def run_out_of_memory(gradient):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+def first_one_fails(self, loss):
+    calls.append(self)
+    if len(calls) == 1:
+        self.parameters["model.encoder.norm.weight"].register_hook(run_out_of_memory)
+    backward(self, loss)
+
+TrainingState.backward = first_one_fails
+start.find_batch_size(load_config(None, sys.argv[1:]))
+"""
+
+
+def test_the_batch_size_finder_survives_a_failed_backward_pass(init_folder, corpus, tmp_path):
+    script = tmp_path / "find.py"
+    script.write_text(FIND)
+    settings = small_settings(init_folder, corpus, output_dir=tmp_path / "run")
+    printed = launch(script, *settings, config="ddp")
+    assert "batch_size=230 fits" in printed  # 256 did not
 
 
 @pytest.mark.parametrize(
@@ -181,6 +212,26 @@ def test_the_user_s_allocator_settings_stay(monkeypatch, tmp_path, name):
         monkeypatch.setattr(os, "environ", before | {"HOME": str(tmp_path)})
         with launched(config):
             assert {key: os.environ[key] for key in names if key in os.environ} == after
+
+
+def test_training_on_a_mac_takes_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.mps, "is_built", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    with launched(TrainingConfig(trackers=[])) as accelerator:
+        assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no")
+
+
+@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "no")])
+def test_bf16_is_chosen_where_the_gpu_computes_it_natively(monkeypatch, native, precision):
+    """On a T4 torch emulates it, and its varlen kernel fails."""
+    given = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(distributed, "Accelerator", lambda **options: given.append(options))
+    with pytest.raises(AttributeError):  # there is no accelerator
+        launched(TrainingConfig(trackers=[])).__enter__()
+    assert given[0]["mixed_precision"] == precision
 
 
 @pytest.mark.parametrize(("stage", "precision"), [("1", "no"), ("2", "bf16")])

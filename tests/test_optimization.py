@@ -11,7 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.backends.distributed import DDPOptimizer
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed import HashStore
+from torch.nn.parallel import DistributedDataParallel
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
@@ -134,6 +137,20 @@ def test_compiled_layers_take_any_packed_batch(model):
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
     assert compiled[0] > 0
     assert compiled[1] == compiled[-1]  # whatever comes, nothing is compiled again
+
+
+def test_ddp_does_not_split_compiled_layers(model, monkeypatch):
+    """Older torch refuses to: a layer's graph holds an autograd function or FlexAttention."""
+    torch.compiler.reset()
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    monkeypatch.setattr(DDPOptimizer, "compile_fn", None)
+    torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    try:
+        replicated = DistributedDataParallel(model)
+        compile_layers(model, TrainingConfig(compile=True), backend="eager")
+        assert replicated(**packed_batch()).loss.isfinite()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 SHARDED = """

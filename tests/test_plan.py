@@ -17,6 +17,7 @@ from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import flops, plan, start
 from qwen3_encdec.training.config import TrainingConfig, load_config
+from qwen3_encdec.training.distributed import TrainingState
 from tests.conftest import tiny_config
 from tests.test_training import small_run
 
@@ -210,16 +211,24 @@ def test_the_batch_size_finder_goes_down_until_a_step_fits(
     def hungry(self, *arguments, **options):
         assert self.training
         tried.append((len(options["cu_seqlens"]) - 1) // 2)
-        if tried[-1] > 17:
+        if tried[-1] > 210:
             raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
         return forward(self, *arguments, **options)
 
+    backward, held = TrainingState.backward, []
+
+    def look(self, loss):
+        held.append((bool(self.optimizer.state), bool(self.gradients())))
+        backward(self, loss)
+
     monkeypatch.setattr(Qwen3ForSeq2SeqLM, "forward", hungry)
-    config = small_run(init_folder, tmp_path / "c.jsonl", output_dir=tmp_path / "run")
+    monkeypatch.setattr(TrainingState, "backward", look)
+    run = {"output_dir": tmp_path / "run", "gradient_accumulation_steps": 3}
+    config = small_run(init_folder, tmp_path / "c.jsonl", **run)
     start.find_batch_size(config)
+    assert held == [(True, False), (True, True)]  # what later micro-batches find in memory
     found = int(re.search(r"batch_size=(\d+) fits", capsys.readouterr().out)[1])
-    assert 8 <= found <= 17
-    assert (tried[0], tried[-1]) == (256, found)
+    assert (tried[0], tried[-1], found) == (256, 207, 207)
     assert list(tmp_path.iterdir()) == []
 
     def failing(*arguments, **options):

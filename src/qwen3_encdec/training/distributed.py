@@ -169,7 +169,7 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
     allow_distributed_cpu()
     precision: str = config.mixed_precision
     if precision == "auto":
-        precision = "bf16" if torch.accelerator.is_available() else "no"
+        precision = "bf16" if _computes_bfloat16() else "no"
     plugins: dict[str, Any] = {}
     if _uses("FSDP"):
         compute = torch.bfloat16 if precision == "bf16" else None
@@ -195,6 +195,7 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
         plugins["deepspeed_plugin"] = make_plugin(config, precision)
     ddp = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
     accelerator = Accelerator(
+        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64
         mixed_precision=precision,
         kwargs_handlers=[utils.DistributedDataParallelKwargs(**ddp)],
         log_with=list(config.trackers) or None,
@@ -256,6 +257,13 @@ def allow_distributed_cpu() -> None:
         return "gloo", DistributedType.MULTI_GPU if refined else DistributedType.MULTI_CPU
 
     PartialState._prepare_backend = prepare_backend
+
+
+def _computes_bfloat16() -> bool:
+    """Return True if training takes a device that computes bfloat16 natively."""
+    if torch.cuda.is_available():  # packed attention has no kernel for older ones
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.accelerator.is_available() and not torch.backends.mps.is_available()
 
 
 def _uses(name: str) -> bool:

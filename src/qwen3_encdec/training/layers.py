@@ -50,8 +50,12 @@ def compile_layers(model: nn.Module, config: TrainingConfig, **options: Any) -> 
     """
     wanted = config.compile
     if wanted == "auto":
-        wanted = torch.accelerator.is_available()
-    for layer in layers_of(model) if wanted else ():
+        wanted = next(model.parameters()).device.type != "cpu"
+    if not wanted:
+        return
+    # By default DDP's buckets also split the graph of a layer, which older torch cannot do.
+    torch._dynamo.config.optimize_ddp = False
+    for layer in layers_of(model):
         layer.forward = torch.compile(layer.forward, dynamic=True, **options)
 
 

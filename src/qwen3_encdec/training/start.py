@@ -1,5 +1,6 @@
 """Build a run's prepared model, restore its last state, and find its batch size."""
 
+import gc
 import importlib.util
 import math
 from itertools import chain, islice
@@ -84,20 +85,22 @@ def resume(
 def find_batch_size(config: TrainingConfig) -> None:
     """Print the largest batch_size that fits a whole step on full rows, by accelerate's search."""
     with launched(config) as accelerator:
-        vocabulary, data = load_config(config.model).vocab_size, config.data
-        state = build_state(config, accelerator)
-        state.model.train()  # as loaded, it would recompute nothing
+        lengths = config.data.source_length, config.data.target_length
 
         # Ranks try the same sizes, so that memory runs out on all of them at once.
         @find_executable_batch_size(starting_batch_size=max(config.batch_size, 256))
         def largest(rows: int) -> int:
-            sides = []
-            for length in (data.source_length, data.target_length):
-                half = np.arange(length // 2) % vocabulary
-                sides.append([half] * 2 * rows)
+            accelerator.free_memory()  # DDP cannot continue after a failed backward pass
+            gc.collect()
+            state = build_state(config, accelerator)
+            state.model.train()  # as loaded, it would recompute nothing
+            state.optimizer_state()  # every step but the first begins with it
+            sides = [[np.zeros(length // 2)] * 2 * rows for length in lengths]
             batch = send_to_device(collate.collate_packed(*sides), accelerator.device)
-            with state.accumulating(last=True):
-                state.backward(state.model(**batch).loss)
+            # Later micro-batches begin with the gradients of the first.
+            for last in (False, True)[config.gradient_accumulation_steps == 1 :]:
+                with state.accumulating(last):
+                    state.backward(state.model(**batch).loss)
             state.step(0.0, 0.0)
             return rows
 

@@ -170,6 +170,36 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
     precision: str = config.mixed_precision
     if precision == "auto":
         precision = "bf16" if _computes_bfloat16() else "no"
+    ddp = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    accelerator = Accelerator(
+        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64
+        mixed_precision=precision,
+        kwargs_handlers=[utils.DistributedDataParallelKwargs(**ddp)],
+        log_with=list(config.trackers) or None,
+        project_dir=str(Path(config.output_dir) / "trackers"),
+        **_plugins(config, precision),
+    )
+    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
+    try:
+        if started != seen:
+            raise InputError(
+                f"the launcher started {started} processes but accelerate sees {seen}, so each "
+                "would train its own model; launch with configs/accelerate_fsdp2.yaml, or with "
+                "--num_processes 1"
+            )
+        yield accelerator
+    finally:
+        with suppress(Exception):  # errors of trackers
+            accelerator.end_training()
+        AcceleratorState._reset_state(reset_partial_state=True)
+        GradientState._reset_state()
+        # A gloo thread that frees a tensor while the interpreter exits aborts the process
+        # (pytorch/pytorch#190489).
+        time.sleep(0.1 if seen > 1 else 0)
+
+
+def _plugins(config: TrainingConfig, precision: str) -> dict[str, Any]:
+    """Build accelerate's plugins for FSDP2 or DeepSpeed from what its launcher has set."""
     plugins: dict[str, Any] = {}
     if _uses("FSDP"):
         compute = torch.bfloat16 if precision == "bf16" else None
@@ -193,32 +223,7 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
         from qwen3_encdec.training.deepspeed import make_plugin
 
         plugins["deepspeed_plugin"] = make_plugin(config, precision)
-    ddp = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
-    accelerator = Accelerator(
-        cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64
-        mixed_precision=precision,
-        kwargs_handlers=[utils.DistributedDataParallelKwargs(**ddp)],
-        log_with=list(config.trackers) or None,
-        project_dir=str(Path(config.output_dir) / "trackers"),
-        **plugins,
-    )
-    started, seen = int(os.environ.get("WORLD_SIZE", 1)), accelerator.num_processes
-    try:
-        if started != seen:
-            raise InputError(
-                f"the launcher started {started} processes but accelerate sees {seen}, so each "
-                "would train its own model; launch with configs/accelerate_fsdp2.yaml, or with "
-                "--num_processes 1"
-            )
-        yield accelerator
-    finally:
-        with suppress(Exception):  # errors of trackers
-            accelerator.end_training()
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        # A gloo thread that frees a tensor while the interpreter exits aborts the process
-        # (pytorch/pytorch#190489).
-        time.sleep(0.1 if seen > 1 else 0)
+    return plugins
 
 
 def prepare(

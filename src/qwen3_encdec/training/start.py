@@ -98,7 +98,7 @@ def find_batch_size(config: TrainingConfig) -> None:
             sides = [[np.zeros(length // 2)] * 2 * rows for length in lengths]
             batch = send_to_device(collate.collate_packed(*sides), accelerator.device)
             # Later micro-batches begin with the gradients of the first.
-            for last in (False, True)[config.gradient_accumulation_steps == 1 :]:
+            for last in (False, True) if config.gradient_accumulation_steps > 1 else (True,):
                 with state.accumulating(last):
                     state.backward(state.model(**batch).loss)
             state.step(0.0, 0.0)

@@ -4,7 +4,11 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from qwen3_encdec.loss_qwen3_encdec import _form_gradient, chunked_cross_entropy
+from qwen3_encdec.loss_qwen3_encdec import (
+    _form_gradient,
+    chunked_cross_entropy,
+    dense_cross_entropy,
+)
 
 
 def example(dtype: torch.dtype = torch.float32):
@@ -47,12 +51,17 @@ def test_parity_of_z_loss(z_loss):
     summed = cross_entropy(logits, flat, reduction="sum", ignore_index=-100)
     squares = logits.logsumexp(-1)[flat != -100].square().sum()
     expected = (summed + z_loss * squares) / 20
-    found, token_losses = chunked_cross_entropy(hidden, weight, labels, 20, z_loss, chunk=4)
+    options = {"z_loss": z_loss}
+    found, token_losses = chunked_cross_entropy(hidden, weight, labels, 20, chunk=4, **options)
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+    dense, dense_losses = dense_cross_entropy(hidden @ weight.T, labels, 20, **options)
+    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(dense_losses, token_losses, atol=1e-5, rtol=1e-5)
     theirs = torch.autograd.grad(expected, (hidden, weight), retain_graph=True)
-    ours = torch.autograd.grad(found, (hidden, weight))
-    for mine, reference in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
+    for loss in (found, dense):
+        ours = torch.autograd.grad(loss, (hidden, weight), retain_graph=loss is dense)
+        for mine, reference in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
     # the meters stay comparable
     plain = cross_entropy(logits, flat, reduction="none", ignore_index=-100)
     torch.testing.assert_close(token_losses.flatten(), plain.detach(), atol=1e-5, rtol=1e-5)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+from torch.nn.functional import cross_entropy
 
 from .attention_qwen3_encdec import compute_dtype
 
@@ -60,6 +61,22 @@ def chunked_cross_entropy(
     loss, losses = _ChunkedCrossEntropy.apply(states[kept], weight, flat[kept], *options)
     token_losses = losses.new_zeros(flat.shape).index_copy(0, kept, losses)
     return loss, token_losses.view(labels.shape)
+
+
+def dense_cross_entropy(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    num_items: torch.Tensor | int,
+    z_loss: float = 0.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Compute the same from existing [..., V] logits."""
+    flat = logits.float().flatten(0, -2)
+    losses = cross_entropy(flat, labels.flatten(), reduction="none", ignore_index=IGNORED)
+    objective = losses
+    if z_loss:
+        squares = flat.logsumexp(-1).square()
+        objective = losses + z_loss * squares.masked_fill(labels.flatten() == IGNORED, 0.0)
+    return objective.sum() / num_items, losses.detach().view(labels.shape)
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -157,4 +174,4 @@ def _table(weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return table
 
 
-__all__ = ["IGNORED", "chunked_cross_entropy"]
+__all__ = ["IGNORED", "chunked_cross_entropy", "dense_cross_entropy"]

@@ -26,7 +26,7 @@ from transformers.utils.deprecation import deprecate_kwarg
 
 from .attention_qwen3_encdec import Varlen
 from .configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
-from .loss_qwen3_encdec import IGNORED
+from .loss_qwen3_encdec import IGNORED, dense_cross_entropy
 from .modeling_qwen3_decoder import Qwen3MergedDecoder, SourceDynamicCache, SourceStaticCache
 from .modeling_qwen3_encoder import (
     Qwen3Encoder,
@@ -246,17 +246,20 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         )
         states = outputs.last_hidden_state
         loss = token_losses = logits = None
+        last_only = isinstance(logits_to_keep, int)
         if return_logits is None:
             return_logits = labels is None or not self.training
         if return_logits:
-            last = isinstance(logits_to_keep, int)
-            kept = slice(-logits_to_keep, None) if last else logits_to_keep
+            kept = slice(-logits_to_keep, None) if last_only else logits_to_keep
             logits = self.model.shared(states[:, kept])
+        options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss}
         if labels is not None:
             check_shape("labels", labels, states.shape[:2])
-            options: Any = {"num_items": num_items_in_batch, "z_loss": z_loss}
-            losses = self.model.shared(states, labels=labels, **options)
-            loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
+            if logits is not None and last_only and logits.shape[1] == labels.shape[1]:
+                loss, token_losses = dense_cross_entropy(logits, labels, **options)
+            else:
+                losses = self.model.shared(states, labels=labels, **options)
+                loss, token_losses = losses[0], losses[1:].detach().view(labels.shape)
             if encoder_targets is not None:
                 encoded = outputs.encoder_last_hidden_state
                 asked = _next_tokens(encoder_targets, encoded, position_ids)

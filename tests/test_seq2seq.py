@@ -46,6 +46,16 @@ def test_zero_logits_give_log_v(model):
     assert model(**batch()).loss.item() == pytest.approx(math.log(331), abs=1e-5)
 
 
+def test_the_loss_is_a_function_of_the_logits_beside_it(model):
+    inputs = batch()
+    output = model(**inputs)
+    (found,) = torch.autograd.grad(output.loss, output.logits)
+    logits = output.logits.detach().requires_grad_()
+    textbook = cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), ignore_index=-100)
+    (expected,) = torch.autograd.grad(textbook, logits)
+    torch.testing.assert_close(found, expected)
+
+
 @pytest.mark.parametrize(
     "implementation", [name for name in BACKENDS if name != "flex_attention"]
 )  # GPU only

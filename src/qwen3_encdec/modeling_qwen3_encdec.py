@@ -216,8 +216,7 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
                 num_items_in_batch = (labels != IGNORED).sum()
             elif not isinstance(num_items_in_batch, torch.Tensor):  # a copy would wait for the GPU
                 num_items_in_batch = torch.full((), num_items_in_batch, device=labels.device)
-            # DataParallel adds a dimension.
-            num_items_in_batch = num_items_in_batch.clamp(min=1).reshape(())
+            num_items_in_batch = num_items_in_batch.clamp(min=1).reshape(())  # DataParallel: [1]
             if decoder_input_ids is None and decoder_inputs_embeds is None:
                 decoder_input_ids = self.prepare_decoder_input_ids_from_labels(
                     labels, decoder_attention_mask, decoder_cu_seqlens
@@ -361,10 +360,8 @@ def _packed_keys(*bounds: Any) -> Varlen | None:
     if all(bound is None for bound in bounds):
         return None
     if any(bound is None for bound in bounds):
-        raise ValueError(
-            "a packed batch needs cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen,"
-            " key_order"
-        )
+        needed = "cu_seqlens, max_seqlen, decoder_cu_seqlens, decoder_max_seqlen, key_order"
+        raise ValueError(f"a packed batch needs {needed}")
     if sources.shape != targets.shape:
         numbers = f"{len(sources) - 1} sources and {len(targets) - 1} targets"
         raise ValueError(f"a packed batch has {numbers}; pass one target per source")

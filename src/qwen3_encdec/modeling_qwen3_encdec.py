@@ -354,9 +354,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         return filled[0] if isinstance(text, str) and copies == 1 else filled
 
 
-def _packed_keys(*bounds: Any) -> Varlen | None:
+def _packed_keys(sources, longest_source, targets, longest_target, order) -> Varlen | None:
     """Describe the merged keys of a packed batch; the sums are computed on the device."""
-    sources, longest_source, targets, longest_target, order = bounds
+    bounds = sources, longest_source, targets, longest_target, order
     if all(bound is None for bound in bounds):
         return None
     if any(bound is None for bound in bounds):

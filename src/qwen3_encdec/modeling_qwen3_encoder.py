@@ -217,8 +217,8 @@ class Qwen3Encoder(Qwen3Stack):
             check_shape("position_ids", position_ids, (batch, length), (1, length))
             mask = create_bidirectional_mask(self.config, states, attention_mask)
         else:
-            bounds = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
-            packed = Varlen(bounds[0], bounds[0], bounds[1], bounds[1])
+            ends, most = check_packed(length, attention_mask, position_ids, cu_seqlens, max_seqlen)
+            packed = Varlen(ends, ends, most, most)
             packed.prepare(self.config._attn_implementation, states, length)
         if position_ids is None:
             position_ids = torch.arange(length, device=states.device)[None]

@@ -83,6 +83,7 @@ class UL2Data:
         parts += [(source.weight, source.text_column) for source in config.sources]
         names = [field.name for field in fields(config) if field.name not in FREE]
         parts += [getattr(config, name) for name in names]
+        # Of a file, the setting is only the path. Other fingerprints stay as they were.
         if str(config.preset).endswith((".yaml", ".yml")):
             parts.append(config.denoisers)
         self.fingerprint = hashlib.sha256(repr(parts).encode()).hexdigest()[:16]

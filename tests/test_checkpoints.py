@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -340,6 +341,22 @@ def test_the_writer_thread_uses_its_rank_s_device(tmp_path, monkeypatch):
     saver = Checkpointer(config, SimpleNamespace(accelerator=accelerator), None, None)
     saver._write({}, {}, training)
     assert used == [3, "written"]
+
+
+def test_no_writer_thread_outlives_its_checkpoint(init_folder, corpus, tmp_path, monkeypatch):
+    """As long as it lives, so do its OpenMP threads, and CPU steps take a third longer."""
+    threads, write = [], Checkpointer._write
+
+    def watched(*arguments):
+        for thread in threads:
+            thread.join(10)  # RuntimeError if it is this one
+            assert not thread.is_alive()
+        threads.append(threading.current_thread())
+        return write(*arguments)
+
+    monkeypatch.setattr(Checkpointer, "_write", watched)
+    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", save_every=2))
+    assert len(threads) == 2
 
 
 @pytest.mark.parametrize("part", ["dcp.save", "os.rename"])

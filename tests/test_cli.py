@@ -306,7 +306,8 @@ def test_output_that_would_replace_the_input(refused, init_folder, tmp_path):
         "encoder": ("extract", "--model", within),
         "tokenizer": ("tokenizer", "--base", within),
         "prepared corpus": ("prepare-data", "--tokenizer", init_folder, "--input", f"{output}/i*"),
-        "data report": ("prepare-data", "--tokenizer", within, "--analyze-only"),
+        "data report": ("prepare-data", "--tokenizer", init_folder, "--input", f"{output}/in*"),
     }.items():
+        arguments += ("--analyze-only",) if kind == "data report" else ()
         (output / PROVENANCE_FILE).write_text(json.dumps({"kind": kind}))
         assert f"would replace {within}" in refused(*arguments, "--output", output)

@@ -222,10 +222,14 @@ def test_training_on_a_mac_takes_the_cpu(monkeypatch):
         assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no")
 
 
-@pytest.mark.parametrize(("native", "precision"), [(True, "bf16"), (False, "no")])
-def test_bf16_is_chosen_where_the_gpu_computes_it_natively(monkeypatch, native, precision):
+@pytest.mark.parametrize(
+    ("native", "cpu", "precision"),
+    [(True, "false", "bf16"), (False, "false", "no"), (True, "true", "no")],
+)
+def test_bf16_is_chosen_where_the_gpu_computes_it_natively(monkeypatch, native, cpu, precision):
     """On a T4 torch emulates it, and its varlen kernel fails."""
     given = []
+    monkeypatch.setenv("ACCELERATE_USE_CPU", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
     monkeypatch.setattr(distributed, "Accelerator", lambda **options: given.append(options))

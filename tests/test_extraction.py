@@ -8,7 +8,7 @@ from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
-from qwen3_encdec.conversion.card import read_card
+from qwen3_encdec.conversion.card import read_card, write_card
 from qwen3_encdec.conversion.extract import checkpoints_to_average, extract_encoder
 from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_json
@@ -150,6 +150,19 @@ def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, encoder_fo
     write_json(run / "checkpoints/step-000003" / PROVENANCE_FILE, made)
     extract_encoder(run, tmp_path / "out")
     assert read_card(tmp_path / "out")["base_model"] == "Qwen/Qwen3-0.6B"
+
+
+def test_a_card_names_relative_paths_by_their_last_part(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "secret/corpus").mkdir(parents=True)
+    (tmp_path / "secret/corpus/a.jsonl").touch()
+    inputs = ["secret/corpus", "secret/c*/*.jsonl", "secret/corpus/a.jsonl", "package-docs"]
+    facts = {"inputs": inputs, "teacher": "Qwen/Qwen3-Embedding-0.6B"}
+    write_card(tmp_path, "card", {}, {"Finetuning": facts})
+    text = (tmp_path / "README.md").read_text()
+    assert "secret" not in text
+    assert "['corpus', '*.jsonl', 'a.jsonl', 'package-docs']" in text
+    assert "Qwen/Qwen3-Embedding-0.6B" in text
 
 
 def test_the_current_folder_has_a_name(parent_folder, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import random
 import re
 import resource
@@ -293,6 +294,23 @@ def test_the_steps_of_a_preparation(corpus, tokenizer, tmp_path):
     preparation.run(None, 1, 3)
     assert preparation.finish(None, 0, 1)["documents"] == 604
     assert examples_of(out, tokenizer) == examples_of(corpus, tokenizer)
+
+
+def test_a_prepared_folder_that_cannot_be_replaced_stays(corpus, tokenizer, tmp_path, monkeypatch):
+    config, out = config_of(corpus), tmp_path / "out"
+    prepared(config, tokenizer, out)
+    before = examples_of(out, tokenizer)
+    rename = os.rename
+
+    def failing(source, target):
+        if Path(source).name == "out.partial":
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", failing)
+    with pytest.raises(InputError, match="cannot be written: Input/output error"):
+        prepared(config, tokenizer, out)
+    assert examples_of(out, tokenizer) == before
 
 
 def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):

@@ -413,11 +413,10 @@ def serve(
     """Serve OpenAI's /v1/embeddings; set QWEN3_ENCDEC_API_KEY to require that key of clients."""
     import logging
 
-    from qwen3_encdec.embedding.encoder import TextEncoder
-    from qwen3_encdec.embedding.serve import Limits, make_server
+    from qwen3_encdec.embedding.serve import Limits, make_server, open_encoder
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    encoder = TextEncoder(model, dtype=_torch_dtype(dtype), max_tokens=max_length)
+    encoder = open_encoder(model, dtype=_torch_dtype(dtype), max_tokens=max_length)
     limits = Limits(queue_tokens=queue_tokens, answer_seconds=timeout)
     server = make_server(encoder, host, port, limits)
     print(f"{server.url}/v1/embeddings", flush=True)

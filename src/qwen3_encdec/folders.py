@@ -4,6 +4,7 @@ A folder without `qwen3_encdec.json` was not written by this package and is neve
 imported where it is used, so `--help` and input checks need neither torch nor transformers.
 """
 
+import glob
 import json
 import os
 import re
@@ -132,11 +133,16 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def local_paths(item: str | Path) -> list[str]:
+    """Return the existing files and folders that an input names: a path, or matches of a glob."""
+    return [str(item)] if os.path.exists(item) else sorted(glob.glob(str(item), recursive=True))
+
+
 def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = ()) -> Path:
     """Return `output` as a path.
 
     Raises InputError unless it can be written, is absent, empty or a folder of `kind` that this
-    package wrote, and holds none of the `inputs`, which it would replace.
+    package wrote, and holds none of the `inputs` (paths or globs), which it would replace.
     """
     output = Path(output)
     with writing(output):
@@ -153,8 +159,8 @@ def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = (
     if kind != found:
         article = "an" if found.startswith("e") else "a"
         raise InputError(f"output {output} holds {article} {found}; choose another folder")
-    for path in map(Path, inputs):
-        if path.exists() and path.resolve().is_relative_to(output.resolve()):
+    for path in (Path(path) for item in inputs for path in local_paths(item)):
+        if path.resolve().is_relative_to(output.resolve()):
             raise InputError(f"output {output} would replace {path}; choose another folder")
     return output
 
@@ -179,21 +185,29 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     with writing(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         building = Path(tempfile.mkdtemp(".partial", f".{output.name}.", output.parent))
-    replaced = building.with_suffix(".replaced")
     try:
         yield building
         facts = {"kind": kind, **provenance, "versions": package_versions()}
         write_json(building / PROVENANCE_FILE, facts)
         _apply_umask(building)
+        move_into_place(building, output)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def move_into_place(building: Path, output: Path) -> None:
+    """Rename a finished folder to `output`; what it replaces is deleted last, or put back."""
+    replaced = building.with_suffix(".replaced")
+    try:
         if output.exists():
             os.rename(output, replaced)
         os.rename(building, output)
-        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         if replaced.exists() and not output.exists():
             os.rename(replaced, output)
-        shutil.rmtree(building, ignore_errors=True)
         raise
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _apply_umask(folder: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from huggingface_hub import metadata_load, metadata_save
 
-from qwen3_encdec.folders import PROVENANCE_FILE, read_optional
+from qwen3_encdec.folders import PROVENANCE_FILE, local_paths, read_optional
 
 _METADATA = {
     # As for Qwen3's dense checkpoints and package-docs.
@@ -85,5 +85,7 @@ def _public(value: Any) -> Any:
     """Reduce the local paths in a value to their last part."""
     if isinstance(value, list | tuple):
         return [_public(each) for each in value]
-    local = isinstance(value, str | Path) and str(value).startswith(("/", "~", "./", "../"))
+    if not isinstance(value, str | Path):
+        return value
+    local = str(value).startswith(("/", "~", "./", "../")) or local_paths(value)
     return Path(value).name if local else value

@@ -8,7 +8,6 @@ datasets are downloaded; larger inputs are streamed.
 
 import bz2
 import csv
-import glob
 import gzip
 import hashlib
 import io
@@ -32,7 +31,13 @@ from filelock import FileLock
 
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.package_docs import Split, cache_folder, package_docs_file
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, first_line, read_optional
+from qwen3_encdec.folders import (
+    PROVENANCE_FILE,
+    InputError,
+    first_line,
+    local_paths,
+    read_optional,
+)
 
 BLOCK_BYTES = 2**18
 BLOCK_ROWS = 2048
@@ -344,11 +349,6 @@ def _unpack(path: str, copy: str) -> str:
         finally:
             building.unlink(missing_ok=True)
     return str(target)
-
-
-def local_paths(item: str) -> list[str]:
-    """Return the existing files and folders that an input names: a path, or matches of a glob."""
-    return [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
 
 
 def _local_files(item: str, passed_over: list[str]) -> list[str]:

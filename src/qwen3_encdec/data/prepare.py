@@ -32,7 +32,6 @@ from qwen3_encdec.data.corpus import (
     TOKENIZER_KEY,
     TOKENS_SCHEMA,
     Corpus,
-    local_paths,
     open_corpus,
 )
 from qwen3_encdec.data.tokenization import Encoder
@@ -40,6 +39,8 @@ from qwen3_encdec.folders import (
     PROVENANCE_FILE,
     InputError,
     check_output,
+    local_paths,
+    move_into_place,
     package_versions,
     read_json,
     write_json,
@@ -75,10 +76,9 @@ class Preparation:
         deduplicate: str = "no",
     ) -> None:
         source = config.sources[0]
-        given = [path for item in source.inputs for path in local_paths(item)]
-        output = check_output(output, "prepared corpus", inputs=given).resolve()  # a link stays
+        output = check_output(output, "prepared corpus", source.inputs).resolve()  # a link stays
         self.output, self.min_tokens = output, config.min_tokens
-        for path in given:
+        for path in (path for item in source.inputs for path in local_paths(item)):
             if Path(path).resolve() in output.parents:
                 raise InputError(f"output {output} is inside input {path}; choose another folder")
         self.corpus, self.encode = open_corpus(source, config), Encoder(tokenizer)
@@ -197,9 +197,7 @@ class Preparation:
             self._duplicates.unlink()
             about = self.plan | {"counts": counts, "versions": package_versions()}
             write_json(self.building / PROVENANCE_FILE, about)
-            if self.output.exists():
-                shutil.rmtree(self.output)
-            os.rename(self.building, self.output)
+            move_into_place(self.building, self.output)
         return counts
 
 

@@ -30,12 +30,13 @@ from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.extract import POOLING, extract_encoder, pooling_mode
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.data.config import DataConfig, Source
-from qwen3_encdec.data.corpus import local_paths, open_corpus
+from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import (
     InputError,
     check_finite,
     first_line,
     load_whole,
+    local_paths,
     read_json,
     read_optional,
     writing,

@@ -266,6 +266,8 @@ def allow_distributed_cpu() -> None:
 
 def _computes_bfloat16() -> bool:
     """Return True if training takes a device that computes bfloat16 natively."""
+    if _uses("CPU"):
+        return False
     if torch.cuda.is_available():  # packed attention has no kernel for older ones
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.accelerator.is_available() and not torch.backends.mps.is_available()

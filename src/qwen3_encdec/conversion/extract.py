@@ -245,10 +245,10 @@ def _verify(
     """Measure the differences of transformers, sentence-transformers and a causal control."""
     from sentence_transformers import SentenceTransformer
 
-    ours = Qwen3EncoderModel(config).eval()
     own = {f"encoder.{name}": tensor.float() for name, tensor in tensors.items()}
     own["shared.weight"] = own.pop("encoder.embed_tokens.weight")
-    ours.load_state_dict(own)
+    # Unlike load_state_dict, this draws no random weights and shares the tensors.
+    ours = Qwen3EncoderModel.from_pretrained(None, config=config, state_dict=own).eval()
     texts = ["One.", "A sentence of a few more words, to be padded.", "def f(x):\n    return x + 1"]
     batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     kept = batch["attention_mask"].bool()
@@ -263,6 +263,7 @@ def _verify(
     model = SentenceTransformer(str(folder), device="cpu", model_kwargs={"dtype": torch.float32})
     pooled = model.encode(texts, convert_to_tensor=True, show_progress_bar=False)
     mode = read_json(folder / "1_Pooling/config.json")["pooling_mode"]
+    del model  # each model is as large as the encoder
     error = float((pooled - pool(reference, batch["attention_mask"], mode)).abs().max())
     worst = max(difference("eager"), difference("sdpa"))
     return worst, error, difference("sdpa", is_causal=True)

@@ -11,6 +11,7 @@ import signal
 import time
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -257,7 +258,11 @@ def test_blocks_partition_a_file_at_any_size(tmp_path, num_blocks):
     path = tmp_path / "a.txt"
     path.write_text("\n".join(texts))
     file = File(str(path), str(path), path.stat().st_size, num_blocks)
-    found = [document.content for block in range(num_blocks) for document in file.read(block)]
+    found = [
+        document.content
+        for block in range(num_blocks)
+        for _, document in file.read(range(block, block + 1))
+    ]
     assert found == texts
 
 
@@ -270,6 +275,26 @@ def test_blocks_are_many_and_small(tmp_path):
     corpus = opened(tmp_path / "b.parquet")
     assert sum(len(document.content) for document in corpus.read(0)) < 3e6
     assert sum(1 for _ in corpus.documents()) == 50_000
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.jsonl.gz"])
+def test_a_file_is_decoded_once_and_never_held(tmp_path, name, monkeypatch):
+    texts = [os.urandom(250).hex() for _ in range(40_000)]
+    if name == "a.parquet":  # as pandas writes it: one row group, and many blocks
+        pq.write_table(pa.table({"text": texts}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(gzip.compress(lines(*texts).encode(), 1))
+    corpus, files, unopened = opened(tmp_path / name, cache_gib=0), [], module._open
+    monkeypatch.setattr(module, "_open", lambda path: files.append(path) or unopened(path))
+    assert sorted(document.content for document in corpus.documents()) == sorted(texts)
+    assert len(files) == 1 < corpus.num_blocks / 10
+    numbers = [number for number, _ in corpus.numbered(range(corpus.num_blocks))]
+    assert sorted(set(numbers)) == numbers
+    process = psutil.Process()
+    before = process.memory_info().rss
+    streams = [corpus.read(block) for block in range(16)]
+    assert len({next(stream).content for stream in streams}) == 16
+    assert process.memory_info().rss - before < 4 * 20e6
 
 
 def test_a_line_of_eight_megabytes_is_read_once(tmp_path):

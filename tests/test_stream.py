@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
@@ -265,17 +266,19 @@ def test_counts_and_report(folder, tokenizer):
     assert "notes.pdf (unknown type)" in passed
 
 
-def test_the_report_counts_the_rows_of_tables(tmp_path, tokenizer):
-    """An estimate from compressed bytes was wrong by the rate of compression."""
-    pq.write_table(pa.table({"text": ["one text of seven words, always same"] * 500 + [None] * 500}),
-                   tmp_path / "a.parquet")  # fmt: skip
+def test_the_report_counts_documents(tmp_path, tokenizer):
+    """By rows and by lines: estimates from bytes missed compression, and other fields."""
+    table = tmp_path / "a.parquet"
+    text = "one text of seven words, always same"
+    pq.write_table(pa.table({"text": [text] * 500 + [None] * 500}), table)
     (tmp_path / "none").mkdir()
     pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none/a.parquet")
-    (line,) = UL2Data(config_of(tmp_path / "*.parquet"), tokenizer).report()
-    assert "about 1,000 documents" in line
-    (line,) = UL2Data(config_of(tmp_path), tokenizer).report()
-    assert "2 files, " in line
-    assert "about 1,000 documents" in line
+    line = json.dumps({"text": text, "html": text * 40}) + "\n"
+    (tmp_path / "b.jsonl").write_text(line * 2000)
+    for inputs, number in ((table, 1000), (tmp_path / "**/*.parquet", 1000), (tmp_path, 3000)):
+        (report,) = UL2Data(config_of(inputs), tokenizer).report()
+        about = re.search("about (.*) documents", report)[1].replace(",", "")
+        assert int(about) == pytest.approx(number, rel=0.02)
 
 
 def test_heldout_texts_are_spread_kept_and_never_trained_on(tmp_path, tokenizer):

@@ -20,7 +20,6 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +40,7 @@ from qwen3_encdec.folders import (
 
 BLOCK_BYTES = 2**18
 BLOCK_ROWS = 2048
+BATCH_ROWS = 256
 INDEX_FILE = "_index.json"
 PACKAGE_DOCS = "package-docs"
 TOKENIZER_KEY = b"qwen3_encdec.tokenizer"
@@ -88,27 +88,30 @@ class File:
     """Fingerprint of the tokenizer that prepared a table, if it was prepared."""
     tokens: int = 0
 
-    def read(self, block: int) -> Iterator[Document]:
-        """Yield the documents of a block: the lines that begin in its byte range, or its part of a
-        row group.
-        """
-        return self._table(block) if self.rows else self._texts(block)
+    def read(self, blocks: range) -> Iterator[tuple[int, Document]]:
+        """Yield the documents of some blocks, each with its offset, line or row.
 
-    def _texts(self, block: int) -> Iterator[Document]:
-        lines = self._lines(block)
-        if self.streamed:
-            lines = islice(enumerate(_unpacked(self.path, self.copy)), block, None, self.num_blocks)
-        for at, line in lines:
+        A block is the lines that begin in a byte range, or a part of a row group.
+        """
+        return self._rows(blocks) if self.rows else self._texts(blocks)
+
+    def _texts(self, blocks: range) -> Iterator[tuple[int, Document]]:
+        for at, line in self._streamed_lines(blocks) if self.streamed else self._lines(blocks):
             try:
                 text = _text(line, self.column)
             except ValueError as error:
                 number = 1 + (at if self.streamed else self._lines_before(at))
                 raise InputError(f"{self.path} line {number}: {error}") from None
-            yield Document(self.path, text_key(text), text)
+            yield at, Document(self.path, text_key(text), text)
 
-    def _lines(self, block: int) -> Iterator[tuple[int, bytes]]:
-        """Yield the byte offset and content of each line of a block."""
-        start, end = (self.size * number // self.num_blocks for number in (block, block + 1))
+    def _streamed_lines(self, blocks: range) -> Iterator[tuple[int, bytes]]:
+        for at, line in enumerate(_unpacked(self.path, self.copy)):
+            if at % self.num_blocks in blocks:
+                yield at, line
+
+    def _lines(self, blocks: range) -> Iterator[tuple[int, bytes]]:
+        """Yield the byte offset and content of each line that begins in some blocks."""
+        start, end = (self.size * at // self.num_blocks for at in (blocks.start, blocks.stop))
         with input_errors(self.path), open(self.copy, "rb") as file:
             if start:  # a line that crosses the start belongs to the previous block
                 file.seek(start - 1)
@@ -124,19 +127,32 @@ class File:
         with open(self.copy, "rb") as file:
             return sum(file.read(min(at - n, 2**20)).count(b"\n") for n in range(0, at, 2**20))
 
-    def _table(self, block: int) -> Iterator[Document]:
+    def _rows(self, blocks: range) -> Iterator[tuple[int, Document]]:
+        """Decode row groups a few rows at a time: every open stream holds what it decoded."""
         parts = self.num_blocks // len(self.rows)
-        group, part = divmod(block, parts)
-        first, end = (self.rows[group] * number // parts for number in (part, part + 1))
         columns = TOKENS_SCHEMA.names if self.tokenizer else [self.column]
-        with input_errors(f"{self.path} row group {group}"), _open(self.copy) as file:
-            table = pq.ParquetFile(file).read_row_group(group, columns).slice(first, end - first)
-            if not self.tokenizer:
-                for text in table[self.column]:
-                    text = text.as_py() or ""
-                    yield Document(self.path, text_key(text), text)
-                return
-        keys, lists = (table[name].combine_chunks() for name in columns)
+        with input_errors(self.path), _open(self.copy) as file:
+            table = pq.ParquetFile(file, buffer_size=2**16, pre_buffer=False)
+            for group in range(blocks.start // parts, -(-blocks.stop // parts)):
+                rows = self.rows[group]
+                own = (min(max(at - group * parts, 0), parts) for at in (blocks.start, blocks.stop))
+                first, end = (rows * part // parts for part in own)
+                at, size = 0, max(min(rows // parts, BATCH_ROWS), 1)
+                with input_errors(f"{self.path} row group {group}"):
+                    for batch in table.iter_batches(size, [group], columns, use_threads=False):
+                        wanted = batch[max(first - at, 0) : max(end - at, 0)]
+                        number = (group << 32) + max(first, at)
+                        yield from enumerate(self._documents(wanted), number)
+                        at += len(batch)
+                        if at >= end:
+                            break
+
+    def _documents(self, batch: pa.RecordBatch) -> Iterator[Document]:
+        if not self.tokenizer:
+            for text in batch[self.column].to_pylist():
+                yield Document(self.path, text_key(text or ""), text or "")
+            return
+        keys, lists = (batch[name] for name in TOKENS_SCHEMA.names)
         # Not to_numpy, which imports pandas.
         offsets, tokens = np.from_dlpack(lists.offsets), np.from_dlpack(lists.values)
         for row, key in enumerate(keys.to_pylist()):
@@ -158,18 +174,25 @@ class Corpus:
 
     def read(self, block: int) -> Iterator[Document]:
         """Yield the documents of a block."""
-        index = int(np.searchsorted(self._ends, block, side="right"))
-        file = self.files[index]
-        return file.read(block - int(self._ends[index]) + file.num_blocks)
+        return (document for _, document in self.numbered(range(block, block + 1)))
 
     def documents(self) -> Iterator[Document]:
-        """Yield all documents, block by block."""
+        """Yield all documents."""
         return (document for _, document in self.numbered(range(self.num_blocks)))
 
     def numbered(self, blocks: range) -> Iterator[tuple[int, Document]]:
-        """Yield the documents of some blocks, each with a unique number in the corpus."""
-        for block in blocks:
-            yield from enumerate(self.read(block), block << 32)
+        """Yield the documents of some blocks, each with a number that is unique in the corpus.
+
+        A file is read once, however many of its blocks are wanted; numbers increase.
+        """
+        start = blocks.start
+        while start < blocks.stop:
+            index = int(np.searchsorted(self._ends, start, side="right"))
+            file, end = self.files[index], int(self._ends[index])
+            first, stop = end - file.num_blocks, min(end, blocks.stop)
+            for at, document in file.read(range(start - first, stop - first)):
+                yield (first << 32) + at, document
+            start = stop
 
     def fingerprint(self) -> int:
         """Hash the names and sizes of the files, and both ends of up to 64 local ones.

@@ -122,11 +122,14 @@ class UL2Data:
         if all(file.tokenizer for file in corpus.files):
             return f"{rows:,} documents, {sum(file.tokens for file in corpus.files):,} tokens"
         unknown = [file for file in corpus.files if not file.rows]
-        sample = (unknown or corpus.files)[0].read(0)
-        texts = [document.content for document in islice(sample, 256)]
-        size = sum(len(str(text).encode()) for text in texts)
-        documents = rows + sum(file.size for file in unknown) * len(texts) / max(size, 1)
-        tokens = documents * sum(len(self.encode(text)) for text in texts) / max(len(texts), 1)
+        file = (unknown or corpus.files)[0]
+        blocks = min(file.num_blocks, 8)
+        end: Any = (file.size * blocks // file.num_blocks, None)
+        # Up to 256 documents, and the offset behind them.
+        *sample, (size, _) = islice(chain(file.read(range(blocks)), [end]), 257)
+        documents = rows + sum(file.size for file in unknown) * len(sample) / max(size, 1)
+        lengths = [len(self.encode(document.content)) for _, document in sample]
+        tokens = documents * sum(lengths) / max(len(sample), 1)
         return f"about {documents:,.0f} documents, {tokens:,.0f} tokens"
 
     def block(self, corpus: int, number: int) -> tuple[int, int]:

@@ -97,7 +97,8 @@ class UL2Data:
                 raise InputError(
                     f"{file.path} was prepared with another tokenizer; prepare the corpus again"
                 )
-        mine = {os.path.realpath(file.copy) for file in files}
+        # Links of many files are resolved only if need be.
+        mine = {os.path.realpath(file.copy) for file in files} if heldout else ()
         for file in heldout:
             if os.path.realpath(file.copy) in mine:
                 raise InputError(f"{file.path} is an input and a held-out input; remove one")

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -20,6 +21,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from qwen3_encdec.data import corpus as corpora
+from qwen3_encdec.data import prepare as module
 from qwen3_encdec.data.analysis import analyze
 from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.prepare import Preparation, prepare
@@ -311,6 +313,23 @@ def test_a_prepared_folder_that_cannot_be_replaced_stays(corpus, tokenizer, tmp_
     with pytest.raises(InputError, match="cannot be written: Input/output error"):
         prepared(config, tokenizer, out)
     assert examples_of(out, tokenizer) == before
+    # All that is left to do is to move it.
+    monkeypatch.undo()
+    monkeypatch.setattr(module, "_find_copies", lambda *_: pytest.fail("looked for copies again"))
+    monkeypatch.setattr(corpora, "BLOCK_BYTES", 3000)
+    prepared(config, tokenizer, out)
+    assert sorted(path.name for path in out.iterdir()) == ["data", "qwen3_encdec.json"]
+
+
+def test_parts_share_the_list_of_copies(corpus, tokenizer, tmp_path):
+    """Was: every process held all of it as a set."""
+    preparation = Preparation(config_of(corpus), tokenizer, tmp_path / "out")
+    preparation.begin()
+    np.save(tmp_path / "out.partial" / "copies.npy", 3 + np.arange(10**6))
+    tracemalloc.start()
+    preparation.write(0)
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
 
 
 def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):

@@ -14,7 +14,6 @@ import os
 import shutil
 from collections import Counter
 from collections.abc import Iterator
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +101,7 @@ class Preparation:
         number = len(self.parts)
         names = [f"part-{part:05d}-of-{number:05d}.parquet" for part in range(number)]
         self.files = [self.building / "data" / name for name in names]
-        self._duplicates = self.building / "duplicates.npy"
+        self._copies = self.building / "copies.npy"
 
     def missing(self) -> list[int]:
         """Return the numbers of the parts still to be written."""
@@ -122,14 +121,10 @@ class Preparation:
             for leftover in self.building.rglob("*.tmp*"):
                 leftover.unlink()
             write_json(about, self.plan)
-            if not self._duplicates.exists():
+            if not self._copies.exists():
                 copies = list(_find_copies(self.corpus, self.plan["deduplicate"]))
-                np.save(self.building / "duplicates.tmp.npy", np.array(copies, np.int64))
-                os.replace(self.building / "duplicates.tmp.npy", self._duplicates)
-
-    @cached_property
-    def _copies(self) -> set[int]:
-        return set(np.load(self._duplicates).tolist())
+                np.save(self.building / "copies.tmp.npy", np.array(copies, np.int64))
+                os.replace(self.building / "copies.tmp.npy", self._copies)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
         """Write one task's share of the missing parts, as a step of a datatrove pipeline."""
@@ -161,12 +156,14 @@ class Preparation:
         self, blocks: range, counts: Counter[str]
     ) -> Iterator[list[tuple[int, np.ndarray]]]:
         """Yield row groups of (key, tokens) pairs, and count document outcomes."""
+        copies = np.load(self._copies, mmap_mode="r")  # sorted; all processes share its memory
         group: list[tuple[int, np.ndarray]] = []
         size = 0
         for number, document in self.corpus.numbered(blocks):
             tokens = self.encode(document.content)
             outcome = "short" if len(tokens) < self.min_tokens else "used"
-            outcome = "duplicate" if number in self._copies else outcome
+            is_copy = copies.searchsorted(number) < copies.searchsorted(number, side="right")
+            outcome = "duplicate" if is_copy else outcome
             counts.update(("documents", outcome))
             if outcome != "used":
                 continue
@@ -194,10 +191,10 @@ class Preparation:
                     f"none of the {counts['documents']:,} documents has {self.min_tokens} tokens; "
                     "lower min_tokens"
                 )
-            self._duplicates.unlink()
             about = self.plan | {"counts": counts, "versions": package_versions()}
             write_json(self.building / PROVENANCE_FILE, about)
             move_into_place(self.building, self.output)
+            (self.output / self._copies.name).unlink()  # a failed move needs it again
         return counts
 
 
@@ -258,13 +255,14 @@ def _find_copies(corpus: Corpus, deduplicate: Any) -> Iterator[int]:
             raise InputError(message) from None
         near = RMinHashDeduplicator(_SIMILARITY, _PERMUTATIONS, use_lsh=True)
     seen: set[int] = set()
-    for number, document in corpus.numbered(range(corpus.num_blocks)):
+    documents = corpus.numbered(range(corpus.num_blocks))
+    for number, document in tqdm(documents, "finding copies", unit=" documents", disable=None):
         if not len(document.content):  # empty ones are too short, not copies
             continue
-        words = str(document.content).casefold().split()
-        triples = [" ".join(words[i : i + 3]) for i in range(max(len(words) - 2, 1))]
         is_copy = document.key in seen
         if near and not is_copy:
+            words = str(document.content).casefold().split()
+            triples = [" ".join(words[i : i + 3]) for i in range(max(len(words) - 2, 1))]
             is_copy = not near.add_pairs([(str(number), triples)])[0]
         if is_copy:
             yield number

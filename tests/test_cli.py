@@ -197,6 +197,7 @@ def test_output_folder_that_is_not_ours(
         ("initialize", "--model", parent_folder, "--output", thesis),
         ("extract", "--model", init_folder, "--output", thesis),
         ("evaluate", "--model", init_folder, "--output", thesis),
+        ("prepare-data", "--tokenizer", init_folder, "--input", path, "--output", thesis),
         ("train", "--config", path),
         ("demo", "--output", thesis),
     ):

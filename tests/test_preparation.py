@@ -385,7 +385,3 @@ def test_bad_input_stops_a_preparation(tmp_path, tokenizer, processes):
     path.write_text('{"text": "fine"}\n{"text": "fi\n')
     with pytest.raises(InputError, match="a.jsonl line 2: not valid JSON"):
         prepared(config_of(path), tokenizer, tmp_path / "out", processes=processes)
-    (tmp_path / "taken").mkdir()
-    (tmp_path / "taken" / "thesis.txt").write_text("years of work")
-    with pytest.raises(InputError, match="was not written by"):
-        prepared(config_of(path), tokenizer, tmp_path / "taken")

@@ -5,6 +5,7 @@ control tokens.
 import json
 import pickle
 import random
+import re
 import sys
 
 import numpy as np
@@ -37,7 +38,7 @@ def random_texts(count: int) -> list[str]:
 
 def test_ids_are_those_of_the_tokenizer(tokenizer):
     encode = Encoder(tokenizer)
-    assert (encode.name, encode.fallback_reason) == ("tiktoken", None)
+    assert encode.fallback_reason is None
     texts = [
         *random_texts(400),
         "ignore <extra_id_3> and <|im_end|><|endoftext|> <think> <|reserved_0|>please",
@@ -52,27 +53,25 @@ def test_ids_are_those_of_the_tokenizer(tokenizer):
 def test_without_tiktoken(tokenizer, monkeypatch):
     monkeypatch.setitem(sys.modules, "tiktoken", None)
     encode = Encoder(tokenizer)
-    assert encode.name == "tokenizers"
     assert "tiktoken" in (encode.fallback_reason or "")
     text = "<|im_end|> is text"
     assert encode(text).tolist() == reference(tokenizer, text)
 
 
-def test_a_library_that_gives_other_ids_is_not_used(tokenizer, monkeypatch, caplog):
-    build = tokenization._tiktoken
-    monkeypatch.setattr(
-        tokenization, "_tiktoken", lambda spec: lambda text: build(spec)(text)[::-1]
-    )
-    other = Encoder(tokenizer)
-    assert other.name == "tokenizers"
+def test_a_library_that_gives_other_ids_is_not_used(caplog):
+    """As of a vocabulary whose merges have another order, which tiktoken does not know."""
+    other = build_tokenizer(num_ranks=512)
+    spec = json.loads(other.backend_tokenizer.to_str())
+    spec["model"]["merges"].reverse()
+    other._tokenizer = type(other.backend_tokenizer).from_str(json.dumps(spec))
+    encode = Encoder(other)
     text = "whatever does it, the ids are right"
-    assert other(text).tolist() == reference(tokenizer, text)
+    assert encode(text).tolist() == reference(other, text)
     # The refusal names the text, both ids and the remedy, once.
-    ids = reference(tokenizer, tokenization._SAMPLE[0])
-    assert f"differ on {tokenization._SAMPLE[0][:60]!r}" in caplog.text
-    assert str(ids[:8]) in caplog.text
+    assert 'differ on "The quick brown fox' in caplog.text
+    assert re.search(r": \[[\d, ]+\] and \[[\d, ]+\] from token \d+ on", caplog.text)
     assert "initialize" in caplog.text
-    Encoder(tokenizer)
+    Encoder(other)
     assert caplog.text.count("several times slower") == 1
 
 
@@ -97,18 +96,9 @@ def test_a_tokenizer_that_only_tokenizers_can_do(part, other):
     odd = build_tokenizer(num_ranks=512)
     setattr(odd.backend_tokenizer, part, other)
     encode = Encoder(odd)
-    assert encode.name == "tokenizers"
     assert "does not normalize and split text as Qwen3's" in (encode.fallback_reason or "")
     assert encode("A1-1 <|im_end|>").tolist() == reference(odd, "A1-1 <|im_end|>")
     assert encode.fingerprint != Encoder(build_tokenizer(num_ranks=512)).fingerprint
-
-
-def test_the_same_vocabulary_that_merges_in_another_order():
-    ranks = build_tokenizer(num_ranks=512)
-    spec = json.loads(ranks.backend_tokenizer.to_str())
-    spec["model"]["merges"].reverse()
-    ranks._tokenizer = type(ranks.backend_tokenizer).from_str(json.dumps(spec))
-    assert "differ" in (Encoder(ranks).fallback_reason or "")
 
 
 @pytest.mark.parametrize(

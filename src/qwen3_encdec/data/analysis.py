@@ -103,7 +103,8 @@ def analyze(
     source, target = filled.mean(axis=0).tolist()
     fuller = filled.max(axis=1).mean()
     speed = f"{np.sum(fills) / seconds:,.0f} tokens/s in one process"
-    why = f" ({data.encode.fallback_reason})" if data.encode.fallback_reason else ""
+    reason = data.encode.fallback_reason
+    library = f"tokenizers ({reason})" if reason else "tiktoken"
     total = f"{used + refused + heldout:,} = {used:,} used + {refused:,} refused"
     budgets = f"{source:.1%} of the source and {target:.1%} of the target budget"
     totals = [
@@ -111,7 +112,7 @@ def analyze(
         ("tokens", f"{counts['tokens']:,} in sources and targets"),
         ("rows", f"{len(fills):,} with {sum(map(len, sizes)):,} examples"),
         ("filled", f"{budgets}; the fuller of the two {fuller:.1%}"),
-        ("speed", f"{speed}, encoding with {data.encode.name}{why}"),
+        ("speed", f"{speed}, encoding with {library}"),
     ]
     of_each = [np.array(own, int).reshape(-1, 3) for own in sizes]
     examples = [text for texts in shown for text in texts]

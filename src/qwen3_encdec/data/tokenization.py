@@ -46,15 +46,13 @@ class Encoder:
         spec = tokenizer.backend_tokenizer.to_str()
         self.fingerprint = hashlib.sha256(spec.encode()).hexdigest()[:16]
         """Changes with any change to the tokenizer."""
-        self.name = "tiktoken"
-        """Library that encodes."""
         self.fallback_reason: str | None = None
-        """Reason for using the slow library, else None."""
+        """Reason for encoding with tokenizers instead of tiktoken, if there is one."""
         try:
             self._encode = _tiktoken(spec)
             self._compare()
         except (ImportError, ValueError, KeyError) as error:
-            self._encode, self.name, self.fallback_reason = self._slow, "tokenizers", str(error)
+            self._encode, self.fallback_reason = self._slow, str(error)
             about = "encoding with tokenizers, several times slower than tiktoken: %s"
             logger.warning_once(about, self.fallback_reason)
 

@@ -27,6 +27,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from filelock import FileLock
+from tqdm import tqdm
 
 from qwen3_encdec.data.config import DataConfig, Source
 from qwen3_encdec.data.package_docs import Split, cache_folder, package_docs_file
@@ -366,8 +367,11 @@ def _unpack(path: str, copy: str) -> str:
     with input_errors(f"cannot unpack {path} into {target.parent}"), FileLock(f"{target}.lock"):
         try:
             if not target.exists():
+                lines = tqdm(
+                    _unpacked(path, copy), f"unpacking {path}", unit=" lines", disable=None
+                )
                 with building.open("wb") as file:
-                    file.writelines(_unpacked(path, copy))
+                    file.writelines(lines)
                 os.replace(building, target)
         finally:
             building.unlink(missing_ok=True)

@@ -133,12 +133,6 @@ class UL2Data:
         tokens = documents * sum(lengths) / max(len(sample), 1)
         return f"about {documents:,.0f} documents, {tokens:,.0f} tokens"
 
-    def block(self, corpus: int, number: int) -> tuple[int, int]:
-        """Return the epoch and the block at a position in a corpus's endless sequence."""
-        num_blocks = self.opened[corpus].num_blocks
-        epoch, place = divmod(number, num_blocks)
-        return epoch, int(block_order(self.config.seed, epoch, corpus, num_blocks)[place])
-
     def start(self, epoch: int = 0) -> dict[str, Any]:
         """Return the state in which all streams are at the start of an epoch."""
         total = self.config.streams
@@ -281,7 +275,7 @@ class UL2Data:
 
 
 @lru_cache(64)
-def block_order(seed: int, epoch: int, corpus: int, num_blocks: int) -> np.ndarray:
+def _block_order(seed: int, epoch: int, corpus: int, num_blocks: int) -> np.ndarray:
     """Shuffle the blocks of a corpus for an epoch."""
     return np.random.default_rng([seed, epoch, corpus]).permutation(num_blocks)
 
@@ -310,12 +304,13 @@ def stream_rows(
 def _rows_of(
     data: UL2Data, stream: int, corpus: int, now: Position, epochs: float
 ) -> Iterator[Row]:
-    config, fruitless = data.config, 0
+    config, opened, fruitless = data.config, data.opened[corpus], 0
     while True:
-        epoch, block = data.block(corpus, stream + config.streams * now["turn"])
+        epoch, place = divmod(stream + config.streams * now["turn"], opened.num_blocks)
         if epoch >= epochs:
             return
-        documents = islice(data.opened[corpus].read(block), now["document"], None)
+        block = int(_block_order(config.seed, epoch, corpus, opened.num_blocks)[place])
+        documents = islice(opened.read(block), now["document"], None)
         for examples, counts in _windows(data, documents, corpus, epoch):
             rows = pack(examples, config.source_length, config.target_length)
             seed = [config.seed, corpus, stream, now["turn"], now["document"]]
@@ -332,7 +327,7 @@ def _rows_of(
             fruitless = 0 if rows else fruitless
         now = now | {"turn": now["turn"] + 1, "document": 0, "row": 0}
         fruitless += 1
-        if fruitless > data.opened[corpus].num_blocks:
+        if fruitless > opened.num_blocks:
             data.check_usable(corpus)
             fruitless = 0
 
@@ -373,11 +368,6 @@ def rows(data: UL2Data, epochs: float = inf) -> Iterator[Row]:
                 yield row
 
 
-def reader_number(rank: int, ranks: int, worker: int) -> int:
-    """Number the readers so that rows go to all ranks in turn, then to their next workers."""
-    return worker * ranks + rank
-
-
 class _Reader(IterableDataset):
     """The rows of one worker of one rank."""
 
@@ -388,7 +378,8 @@ class _Reader(IterableDataset):
         info = get_worker_info()
         workers, worker = (info.num_workers, info.id) if info else (1, 0)
         total, readers = self.data.config.streams, self.ranks * workers
-        first = self.state["rows"] + reader_number(self.rank, self.ranks, worker)
+        # Rows go to all ranks in turn, then to their next workers.
+        first = self.state["rows"] + worker * self.ranks + self.rank
         own = [row % total for row in range(first, first + total, readers)]
         positions = self.state["streams"]
         streams = {s: stream_rows(self.data, s, positions[str(s)]) for s in own}
@@ -480,7 +471,9 @@ def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:
     if config.streams % readers == 0:
         return
     fitting = [n for n in range(1, config.streams + 1) if config.streams % (ranks * n) == 0]
-    hint = f"use num_workers {', '.join(map(str, fitting))}" if fitting else "no num_workers fits"
+    hint = f"set data.streams to a multiple of {ranks}"
+    if fitting:
+        hint = f"use num_workers {', '.join(map(str, fitting))}"
     raise InputError(
         f"{ranks} ranks x {max(num_workers, 1)} workers = {readers}, which does not divide "
         f"data.streams={config.streams}; with {ranks} ranks, {hint}"

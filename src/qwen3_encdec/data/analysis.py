@@ -84,14 +84,14 @@ def analyze(
     start = time.perf_counter()
     for row in rows(data, epochs=1):
         last[row.stream, row.corpus] = row.position
-        fills.append([0, 0])
+        made = []
         for example in row.examples:
             sentinels = np.isin(example.source, data.sentinel_ids).sum()
-            size = len(example.source), len(example.target), sentinels
-            sizes[example.denoiser].append(size)
-            fills[-1] = [fills[-1][0] + size[0], fills[-1][1] + size[1]]
+            made.append((len(example.source), len(example.target), sentinels))
+            sizes[example.denoiser].append(made[-1])
             if len(shown[example.denoiser]) < show:
                 shown[example.denoiser].append(render(example, tokenizer, config.denoisers))
+        fills.append(np.sum(made, axis=0)[:2])
         if sum(map(len, sizes)) >= num_examples:
             break
     seconds = time.perf_counter() - start

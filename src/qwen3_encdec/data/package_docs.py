@@ -52,7 +52,7 @@ def package_docs_file(split: Split) -> Path:
     The first call reads every source file (a minute) and caches the result in
     `$XDG_CACHE_HOME/qwen3-encdec`, under a key derived from the installed distributions.
     """
-    installed = sorted(distributions(), key=lambda d: (str(d.name), str(d.version)))
+    installed = list(distributions())
     versions = sorted({f"{d.name}=={d.version}" for d in installed})
     key = hashlib.sha256("\n".join([_CACHE_VERSION, *versions]).encode()).hexdigest()[:16]
     files = {name: cache_folder() / f"package-docs-{key}-{name}.jsonl" for name in get_args(Split)}

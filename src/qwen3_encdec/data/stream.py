@@ -467,16 +467,16 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:
     """Raise InputError unless the readers divide the streams."""
-    readers = ranks * max(num_workers, 1)
-    if config.streams % readers == 0:
+    workers, streams = max(num_workers, 1), config.streams
+    fitting = [n for n in range(1, streams + 1) if streams % (ranks * n) == 0]
+    if workers in fitting:
         return
-    fitting = [n for n in range(1, config.streams + 1) if config.streams % (ranks * n) == 0]
     hint = f"set data.streams to a multiple of {ranks}"
     if fitting:
         hint = f"use num_workers {', '.join(map(str, fitting))}"
     raise InputError(
-        f"{ranks} ranks x {max(num_workers, 1)} workers = {readers}, which does not divide "
-        f"data.streams={config.streams}; with {ranks} ranks, {hint}"
+        f"{ranks} ranks x {workers} workers = {ranks * workers}, which does not divide "
+        f"data.streams={streams}; with {ranks} ranks, {hint}"
     )
 
 

@@ -50,10 +50,10 @@ class Denoiser:
             ("corruption", self.corruption, 1e-6, 1),
             ("weight", self.weight, 1e-6, inf),
         ):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InputError(f"denoiser {self.name}: {name}={value!r} is not a number")
-            if not low <= value < high:
-                raise InputError(f"denoiser {self.name}: {name}={value!r} not in [{low}, {high})")
+            is_number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not is_number or not low <= value < high:
+                wanted = f"a number in [{low}, {high})"
+                raise InputError(f"denoiser {self.name}: {name}={value!r} is not {wanted}")
 
 
 class Example(NamedTuple):

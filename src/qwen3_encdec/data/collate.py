@@ -122,11 +122,10 @@ def mask_token_id(tokenizer: PreTrainedTokenizerBase) -> int:
     Raises InputError if the tokenizer lacks it.
     """
     token = "<|reserved_3|>"
-    index = tokenizer.get_vocab().get(token)
-    if index is None:
-        name = tokenizer.name_or_path
+    vocabulary, name = tokenizer.get_vocab(), tokenizer.name_or_path
+    if token not in vocabulary:
         raise InputError(f"tokenizer {name!r} has no {token}; mntp_weight needs it as a mask")
-    return index
+    return vocabulary[token]
 
 
 class DataCollatorForPackedSeq2Seq:

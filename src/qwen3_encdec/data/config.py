@@ -117,8 +117,7 @@ class DataConfig:
         """Return the items of `mixture`, or one source of `inputs`."""
         sources: dict[str, Source] = {}
         for number, item in enumerate(self.mixture or [{"inputs": self.inputs}]):
-            column = {"text_column": self.text_column}
-            source: Source = _build(Source, item, "data.mixture", **column)
+            source = _build(Source, item, "data.mixture", text_column=self.text_column)
             name = source.name or source.inputs[0].strip("/").rpartition("/")[2]
             while name in sources:
                 name = f"{name}-{number}"

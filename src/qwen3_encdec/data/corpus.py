@@ -97,18 +97,20 @@ class File:
         return self._rows(blocks) if self.rows else self._texts(blocks)
 
     def _texts(self, blocks: range) -> Iterator[tuple[int, Document]]:
-        for at, line in self._streamed_lines(blocks) if self.streamed else self._lines(blocks):
+        lines = self._lines(blocks)
+        if self.streamed:
+            unpacked = enumerate(_unpacked(self.path, self.copy))
+            lines = ((at, line) for at, line in unpacked if at % self.num_blocks in blocks)
+        for at, line in lines:
             try:
                 text = _text(line, self.column)
             except ValueError as error:
-                number = 1 + (at if self.streamed else self._lines_before(at))
+                number = at + 1
+                if not self.streamed:
+                    every = self._lines(range(self.num_blocks))
+                    number = next(n for n, (start, _) in enumerate(every, 1) if start == at)
                 raise InputError(f"{self.path} line {number}: {error}") from None
             yield at, Document(self.path, text_key(text), text)
-
-    def _streamed_lines(self, blocks: range) -> Iterator[tuple[int, bytes]]:
-        for at, line in enumerate(_unpacked(self.path, self.copy)):
-            if at % self.num_blocks in blocks:
-                yield at, line
 
     def _lines(self, blocks: range) -> Iterator[tuple[int, bytes]]:
         """Yield the byte offset and content of each line that begins in some blocks."""
@@ -123,10 +125,6 @@ class File:
                     raise InputError(f"{self.path} was truncated after it was opened")
                 yield start, line
                 start += len(line)
-
-    def _lines_before(self, at: int) -> int:
-        with open(self.copy, "rb") as file:
-            return sum(file.read(min(at - n, 2**20)).count(b"\n") for n in range(0, at, 2**20))
 
     def _rows(self, blocks: range) -> Iterator[tuple[int, Document]]:
         """Decode row groups a few rows at a time: every open stream holds what it decoded."""
@@ -397,8 +395,9 @@ def _local_files(item: str, passed_over: list[str]) -> list[str]:
 def _walk(folder: str, passed_over: list[str]) -> list[str]:
     """Return the files below a folder, following links, without hidden and unknown ones."""
     targets: dict[str, str] = {}
+    errors: list[OSError] = []
     seen = {os.path.realpath(folder)}
-    for top, folders, names in os.walk(folder, onerror=_unreadable, followlinks=True):
+    for top, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
         real = os.path.realpath(top)
         folders.sort()
         for name in list(folders):
@@ -414,15 +413,13 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
             else:
                 is_link = os.path.islink(path)
                 targets[path] = os.path.realpath(path) if is_link else os.path.join(real, name)
+    if errors:
+        raise InputError(f"folder {errors[0].filename} cannot be read: {errors[0].strerror}")
     first: dict[str, str] = {}
     for path in sorted(targets):
         if path != first.setdefault(targets[path], path):
             passed_over.append(f"{path} (the same file as {first[targets[path]]})")
     return list(first.values())
-
-
-def _unreadable(error: OSError) -> None:
-    raise InputError(f"folder {error.filename} cannot be read: {error.strerror}")
 
 
 def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int) -> File:

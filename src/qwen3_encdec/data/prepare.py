@@ -48,7 +48,6 @@ from qwen3_encdec.folders import (
 
 _GROUP_TOKENS = 2**16
 _PERMUTATIONS, _SIMILARITY = 128, 0.8
-_COUNTED = ("documents", "used", "short", "duplicate", "tokens")
 
 
 class Preparation:
@@ -122,8 +121,8 @@ class Preparation:
                 leftover.unlink()
             write_json(about, self.plan)
             if not self._copies.exists():
-                copies = list(_find_copies(self.corpus, self.plan["deduplicate"]))
-                np.save(self.building / "copies.tmp.npy", np.array(copies, np.int64))
+                copies = np.fromiter(_find_copies(self.corpus, self.plan["deduplicate"]), np.int64)
+                np.save(self.building / "copies.tmp.npy", copies)
                 os.replace(self.building / "copies.tmp.npy", self._copies)
 
     def run(self, data: Any = None, rank: int = 0, world_size: int = 1) -> None:
@@ -136,7 +135,8 @@ class Preparation:
         """Write the documents of a part's blocks to its file."""
         file = self.files[part]
         schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: self.encode.fingerprint.encode()})
-        counts = Counter(dict.fromkeys(_COUNTED, 0))
+        outcomes = ("documents", "used", "short", "duplicate", "tokens")
+        counts = Counter(dict.fromkeys(outcomes, 0))
         temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
         with writing(file):
             try:
@@ -183,14 +183,23 @@ class Preparation:
         """
         if missing := self.missing():
             raise InputError(f"{self.building}: {len(missing):,} parts are not written yet")
+        counts: Counter[str] = Counter()
+        index = {}
         with writing(self.building):
-            counts = _write_index(self.files, self.encode.fingerprint)
+            for file in self.files:
+                metadata = pq.read_metadata(file)
+                of_file = json.loads(metadata.metadata[COUNTS_KEY])
+                counts.update(of_file)
+                rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+                index[file.name] = rows, of_file["tokens"]
             if not counts["used"]:
                 shutil.rmtree(self.building)
                 raise InputError(
                     f"none of the {counts['documents']:,} documents has {self.min_tokens} tokens; "
                     "lower min_tokens"
                 )
+            facts = {"tokenizer": self.encode.fingerprint, "files": index}
+            write_json(self.building / "data" / INDEX_FILE, facts)
             about = self.plan | {"counts": counts, "versions": package_versions()}
             write_json(self.building / PROVENANCE_FILE, about)
             move_into_place(self.building, self.output)
@@ -219,27 +228,12 @@ def prepare(
     # Unlike the processes of a pool, workers end with their parent.
     options: Any = {"collate_fn": preparation.write, "num_workers": workers, "in_order": False}
     written: Any = DataLoader(todo, batch_size=None, **options)  # type: ignore[arg-type]
-    with tqdm(total=total, initial=total - len(todo), unit="part", disable=None) as progress:
-        try:
-            for _ in written:
-                progress.update()
-        except RuntimeError as error:  # a worker was killed
-            raise InputError(f"{output}: {error}; run again to resume") from error
+    try:
+        for _ in tqdm(written, total=total, initial=total - len(todo), unit="part", disable=None):
+            pass
+    except RuntimeError as error:  # a worker was killed
+        raise InputError(f"{output}: {error}; run again to resume") from error
     return preparation.finish()
-
-
-def _write_index(files: list[Path], tokenizer: str) -> Counter[str]:
-    """Write row and token counts of all files into one index, and sum the document outcomes."""
-    counts = Counter(dict.fromkeys(_COUNTED, 0))
-    index = {}
-    for file in files:
-        metadata = pq.read_metadata(file)
-        of_file = json.loads(metadata.metadata[COUNTS_KEY])
-        counts.update(of_file)
-        rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-        index[file.name] = rows, of_file["tokens"]
-    write_json(files[0].with_name(INDEX_FILE), {"tokenizer": tokenizer, "files": index})
-    return counts
 
 
 def _find_copies(corpus: Corpus, deduplicate: Any) -> Iterator[int]:

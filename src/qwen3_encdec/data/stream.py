@@ -26,7 +26,7 @@ from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import fields, replace
 from functools import lru_cache
-from itertools import accumulate, chain, count, islice, product
+from itertools import accumulate, chain, count, islice, product, zip_longest
 from math import inf
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -81,8 +81,7 @@ class UL2Data:
         self._check_files()
         parts = [self.encode.fingerprint, *(corpus.fingerprint() for corpus in self.opened)]
         parts += [(source.weight, source.text_column) for source in config.sources]
-        names = [field.name for field in fields(config) if field.name not in FREE]
-        parts += [getattr(config, name) for name in names]
+        parts += [getattr(config, field.name) for field in fields(config) if field.name not in FREE]
         # Of a file, the setting is only the path. Other fingerprints stay as they were.
         if str(config.preset).endswith((".yaml", ".yml")):
             parts.append(config.denoisers)
@@ -359,13 +358,8 @@ def rows(data: UL2Data, epochs: float = inf) -> Iterator[Row]:
     """Yield rows in the global order in this process, skipping streams that have ended."""
     start = data.start()["streams"]
     streams = [stream_rows(data, int(s), positions, epochs) for s, positions in start.items()]
-    while streams:
-        for stream in list(streams):
-            row = next(stream, None)
-            if row is None:
-                streams.remove(stream)
-            else:
-                yield row
+    for turn in zip_longest(*streams):
+        yield from filter(None, turn)
 
 
 class _Reader(IterableDataset):
@@ -381,8 +375,7 @@ class _Reader(IterableDataset):
         # Rows go to all ranks in turn, then to their next workers.
         first = self.state["rows"] + worker * self.ranks + self.rank
         own = [row % total for row in range(first, first + total, readers)]
-        positions = self.state["streams"]
-        streams = {s: stream_rows(self.data, s, positions[str(s)]) for s in own}
+        streams = {s: stream_rows(self.data, s, self.state["streams"][str(s)]) for s in own}
         for row in count(first, readers):
             yield next(streams[row % total])
 

@@ -77,9 +77,8 @@ def analyze(
     Raises InputError like the stream.
     """
     data = UL2Data(config, tokenizer)
-    number = len(config.denoisers)
-    sizes: list[list[tuple]] = [[] for _ in range(number)]
-    shown: list[list[str]] = [[] for _ in range(number)]
+    sizes: list[list[tuple]] = [[] for _ in config.denoisers]
+    shown: list[list[str]] = [[] for _ in config.denoisers]
     fills, last = [], {}
     start = time.perf_counter()
     for row in rows(data, epochs=1):

@@ -107,8 +107,7 @@ def collate_masked_rows(
     batch = collate_rows(rows)
     ids = batch["input_ids"].numpy()
     sources = [example.source for row in rows for example in row.examples]
-    seeded = [np.random.default_rng(zlib.crc32(source.tobytes())) for source in sources]
-    draws = [rng.random(len(source)) for rng, source in zip(seeded, sources, strict=True)]
+    draws = [np.random.default_rng(zlib.crc32(s.tobytes())).random(len(s)) for s in sources]
     masked = (np.concatenate(draws)[None] < probability) & ~np.isin(ids, kept_ids)
     return batch | {
         "input_ids": torch.from_numpy(np.where(masked, mask_id, ids)),

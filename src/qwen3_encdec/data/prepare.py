@@ -135,8 +135,7 @@ class Preparation:
         """Write the documents of a part's blocks to its file."""
         file = self.files[part]
         schema = TOKENS_SCHEMA.with_metadata({TOKENIZER_KEY: self.encode.fingerprint.encode()})
-        outcomes = ("documents", "used", "short", "duplicate", "tokens")
-        counts = Counter(dict.fromkeys(outcomes, 0))
+        counts = Counter(documents=0, used=0, short=0, duplicate=0, tokens=0)
         temporary = file.with_name(f"{file.name}.tmp{os.getpid()}")
         with writing(file):
             try:

@@ -8,6 +8,8 @@ import json
 import shutil
 import subprocess
 import sys
+import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,13 +26,6 @@ from qwen3_encdec.folders import InputError, read_json, write_json
 
 TEXTS = ["", "One.", "A few more words to read.", "naïve <|im_end|> text"]
 TEXTS += ["word " * 700, "short", "x" * 90, "Two."]
-
-
-@pytest.fixture(scope="module", params=["mean", "last", "cls"])
-def encoder(request, init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / request.param
-    extract_encoder(init_folder, folder, pooling=request.param, max_seq_length=200)
-    return folder
 
 
 @pytest.fixture
@@ -52,7 +47,10 @@ def changed(folder, file, **changes):
     return folder
 
 
-def test_embeddings_are_those_of_sentence_transformers(encoder):
+@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
+def test_embeddings_are_those_of_sentence_transformers(init_folder, tmp_path, pooling):
+    encoder = tmp_path / pooling
+    extract_encoder(init_folder, encoder, pooling=pooling, max_seq_length=200)
     ours = TextEncoder(encoder, dtype=torch.float32)
     assert near(ours.encode(TEXTS), stock(encoder).encode(TEXTS))
     assert ours.num_cut == 1
@@ -72,6 +70,8 @@ def test_batches_hold_every_text_once_and_about_the_budget():
     batches = token_batches(lengths, 100)
     assert sorted(np.concatenate(batches).tolist()) == list(range(8))
     assert [int(lengths[batch].sum()) for batch in batches] == [900, 100, 13]
+    # Beside another text, the mask of a long one would be quadratic in its length.
+    assert [len(batch) for batch in token_batches(np.array([20, 950, 20]), 100)] == [1, 2]
 
 
 def test_an_accelerator_that_cannot_pool_is_left_alone(prompted_encoder, monkeypatch):
@@ -168,6 +168,18 @@ def test_any_number_of_texts_in_any_chunks(fp32, monkeypatch):
     next(ahead)
     ahead.close()
     assert len(submitted) <= 2  # of eight chunks
+
+
+def test_embeddings_are_in_memory_once(fp32, monkeypatch):
+    """And of the kept dimensions alone."""
+    fp32.layout = replace(fp32.layout, width=50_000, dimensions=20_000)
+    monkeypatch.setattr("qwen3_encdec.embedding.encoder._CHUNK", 3)
+    monkeypatch.setattr(fp32, "_embed", lambda ids, _: np.zeros((len(ids), 50_000), np.float32))
+    tracemalloc.start()
+    size = fp32.encode(TEXTS * 20).nbytes
+    assert size == 160 * 80_000
+    assert tracemalloc.get_traced_memory()[1] < 1.5 * size
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(
@@ -271,8 +283,9 @@ def test_embed_from_stdin_to_npy(command, prompted_encoder, tmp_path, fp32):
 
 
 def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
-    command, prompted_encoder, tmp_path, fp32
+    command, prompted_encoder, tmp_path, fp32, monkeypatch
 ):
+    monkeypatch.setattr("qwen3_encdec.embedding.encoder._CHUNK", 3)
     lines = "\n".join(json.dumps({"body": text}) for text in TEXTS)
     source, output = tmp_path / "texts.jsonl.gz", tmp_path / "x.parquet"
     source.write_bytes(gzip.compress(lines.encode()))
@@ -280,6 +293,7 @@ def test_embed_from_jsonl_to_parquet_with_prompt_and_dimensions(
     options = ("--text-column", "body", "--prompt-name", "query", "--dimensions", 8)
     code, _, err = command("embed", *paths, *options, "--dtype", "float32")
     assert code == 0, err
+    assert pq.ParquetFile(output).num_row_groups == 3
     table = pq.read_table(output)
     assert table["text"].to_pylist() == TEXTS
     found = np.array(table["embedding"].to_pylist(), dtype=np.float32)

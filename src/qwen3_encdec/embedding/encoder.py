@@ -215,14 +215,16 @@ class TextEncoder:
             raise InputError(f"texts must be a str or a list of them, got {type(texts).__name__}")
         texts, prompt = list(texts), self.layout.prompt(prompt_name)
         self.check_dimensions(dimensions)
-        parts = [np.empty((0, dimensions or self.layout.dimensions), dtype=np.float32)]
+        embeddings = np.empty((len(texts), dimensions or self.layout.dimensions), dtype=np.float32)
+        done = 0
         with tqdm(total=len(texts), unit="text", disable=None if progress else True) as bar:
             for tokens in self._tokenize_ahead(texts, prompt):
                 self.num_cut += sum(tokens.cut)
-                embeddings = self._embed(tokens.ids, batch_tokens or self.batch_tokens)
-                parts.append(self.cut_to(embeddings, dimensions))
-                bar.update(len(tokens.ids))
-        return np.concatenate(parts)
+                rows = self._embed(tokens.ids, batch_tokens or self.batch_tokens)
+                embeddings[done : done + len(rows)] = self.cut_to(rows, dimensions)
+                done += len(rows)
+                bar.update(len(rows))
+        return embeddings
 
     def _tokenize_ahead(self, texts: Sequence[str], prompt: str) -> Iterator[Tokens]:
         """Tokenize chunk by chunk, each while the caller computes the one before it."""
@@ -288,7 +290,7 @@ def pack(ids: Sequence[np.ndarray]) -> dict[str, Any]:
 def token_batches(lengths: np.ndarray, budget: int) -> list[np.ndarray]:
     """Group text indices, longest first, into batches of about `budget` tokens or one text."""
     order = np.argsort(-lengths, kind="stable")
-    batch = (lengths[order].cumsum() - 1) // budget
+    batch = (lengths[order].cumsum() - lengths[order]) // budget
     return np.split(order, np.flatnonzero(np.diff(batch)) + 1)
 
 
@@ -359,7 +361,8 @@ def _write_embeddings(path: Path, embeddings: np.ndarray, texts: Sequence[str]) 
     if path.suffix == ".npy":
         return np.save(path, embeddings)
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(embeddings.ravel()), embeddings.shape[1])
-    pq.write_table(pa.table({"text": texts, "embedding": vectors}), path)
+    table = pa.table({"text": texts, "embedding": vectors})
+    pq.write_table(table, path, row_group_size=_CHUNK)  # a row group needs its size in memory again
 
 
 def embed_file(

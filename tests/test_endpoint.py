@@ -4,6 +4,7 @@ ours and sentence-transformers', of one encoder read rightly and wrongly.
 """
 
 import json
+import shutil
 import socket
 import threading
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.export import export_encoder, llama_cpp_server
 from qwen3_encdec.embedding.probe import check_endpoint
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, read_json, write_json
 from tests.test_serving import running as embedding_server
 
 
@@ -82,6 +83,14 @@ def test_a_causal_server_is_told_from_a_bidirectional_one(
         with stock(tmp_path / "encoder", **options) as url:
             code, out, _ = command("check-endpoint", url + path, "--model", tmp_path / "encoder")
         assert (code, out.partition(":")[0]) == expected
+
+
+def test_a_tokenizer_that_appends_no_eos(encoder_folder, tmp_path):
+    folder = shutil.copytree(encoder_folder, tmp_path / "encoder")
+    changed = read_json(folder / "tokenizer.json") | {"post_processor": None}
+    write_json(folder / "tokenizer.json", changed)
+    with stock(folder) as url:
+        assert check_endpoint(url, folder).kind == "bidirectional"
 
 
 def test_a_wrong_pooling_and_another_model_are_not_called_right(

@@ -100,12 +100,11 @@ def compare(embed: Embed, folder: Path) -> Verdict:
         )
     prompted = [layout.prompt() + text for text in texts]
     cut: Any = {"truncation": True, "max_length": layout.max_tokens}
-    ids = [tokenizer(text, **cut)["input_ids"] for text in prompted]
     cosines: dict[str, float] = {}
     for attention, ending in itertools.product(("bidirectional", "causal"), ("with", "without")):
         model.config.is_causal = attention == "causal"
-        end = None if ending == "with" else -1
-        states = [model(torch.tensor([row[:end]])).last_hidden_state[..., :width] for row in ids]
+        ids = tokenizer(prompted, add_special_tokens=ending == "with", **cut)["input_ids"]
+        states = [model(torch.tensor([row])).last_hidden_state[..., :width] for row in ids]
         for mode in ("mean", "lasttoken", "cls"):
             rows = [pool(row, torch.ones(row.shape[:2], dtype=torch.long), mode) for row in states]
             reading = f"{attention}, {mode}, {ending} EOS"

@@ -293,7 +293,11 @@ def test_a_drawn_query_keeps_all_its_documents_and_is_one_unit_of_the_interval()
     task = retrieval.retrieval_of_pairs("x", [*pairs, pairs[0]], most=2)
     assert (task.size, len(set(task.queries)), len(task.documents)) == (6, 2, 12)
     vectors = {text: np.eye(4)[int(text[1:]) % 4] for pair in pairs for text in pair}
-    embed = lambda texts, role: np.array([vectors[text] for text in texts])  # noqa: E731
+
+    def embed(texts, role):
+        assert len(texts) == len(set(texts))  # each text once
+        return np.array([vectors[text] for text in texts])
+
     assert task.measure(embed)["score"] == 1.0
     alone = retrieval.retrieval_of_pairs("x", pairs, most=1).measure(embed)
     assert "low" not in alone  # one query says nothing about others

@@ -4,7 +4,6 @@ intervals, and the tasks that need no hub.
 
 import json
 import random
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +49,15 @@ class Retrieval:
 
     def measure(self, embed: Embed) -> dict[str, float]:
         """Compute R@1 as `score` with its interval, and `rank_scores`."""
-        rows = defaultdict(list)
-        for row, query in enumerate(self.queries):
-            rows[query].append(row)
-        # A query's other relevant documents neither help nor hurt.
-        also = [self.relevant[rows[query]] for query in self.queries]
-        queries = embed(self.queries, "query")
-        documents = embed(self.documents, "document")
-        ranks = relevant_ranks(queries, documents, self.relevant, also=also)
-        numbers = {query: number for number, query in enumerate(rows)}
+        numbers = {query: number for number, query in enumerate(dict.fromkeys(self.queries))}
         groups = np.array([numbers[query] for query in self.queries])
+        queries = embed(list(numbers), "query")[groups]
+        documents = embed(self.documents, "document")
+        # A query's other relevant documents neither help nor hurt.
+        in_groups = self.relevant[np.argsort(groups, kind="stable")]
+        answers = np.split(in_groups, np.bincount(groups).cumsum()[:-1])
+        also = [answers[number] for number in groups]
+        ranks = relevant_ranks(queries, documents, self.relevant, also=also)
         return mean_interval(ranks == 1, groups) | rank_scores(ranks)
 
 

@@ -240,6 +240,9 @@ def test_an_interrupted_finetuning_resumes_to_the_same_weights(
         finetune(encoder, tmp_path / "out", PAIRS, **options)
     monkeypatch.undo()
     assert not (tmp_path / "out").exists()
+    # Nothing of a checkpoint outlives it.
+    assert distilled is bool(list((tmp_path / "out.training").glob("*/projection.safetensors")))
+    assert not list((tmp_path / "out.training").glob("*.safetensors"))
     (tmp_path / "out.training/checkpoint-6").mkdir()  # killed while it was written
     with pytest.raises(InputError, match="holds an interrupted run: resume or delete it"):
         finetune(encoder, tmp_path / "out", PAIRS, **options)

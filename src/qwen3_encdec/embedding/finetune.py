@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-import pyarrow.compute as pc
 import torch
 from datasets import (
     Dataset,
@@ -55,6 +54,7 @@ from qwen3_encdec.folders import (
 )
 
 SCORE = "eval_ndcg@10"
+PROJECTION = "projection.safetensors"
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -235,9 +235,9 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
 def _check_batches(config: FinetuneConfig, dataset: Dataset) -> None:
     """Reject too few distinct texts: the sampler would make smaller batches, down to one pair."""
     size = config.batch_size
-    table = dataset.with_format("arrow")[:]  # read once: shuffled rows are slow
     for name in dataset.column_names:
-        distinct = pc.count_distinct(table[name]).as_py()
+        batches = dataset.select_columns(name).iter(1000)  # all texts might not fit into memory
+        distinct = len({hash(text) for batch in batches for text in batch[name]})
         if distinct < size:
             remedy = f"lower batch_size to {distinct} or add texts" if distinct > 1 else "add texts"
             raise InputError(
@@ -299,8 +299,9 @@ class _Watch(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.projection is not None and control.should_save:
-            file = Path(args.output_dir, f"projection-{state.global_step}.safetensors")
-            save_file(self.projection.state_dict(), file)
+            folder = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            folder.mkdir(exist_ok=True)  # the trainer's files follow, trainer_state.json last
+            save_file(self.projection.state_dict(), folder / PROJECTION)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         lines = [json.dumps(line) + "\n" for line in state.log_history]
@@ -364,8 +365,7 @@ def _train(
     loss = _loss(config, model, dataset)
     projection = getattr(getattr(loss, "loss", loss), "projection", None)
     if checkpoint and projection is not None:
-        name = checkpoint.name.replace("checkpoint", "projection")
-        projection.load_state_dict(load_file(work / f"{name}.safetensors"))
+        projection.load_state_dict(load_file(checkpoint / PROJECTION))
     trainer = SentenceTransformerTrainer(
         model=model,
         args=arguments,

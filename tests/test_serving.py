@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 import timeit
+import tracemalloc
 import urllib.error
 import urllib.request
 from contextlib import contextmanager
@@ -268,6 +269,21 @@ def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
             assert int(answer["headers"]["Retry-After"]) >= 1
             release.set()
             assert first.result()[0] == second.result()[0] == 200
+
+
+def test_a_waiting_request_holds_its_tokens_and_not_its_text(encoder, monkeypatch):
+    entered, release, _ = hold(encoder, monkeypatch)
+    body = json.dumps({"input": "x " * 2**19}).encode()
+    with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(1) as crowd:
+        tracemalloc.start()
+        waiting = crowd.submit(post, address, body)
+        assert entered.wait(30)
+        time.sleep(0.3)  # the thread that parsed lets go of it
+        held = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        release.set()
+        assert waiting.result()[0] == 200
+    assert held < 0.5 * len(body)
 
 
 def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):

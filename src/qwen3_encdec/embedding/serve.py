@@ -61,7 +61,10 @@ class EmbeddingRequest(BaseModel, strict=True):
 
 
 def parse_request(encoder: TextEncoder, body: bytes) -> tuple[EmbeddingRequest, Tokens]:
-    """Parse and tokenize the body of a request. Raises InputError that names the problem."""
+    """Parse and tokenize the body of a request; the parsed one comes back without its texts.
+
+    Raises InputError that names the problem.
+    """
     try:
         wanted = EmbeddingRequest.model_validate_json(body)
     except ValidationError as error:
@@ -75,6 +78,7 @@ def parse_request(encoder: TextEncoder, body: bytes) -> tuple[EmbeddingRequest, 
         raise InputError(message) from None
     encoder.check_dimensions(wanted.dimensions)
     texts = [wanted.input] if isinstance(wanted.input, str) else wanted.input
+    wanted.input = ""  # long texts of waiting requests would fill the memory
     return wanted, encoder.tokenize(texts, encoder.layout.prompt(wanted.prompt_name))
 
 
@@ -222,8 +226,11 @@ class Service:
 
     async def embeddings(self, request: Request) -> Response:
         """Embed the texts of a request."""
-        loop, body = asyncio.get_running_loop(), await self._read(request)
-        wanted, tokens = await loop.run_in_executor(self.edge, parse_request, self.encoder, body)
+        loop = asyncio.get_running_loop()
+        parsed = loop.run_in_executor(
+            self.edge, parse_request, self.encoder, await self._read(request)
+        )
+        wanted, tokens = await parsed
         self.counts["texts_total"] += len(tokens.ids)
         self.counts["texts_cut_total"] += sum(tokens.cut)
         rows = await self._compute(request, tokens.ids)

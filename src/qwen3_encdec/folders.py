@@ -50,6 +50,17 @@ def first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
+@contextmanager
+def input_errors(what: str) -> Iterator[None]:
+    """Convert any exception into a one-line InputError that names `what`."""
+    try:
+        yield
+    except Exception as error:  # libraries and the hub raise many types
+        if isinstance(error, InputError):  # an `except` clause of its own fails at interpreter exit
+            raise
+        raise InputError(f"{what}: {first_line(error)}") from None
+
+
 def default_device() -> "torch.device":
     """Return the available accelerator, else the CPU."""
     import torch
@@ -237,11 +248,8 @@ def resolve_checkpoint(name: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     files = ["*.json", "*.safetensors", "*.txt"]
-    try:
+    with input_errors(f"{name} could not be fetched from the hub"):
         return Path(snapshot_download(str(name), allow_patterns=files))
-    except Exception as error:  # the hub client raises a dozen unrelated types
-        reason = first_line(error)
-        raise InputError(f"{name} could not be fetched from the hub: {reason}") from None
 
 
 def read_tensors(folder: Path) -> "Iterator[tuple[str, torch.Tensor]]":
@@ -307,10 +315,8 @@ def load_tokenizer(
     is_model = (Path(folder) / "config.json").exists()
     command = INITIALIZE_COMMAND if is_model else "qwen3-encdec tokenizer --output FOLDER"
     folder = _require(folder, "tokenizer.json", "tokenizer", command)
-    try:
+    with input_errors(f"the tokenizer in {folder} cannot be loaded"):
         tokenizer = qwen3_encdec.Qwen3EncoderDecoderTokenizer.from_pretrained(folder)
-    except Exception as error:  # `tokenizers` raises bare exceptions
-        raise InputError(f"the tokenizer in {folder} cannot be loaded: {error}") from None
     if config and len(tokenizer) != config.vocab_size:
         raise InputError(
             f"{folder}: the tokenizer has {len(tokenizer):,} entries but the model "

@@ -18,7 +18,7 @@ import re
 import time
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -34,7 +34,7 @@ from qwen3_encdec.data.package_docs import Split, cache_folder, package_docs_fil
 from qwen3_encdec.folders import (
     PROVENANCE_FILE,
     InputError,
-    first_line,
+    input_errors,
     local_paths,
     read_optional,
 )
@@ -265,17 +265,6 @@ def text_key(text: str) -> int:
     """Hash a text to 63 bits."""
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest) >> 1
-
-
-@contextmanager
-def input_errors(what: str) -> Iterator[None]:
-    """Convert any exception into a one-line InputError that names `what`."""
-    try:
-        yield
-    except Exception as error:  # libraries and the hub raise many types
-        if isinstance(error, InputError):  # an `except` clause of its own fails at interpreter exit
-            raise
-        raise InputError(f"{what}: {first_line(error)}") from None
 
 
 def _text(line: bytes, column: str) -> str:

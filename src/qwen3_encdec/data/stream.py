@@ -37,10 +37,10 @@ from transformers import PreTrainedTokenizerBase
 
 from qwen3_encdec.data.collate import Position, Row, collate_rows, count_tokens, pack
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, input_errors, open_corpus
+from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
-from qwen3_encdec.folders import InputError, read_json, write_json
+from qwen3_encdec.folders import InputError, input_errors, read_json, write_json
 
 WINDOW_ROWS = 16
 """Number of rows' worth of examples that a stream packs together."""

@@ -21,7 +21,6 @@ import pyarrow.parquet as pq
 import torch
 import torch.nn.functional as F
 from accelerate.utils import recursively_apply, send_to_device
-from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
 from tqdm import tqdm
 from transformers import Qwen3Config
@@ -34,7 +33,7 @@ from qwen3_encdec.data.corpus import open_corpus
 from qwen3_encdec.folders import (
     InputError,
     check_finite,
-    first_line,
+    input_errors,
     load_whole,
     local_paths,
     read_json,
@@ -81,10 +80,8 @@ def read_layout(folder: Path) -> Layout:
 
     Raises InputError if a file is broken, or a module or pooling is not supported.
     """
-    try:
+    with input_errors(f"{folder} has malformed settings"):
         return _layout(folder)
-    except (AttributeError, LookupError, TypeError, StrictDataclassError) as error:
-        raise InputError(f"{folder} has malformed settings: {first_line(error)}") from None
 
 
 def _layout(folder: Path) -> Layout:
@@ -147,10 +144,8 @@ class TextEncoder:
         self.num_cut = 0
         with encoder_folder(folder) as path:
             self.layout = read_layout(path)
-            try:
+            with input_errors(f"tokenizer of {path} cannot be read"):
                 self.tokenizer = Tokenizer.from_file(str(path / "tokenizer.json"))
-            except Exception as error:  # `tokenizers` raises bare exceptions
-                raise InputError(f"tokenizer of {path} cannot be read: {error}") from None
             self.model = load_encoder(path, self.dtype).to(self.device)
         self.max_tokens = self.layout.max_tokens if max_tokens is None else max_tokens
         longest = self.model.config.max_position_embeddings

@@ -42,12 +42,12 @@ from transformers import PrinterCallback, TrainerCallback, set_seed
 from qwen3_encdec.conversion.card import read_card, without_path, write_card
 from qwen3_encdec.data.config import Count, Natural, NotNegative, Number, Positive, Seed, Several
 from qwen3_encdec.data.package_docs import summary_pairs
-from qwen3_encdec.evaluation.baselines import loading
 from qwen3_encdec.evaluation.retrieval import retrieval_of_pairs
 from qwen3_encdec.folders import (
     InputError,
     check_output,
     copy_without_weights,
+    input_errors,
     new_folder,
     read_json,
     write_json,
@@ -455,7 +455,7 @@ def _load(folder: str | Path) -> SentenceTransformer:
         raise InputError(
             f"{folder} is not a sentence-transformers folder; make one with: qwen3-encdec extract"
         )
-    with loading(folder):
+    with input_errors(f"{folder} cannot be loaded"):
         model = SentenceTransformer(str(folder), local_files_only=True)
     # Otherwise the trainer embeds examples for every checkpoint's model card.
     model.model_card_data.generate_widget_examples = False

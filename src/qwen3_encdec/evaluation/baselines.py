@@ -7,8 +7,7 @@ last-token pooling uses the last token of the text; an extracted tokenizer appen
 """
 
 import importlib.util
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import numpy as np
 import torch
 
 from qwen3_encdec.evaluation.retrieval import MAX_TOKENS, Embed
-from qwen3_encdec.folders import InputError, first_line, read_json
+from qwen3_encdec.folders import InputError, input_errors, read_json
 
 TFIDF = "TF-IDF"
 MINILM = "MiniLM-L6"
@@ -59,15 +58,6 @@ def package_folder(module: str, package: str) -> Path:
     return Path(found.origin).parent
 
 
-@contextmanager
-def loading(folder: str | Path) -> Iterator[None]:
-    """Raise what goes wrong in a library as an InputError that names the folder."""
-    try:
-        yield
-    except Exception as error:  # damaged weights, configs and tokenizers raise different types
-        raise InputError(f"{folder} cannot be loaded: {first_line(error)}") from None
-
-
 def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embed:
     """Load a causal Qwen3 folder as an embedder, pooled by `"mean"` or `"lasttoken"`;
     `causal=False` only removes its mask. Raises InputError if `folder` is not such a checkpoint.
@@ -79,7 +69,7 @@ def parent(folder: str | Path, *, pooling: str, causal: bool = True) -> Embed:
     if kind != "qwen3":
         raise InputError(f"parent {folder} has model_type {kind}; it must be a qwen3 checkpoint")
     local = {"local_files_only": True}
-    with loading(folder):
+    with input_errors(f"{folder} cannot be loaded"):
         transformer = Transformer(
             str(folder),
             model_kwargs={"dtype": torch.float32, **local},
@@ -99,7 +89,7 @@ def encoder(folder: str | Path) -> Embed:
     from sentence_transformers import SentenceTransformer
 
     options: dict[str, Any] = {"model_kwargs": {"dtype": torch.float32}}
-    with loading(folder):
+    with input_errors(f"{folder} cannot be loaded"):
         return _embedder(SentenceTransformer(str(folder), local_files_only=True, **options))
 
 

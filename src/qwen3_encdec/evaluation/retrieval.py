@@ -11,9 +11,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from qwen3_encdec.data.corpus import input_errors, without_surrogates
+from qwen3_encdec.data.corpus import without_surrogates
 from qwen3_encdec.data.package_docs import summary_pairs
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, input_errors
 
 MAX_TOKENS = 128
 """Length in tokens that MiniLM was trained on, and the default `max_length` of `finetune`."""

@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
-from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.demo.parent import (
     causal_embedder,
     nano_config,
@@ -37,23 +36,11 @@ def nano(tmp_path_factory):
     return folder, result
 
 
-@pytest.fixture(scope="module")
-def encoder(init_folder, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("encoder") / "encoder"
-    extract_encoder(init_folder, folder)
-    return folder
-
-
-def _train(folder, **changes):
-    sizes = {
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "steps": 12,
-        "batch_size": 2,
-        "block_size": 32,
-    }
+def _train(folder, texts=TEXTS, **changes):
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2}
+    budget = {"steps": 12, "batch_size": 2, "block_size": 32, **changes}
     return train_causal_parent(
-        folder, tokenizer=parent_tokenizer(512), texts=TEXTS, **{**sizes, **changes}
+        folder, tokenizer=parent_tokenizer(512), texts=texts, **sizes, **budget
     )
 
 
@@ -93,9 +80,7 @@ def test_parent_depends_on_its_seed_alone(nano, tmp_path):
 
 def test_parent_refuses_a_corpus_of_less_than_a_block(tmp_path):
     with pytest.raises(InputError, match="fewer than one block of 32"):
-        train_causal_parent(
-            tmp_path / "parent", tokenizer=parent_tokenizer(512), texts=["short"], block_size=32
-        )
+        _train(tmp_path / "parent", ["short"])
     assert not (tmp_path / "parent").exists()
 
 
@@ -119,24 +104,24 @@ def _sees_the_end(folder) -> bool:
     return not torch.allclose(first, changed)
 
 
-def test_finetune_changes_the_weights_and_no_other_file(encoder, parent_folder, tmp_path):
+def test_finetune_changes_the_weights_and_no_other_file(encoder_folder, parent_folder, tmp_path):
     """So the encoder stays bidirectional, and the control causal."""
     causal_embedder(parent_folder, tmp_path / "control")
-    for name, folder in (("encoder", encoder), ("control", tmp_path / "control")):
+    for name, folder in (("encoder", encoder_folder), ("control", tmp_path / "control")):
         finetune(folder, tmp_path / f"{name}-tuned", PAIRS, steps=2, batch_size=8)
     tuned = tmp_path / "encoder-tuned"
     assert _sees_the_end(tuned)
     assert not _sees_the_end(tmp_path / "control-tuned")
-    assert _small_files(tuned) == _small_files(encoder)
-    before, after = _weights(encoder), _weights(tuned)
+    assert _small_files(tuned) == _small_files(encoder_folder)
+    before, after = _weights(encoder_folder), _weights(tuned)
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)
     assert not torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
     # sentence-transformers' own way of saving is what would have gone wrong
-    SentenceTransformer(str(encoder)).save_pretrained(
+    SentenceTransformer(str(encoder_folder)).save_pretrained(
         str(tmp_path / "saved"), create_model_card=False
     )
-    assert _small_files(tmp_path / "saved") != _small_files(encoder)
+    assert _small_files(tmp_path / "saved") != _small_files(encoder_folder)
 
 
 TOY = NANO | {

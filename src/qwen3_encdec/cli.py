@@ -356,7 +356,7 @@ def soup(
 @app.command(cls=Command)
 def embed(
     model: AnyEncoder,
-    input: Annotated[str, Option(help="File or folder of .txt, .jsonl or .parquet, or -.")],
+    input: Annotated[str, Option(help="File, folder or hub dataset of texts, or - for stdin.")],
     output: Annotated[Path, Option(help="File to write: .npy or .parquet.")],
     text_column: TextColumn = "text",
     prompt_name: Prompt = None,

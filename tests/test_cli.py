@@ -8,7 +8,6 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
-import yaml
 from transformers import PreTrainedTokenizerBase
 from typer.main import get_command
 from typer.testing import CliRunner
@@ -37,14 +36,6 @@ def refused(command, tmp_path):
     return call
 
 
-def training_yaml(tmp_path, init_folder, **changes) -> Path:
-    path = tmp_path / "training.yaml"
-    path.write_text(
-        yaml.safe_dump({"model": str(init_folder), "output_dir": str(tmp_path / "run"), **changes})
-    )
-    return path
-
-
 @pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "scripts").glob("*.py")))
 def test_scripts_are_thin_and_answer_help(script, run_script):
     path = ROOT / "scripts" / script
@@ -67,15 +58,12 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
         for i in range(200)
     ]
     corpus.write_text("\n".join(lines))
-    code, out, _ = command(
-        *("prepare-data", "--tokenizer", folder, "--input", corpus, "--analyze-only"),
-        *("--show", 1, "--num-examples", 100, "--output", tmp_path / "page"),
-    )
+    prepare = ("prepare-data", "--tokenizer", folder, "--input", corpus, "--analyze-only")
+    prepare += ("--output", tmp_path / "page", "--num-examples", 100)
+    code, out, _ = command(*prepare, "--show", 1)
     assert code == 0
     for expected in ("R1", "X2", "S", "tokens/s", "<extra_id_0>", "things"):
-        assert expected in " ".join(out.split())
-    prepare = ("prepare-data", "--tokenizer", folder, "--input", corpus, "--analyze-only")
-    prepare += ("--output", tmp_path / "page")
+        assert expected in out
     figures = json.loads(command(*prepare, "--json")[1])
     assert [row["Denoiser"] for row in figures["denoisers"]] == ["R1", "R2", "X1", "X2", "S"]
     own = tmp_path / "own.yaml"
@@ -98,22 +86,18 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
         assert "Traceback" not in error
 
 
-@pytest.mark.parametrize("former", [False, True])
-def test_initialize_then_extract(command, parent_folder, tmp_path, former):
+def test_initialize_then_extract_by_present_and_former_names(command, parent_folder, tmp_path):
     init, encoder = tmp_path / "init", tmp_path / "encoder"
-    qwen3, checkpoint, output = ("--model",) * 2 + ("--output",)
-    if former:
-        qwen3, checkpoint, output = "--qwen3-model", "--checkpoint", "--output-dir"
-    code, out, _ = command("initialize", qwen3, parent_folder, output, init)
+    code, out, _ = command("initialize", "--qwen3-model", parent_folder, "--output-dir", init)
     assert code == 0
     assert "verified on the saved folder" in out
-    code, out, _ = command("initialize", qwen3, parent_folder, output, init, "--json")
+    code, out, _ = command("initialize", "--model", parent_folder, "--output", init, "--json")
     assert (code, json.loads(out)["verification"]["encoder"] < 1e-4) == (0, True)
-    code, out, _ = command("extract", checkpoint, init, output, encoder)
+    code, out, _ = command("extract", "--checkpoint", init, "--output-dir", encoder)
     assert code == 0
     assert "with causal attention the difference is" in out
     assert (encoder / "modules.json").exists()
-    code, out, _ = command("extract", checkpoint, init, output, encoder, "--json")
+    code, out, _ = command("extract", "--model", init, "--output", encoder, "--json")
     assert code == 0
     report = json.loads(out)
     assert report["transformers"] < 1e-4 < report["causal_control"]
@@ -121,7 +105,7 @@ def test_initialize_then_extract(command, parent_folder, tmp_path, former):
     cosines = json.loads(command("similarity", "--model", encoder, "--json", "--", *texts)[1])
     assert cosines[0] == pytest.approx([1, 1, cosines[2][0]], abs=1e-5)
     assert cosines[2][0] < 0.999
-    options = (f"{checkpoint}={init}", f"{output}={encoder}", "--max-tokens=0")
+    options = (f"--checkpoint={init}", f"--output-dir={encoder}", "--max-tokens=0")
     code, _, error = command("extract", *options)
     assert (code, "Invalid value for '--max-length'" in error) == (2, True)
 
@@ -136,13 +120,6 @@ def test_the_package_runs_as_a_module_and_tells_its_version(capsys, monkeypatch)
 def test_options_of_the_dry_run_do_not_start_a_training(refused):
     for options in (("--devices", "8xH100"), ("--qwen3-model", "0.6B"), ("--json",)):
         assert "are for --dry-run" in refused("train", *options)
-
-
-def test_unknown_yaml_key(refused, init_folder, tmp_path):
-    path = training_yaml(tmp_path, init_folder, max_stepz=3)
-    message = refused("train", "--config", path)
-    assert "max_stepz" in message
-    assert "max_steps" in message
 
 
 def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_folder, tmp_path):
@@ -186,15 +163,14 @@ def test_output_folder_that_is_not_ours(
     thesis = tmp_path / "thesis"
     thesis.mkdir()
     (thesis / "chapter1.txt").write_text("years of work")
-    corpus = {"source_length": 64, "target_length": 64}
-    path = training_yaml(tmp_path, init_folder, output_dir=str(thesis), data=corpus)
+    lengths = ("data.source_length=64", "data.target_length=64")
     for arguments in (
         ("tokenizer", "--num-ranks", 300, "--output", thesis),
         ("initialize", "--model", parent_folder, "--output", thesis),
         ("extract", "--model", init_folder, "--output", thesis),
         ("evaluate", "--model", init_folder, "--output", thesis),
         ("prepare-data", "--tokenizer", init_folder, "--input", path, "--output", thesis),
-        ("train", "--config", path),
+        ("train", f"model={init_folder}", f"output_dir={thesis}", *lengths),
         ("demo", "--output", thesis),
     ):
         assert "was not written by qwen3-encdec" in refused(*arguments)

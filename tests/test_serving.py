@@ -240,8 +240,9 @@ def test_a_shutdown_waits_for_every_accepted_request(encoder):
     assert server.config.timeout_graceful_shutdown == 43
 
 
-def hold(encoder, monkeypatch):
-    """Let the model wait for `release`; `entered` is set when it computes, `computed` its texts."""
+@contextmanager
+def busy(encoder, monkeypatch, body, limits=None):
+    """A server whose model computes a first request until `release` is set."""
     entered, release = threading.Event(), threading.Event()
     computed = []
     whole = encoder.forward
@@ -253,64 +254,61 @@ def hold(encoder, monkeypatch):
         return whole(ids)
 
     monkeypatch.setattr(encoder, "forward", slow)
-    return entered, release, computed
+    with running(encoder, limits) as address, concurrent.futures.ThreadPoolExecutor(8) as crowd:
+        first = crowd.submit(post, address, body)
+        assert entered.wait(30)
+        yield address, crowd, first, release, computed
 
 
 def test_a_full_queue_says_when_to_come_again(encoder, monkeypatch):
-    entered, release, _ = hold(encoder, monkeypatch)
-    with running(encoder, Limits(queue_tokens=40, answer_seconds=30)) as address:
-        with concurrent.futures.ThreadPoolExecutor(8) as crowd:
-            first = crowd.submit(post, address, {"input": "computing"})
-            assert entered.wait(10)
-            second = crowd.submit(post, address, {"input": "waits " * 8})
-            time.sleep(0.3)
-            status, answer = post(address, {"input": "w " * 30})
-            assert status == 429
-            assert int(answer["headers"]["Retry-After"]) >= 1
-            release.set()
-            assert first.result()[0] == second.result()[0] == 200
+    limits = Limits(queue_tokens=40, answer_seconds=30)
+    with busy(encoder, monkeypatch, {"input": "first"}, limits) as (url, crowd, first, release, _):
+        second = crowd.submit(post, url, {"input": "waits " * 8})
+        time.sleep(0.3)
+        status, answer = post(url, {"input": "w " * 30})
+        assert status == 429
+        assert int(answer["headers"]["Retry-After"]) >= 1
+        release.set()
+        assert first.result()[0] == second.result()[0] == 200
 
 
 def test_a_waiting_request_holds_its_tokens_and_not_its_text(encoder, monkeypatch):
-    entered, release, _ = hold(encoder, monkeypatch)
     body = json.dumps({"input": "x " * 2**19}).encode()
-    with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(1) as crowd:
-        tracemalloc.start()
-        waiting = crowd.submit(post, address, body)
-        assert entered.wait(30)
+    tracemalloc.start()
+    with busy(encoder, monkeypatch, body) as (*_, first, release, _):
         time.sleep(0.3)  # the thread that parsed lets go of it
         held = tracemalloc.get_traced_memory()[0]
         tracemalloc.stop()
         release.set()
-        assert waiting.result()[0] == 200
+        assert first.result()[0] == 200
     assert held < 0.5 * len(body)
 
 
 def test_what_takes_too_long_ends_and_is_not_computed(encoder, monkeypatch):
-    entered, release, computed = hold(encoder, monkeypatch)
-    with running(encoder, Limits(answer_seconds=0.3)) as address:
-        with concurrent.futures.ThreadPoolExecutor(4) as crowd:
-            first = crowd.submit(post, address, {"input": "computing"})
-            assert entered.wait(10)
-            others = list(crowd.map(lambda i: post(address, {"input": f"{i}"}), range(3)))
+    limits = Limits(answer_seconds=0.3)
+    with busy(encoder, monkeypatch, {"input": "first"}, limits) as (
+        url,
+        crowd,
+        first,
+        release,
+        done,
+    ):
+        others = list(crowd.map(lambda i: post(url, {"input": f"{i}"}), range(3)))
         assert [status for status, _ in (first.result(), *others)] == [503] * 4
         release.set()
         monkeypatch.undo()
-        assert post(address, {"input": "after"})[0] == 200
-    assert len(computed) == 1  # what waited behind the first batch was dropped
+        assert post(url, {"input": "after"})[0] == 200
+    assert len(done) == 1  # what waited behind the first batch was dropped
 
 
 def test_more_requests_than_the_limit_are_refused_as_json(encoder, monkeypatch):
     monkeypatch.setattr(serve, "MOST_REQUESTS", 1)
-    entered, release, _ = hold(encoder, monkeypatch)
-    with running(encoder) as address, concurrent.futures.ThreadPoolExecutor(1) as other:
-        first = other.submit(post, address, {"input": "one"})
-        assert entered.wait(10)
-        status, answer = post(address, {"input": "one too many"})
+    with busy(encoder, monkeypatch, {"input": "one"}) as (url, _, first, release, _):
+        status, answer = post(url, {"input": "one too many"})
         assert (status, answer["error"]["code"]) == (503, 503)
         release.set()
         assert first.result()[0] == 200
-        assert post(address, {"input": "after"})[0] == 200
+        assert post(url, {"input": "after"})[0] == 200
 
 
 def test_a_long_request_does_not_hold_up_a_short_one(encoder):

@@ -5,7 +5,6 @@ import math
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoTokenizer, Qwen3ForCausalLM
 
@@ -19,6 +18,7 @@ from qwen3_encdec.demo.pipeline import NANO, run_demo
 from qwen3_encdec.embedding.finetune import finetune
 from qwen3_encdec.evaluation import retrieval
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError
+from tests.test_finetuning import differ, weights
 
 TEXTS = [
     f"Return the {word} of {n} numbers.\n\nThe list must not be empty."
@@ -44,10 +44,6 @@ def _train(folder, texts=TEXTS, **changes):
     )
 
 
-def _weights(folder):
-    return load_file(folder / "model.safetensors")
-
-
 def test_parent_is_an_ordinary_qwen3_folder_that_learned(nano):
     folder, result = nano
     model = Qwen3ForCausalLM.from_pretrained(folder)
@@ -71,11 +67,9 @@ def test_parent_is_an_ordinary_qwen3_folder_that_learned(nano):
 def test_parent_depends_on_its_seed_alone(nano, tmp_path):
     folder, result = nano
     assert _train(tmp_path / "again") == result
-    again, first = _weights(tmp_path / "again"), _weights(folder)
-    assert all(torch.equal(again[name], first[name]) for name in first)
+    assert not differ(tmp_path / "again", folder)
     _train(tmp_path / "other", seed=1)
-    other = _weights(tmp_path / "other")
-    assert not torch.equal(other["model.norm.weight"], first["model.norm.weight"])
+    assert differ(tmp_path / "other", folder)
 
 
 def test_parent_refuses_a_corpus_of_less_than_a_block(tmp_path):
@@ -113,10 +107,10 @@ def test_finetune_changes_the_weights_and_no_other_file(encoder_folder, parent_f
     assert _sees_the_end(tuned)
     assert not _sees_the_end(tmp_path / "control-tuned")
     assert _small_files(tuned) == _small_files(encoder_folder)
-    before, after = _weights(encoder_folder), _weights(tuned)
+    before, after = weights(encoder_folder), weights(tuned)
     assert before.keys() == after.keys()
     assert all(before[name].dtype == after[name].dtype for name in before)
-    assert not torch.equal(before["embed_tokens.weight"], after["embed_tokens.weight"])
+    assert differ(encoder_folder, tuned)
     # sentence-transformers' own way of saving is what would have gone wrong
     SentenceTransformer(str(encoder_folder)).save_pretrained(
         str(tmp_path / "saved"), create_model_card=False

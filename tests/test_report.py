@@ -95,12 +95,6 @@ def report(tmp_path):
     return write
 
 
-@pytest.fixture
-def several(report):
-    slower = [{**line, "loss": 7.0} if "loss" in line else line for line in CURVES]
-    return report(("a", METRICS, CURVES), ("b", {}, slower))
-
-
 @pytest.mark.parametrize("runs", [1, 2])
 def test_page_is_whole_and_self_contained(report, runs):
     text = report(*(("a", METRICS, CURVES), ("b", {}, CURVES))[:runs])
@@ -197,7 +191,9 @@ def test_an_embedder_that_scores_alike_is_one_column_and_else_two(report):
 
 @pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed")
 @pytest.mark.parametrize("width", [390, 1280])
-def test_a_browser_draws_it_without_complaint_and_within_its_width(several, tmp_path, width):
+def test_a_browser_draws_it_without_complaint_and_within_its_width(report, tmp_path, width):
+    several = report(("a", METRICS, CURVES), ("b", {}, CURVES))
+
     def look(text):
         file = tmp_path / "page.html"
         inner = escape(text.replace("</body>", MEASURE + "</body>"))

@@ -79,13 +79,9 @@ def test_parent_refuses_a_corpus_of_less_than_a_block(tmp_path):
 
 
 def _small_files(folder):
-    records = (PROVENANCE_FILE, "README.md", "metrics.jsonl")
-    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in records)
-    return {
-        str(file.relative_to(folder)): file.read_bytes()
-        for file in files
-        if file.suffix != ".safetensors"
-    }
+    others = {PROVENANCE_FILE, "README.md", "metrics.jsonl", "model.safetensors"}
+    files = (file for file in folder.rglob("*") if file.is_file() and file.name not in others)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
 def _sees_the_end(folder) -> bool:

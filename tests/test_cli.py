@@ -169,7 +169,7 @@ def test_output_folder_that_is_not_ours(
         ("initialize", "--model", parent_folder, "--output", thesis),
         ("extract", "--model", init_folder, "--output", thesis),
         ("evaluate", "--model", init_folder, "--output", thesis),
-        ("prepare-data", "--tokenizer", init_folder, "--input", path, "--output", thesis),
+        ("prepare-data", "--tokenizer", init_folder, "--output", thesis),
         ("train", f"model={init_folder}", f"output_dir={thesis}", *lengths),
         ("demo", "--output", thesis),
     ):

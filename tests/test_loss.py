@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
 
 from qwen3_encdec.loss_qwen3_encdec import (
     _form_gradient,
@@ -67,6 +68,13 @@ def test_parity_of_z_loss(z_loss):
     torch.testing.assert_close(token_losses.flatten(), plain.detach(), atol=1e-5, rtol=1e-5)
     if z_loss:  # the control: without it it is another loss
         assert abs(chunked_cross_entropy(hidden, weight, labels, 20)[0] - expected) > 1e-3
+
+
+def test_evaluation_multiplies_for_the_logits_alone():
+    hidden, weight, labels = example()
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        chunked_cross_entropy(hidden, weight, labels)
+    assert counter.get_total_flops() == 2 * 12 * 16 * 41
 
 
 @pytest.mark.parametrize("z_loss", [0.0, 1e-3])

@@ -46,6 +46,8 @@ def chunked_cross_entropy(
         Loss (fp32 scalar, differentiable), and the detached fp32 negative log-likelihood of every
         token in the shape of `labels`, without z-loss, 0 where ignored.
     """
+    if not torch.is_grad_enabled():  # a Function is told of `requires_grad` alone
+        hidden, weight = hidden.detach(), weight.detach()
     states, flat = hidden.flatten(0, -2), labels.flatten()
     if num_items is None:
         num_items = (flat != IGNORED).sum().clamp(min=1)

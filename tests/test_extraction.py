@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
-from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
+from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3EncoderModel, Qwen3ForSeq2SeqLM
 from qwen3_encdec.conversion.card import read_card, write_card
 from qwen3_encdec.conversion.extract import checkpoints_to_average, extract_encoder
 from qwen3_encdec.conversion.initialize import initialize
@@ -118,6 +118,11 @@ def test_averaging_the_last_checkpoints(init_folder, tmp_path):
         torch.testing.assert_close(extracted, original * scale)
     with pytest.raises(InputError, match="average_last=4 must be between 1 and 3, the"):
         checkpoints_to_average(run, 4)
+
+
+def test_no_weights_are_drawn_to_be_overwritten(init_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(Qwen3EncoderModel, "_init_weights", None)
+    extract_encoder(init_folder, tmp_path / "out")
 
 
 def test_files_have_the_umasks_mode(init_folder, tmp_path):

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from tokenizers import processors
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast, Qwen3Config, Qwen3Model
+from transformers.initialization import no_init_weights
 
 from qwen3_encdec.configuration_qwen3_encdec import SHARED_WITH_QWEN3, Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.card import base_of, write_card
@@ -245,10 +246,11 @@ def _verify(
     """Measure the differences of transformers, sentence-transformers and a causal control."""
     from sentence_transformers import SentenceTransformer
 
+    with no_init_weights():
+        ours = Qwen3EncoderModel(config).eval()
     own = {f"encoder.{name}": tensor.float() for name, tensor in tensors.items()}
     own["shared.weight"] = own.pop("encoder.embed_tokens.weight")
-    # Unlike load_state_dict, this draws no random weights and shares the tensors.
-    ours = Qwen3EncoderModel.from_pretrained(None, config=config, state_dict=own).eval()
+    ours.load_state_dict(own, assign=True)
     texts = ["One.", "A sentence of a few more words, to be padded.", "def f(x):\n    return x + 1"]
     batch = AutoTokenizer.from_pretrained(folder)(texts, padding=True, return_tensors="pt")
     kept = batch["attention_mask"].bool()

@@ -124,8 +124,8 @@ def test_options_of_the_dry_run_do_not_start_a_training(refused):
 
 def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_folder, tmp_path):
     nowhere = tmp_path / "nowhere"
-    assert "scripts/initialize_from_qwen3.py" in refused("train", f"model={nowhere}")
-    assert "scripts/train.py" in refused("extract", "--model", nowhere, "--output", tmp_path / "x")
+    assert "qwen3-encdec initialize" in refused("train", f"model={nowhere}")
+    assert "encdec train" in refused("extract", "--model", nowhere, "--output", tmp_path / "x")
     assert "does not exist" in refused("initialize", "--model", nowhere, "--output", tmp_path / "x")
     assert "does not exist" in refused("evaluate", "--model", nowhere, "--output", tmp_path / "x")
     assert "does not exist" in refused("demo", "--model", nowhere, "--output", tmp_path / "x")
@@ -151,7 +151,7 @@ def test_folders_with_files_that_are_not_what_they_should_be(refused, init_folde
     message = refused("tokenizer", "--base", folder, *out)
     assert message.startswith(f"error: tokenizer {folder}: ")
     (folder / "tokenizer.json").unlink()
-    assert "initialize_from_qwen3.py" in refused("extract", "--model", folder, *out)
+    assert "qwen3-encdec initialize" in refused("extract", "--model", folder, *out)
 
 
 def test_output_folder_that_is_not_ours(

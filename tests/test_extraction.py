@@ -185,7 +185,7 @@ def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):
         with pytest.raises(InputError, match=sentence):
             extract_encoder(checkpoint, out, **options)
 
-    refused("nowhere does not exist; train one with: accelerate launch", tmp_path / "nowhere")
+    refused("nowhere does not exist; train one with: qwen3-encdec train", tmp_path / "nowhere")
     refused("this is a 'qwen3' model, not an encoder-decoder", parent_folder)
     refused("pooling 'max' is not one of mean, last, cls", init_folder, pooling="max")
     refused("max_seq_length=0 is not between 2 and 32768", init_folder, max_seq_length=0)

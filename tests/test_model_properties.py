@@ -575,7 +575,7 @@ def test_a_training_step_compiles_whole(form):
 
 @pytest.mark.parametrize("loaded", [Qwen3ForSeq2SeqLM, Qwen3EncoderDecoderConfig])
 def test_a_plain_qwen3_folder_names_the_command(loaded, parent_folder):
-    with pytest.raises(ValueError, match=r"initialize_from_qwen3\.py|qwen3-encdec initialize"):
+    with pytest.raises(ValueError, match="qwen3-encdec initialize"):
         loaded.from_pretrained(parent_folder)
 
 

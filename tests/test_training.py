@@ -167,7 +167,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tm
 
 
 def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
-    with pytest.raises(InputError, match=r"initialize_from_qwen3\.py --model"):
+    with pytest.raises(InputError, match="qwen3-encdec initialize --model"):
         run_training(small_run(tmp_path / "nowhere", corpus))
     long = {"data.source_length": 512, "data.target_length": 512}
     with pytest.raises(InputError, match=r"R2 needs up to \d+ sentinels"):

@@ -172,8 +172,7 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         if kind != cls.model_type:
             raise ValueError(
                 f"this is a {kind!r} model, not an encoder-decoder; create one from a Qwen3 with: "
-                "python scripts/initialize_from_qwen3.py --model FOLDER_OR_HUB_ID "
-                "--output ./qwen3-encdec-init"
+                "qwen3-encdec initialize --model FOLDER_OR_HUB_ID --output ./qwen3-encdec-init"
             )
         # Field of an early ablation, False in all folders but those of the ablation.
         if config_dict.get("rope_on_encoder_keys") is False:

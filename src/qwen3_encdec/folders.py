@@ -28,11 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PROVENANCE_FILE = "qwen3_encdec.json"
-INITIALIZE_COMMAND = "python scripts/initialize_from_qwen3.py --model HUB_ID --output FOLDER"
-TRAIN_COMMAND = (
-    "accelerate launch --config_file configs/accelerate_fsdp2.yaml "
-    "scripts/train.py --config configs/training_config.yaml"
-)
+INITIALIZE_COMMAND = "qwen3-encdec initialize --model HUB_ID --output FOLDER"
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "sentence-transformers")
 M = TypeVar("M", bound="PreTrainedModel")
 

@@ -29,7 +29,6 @@ from transformers.initialization import no_init_weights
 from qwen3_encdec.configuration_qwen3_encdec import SHARED_WITH_QWEN3, Qwen3EncoderDecoderConfig
 from qwen3_encdec.conversion.card import base_of, write_card
 from qwen3_encdec.folders import (
-    TRAIN_COMMAND,
     InputError,
     check_output,
     load_config,
@@ -126,7 +125,8 @@ def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
     Raises InputError if there is no checkpoint, or fewer than requested.
     """
     if not checkpoint.is_dir():
-        raise InputError(f"checkpoint {checkpoint} does not exist; train one with: {TRAIN_COMMAND}")
+        command = "qwen3-encdec train --config FILE"
+        raise InputError(f"checkpoint {checkpoint} does not exist; train one with: {command}")
     parent, last = checkpoint, math.inf
     if (checkpoint / "config.json").exists():
         if average_last == 1:

@@ -130,6 +130,9 @@ def test_models_that_differ_are_refused(encoders, init_folder, parent_folder, tm
     tensors[name] = weights(first)[name].log()
     save_file(tensors, cut / "model.safetensors", metadata={"format": "pt"})
     assert f"{cut}: tensor {name} contains NaN" in refused(first, cut)
+    (cut / "3_Dense").mkdir()
+    shutil.copy(cut / "model.safetensors", cut / "3_Dense")  # would be left out of the copy
+    assert f"{cut} has modules with weights of their own: 3_Dense" in refused(cut, first)
 
 
 def test_command_evaluates_every_input_and_the_result(

@@ -59,6 +59,8 @@ def soup(
     first = folders[0]
     if not (first / "modules.json").is_file():
         raise InputError(f"{first} is not an encoder folder; the first model must be one")
+    if modules := sorted(file.parent.name for file in first.glob("*/*.safetensors")):
+        raise InputError(f"{first} has modules with weights of their own: {', '.join(modules)}")
     for folder in folders[1:]:
         _check_same(first, folder)
     own = _read(first)

@@ -21,53 +21,37 @@ def example(dtype: torch.dtype = torch.float32):
     return hidden, weight, labels
 
 
+@pytest.mark.parametrize("z_loss", [0.0, 0.3])
 @pytest.mark.parametrize("chunk", [1, 4, 1000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_parity_chunked_loss_is_the_dense_loss(chunk, dtype):
+def test_parity_with_torchs_cross_entropy(z_loss, chunk, dtype):
+    """Chunked and dense: loss, losses of tokens, which are without the z-loss, and gradients."""
     hidden, weight, labels = example(dtype)
-    loss, token_losses = chunked_cross_entropy(hidden, weight, labels, chunk=chunk)
-    (loss * 3).backward(retain_graph=True)
+    kept = labels != -100
+    logits = hidden.float() @ weight.float().T
+    expected_losses = cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=-100
+    ).view(labels.shape)
+    squares = logits.logsumexp(-1)[kept].square().sum()
+    size = 1e-5 if dtype == torch.float32 else 2e-2
+    close = {"atol": size, "rtol": size, "check_dtype": False}
+    found = {
+        20: chunked_cross_entropy(hidden, weight, labels, 20, z_loss, chunk),
+        12: chunked_cross_entropy(hidden, weight, labels, z_loss=z_loss, chunk=chunk),
+        15: dense_cross_entropy(hidden @ weight.T, labels, 15, z_loss),
+    }
+    for divisor, (loss, token_losses) in found.items():
+        expected = (expected_losses.sum() + z_loss * squares) / divisor
+        torch.testing.assert_close(loss, expected, **close)
+        torch.testing.assert_close(token_losses, expected_losses, **close)
+        theirs = torch.autograd.grad(3 * expected, (hidden, weight), retain_graph=True)
+        ours = torch.autograd.grad(3 * loss, (hidden, weight), retain_graph=True)
+        torch.testing.assert_close(ours, theirs, **close)
+    # the control: another divisor
+    assert abs(found[12][0] - found[20][0]) > 0.1
     # never gradients of another scale
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        loss.backward()
-    h, w = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-    logits = (h @ w.T).float().flatten(0, 1)
-    dense = cross_entropy(logits, labels.flatten(), reduction="none", ignore_index=-100)
-    (dense.sum() / (labels != -100).sum() * 3).backward()
-    size = 1e-5 if dtype == torch.float32 else 2e-2
-    tolerance = {"atol": size, "rtol": size}
-    torch.testing.assert_close(loss, dense.sum() / 12, **tolerance)
-    torch.testing.assert_close(token_losses.flatten(), dense, **tolerance)
-    torch.testing.assert_close(hidden.grad, h.grad, **tolerance)
-    torch.testing.assert_close(weight.grad, w.grad, **tolerance)
-    # the control: dividing by all tokens instead of those with a label
-    assert abs(loss - dense.sum() / 15) > 0.1
-
-
-@pytest.mark.parametrize("z_loss", [0.0, 0.3])
-def test_parity_of_z_loss(z_loss):
-    hidden, weight, labels = example()
-    flat = labels.flatten()
-    logits = (hidden @ weight.T).flatten(0, 1)
-    summed = cross_entropy(logits, flat, reduction="sum", ignore_index=-100)
-    squares = logits.logsumexp(-1)[flat != -100].square().sum()
-    expected = (summed + z_loss * squares) / 20
-    options = {"z_loss": z_loss}
-    found, token_losses = chunked_cross_entropy(hidden, weight, labels, 20, chunk=4, **options)
-    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
-    dense, dense_losses = dense_cross_entropy(hidden @ weight.T, labels, 20, **options)
-    torch.testing.assert_close(dense, expected, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(dense_losses, token_losses, atol=1e-5, rtol=1e-5)
-    theirs = torch.autograd.grad(expected, (hidden, weight), retain_graph=True)
-    for loss in (found, dense):
-        ours = torch.autograd.grad(loss, (hidden, weight), retain_graph=loss is dense)
-        for mine, reference in zip(ours, theirs, strict=True):
-            torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-5)
-    # the meters stay comparable
-    plain = cross_entropy(logits, flat, reduction="none", ignore_index=-100)
-    torch.testing.assert_close(token_losses.flatten(), plain.detach(), atol=1e-5, rtol=1e-5)
-    if z_loss:  # the control: without it it is another loss
-        assert abs(chunked_cross_entropy(hidden, weight, labels, 20)[0] - expected) > 1e-3
+        torch.autograd.grad(found[12][0], (hidden, weight))
 
 
 def test_evaluation_multiplies_for_the_logits_alone():

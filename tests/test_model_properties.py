@@ -5,6 +5,7 @@ The reference is always each document alone, without a mask, its loss taken from
 
 import inspect
 from collections.abc import Callable
+from functools import partial
 from importlib import import_module
 from typing import Any
 
@@ -23,7 +24,7 @@ from qwen3_encdec import (
     Qwen3ForSeq2SeqLM,
 )
 from qwen3_encdec.data.collate import collate_packed
-from tests.conftest import tiny_config, tiny_t5_config
+from tests.conftest import BACKENDS, tiny_config, tiny_t5_config, use_backend
 
 IGNORED, PAD = -100, 300
 LENGTHS = [(5, 3), (1, 4), (9, 1), (4, 6)]  # of source and target, document by document
@@ -100,6 +101,7 @@ WRAPPERS: dict[str, Callable] = {
     "peft": peft_wrapped,
     "cpu_offload": lambda model: cpu_offload(model, torch.device("cpu")),
 }
+SETTINGS = WRAPPERS | {name: partial(use_backend, name=name) for name in BACKENDS if name != "sdpa"}
 forms = pytest.mark.parametrize("form", ["right", "left", "packed"])
 modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 
@@ -107,13 +109,13 @@ modes = pytest.mark.parametrize("training", [False, True], ids=["eval", "train"]
 @forms
 @modes
 @pytest.mark.parametrize("labels", [True, False], ids=["labels", "decoder_input_ids"])
-@pytest.mark.parametrize("wrapper", WRAPPERS)
-def test_every_form_gives_the_numbers_of_documents_alone(form, training, labels, wrapper):
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_parity_every_form_gives_the_numbers_of_documents_alone(form, training, labels, setting):
     """Left-padded targets count positions from the mask; T5Gemma 2's from the first column."""
     expected, loss = alone(build().eval())
     model = build()
     batch = make_batch(form, model.config.decoder_start_token_id, labels)
-    model = WRAPPERS[wrapper](model).train(training)
+    model = SETTINGS[setting](model).train(training)
     output = model(**batch, return_logits=True)
     for mine, its in zip(by_document(form, output.logits), expected, strict=True):
         torch.testing.assert_close(mine, its, atol=1e-5, rtol=1e-4)
@@ -133,8 +135,9 @@ def test_every_form_gives_the_numbers_of_documents_alone(form, training, labels,
 
 @forms
 @pytest.mark.parametrize("recompute", [None, True, False], ids=["", "reentrant", "checkpointed"])
-def test_every_form_has_the_gradients_of_documents_alone(form, recompute):
-    reference, model = build(), build().train()
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "flex_attention"])
+def test_parity_every_form_has_the_gradients_of_documents_alone(form, recompute, backend):
+    reference, model = build(), use_backend(build().train(), backend)
     alone(reference)[1].backward()
     if recompute is not None:
         model.gradient_checkpointing_enable({"use_reentrant": recompute})

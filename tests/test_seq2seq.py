@@ -31,16 +31,6 @@ def source_of(inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {name: inputs[name] for name in ("input_ids", "attention_mask")}
 
 
-def plain_loss(model, inputs) -> torch.Tensor:
-    """The textbook loss: right shift by hand, dense logits of the padded batch, one cross-entropy."""
-    labels = inputs["labels"]
-    start = torch.full((B, 1), model.config.decoder_start_token_id)
-    shifted = torch.cat([start, labels[:, :-1]], dim=1)
-    shifted[shifted == -100] = model.config.pad_token_id
-    logits = model(**source_of(inputs), decoder_input_ids=shifted).logits
-    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
-
-
 def test_zero_logits_give_log_v(model):
     torch.nn.init.zeros_(model.model.decoder.norm.weight)
     assert model(**batch()).loss.item() == pytest.approx(math.log(331), abs=1e-5)
@@ -54,23 +44,6 @@ def test_the_loss_is_a_function_of_the_logits_beside_it(model):
     textbook = cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten(), ignore_index=-100)
     (expected,) = torch.autograd.grad(textbook, logits)
     torch.testing.assert_close(found, expected)
-
-
-@pytest.mark.parametrize(
-    "implementation", [name for name in BACKENDS if name != "flex_attention"]
-)  # GPU only
-@pytest.mark.parametrize("packed", [False, True])
-def test_parity_gradients_are_those_of_the_textbook_loss(model, implementation, packed):
-    inputs = batch()
-    gradients = []
-    for backend in (implementation, "eager"):
-        use_backend(model, backend)
-        model.zero_grad()
-        form = pack(inputs) if packed else inputs
-        (plain_loss(model, inputs) if gradients else model(**form).loss).backward()
-        gradients.append([p.grad.clone() for p in model.parameters()])
-    for mine, reference in zip(*gradients, strict=True):
-        torch.testing.assert_close(mine, reference, atol=1e-5, rtol=1e-4)
 
 
 def test_token_losses_and_the_divisor(model):
@@ -89,26 +62,6 @@ def test_training_needs_no_logits(model):
     assert model(**batch()).logits.shape == (B, T, 331)
     assert model.train()(**batch()).logits is None
     assert model(**batch(), return_logits=True).logits.shape == (B, T, 331)
-
-
-@pytest.mark.parametrize("implementation", BACKENDS)
-def test_parity_packed_documents_are_their_pairs_one_by_one(model, implementation):
-    """Encoder, decoder and cross attention apart, positions and shift restarting."""
-    use_backend(model, implementation)
-    inputs = batch()
-    packed = pack(inputs)
-    output = model(**packed)
-    assert output.logits.shape == (1, 13, 331)
-    assert output.encoder_last_hidden_state.shape == (1, 21, 40)
-    for row, place in enumerate((slice(0, 5), slice(5, 12), slice(12, 13))):
-        source = inputs["input_ids"][row][inputs["attention_mask"][row].bool()][None]
-        target = inputs["labels"][row][inputs["labels"][row] != -100][None]
-        alone = model(input_ids=source, labels=target)
-        for name in ("token_losses", "logits"):
-            torch.testing.assert_close(output[name][:, place], alone[name], atol=1e-5, rtol=1e-5)
-    # the control: as one document, the second pair sees the first
-    joined = model(input_ids=packed["input_ids"], labels=packed["labels"])
-    assert (joined.token_losses - output.token_losses)[:, 5:].abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -210,11 +163,8 @@ def test_fewer_decoder_than_encoder_layers():
     torch.manual_seed(0)
     model = Qwen3ForSeq2SeqLM(tiny_config(num_decoder_layers=2)).eval()
     assert (len(model.model.encoder.layers), len(model.model.decoder.layers)) == (3, 2)
-    inputs = batch()
-    torch.testing.assert_close(model(**inputs).loss, plain_loss(model, inputs), atol=1e-5, rtol=0)
-    source = source_of(inputs)
     dynamic, static = (
-        model.generate(**source, max_new_tokens=4, cache_implementation=kind)
+        model.generate(**source_of(batch()), max_new_tokens=4, cache_implementation=kind)
         for kind in ("dynamic", "static")
     )
     assert torch.equal(dynamic, static)

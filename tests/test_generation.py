@@ -34,14 +34,23 @@ def test_generation_ignores_padding(model, source):
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("masked", [True, False])
-def test_a_static_cache_gives_the_tokens_of_a_growing_one(model, source, implementation, masked):
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True, "top_k": 20}])
+def test_every_cache_gives_the_tokens_of_none(source, implementation, masked, options):
+    torch.manual_seed(0)
+    model = Qwen3ForSeq2SeqLM(tiny_config(num_decoder_layers=2)).eval()
+    assert (len(model.get_encoder().layers), len(model.get_decoder().layers)) == (3, 2)
     use_backend(model, implementation)
-    inputs = source if masked else {"input_ids": source["input_ids"]}
-    growing, static = (
-        model.generate(**inputs, max_new_tokens=6, cache_implementation=kind)
-        for kind in ("dynamic", "static")
-    )
-    assert torch.equal(static, growing)
+    ids, mask = source["input_ids"], source["attention_mask"] if masked else None
+
+    def generate(ids, **cache) -> torch.Tensor:
+        torch.manual_seed(0)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=8, **options, **cache)
+
+    expected = generate(ids, use_cache=False)
+    for kind in ("dynamic", "static"):
+        assert torch.equal(generate(ids, cache_implementation=kind), expected)
+    # the control: another source gives another text
+    assert not torch.equal(generate(ids.flip(1)), expected)
 
 
 @torch.no_grad()

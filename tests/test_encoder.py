@@ -74,24 +74,6 @@ def test_padding_and_batch_order_change_nothing(implementation, side):
     assert (unmasked - states)[2, kept].abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("implementation", BACKENDS)
-def test_parity_packed_texts_are_encoded_as_if_alone(implementation):
-    encoder = encoder_with(implementation)
-    texts = [ids(1, 4)[0], ids(1, 0)[0], ids(1, 7, seed=1)[0]]  # the second is empty
-    form = {
-        "input_ids": torch.cat(texts)[None],
-        "position_ids": torch.cat([torch.arange(len(text)) for text in texts])[None],
-        "cu_seqlens": torch.tensor([0, 4, 4, 11], dtype=torch.int32),
-        "max_seqlen": 7,
-    }
-    packed = encoder(**form).last_hidden_state[0]
-    alone = [encoder(text[None]).last_hidden_state[0] for text in (texts[0], texts[2])]
-    torch.testing.assert_close(packed, torch.cat(alone), atol=1e-5, rtol=0)
-    # the control: one text of eleven tokens is something else
-    joined = encoder(torch.cat(texts)[None]).last_hidden_state[0]
-    assert (joined - packed).abs().max() > 1e-3
-
-
 def test_states_and_attentions_are_recorded():
     encoder = encoder_with("eager")
     output = encoder(ids(), output_hidden_states=True, output_attentions=True)

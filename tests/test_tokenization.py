@@ -47,18 +47,6 @@ def test_survives_saving(small, tmp_path):
     assert json.loads((tmp_path / "tokenizer.json").read_text())["model"]["type"] == "BPE"
 
 
-def test_control_tokens_in_corpus_text_stay_text(small):
-    first_control = small.pad_token_id
-    ids = small(ATTACK, split_special_tokens=True)["input_ids"]
-    assert max(ids) < first_control
-    assert small.decode(ids) == ATTACK
-    # the control: plain encoding does turn them into control tokens
-    smuggled = [i for i in small(ATTACK)["input_ids"] if i >= first_control]
-    assert small.convert_ids_to_tokens(smuggled) == [
-        "<extra_id_3>", "<|im_end|>", "<think>", "</think>", "<|reserved_0|>",
-    ]  # fmt: skip
-
-
 @pytest.mark.parametrize(
     "text",
     ["café", "cafe\u0301", "naïve 北京 🦊\t\n  x", "def f(x):\n    return x**2", "١٢٣ 12345"],

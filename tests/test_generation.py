@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from transformers import DynamicCache, GenerationConfig, StaticCache, TextIteratorStreamer
 from transformers.generation import GenerationMode
 
@@ -263,6 +264,8 @@ def test_fill_puts_the_spans_where_they_belong(tokenizer):
     assert len(fill(text, answer, num_beams=2, num_return_sequences=2)) == 2
     # unfinished: the last span is what there is of it
     assert fill("<extra_id_0>", "<extra_id_0>bc<|im_end|>", max_new_tokens=2) == "b"
+    cpu_offload(model, torch.device("cpu"))
+    assert fill(text, answer) == filled
 
 
 def test_fill_takes_no_other_control_token_out_of_a_text(tokenizer):
@@ -281,5 +284,5 @@ def test_fill_takes_no_other_control_token_out_of_a_text(tokenizer):
 
 def test_fill_refuses_a_tokenizer_larger_than_the_model(tokenizer, model):
     model.config.vocab_size = len(tokenizer) - 1
-    with pytest.raises(ValueError, match=f"the tokenizer has {len(tokenizer)} entries but"):
+    with pytest.raises(ValueError, match=f"the tokenizer has {len(tokenizer)} entries, the"):
         model.fill("A <extra_id_0>.", tokenizer)

@@ -339,13 +339,13 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             ValueError: a text has no `<extra_id_N>`, or one that is not in the tokenizer, or the
                 tokenizer is larger than the model.
         """
-        entries, limit = len(tokenizer), self.config.vocab_size
-        if entries > limit:
-            raise ValueError(f"the tokenizer has {entries} entries but the model {limit} rows")
+        if len(tokenizer) > (limit := self.config.vocab_size):
+            raise ValueError(f"the tokenizer has {len(tokenizer)} entries, the model {limit} rows")
         texts = [text] if isinstance(text, str) else list(text)
         if not texts:
             return []
-        batch = tokenizer.encode_with_sentinels(texts).to(self.device)
+        device = "cpu" if self.device.type == "meta" else self.device  # offloaded: hooks move it
+        batch = tokenizer.encode_with_sentinels(texts).to(device)
         generated = self.generate(**batch, **{"max_new_tokens": 256, **generate_options})
         sequences = getattr(generated, "sequences", generated)
         copies = len(sequences) // len(texts)

@@ -15,7 +15,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
@@ -32,7 +31,7 @@ EXAMPLE = Path(__file__).parent.parent / "examples" / "smollm2_to_qwen3.py"
 DOCSTRINGS, TOKENS = 50, 256
 TRAINING = {
     "max_steps": 10, "warmup_steps": 2, "lr": 3e-4, "batch_size": 2, "log_every": 1,
-    "save_every": 5, "keep_last": 0, "eval_every": 10, "eval_examples_per_denoiser": 1,
+    "eval_every": 10, "eval_examples_per_denoiser": 1,
     "trackers": "[]", "data.source_length": 128, "data.target_length": 64,
 }  # fmt: skip
 
@@ -71,17 +70,10 @@ def init(qwen3, work) -> Path:
     return work / "init"
 
 
-def train(init: Path, run: Path) -> list[dict]:
-    """Train ten steps, or go on where a run stopped; returns the lines of metrics.jsonl."""
-    settings = TRAINING | {"model": init, "output_dir": run}
-    command("train", *(f"{key}={value}" for key, value in settings.items()))
-    lines = (run / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
 @pytest.fixture(scope="module")
 def run(init, work) -> Path:
-    train(init, work / "run")
+    settings = TRAINING | {"model": init, "output_dir": work / "run"}
+    command("train", *(f"{key}={value}" for key, value in settings.items()))
     return work / "run"
 
 
@@ -130,7 +122,8 @@ def difference(value: torch.Tensor, reference: torch.Tensor) -> float:
 
 def test_training_lowers_the_loss(init, run):
     """On held-out texts: the rows of ten steps differ too much to compare."""
-    losses = [line["loss"] for line in train_lines(run)]
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss"] for line in lines if "loss" in line]
     assert len(losses) == 10
     assert all(math.isfinite(loss) for loss in losses)
     *_, newest = sorted((run / "checkpoints").glob("step-*"))
@@ -140,29 +133,6 @@ def test_training_lowers_the_loss(init, run):
     found = evaluate_denoising(folders, num_examples=8, data=data)["denoising"]
     print(found)
     assert found["after"]["S"] < found["before"]["S"]
-
-
-def train_lines(run: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if "loss" in line]
-
-
-def test_a_stopped_run_goes_on_as_the_straight_one(init, run, work):
-    stopped = shutil.copytree(run, work / "stopped")
-    *_, newest = sorted((stopped / "checkpoints").glob("step-*"))
-    shutil.rmtree(newest)
-    lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
-    early = [line for line in lines if json.loads(line).get("step", 0) <= 5]
-    (stopped / "metrics.jsonl").write_text("".join(early))
-    train(init, stopped)
-    assert newest.is_dir()
-    assert [line["loss"] for line in train_lines(stopped)] == [
-        line["loss"] for line in train_lines(run)
-    ]
-    again = load_file(newest / "model.safetensors")
-    straight = load_file(run / "checkpoints" / newest.name / "model.safetensors")
-    assert all(torch.equal(tensor, straight[name]) for name, tensor in again.items())
-    shutil.rmtree(stopped)
 
 
 @pytest.fixture(scope="module")

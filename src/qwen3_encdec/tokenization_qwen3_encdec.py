@@ -208,16 +208,13 @@ def qwen3_backend(num_ranks: int | None = None) -> Tokenizer:
         raise ValueError(f"num_ranks={num_ranks} is not between 256 and {len(ranks)}")
     ranks = {token: rank for token, rank in ranks.items() if rank < num_ranks}
     letters = bytes_to_unicode()
-
-    def spell(token: bytes) -> str:
-        return "".join(letters[byte] for byte in token)
-
-    vocabulary = {spell(token): rank for token, rank in ranks.items()}
+    spelled = {token: token.decode("latin-1").translate(letters) for token in ranks}
+    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
     merges = []
     for token in sorted(ranks, key=ranks.__getitem__):
         if len(token) > 1:
             left, right = _last_merge(token, ranks)
-            merges.append((spell(left), spell(right)))
+            merges.append((spelled[left], spelled[right]))
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
     _add_special(tokenizer, list(CONTROL_TOKENS))
     return tokenizer

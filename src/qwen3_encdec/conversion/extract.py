@@ -138,8 +138,8 @@ def checkpoints_to_average(checkpoint: Path, average_last: int) -> list[Path]:
     if not found and math.isinf(last):
         raise InputError(f"{checkpoint} has neither a config.json nor checkpoints/step-*")
     if not 1 <= average_last <= len(found):
-        there = f"{len(found)}, the number of step-* checkpoints in {parent}"
-        raise InputError(f"average_last={average_last} must be between 1 and {there}")
+        there = f"{len(found)} step-* checkpoints in {parent}"
+        raise InputError(f"average_last={average_last} is impossible with the {there}")
     return found[-average_last:]
 
 

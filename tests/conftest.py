@@ -25,7 +25,7 @@ from qwen3_encdec import Qwen3EncoderDecoderConfig, Qwen3ForSeq2SeqLM, cli
 from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data.collate import collate_packed
-from qwen3_encdec.tokenization_qwen3_encdec import qwen3_backend
+from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer, qwen3_backend
 
 logging.disable_progress_bar()
 
@@ -192,6 +192,12 @@ def source() -> dict[str, torch.Tensor]:
     mask = torch.ones_like(ids)
     mask[1, 6:] = mask[2, :3] = 0
     return {"input_ids": ids, "attention_mask": mask}
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """395 tokens, 11 of them sentinels; pad and EOS are those of `tiny_config`."""
+    return build_tokenizer(num_sentinel_tokens=11, num_ranks=300)
 
 
 ORDINARY_ADDED_TOKENS = (

@@ -8,15 +8,9 @@ from transformers.generation import GenerationMode
 
 from qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.modeling_qwen3_decoder import SourceDynamicCache, SourceStaticCache
-from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import BACKENDS, tiny_config, use_backend
 
 S = 9
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return build_tokenizer(num_sentinel_tokens=11, num_ranks=300)
 
 
 def static_cache(model, length: int = S + 16) -> StaticCache:
@@ -243,8 +237,7 @@ def test_streaming_gives_the_text_piece_by_piece(model, source, tokenizer):
 
 
 def test_fill_puts_the_spans_where_they_belong(tokenizer):
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = Qwen3ForSeq2SeqLM(tiny_config(vocab_size=len(tokenizer), **ids)).eval()
+    model = Qwen3ForSeq2SeqLM(tiny_config(vocab_size=len(tokenizer))).eval()
 
     def fill(text, answer: str, **options):
         """What the model fills in where it is made to say `answer`."""

@@ -35,7 +35,6 @@ from qwen3_encdec import (
     Qwen3EncoderModel,
     Qwen3ForSeq2SeqLM,
 )
-from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config, tiny_qwen3_config, tiny_t5_config
 
 VOCABULARY, PAD, EOS = 395, 300, 302
@@ -52,13 +51,6 @@ def t5() -> T5ForConditionalGeneration:
 
 
 beside_t5 = pytest.mark.parametrize("build", [t5, ours])
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    made = build_tokenizer(num_sentinel_tokens=11, num_ranks=300)
-    assert (len(made), made.pad_token_id, made.eos_token_id) == (VOCABULARY, PAD, EOS)
-    return made
 
 
 def pairs(count: int = 8, labels: bool = True) -> list[dict[str, list[int]]]:

@@ -14,7 +14,6 @@ from qwen3_encdec import (
     Qwen3EncoderModel,
     Qwen3ForSeq2SeqLM,
 )
-from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 from tests.conftest import tiny_config
 
 
@@ -141,11 +140,9 @@ tokenizer.save_pretrained(again)
 """
 
 
-def test_a_saved_folder_carries_its_code(tmp_path):
-    tokenizer = build_tokenizer(num_sentinel_tokens=11, num_ranks=300)
+def test_a_saved_folder_carries_its_code(tokenizer, tmp_path):
     torch.manual_seed(0)
-    ids = {"pad_token_id": tokenizer.pad_token_id, "eos_token_id": tokenizer.eos_token_id}
-    model = Qwen3ForSeq2SeqLM(tiny_config(vocab_size=len(tokenizer), **ids)).eval()
+    model = Qwen3ForSeq2SeqLM(tiny_config(vocab_size=len(tokenizer))).eval()
     for saved in (model, tokenizer):
         saved.save_pretrained(tmp_path / "first")
     code = {

@@ -205,11 +205,6 @@ class Qwen3EncoderDecoderConfig(PreTrainedConfig):
         """Full attention in every layer; transformers' Qwen3 layers read it."""
         return ["full_attention"] * self.num_hidden_layers
 
-    @property
-    def sentinel_token_ids(self) -> range:
-        """Ids of `<extra_id_0>` ... in order: the last ids of the vocabulary."""
-        return range(self.vocab_size - self.num_sentinel_tokens, self.vocab_size)
-
     @classmethod
     def from_qwen3_config(
         cls, config: PreTrainedConfig, **changes: Any

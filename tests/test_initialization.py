@@ -189,6 +189,7 @@ def test_nan_does_not_pass(parent_copy, tmp_path):
             lambda t: t.update({"model.embed_tokens.weight": torch.zeros(900, 40)}),
             r"\(900, 40\) does not fit model.shared.weight",
         ),
+        (lambda t: t["model.norm.weight"].fill_(math.nan), "model.norm.weight contains NaN"),
         (lambda t: t.pop("model.norm.weight"), "no tensor for model.decoder.norm.weight"),
     ],
 )

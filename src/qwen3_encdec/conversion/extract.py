@@ -30,6 +30,7 @@ from qwen3_encdec.configuration_qwen3_encdec import SHARED_WITH_QWEN3, Qwen3Enco
 from qwen3_encdec.conversion.card import base_of, write_card
 from qwen3_encdec.folders import (
     InputError,
+    check_finite,
     check_output,
     load_config,
     load_tokenizer,
@@ -153,13 +154,14 @@ def _average(folders: Sequence[Path]) -> dict[str, torch.Tensor]:
     mean: dict[str, torch.Tensor] = {}
     for folder in folders:
         for name, tensor in read_tensors(folder):
-            name = name.replace("model.shared.", "model.encoder.embed_tokens.")
-            if not name.startswith("model.encoder."):
+            stock = name.replace("model.shared.", "model.encoder.embed_tokens.")
+            if not stock.startswith("model.encoder."):
                 continue
-            name = name.removeprefix("model.encoder.")
+            check_finite(folder, [(name, tensor)])
+            stock = stock.removeprefix("model.encoder.")
             if len(folders) > 1:
-                tensor = mean.get(name, 0) + tensor.float() / len(folders)
-            mean[name] = tensor
+                tensor = mean.get(stock, 0) + tensor.float() / len(folders)
+            mean[stock] = tensor
     return mean
 
 

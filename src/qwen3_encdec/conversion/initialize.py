@@ -20,6 +20,7 @@ from transformers.utils import logging
 from qwen3_encdec.configuration_qwen3_encdec import Qwen3EncoderDecoderConfig
 from qwen3_encdec.folders import (
     InputError,
+    check_finite,
     check_output,
     check_unquantized,
     new_folder,
@@ -227,6 +228,7 @@ def _fill(
     filled: set[str] = set()
     dropped = []
     for name, tensor in read_tensors(source):
+        check_finite(source, [(name, tensor)])
         if not name.startswith(("model.", "lm_head.")):  # a folder that `Qwen3Model` saved
             name = f"model.{name}"
         prefix = next((prefix for prefix in KEY_MAP if name.startswith(prefix)), "")

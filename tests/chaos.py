@@ -24,6 +24,11 @@ FSDP2 = {
     "FSDP_TRANSFORMER_CLS_TO_WRAP": "Qwen3EncoderLayer,Qwen3MergedDecoderLayer",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }  # fmt: skip
+HSDP = FSDP2 | {
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "true",
+    "PARALLELISM_CONFIG_DP_REPLICATE_SIZE": "2",
+    "PARALLELISM_CONFIG_DP_SHARD_SIZE": "2",
+}
 DDP: dict[str, str] = {}
 ZERO2 = {
     "ACCELERATE_USE_DEEPSPEED": "true",

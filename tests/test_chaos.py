@@ -20,6 +20,7 @@ from qwen3_encdec import Qwen3ForSeq2SeqLM
 from tests.chaos import (
     DDP,
     FSDP2,
+    HSDP,
     ZERO2,
     ZERO3,
     Life,
@@ -185,20 +186,24 @@ def test_another_number_of_ranks_goes_on_with_the_same_losses(init_folder, corpu
     assert len(list((changed / "checkpoints/latest/state").glob("rank-*-of-00003.json"))) == 3
 
 
-@pytest.mark.parametrize("launch", [FSDP2, DDP], ids=["FSDP2", "DDP"])
-def test_a_checkpoint_is_read_once_by_all_ranks_together(init_folder, corpus, tmp_path, launch):
+@pytest.mark.parametrize("launch", [FSDP2, HSDP, DDP], ids=["FSDP2", "HSDP", "DDP"])
+def test_a_checkpoint_is_copied_and_read_once_by_all_ranks_together(
+    init_folder, corpus, tmp_path, launch
+):
     run = tmp_path / "run"
     evaluated = {"eval_every": 2, "eval_examples_per_denoiser": 2}  # just before it is saved
-    written = Life(settings(init_folder, corpus, run, max_steps=2, **evaluated), 2)
-    assert written.end() == [0, 0], log(run)
+    written = Life(settings(init_folder, corpus, run, max_steps=2, **evaluated), 4, launch=launch)
+    assert written.end() == [0] * 4, log(run)
+    ranks = [json.loads(file.read_text()) for file in run.glob("*/step-000002/state/rank*")]
+    parts = [len(rank["checksums"]) for rank in ranks]
+    assert 0 < max(parts) < 1.2 * min(parts)  # each has copied and written as much
     resumed = Life(settings(init_folder, corpus, run, max_steps=3), 4, launch=launch)
     assert resumed.end() == [0] * 4, log(run)
     read = [int(re.findall(r"READ (\d+)", log(run, rank))[-1]) for rank in range(4)]
     latest = run / "checkpoints/step-000002"
     size = sum(file.stat().st_size for file in latest.rglob("*.safetensors"))
     assert 0.9 * size < sum(read) <= 1.2 * size
-    if launch is FSDP2:
-        assert max(read) < 0.4 * size
+    assert max(read) < 0.4 * size
 
 
 def test_a_damaged_shard_of_another_rank_is_passed_over(init_folder, corpus, finished, tmp_path):

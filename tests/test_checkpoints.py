@@ -135,6 +135,7 @@ def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path
     run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
     folder = tmp_path / "run/checkpoints/latest"
     assert len(list(folder.glob("model-*.safetensors"))) > 3
+    assert len(list(folder.glob("state/shard-*.safetensors"))) > 6
     whole = Qwen3ForSeq2SeqLM.from_pretrained(folder)
     shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
     run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
@@ -339,7 +340,7 @@ def test_the_writer_thread_uses_its_rank_s_device(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.accelerator, "device_index", in_turn)
     training = {"step": 1, "heldout_loss": None}
     saver = Checkpointer(config, SimpleNamespace(accelerator=accelerator), None, None)
-    saver._write({}, {}, training)
+    saver._write({}, {}, {}, training)
     assert used == [3, "written"]
 
 

@@ -5,7 +5,6 @@ Face format from a background thread. After all ranks have written, rank 0 renam
 machines must share its file system.
 """
 
-import copy
 import math
 import os
 import shutil
@@ -26,7 +25,7 @@ from qwen3_encdec import folders
 from qwen3_encdec.folders import InputError, read_json, write_json
 from qwen3_encdec.modeling_qwen3_encdec import Qwen3ForSeq2SeqLM
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, flatten
-from qwen3_encdec.training.distributed import TrainingState, checksums, first_held, shared_errors
+from qwen3_encdec.training.distributed import TrainingState, assigned, checksums, shared_errors
 
 _FILE_BYTES = 5e9
 _ONE_FILE = "model.safetensors"
@@ -53,17 +52,17 @@ class Checkpointer:
         self.finish()
         if self.last is not None and self.last.name == folder_name(step):
             return
+        parts = {"model": self.state.weights(), "state": self.state.optimizer_state()}
+        files = {part: _file_numbers(tensors) for part, tensors in parts.items()}
         stager = DefaultStager(StagingOptions(False, False, False, False))
-        weights, optimizer = self.state.weights(), self.state.optimizer_state()
-        tensors = stager.stage({"model": weights, "state": optimizer})
+        copied = stager.stage({part: assigned(tensors) for part, tensors in parts.items()})
         stager.close()
         settings = {"config": config_to_dict(self.config), "world_size": self._ranks}
         training = {"step": step, **settings, **progress, **self._made_by}
-        copies = copy.deepcopy((position, training))
         # Not one thread for all: as long as it lives, so do its OpenMP threads, and beside them
         # those of the main thread stop spinning. CPU steps then took a third longer.
         thread = ThreadPoolExecutor(1)
-        self._writing = thread.submit(self._write, tensors, *copies)
+        self._writing = thread.submit(self._write, copied, files, position, training)
         thread.shutdown(wait=False)
 
     @property
@@ -89,7 +88,7 @@ class Checkpointer:
         if self._writing:
             self._writing.exception()
 
-    def _write(self, tensors: Any, position: dict[str, Any], training: dict[str, Any]) -> Path:
+    def _write(self, tensors: Any, files: Any, position: Any, training: dict[str, Any]) -> Path:
         folder = self.folder / folder_name(training["step"])
         partial = self.folder / f".{folder.name}.partial"
         device = self.state.accelerator.device.index  # None on a CPU
@@ -99,7 +98,7 @@ class Checkpointer:
                 self._write_small_files(partial, tensors, position, training)
             # A new thread's device is the first one, on which torch would make a context.
             with shared_errors(self._group, BaseException), torch.accelerator.device_index(device):
-                self._write_tensors(partial, tensors)
+                self._write_tensors(partial, tensors, files)
             with shared_errors(self._group, BaseException):
                 if self._is_main:
                     self._publish(partial, folder, training["heldout_loss"])
@@ -125,20 +124,20 @@ class Checkpointer:
             made_by["step"] = training["step"]
             write_json(partial / folders.PROVENANCE_FILE, made_by)
             write_json(state / "training.json", training)
-        sums = checksums(first_held(tensors["model"] | tensors["state"]))
+        sums = checksums(tensors["model"] | tensors["state"])
         rank = self.state.accelerator.process_index + 1
         name = f"rank-{rank:05d}-of-{self._ranks:05d}.json"
         write_json(state / name, {"data": position, "checksums": sums})
 
-    def _write_tensors(self, partial: Path, tensors: Any) -> None:
+    def _write_tensors(self, partial: Path, tensors: Any, files: Any) -> None:
         """Write this rank's shards; of several ranks, rank 0 then joins those of the weights."""
         options: dict[str, Any] = {"process_group": self._group, "no_dist": not self._group}
-        files, several = _file_numbers(self.state.saved), self._ranks > 1
+        several, state = self._ranks > 1, str(partial / "state")
         writer = dcp.HuggingFaceStorageWriter(
-            str(partial), files, save_distributed=several, enable_consolidation=several
+            str(partial), files["model"], save_distributed=several, enable_consolidation=several
         )
         dcp.save(tensors["model"], storage_writer=writer, **options)
-        writer = dcp.HuggingFaceStorageWriter(str(partial / "state"), save_distributed=True)
+        writer = dcp.HuggingFaceStorageWriter(state, files["state"], save_distributed=True)
         dcp.save(tensors["state"], storage_writer=writer, **options)
 
     def _publish(self, partial: Path, folder: Path, loss: float | None) -> None:
@@ -236,9 +235,11 @@ def folder_name(step: int) -> str:
 
 
 def _file_numbers(tensors: dict[str, Any]) -> dict[str, int]:
-    """Assign whole tensors to files of about 5 GB, numbered from 1."""
-    # Under ZeRO-3 a parameter is empty and `ds_shape` holds its true shape.
-    sizes = [4 * math.prod(getattr(p, "ds_shape", p.shape)) for p in tensors.values()]
+    """Assign tensors to files of about 5 GB, all shards together, numbered from 1.
+
+    torch needs twice a file's size in memory to write it.
+    """
+    sizes = [4 * tensor.numel() for tensor in tensors.values()]
     numbers = [1 + int(end // _FILE_BYTES) for end in accumulate(sizes)]
     return dict(zip(tensors, numbers, strict=True))
 

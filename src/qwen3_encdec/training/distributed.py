@@ -96,18 +96,27 @@ class TrainingState:
         """
         state = self.optimizer_state()
         for tensors, place in ((self.weights(), folder), (state, folder / "state")):
-            own = first_held(tensors)
+            own = assigned(tensors)
             with shared_errors():
                 read_tensors(own, place)
             verify(checksums(own), folder)
-            for tensor in tensors.values():
+            for number, tensor in enumerate(tensors.values()):
                 for group in _replicas(tensor):
-                    dist.broadcast(_local(tensor), group=group, group_src=0)
+                    sender = number % dist.get_world_size(group)
+                    dist.broadcast(_local(tensor), group=group, group_src=sender)
 
 
-def first_held(tensors: Tensors) -> Tensors:
-    """Return the tensors, or shards, that no lower rank also holds."""
-    return {n: t for n, t in tensors.items() if not any(map(dist.get_rank, _replicas(t)))}
+def assigned(tensors: Tensors) -> Tensors:
+    """Return the tensors, or shards, that this rank writes and reads for all that hold them.
+
+    Ranks that hold the same values take turns, tensor by tensor.
+    """
+    own: Tensors = {}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        groups = _replicas(tensor)
+        if all(number % dist.get_world_size(g) == dist.get_rank(g) for g in groups):
+            own[name] = tensor
+    return own
 
 
 def read_tensors(tensors: Tensors, folder: Path) -> None:

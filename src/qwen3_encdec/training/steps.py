@@ -232,7 +232,7 @@ class Run:
     def save(self, step: int) -> None:
         """Start writing a checkpoint after ``step``."""
         progress = {
-            "totals": self.meter.totals,
+            "totals": dict(self.meter.totals),
             "recent": list(self.guard.recent),
             "lr": learning_rate(max(step, 1), self.config),
             "heldout_loss": self.heldout_losses.get(step),

@@ -222,20 +222,36 @@ def test_training_on_a_mac_takes_the_cpu(monkeypatch):
         assert (accelerator.device.type, accelerator.mixed_precision) == ("cpu", "no")
 
 
+@pytest.fixture
+def given(monkeypatch) -> dict:
+    """What `launched` gives accelerate."""
+    options: dict = {}
+    monkeypatch.setattr(distributed, "Accelerator", options.update)
+    return options
+
+
 @pytest.mark.parametrize(
     ("native", "cpu", "precision"),
     [(True, "false", "bf16"), (False, "false", "no"), (True, "true", "no")],
 )
-def test_bf16_is_chosen_where_the_gpu_computes_it_natively(monkeypatch, native, cpu, precision):
+def test_bf16_is_chosen_where_the_gpu_computes_it_natively(
+    monkeypatch, given, native, cpu, precision
+):
     """On a T4 torch emulates it, and its varlen kernel fails."""
-    given = []
     monkeypatch.setenv("ACCELERATE_USE_CPU", cpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
-    monkeypatch.setattr(distributed, "Accelerator", lambda **options: given.append(options))
     with pytest.raises(AttributeError):  # there is no accelerator
         launched(TrainingConfig(trackers=[])).__enter__()
-    assert given[0]["mixed_precision"] == precision
+    assert given["mixed_precision"] == precision
+
+
+@pytest.mark.parametrize(("stall", "hours"), [(3600.0, 2), (5.0, 0.5), (0.0, 480), (1e9, 480)])
+def test_no_group_of_processes_gives_up_before_the_stall_guard(given, stall, hours):
+    with pytest.raises(AttributeError):
+        launched(TrainingConfig(trackers=[], stall_seconds=stall)).__enter__()
+    (limit,) = [h.timeout for h in given["kwargs_handlers"] if hasattr(h, "timeout")]
+    assert limit.total_seconds() == hours * 3600
 
 
 @pytest.mark.parametrize(("stage", "precision"), [("1", "no"), ("2", "bf16")])

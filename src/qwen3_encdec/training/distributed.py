@@ -7,6 +7,7 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -180,10 +181,16 @@ def launched(config: TrainingConfig) -> Iterator[Accelerator]:
     if precision == "auto":
         precision = "bf16" if _computes_bfloat16() else "no"
     ddp = {"broadcast_buffers": False, "gradient_as_bucket_view": True}
+    # NCCL's own limit of ten minutes would end a run before the stall guard does. torch counts
+    # milliseconds, in places with 32 bits: 20 days.
+    limit = max(1800, min(2 * config.stall_seconds or math.inf, 20 * 86400))
     accelerator = Accelerator(
         cpu=torch.backends.mps.is_available(),  # Apple's GPUs have no float64
         mixed_precision=precision,
-        kwargs_handlers=[utils.DistributedDataParallelKwargs(**ddp)],
+        kwargs_handlers=[
+            utils.DistributedDataParallelKwargs(**ddp),
+            utils.InitProcessGroupKwargs(timeout=timedelta(seconds=limit)),
+        ],
         log_with=list(config.trackers) or None,
         project_dir=str(Path(config.output_dir) / "trackers"),
         **_plugins(config, precision),

@@ -46,6 +46,13 @@ def log(run: Path, rank: int = 0) -> str:
     return run.with_suffix(f".rank{rank}.log").read_text()
 
 
+def flip(file: Path) -> None:
+    """Change a bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[-100] ^= 1
+    file.write_bytes(content)
+
+
 def metrics(run: Path) -> list[dict]:
     lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
     return [line for line in lines if "loss" in line]
@@ -208,10 +215,7 @@ def test_a_checkpoint_is_copied_and_read_once_by_all_ranks_together(
 
 def test_a_damaged_shard_of_another_rank_is_passed_over(init_folder, corpus, finished, tmp_path):
     run = shutil.copytree(finished, tmp_path / "run", symlinks=True)
-    shard = next(run.glob("checkpoints/step-000004/state/shard-00002*"))
-    content = bytearray(shard.read_bytes())
-    content[-100] ^= 1
-    shard.write_bytes(content)
+    flip(next(run.glob("checkpoints/step-000004/state/shard-00002*")))
     assert Life(settings(init_folder, corpus, run, max_steps=4)).end() == [0, 0], log(run)
     assert "step-000004 is damaged: " in log(run)
     assert f"resuming from {run}/checkpoints/step-000002" in log(run)
@@ -248,10 +252,12 @@ def test_deepspeed_resumes_skips_and_exchanges_checkpoints_with_others(
     alone = Life(settings(init_folder, corpus, straight, **changes), **zero)
     assert alone.end() == [0, 0], log(straight)
     assert "step 7 skipped" in log(straight)
-    # five steps with FSDP2, then four with DeepSpeed
-    first = settings(init_folder, corpus, cut, **changes | {"max_steps": 5})
+    # five steps with FSDP2, a sixth whose weights are damaged, then four with DeepSpeed
+    first = settings(init_folder, corpus, cut, **changes | {"max_steps": 6, "save_every": 5})
     assert Life(first).end() == [0, 0], log(cut)
+    flip(cut / "checkpoints/step-000006/model.safetensors")
     assert Life(settings(init_folder, corpus, cut, **changes), **zero).end() == [0, 0], log(cut)
+    assert "step-000006 is damaged: model." in log(cut)
     torch.testing.assert_close(trace(cut), trace(straight), rtol=1e-5, atol=1e-5)
     latest = [run / "checkpoints/latest" for run in (cut, straight)]
     weights = [Qwen3ForSeq2SeqLM.from_pretrained(folder).model.shared.weight for folder in latest]

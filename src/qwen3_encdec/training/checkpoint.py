@@ -9,7 +9,6 @@ import math
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from itertools import accumulate
@@ -159,7 +158,7 @@ class Checkpointer:
         best, every = self.folder / "best", self.config.keep_every
         if loss is not None and loss < _heldout_loss(best):
             _link(best, folder)
-        for old in _step_folders(self.folder)[: -self.config.keep_last]:
+        for old in step_folders(self.folder)[: -self.config.keep_last]:
             kept = every and int(old.name[5:]) % every == 0
             if not kept and old.name != best.resolve().name:
                 shutil.rmtree(old, ignore_errors=True)
@@ -167,31 +166,17 @@ class Checkpointer:
                     print(f"{old} could not be deleted; delete it manually", flush=True)
 
 
-def whole_checkpoints(checkpoints: Path, damages: dict[Path, str]) -> Iterator[Path]:
-    """Yield checkpoints whose files are all there, newest first, and add the others to ``damages``.
+def restore(candidates: list[Path], state: TrainingState) -> dict[str, Any]:
+    """Load the last undamaged candidate and return its training state, on all ranks.
 
-    All ranks must iterate together. The contents of tensors are not checked.
+    Damaged ones after it are renamed, so that later steps neither count nor replace them. Raises
+    InputError if all are damaged.
     """
-    for folder in reversed(_step_folders(checkpoints)):
+    damages: dict[Path, str] = {}
+    for folder in reversed(candidates):
         try:
             with shared_errors():
                 _check_files(folder)
-        except InputError as error:
-            damages[folder] = f"checkpoint {folder} is damaged: {error}"
-        else:
-            yield folder
-
-
-def restore(
-    candidates: Iterable[Path], damages: dict[Path, str], state: TrainingState
-) -> dict[str, Any]:
-    """Load the first undamaged candidate and return its training state, on all ranks.
-
-    Damaged ones are renamed, so that later steps neither count nor replace them. Raises InputError
-    if all are damaged.
-    """
-    for folder in candidates:
-        try:
             state.read(folder)
         except InputError as error:
             damages[folder] = f"checkpoint {folder} is damaged: {error}"
@@ -266,7 +251,7 @@ def _check_files(folder: Path) -> None:
             raise InputError(f"{path.name} does not belong to it; remove that file")
 
 
-def _step_folders(checkpoints: Path) -> list[Path]:
+def step_folders(checkpoints: Path) -> list[Path]:
     """Return finished checkpoints, oldest first."""
     found = [path for path in checkpoints.glob("step-*") if path.name[5:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[5:]))

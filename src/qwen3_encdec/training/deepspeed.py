@@ -83,36 +83,46 @@ class DeepSpeedState(distributed.TrainingState):
         return whole
 
     def read(self, folder: Path) -> None:
-        """Fill the optimizer's pieces with what rank 0 reads; the weights are already loaded."""
-        loaded = Path(self.module.name_or_path)
-        if folder != loaded:
-            raise InputError(f"DeepSpeed has loaded {loaded}; rename that folder and retry")
-        sums: dict[str, int] = {}
-        for name, parameter in self.parameters.items():
-            shape = getattr(parameter, "ds_shape", parameter.shape)
-            whole = {f"{name}.{key}": torch.empty(shape) for key in _MOMENTS}
-            whole[f"{name}.step"] = torch.zeros(())
-            with distributed.shared_errors():
-                if dist.get_rank() == 0:
-                    distributed.read_tensors(whole, folder / "state")
-                    sums |= distributed.checksums(whole)
-            for key, tensor in zip((*_MOMENTS, "step"), whole.values(), strict=True):
-                sent = tensor.to(parameter.device)
-                dist.broadcast(sent, src=0)
-                self._set(parameter, key, sent)
-        distributed.verify(sums, folder)
+        """Fill weights and optimizer with what rank 0 reads."""
+        shapes = {name: getattr(t, "ds_shape", t.shape) for name, t in self.saved.items()}
+        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
+        state: distributed.Tensors = {}
+        for name in self.parameters:
+            state |= {f"{name}.{key}": torch.empty(shapes[name]) for key in _MOMENTS}
+            state[f"{name}.step"] = torch.empty(())
+        with distributed.shared_errors():
+            if is_first := dist.get_rank() == 0:
+                distributed.read_tensors(weights, folder)
+                distributed.read_tensors(state, folder / "state")
+        distributed.verify(distributed.checksums(weights | state) if is_first else {}, folder)
+        for name, tensor in self.saved.items():
+            self._fill(tensor, None, weights[name])
+            for key in (*_MOMENTS, "step") if name in self.parameters else ():
+                self._fill(tensor, key, state[f"{name}.{key}"])
 
-    def _set(self, parameter: nn.Parameter, key: str, value: torch.Tensor) -> None:
+    def _fill(self, tensor: Any, key: str | None, whole: torch.Tensor) -> None:
+        """Fill a parameter or buffer, or a state of its optimizer, with what rank 0 has."""
+        value = whole.to(tensor.device)
+        dist.broadcast(value, src=0)
         if key == "step":
             for moments in self._moments:
                 moments["step"].copy_(value)
+        elif not isinstance(tensor, nn.Parameter):
+            tensor.copy_(value)
         elif self._zero3:
-            # DeepSpeed's own setter fails if the last rank's piece is shorter.
-            piece = utils.safe_get_local_optimizer_state(parameter, key)
+            # DeepSpeed's own setters fail if the last rank's piece is shorter.
+            piece = utils.safe_get_local_fp32_param(tensor)
+            copies = [piece, tensor.ds_tensor]  # type: ignore[attr-defined]
+            if key:
+                copies = [utils.safe_get_local_optimizer_state(tensor, key)]
             mine = value.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
-            piece[: mine.numel()] = mine
+            for copy in copies:
+                copy.data[: mine.numel()] = mine
+        elif key:
+            utils.safe_set_full_optimizer_state(tensor, value, key)
         else:
-            utils.safe_set_full_optimizer_state(parameter, value, key)
+            utils.safe_set_full_fp32_param(tensor, value)
+            tensor.data.copy_(value)
 
 
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:

@@ -3,7 +3,6 @@
 import gc
 import importlib.util
 import math
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -34,17 +33,17 @@ def check_settings(config: TrainingConfig, sentinels: int, processes: int) -> No
 
 
 def build_state(
-    config: TrainingConfig, accelerator: Accelerator, newest: Path | None = None
+    config: TrainingConfig, accelerator: Accelerator, resuming: bool = False
 ) -> TrainingState:
-    """Build the prepared model and its optimizer; weights may stay unset if ``newest`` is given."""
+    """Build the prepared model and its optimizer; to resume, weights may stay unset."""
     logging.disable_progress_bar()
-    model_config = load_config(newest or config.model)
+    model_config = load_config(config.model)
     attention = layers.choose_attention(config.attention, model_config, accelerator)
-    if newest and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if resuming and accelerator.distributed_type != DistributedType.DEEPSPEED:
         with initialization.no_init_weights():
             model = Qwen3ForSeq2SeqLM(model_config)
     else:
-        model = load_model(newest or config.model)
+        model = load_model(config.model)
     model.set_attn_implementation(attention)
     layers.recompute_layers(model, config)
     state = prepare(model, build_optimizer(model, config), accelerator)
@@ -56,12 +55,9 @@ def resume(
     config: TrainingConfig, accelerator: Accelerator
 ) -> tuple[TrainingState, dict[str, Any]]:
     """Build the training state and load the newest undamaged checkpoint (`checkpoint.restore`)."""
-    checkpoints, show = Path(config.output_dir) / "checkpoints", accelerator.print
-    damages: dict[Path, str] = {}
-    candidates = checkpoint.whole_checkpoints(checkpoints, damages)
-    newest = list(islice(candidates, 1))
-    state = build_state(config, accelerator, *newest)
-    resumed = checkpoint.restore(chain(newest, candidates), damages, state)
+    candidates = checkpoint.step_folders(Path(config.output_dir) / "checkpoints")
+    state, show = build_state(config, accelerator, bool(candidates)), accelerator.print
+    resumed = checkpoint.restore(candidates, state)
     if folder := resumed["folder"]:
         step = resumed["step"]
         if step > config.max_steps:

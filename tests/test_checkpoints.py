@@ -370,3 +370,13 @@ def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monke
     with pytest.raises(InputError, match=sentence):
         run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
+
+
+def test_generation_settings_survive_a_resume(init_folder, corpus, tmp_path):
+    folder = shutil.copytree(init_folder, tmp_path / "model")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 3}))
+    for steps in (1, 2):
+        run = small_run(folder, corpus, output_dir=tmp_path / "run", max_steps=steps, eval_every=0)
+        saved = json.loads((run_training(run) / "generation_config.json").read_text())
+        assert saved["num_beams"] == 3

@@ -3,13 +3,14 @@
 import gc
 import importlib.util
 import math
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator, DistributedType
 from accelerate.utils import find_executable_batch_size, send_to_device
-from transformers import initialization
+from transformers import GenerationConfig, initialization
 from transformers.utils import logging
 
 from qwen3_encdec.data import collate, stream
@@ -42,6 +43,8 @@ def build_state(
     if resuming and accelerator.distributed_type != DistributedType.DEEPSPEED:
         with initialization.no_init_weights():
             model = Qwen3ForSeq2SeqLM(model_config)
+        with suppress(OSError):  # a folder may have none
+            model.generation_config = GenerationConfig.from_pretrained(config.model)
     else:
         model = load_model(config.model)
     model.set_attn_implementation(attention)

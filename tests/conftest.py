@@ -286,3 +286,16 @@ def corpus(tmp_path_factory) -> Path:
             chosen = torch.randint(len(words), (length,), generator=generator).tolist()
             file.write(json.dumps({"text": " ".join(words[i] for i in chosen)}) + "\n")
     return path
+
+
+@pytest.fixture
+def train(init_folder, corpus, tmp_path):
+    """Train a small run in `tmp_path / "run"`; keywords change its settings."""
+    from qwen3_encdec.training.loop import run_training
+    from tests.test_training import small_run
+
+    def call(model: Path = init_folder, inputs: Path = corpus, **changes) -> Path:
+        settings = {"output_dir": tmp_path / "run"} | changes
+        return run_training(small_run(model, inputs, **settings))
+
+    return call

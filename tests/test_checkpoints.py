@@ -35,11 +35,17 @@ def straight(init_folder, corpus, tmp_path_factory) -> Path:
     return run_dir
 
 
-def interrupted(run_dir: Path, copy: Path) -> Path:
-    """The run as an interruption between its two checkpoints leaves it."""
-    shutil.copytree(run_dir, copy, symlinks=True)
-    shutil.rmtree(copy / "checkpoints/step-000004")
-    return copy
+@pytest.fixture
+def run(straight, tmp_path) -> Path:
+    """A copy of that run where `train` goes on with it."""
+    return shutil.copytree(straight, tmp_path / "run", symlinks=True)
+
+
+@pytest.fixture
+def cut(run) -> Path:
+    """The copy as an interruption between its two checkpoints leaves it."""
+    shutil.rmtree(run / "checkpoints/step-000004")
+    return run
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -62,36 +68,42 @@ def same_run(one: Path, other: Path) -> bool:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_resumed_run_is_the_straight_run(
-    init_folder, corpus, straight, tmp_path, workers, monkeypatch, capsys
+    train, straight, cut, tmp_path, workers, monkeypatch, capsys
 ):
-    cut = interrupted(straight, tmp_path / "cut")
     wrong = shutil.copytree(cut, tmp_path / "wrong", symlinks=True)
     with (cut / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # a line that a crash has torn does not block
-    run_training(small_run(init_folder, corpus, output_dir=cut, num_workers=workers))
+    train(num_workers=workers)
     assert f"resuming from {cut}/checkpoints/step-000002" in capsys.readouterr().out
     assert same_run(straight, cut)
     # the control: a position that is forgotten is seen
     rows = RowLoader.__init__
     forget = lambda self, *args, **options: rows(self, *args, **options | {"state": None})  # noqa: E731
     monkeypatch.setattr(RowLoader, "__init__", forget)
-    run_training(small_run(init_folder, corpus, output_dir=wrong, num_workers=workers))
+    train(output_dir=wrong, num_workers=workers)
     assert not same_run(straight, wrong)
 
 
-def test_a_dropout_goes_on_as_it_would_have(init_folder, corpus, tmp_path):
-    folder, run = shutil.copytree(init_folder, tmp_path / "model"), tmp_path / "run"
-    settings = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.3}
-    (folder / "config.json").write_text(json.dumps(settings))
-    run_training(small_run(folder, corpus, output_dir=run, attention="eager"))
-    cut = interrupted(run, tmp_path / "cut")
-    run_training(small_run(folder, corpus, output_dir=cut, attention="eager"))
-    assert same_run(run, cut)
+def changed_model(init_folder: Path, folder: Path, file: str, **changes) -> Path:
+    """A copy of the model with other settings in one of its files."""
+    shutil.copytree(init_folder, folder)
+    settings = json.loads((folder / file).read_text()) | changes
+    (folder / file).write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_dropout_goes_on_as_it_would_have(train, init_folder, tmp_path):
+    run, straight = tmp_path / "run", tmp_path / "straight"
+    model = changed_model(init_folder, tmp_path / "model", "config.json", attention_dropout=0.3)
+    train(model, attention="eager")
+    shutil.copytree(run, straight, symlinks=True)
+    shutil.rmtree(run / "checkpoints/step-000004")
+    train(model, attention="eager")
+    assert same_run(run, straight)
 
 
 @pytest.mark.parametrize("part", ["optimizer_state", "weights"])
-def test_each_part_of_the_state_matters(init_folder, corpus, straight, tmp_path, monkeypatch, part):
-    cut = interrupted(straight, tmp_path / "cut")
+def test_each_part_of_the_state_matters(train, straight, cut, monkeypatch, part):
     read = distributed.read_tensors
 
     def skip(values, folder):
@@ -103,7 +115,7 @@ def test_each_part_of_the_state_matters(init_folder, corpus, straight, tmp_path,
 
     monkeypatch.setattr(distributed, "read_tensors", skip)
     monkeypatch.setattr(distributed, "verify", lambda *_: None)
-    run_training(small_run(init_folder, corpus, output_dir=cut))
+    train()
     assert not same_run(straight, cut)
 
 
@@ -130,15 +142,14 @@ def test_checkpoint_is_an_ordinary_model_folder(init_folder, straight):
     assert all("_qwen3_" in name for name in code)
 
 
-def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path, monkeypatch):
+def test_large_models_are_written_in_several_files(train, monkeypatch):
     monkeypatch.setattr(checkpoint, "_FILE_BYTES", 100_000)
-    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
-    folder = tmp_path / "run/checkpoints/latest"
+    folder = train(eval_every=0)
     assert len(list(folder.glob("model-*.safetensors"))) > 3
     assert len(list(folder.glob("state/shard-*.safetensors"))) > 6
     whole = Qwen3ForSeq2SeqLM.from_pretrained(folder)
-    shutil.rmtree(tmp_path / "run/checkpoints/step-000004")
-    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
+    shutil.rmtree(folder)
+    train(eval_every=0)
     again = Qwen3ForSeq2SeqLM.from_pretrained(folder)
     for one, other in zip(whole.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, other)
@@ -158,51 +169,45 @@ def test_large_models_are_written_in_several_files(init_folder, corpus, tmp_path
         ("foreign.safetensors", "added", "foreign.safetensors does not belong to it"),
     ],
 )
-def test_damage_falls_back_aloud(init_folder, corpus, straight, tmp_path, capsys, part, how, named):
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    file = copy / "checkpoints/step-000004" / part
+def test_damage_falls_back_aloud(train, straight, run, capsys, part, how, named):
+    file = run / "checkpoints/step-000004" / part
     content = bytearray(file.read_bytes() if how != "added" else 100)
     content[-100] ^= 1
     file.write_bytes(content[: -100 if how == "cut" else None])
     if how == "missing":
         file.unlink()
-    run_training(small_run(init_folder, corpus, output_dir=copy))
+    train()
     printed, errors = capsys.readouterr()
     assert errors == ""
-    assert f"checkpoint {copy}/checkpoints/step-000004 is damaged: " in printed
+    assert f"checkpoint {run}/checkpoints/step-000004 is damaged: " in printed
     assert named in printed
-    assert same_run(straight, copy)
-    assert (copy / "checkpoints/damaged-step-000004/state").exists()
+    assert same_run(straight, run)
+    assert (run / "checkpoints/damaged-step-000004/state").exists()
 
 
-def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_it(
-    init_folder, corpus, straight, tmp_path, monkeypatch
-):
+def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_it(train, run, monkeypatch):
     def forbidden(*arguments):
         raise PermissionError(13, "Permission denied")
 
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    (copy / "checkpoints/step-000004" / SHARD).unlink()
+    (run / "checkpoints/step-000004" / SHARD).unlink()
     monkeypatch.setattr("qwen3_encdec.training.checkpoint.os.rename", forbidden)
     with pytest.raises(InputError, match="run/checkpoints cannot be written: Permission denied"):
-        run_training(small_run(init_folder, corpus, output_dir=copy))
+        train()
 
 
-def test_without_a_whole_checkpoint_it_stops(init_folder, corpus, straight, tmp_path):
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+def test_without_a_whole_checkpoint_it_stops(train, run):
     for step in ("000002", "000004"):
-        (copy / f"checkpoints/step-{step}" / SHARD).unlink()
+        (run / f"checkpoints/step-{step}" / SHARD).unlink()
     with pytest.raises(InputError, match=r"shard-.*\.safetensors is missing.*no older checkpoint"):
-        run_training(small_run(init_folder, corpus, output_dir=copy))
+        train()
 
 
-def test_a_run_written_by_95a6fa2_is_resumed(corpus, tmp_path, capsys, monkeypatch):
+def test_a_run_written_by_95a6fa2_is_resumed(train, tmp_path, capsys, monkeypatch):
     before, run = Path(__file__).parent / "data/written_by_95a6fa2/checkpoint", tmp_path / "run"
     shutil.copytree(before, run / "checkpoints/step-000003")
     (run / "qwen3_encdec.json").write_text('{"kind": "training run"}')
-    changes = {"output_dir": run, "max_steps": 5, "eval_every": 0}
     with pytest.raises(InputError, match="the saved position belongs to another.*accept_changes"):
-        run_training(small_run(before, corpus, **changes))
+        train(before, max_steps=5, eval_every=0)
     found, optimizer_state = {}, distributed.TrainingState.optimizer_state
 
     def keep(state):
@@ -211,7 +216,7 @@ def test_a_run_written_by_95a6fa2_is_resumed(corpus, tmp_path, capsys, monkeypat
 
     monkeypatch.setattr(distributed.TrainingState, "optimizer_state", keep)
     monkeypatch.setattr(distributed.TrainingState, "step", lambda *_: None)
-    run_training(small_run(before, corpus, **changes, **{"data.accept_changes": True}))
+    train(before, max_steps=5, eval_every=0, **{"data.accept_changes": True})
     assert "continuing with it at epoch 1" in capsys.readouterr().out
     written = load_file(before / f"state/optimizer-{ONE}.safetensors")
     assert found
@@ -219,22 +224,16 @@ def test_a_run_written_by_95a6fa2_is_resumed(corpus, tmp_path, capsys, monkeypat
     assert json.loads((run / "metrics.jsonl").read_text().splitlines()[0])["step"] == 4
 
 
-def test_a_checkpoint_leads_to_its_model_from_any_folder(
-    init_folder, corpus, tmp_path, monkeypatch
-):
+def test_a_checkpoint_leads_to_its_model_from_any_folder(train, init_folder, tmp_path, monkeypatch):
     monkeypatch.chdir(init_folder.parent)
-    config = small_run(Path(init_folder.name), corpus, output_dir=tmp_path, max_steps=1)
-    checkpoint = run_training(config)
+    checkpoint = train(Path(init_folder.name), max_steps=1)
     monkeypatch.chdir(tmp_path)
     assert base_of(checkpoint) == base_of(init_folder)
 
 
-def test_settings_may_change_at_a_resume_and_are_said(
-    init_folder, corpus, straight, tmp_path, capsys
-):
-    cut = interrupted(straight, tmp_path / "cut")
+def test_settings_may_change_at_a_resume_and_are_said(train, init_folder, corpus, cut, capsys):
     with pytest.raises(InputError, match="the saved position belongs to another"):
-        run_training(small_run(init_folder, corpus, output_dir=cut, **{"data.seed": 7}))
+        train(**{"data.seed": 7})
     assert "data.seed 0 -> 7" in capsys.readouterr().out
     config = small_run(init_folder, corpus, output_dir=cut, lr=1e-4, batch_size=4)
     run_training(config)
@@ -245,28 +244,25 @@ def test_settings_may_change_at_a_resume_and_are_said(
     assert checkpoint.changes_since(state, config, 2)[-1] == "processes 1 -> 2"
 
 
-def test_fewer_steps_than_are_done_are_refused(init_folder, corpus, straight, tmp_path):
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
+def test_fewer_steps_than_are_done_are_refused(train, run):
     with pytest.raises(InputError, match=r"step-000004 is beyond max_steps=2; raise it"):
-        run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=2))
+        train(max_steps=2)
 
 
-def test_prolonging_a_decayed_run_is_said(init_folder, corpus, straight, tmp_path, capsys):
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=8))
+def test_prolonging_a_decayed_run_is_said(train, run, capsys):
+    train(max_steps=8)
     assert "warning: the learning rate rises from 3.00e-04 to 3.00e-03" in capsys.readouterr().out
-    cut = interrupted(straight, tmp_path / "cut")  # from the constant part nothing rises
-    run_training(small_run(init_folder, corpus, output_dir=cut, max_steps=8))
+    for step in (4, 6, 8):
+        shutil.rmtree(run / f"checkpoints/step-00000{step}")
+    train(max_steps=8)  # from the constant part nothing rises
     assert "rises" not in capsys.readouterr().out
 
 
-def test_a_finished_run_without_a_decay_ends_at_once(init_folder, corpus, straight, tmp_path):
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    config = small_run(init_folder, corpus, output_dir=copy, decay_fraction=0)
-    assert run_training(config).name == "step-000004"
+def test_a_finished_run_without_a_decay_ends_at_once(train, run):
+    assert train(decay_fraction=0).name == "step-000004"
 
 
-def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
+def test_what_is_kept(train, tmp_path, monkeypatch, capsys):
     losses = iter([9.0, 5.0, 1.0, 6.0, 4.0])
     monkeypatch.setattr(
         "qwen3_encdec.training.steps.mean_losses", lambda *a, **o: {"R1": next(losses)}
@@ -282,9 +278,7 @@ def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", cannot)
     run_dir = tmp_path / "run"
-    run_training(
-        small_run(init_folder, corpus, output_dir=run_dir, save_every=1, keep_last=1, eval_every=1)
-    )
+    train(save_every=1, keep_last=1, eval_every=1)
     found = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
     assert found == ["best", "latest", "step-000001", "step-000002", "step-000004"]
     assert (run_dir / "checkpoints/latest").resolve().name == "step-000004"
@@ -293,40 +287,33 @@ def test_what_is_kept(init_folder, corpus, tmp_path, monkeypatch, capsys):
     assert f"{run_dir}/checkpoints/step-000001 could not be deleted" in capsys.readouterr().out
 
 
-def test_a_damaged_best_checkpoint_stops_nothing(init_folder, corpus, straight, tmp_path):
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    best = copy / "checkpoints/best"
+def test_a_damaged_best_checkpoint_stops_nothing(train, run):
+    best = run / "checkpoints/best"
     best.unlink()
     best.symlink_to("step-000002")
     (best / "state/training.json").write_text("{")
-    run_training(small_run(init_folder, corpus, output_dir=copy, max_steps=6))
+    train(max_steps=6)
     assert best.resolve().name == "step-000006"
 
 
-def test_a_full_disk_at_start_up_leaves_the_run_as_it_was(
-    init_folder, corpus, straight, tmp_path, monkeypatch
-):
+def test_a_full_disk_at_start_up_leaves_the_run_as_it_was(train, run, tmp_path, monkeypatch):
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    copy = shutil.copytree(straight, tmp_path / "run", symlinks=True)
-    before = (copy / "metrics.jsonl").read_text()
+    before = (run / "metrics.jsonl").read_text()
     monkeypatch.setattr("qwen3_encdec.folders.os.replace", full)
-    for run_dir in (copy, tmp_path / "new"):
+    for run_dir in (run, tmp_path / "new"):
         with pytest.raises(InputError, match=f"{run_dir} cannot be written: No space left"):
-            run_training(small_run(init_folder, corpus, output_dir=run_dir, max_steps=6))
-    assert (copy / "metrics.jsonl").read_text() == before
-    assert list(copy.glob(".*.tmp")) == []
+            train(output_dir=run_dir, max_steps=6)
+    assert (run / "metrics.jsonl").read_text() == before
+    assert list(run.glob(".*.tmp")) == []
     assert not (tmp_path / "new").exists()
 
 
-def test_tensorboard_shows_each_step_once(init_folder, corpus, tmp_path):
-    run_dir = tmp_path / "run"
-    options = {"trackers": "[tensorboard]", "eval_every": 0}
-    run_training(small_run(init_folder, corpus, output_dir=run_dir, **options))
-    shutil.rmtree(run_dir / "checkpoints/step-000004")
-    run_training(small_run(init_folder, corpus, output_dir=run_dir, **options))
-    events = EventAccumulator(str(run_dir / "trackers/qwen3-encdec")).Reload()
+def test_tensorboard_shows_each_step_once(train, tmp_path):
+    for _ in range(2):
+        shutil.rmtree(train(trackers="[tensorboard]", eval_every=0))
+    events = EventAccumulator(str(tmp_path / "run/trackers/qwen3-encdec")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
 
 
@@ -344,7 +331,7 @@ def test_the_writer_thread_uses_its_rank_s_device(tmp_path, monkeypatch):
     assert used == [3, "written"]
 
 
-def test_no_writer_thread_outlives_its_checkpoint(init_folder, corpus, tmp_path, monkeypatch):
+def test_no_writer_thread_outlives_its_checkpoint(train, monkeypatch):
     """As long as it lives, so do its OpenMP threads, and CPU steps take a third longer."""
     threads, write = [], Checkpointer._write
 
@@ -356,27 +343,25 @@ def test_no_writer_thread_outlives_its_checkpoint(init_folder, corpus, tmp_path,
         return write(*arguments)
 
     monkeypatch.setattr(Checkpointer, "_write", watched)
-    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", save_every=2))
+    train(save_every=2)
     assert len(threads) == 2
 
 
 @pytest.mark.parametrize("part", ["dcp.save", "os.rename"])
-def test_a_failed_save_leaves_no_checkpoint(init_folder, corpus, tmp_path, monkeypatch, part):
+def test_a_failed_save_leaves_no_checkpoint(train, tmp_path, monkeypatch, part):
     def full_disk(*arguments, **keywords):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(f"qwen3_encdec.training.checkpoint.{part}", full_disk)
     sentence = "No space left.*training stopped, the last checkpoint is none"
     with pytest.raises(InputError, match=sentence):
-        run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0))
+        train(eval_every=0)
     assert list((tmp_path / "run/checkpoints").iterdir()) == []
 
 
-def test_generation_settings_survive_a_resume(init_folder, corpus, tmp_path):
-    folder = shutil.copytree(init_folder, tmp_path / "model")
-    file = folder / "generation_config.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"num_beams": 3}))
+def test_generation_settings_survive_a_resume(train, init_folder, tmp_path):
+    file = "generation_config.json"
+    model = changed_model(init_folder, tmp_path / "model", file, num_beams=3)
     for steps in (1, 2):
-        run = small_run(folder, corpus, output_dir=tmp_path / "run", max_steps=steps, eval_every=0)
-        saved = json.loads((run_training(run) / "generation_config.json").read_text())
+        saved = json.loads((train(model, max_steps=steps, eval_every=0) / file).read_text())
         assert saved["num_beams"] == 3

@@ -227,6 +227,8 @@ def test_stop_is_looked_at_during_start_up(init_folder, corpus, tmp_path, capsys
     assert "stop requested: stopped after step 0 of 4" in capsys.readouterr().out
     assert not (run_dir / "STOP").exists()
     assert not (run_dir / "checkpoints").exists()
+    run_training(small_run(init_folder, corpus, output_dir=run_dir))
+    assert [step for _, step in read_metrics(run_dir, "eval_loss/S", "step")] == [0, 2, 4]
 
 
 def test_the_second_ctrl_c_ends_at_once(capfd):
@@ -277,8 +279,9 @@ def test_data_that_fails_saves_what_was_finished(init_folder, corpus, tmp_path):
     lines[100] = '{"text": 3}'
     broken.write_text("\n".join(lines) + "\n")
     run_dir = tmp_path / "run"
+    changes = {"max_steps": 60, "eval_every": 0, "log_every": 50}
     with pytest.raises(InputError, match=r"broken\.jsonl"):
-        run_training(small_run(init_folder, broken, output_dir=run_dir, max_steps=60, eval_every=0))
-    last = read_metrics(run_dir, "step")[-1][0]
+        run_training(small_run(init_folder, broken, output_dir=run_dir, **changes))
+    last = read_metrics(run_dir, "step")[-1][0]  # the last steps are logged too
     assert 0 < last < 60
     assert (run_dir / "checkpoints/latest").resolve().name == f"step-{last:06d}"

@@ -89,7 +89,7 @@ def _train(run: Run) -> Path:
         run.position = position
         run.meter.add(counts, run.losses, time.perf_counter() - began, waited)
         last = step == config.max_steps
-        if step % config.log_every == 0 or last:
+        if step % config.log_every == 0 or last or not goes_on:
             run.log_step(step, rate)
         if config.eval_every and (step % config.eval_every == 0 or last):
             run.evaluate(step)

@@ -134,15 +134,16 @@ class Run:
     def _open_folder(self) -> None:
         """Write the config, drop records after the step to resume from, and open the trackers."""
         settings = yaml.safe_dump(config_to_dict(self.config), sort_keys=False)
+        first = self.start + 1 if self.start else 0  # a new run is evaluated at step 0
         with shared_errors(), folders.writing(self.run_dir):
             if self.accelerator.is_main_process:
                 for unfinished in self.run_dir.glob("checkpoints/.step-*"):
                     shutil.rmtree(unfinished)
                 folders.write_text(self.run_dir / "config.yaml", settings)
-                monitor.keep_lines(self.run_dir / "metrics.jsonl", self.start)
+                monitor.keep_lines(self.run_dir / "metrics.jsonl", first - 1)
         if self.config.trackers:
             # Show steps that a run repeats after a crash only once.
-            options = {"tensorboard": {"purge_step": self.start + 1}}
+            options = {"tensorboard": {"purge_step": first}}
             try:
                 self.accelerator.init_trackers("qwen3-encdec", {"config": settings}, options)
             except Exception as error:  # trackers raise any type and must not stop training

@@ -69,7 +69,7 @@ class TrainingState:
 
     def step(self, norm: float, max_norm: float) -> None:
         """Apply the gradients, whose norm is ``norm``, clipped to ``max_norm``; 0 does not clip."""
-        if max_norm:
+        if 0 < max_norm < norm:
             parameters = self.parameters.values()
             nn.utils.clip_grads_with_norm_(parameters, max_norm, torch.tensor(norm))
         self.optimizer.step()

@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = {
     "nano-cpu": ("1xA100", "0.6B"),
     "0.6b-1gpu": ("1xH100", "0.6B"),
-    "0.6b-8gpu-fineweb": ("8xH100", "0.6B"),
+    "0.6b-8gpu-fineweb": ("8x1xH100", "0.6B"),
     "1.7b-64gpu": ("8x8xH100", "1.7B"),
 }
 
@@ -131,7 +131,7 @@ def test_machines():
     assert plan.machines(accelerator(4)).shards == 1
     for wrong in ("8xB3", "H100", "0xH100", "8x", "axH100"):
         with pytest.raises(
-            InputError, match=r"not COUNTxNAME as in 8xH100; known: H100, H200, A10"
+            InputError, match=r"not COUNTxNAME as in 8xH100, or .*; known: H100, H200, A10"
         ):
             plan.machines(accelerator(), wrong)
 
@@ -146,7 +146,10 @@ def test_sizes_without_a_checkpoint(parent_folder):
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_recipes_load_and_fit(name, capsys):
-    config = load_config(ROOT / f"configs/recipes/{name}.yaml")
+    file = ROOT / f"configs/recipes/{name}.yaml"
+    config = load_config(file)
+    planned = re.findall(r"^#.*--devices (\S+)$", file.read_text(), re.MULTILINE)
+    assert planned in ([], [RECIPES[name][0]])
     plan.dry_run(config, *RECIPES[name])
     assert not PartialState._shared_state  # as under a launcher, where it would meet no other rank
     lines = capsys.readouterr().out.partition("\nparameters")[2].splitlines()

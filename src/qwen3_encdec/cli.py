@@ -225,7 +225,7 @@ def train(
         bool, Option("--dry-run", help="Print the config and the cost; write nothing.")
     ] = False,
     devices: Annotated[
-        str | None, Option(help="Dry run: COUNTxNAME as in 8xH100, or 4x8xH100 for HSDP.")
+        str | None, Option(help="Dry run: 8xH100 for FSDP2, 8x1xH100 for DDP, 4x8xH100 for HSDP.")
     ] = None,
     qwen3_model: Annotated[
         str | None, Option(help="Dry run: 0.6B to 32B, or a folder or hub id of a Qwen3.")

@@ -32,7 +32,7 @@ class Machines(NamedTuple):
 
 
 def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
-    """Return this launch's machines, or parse ``8xH100`` (8 shards), ``4x8xH100`` (HSDP, 4 x 8)."""
+    """Return this launch's machines, or parse ``8xH100``, or REPLICASxSHARDSxNAME."""
     if devices is None:
         processes, device = accelerator.num_processes, accelerator.device
         replicas = getattr(accelerator.parallelism_config, "dp_replicate_size", 1)
@@ -45,7 +45,7 @@ def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
     match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x(\w+)", devices)
     if not match or match[3] not in DEVICES:
         known = ", ".join(DEVICES)
-        raise InputError(f"devices {devices!r} is not COUNTxNAME as in 8xH100; known: {known}")
+        raise InputError(f"devices {devices!r} is not COUNTxNAME as in 8xH100, or as in 8x1xH100; known: {known}")
     shards, (peak, size) = int(match[2]), DEVICES[match[3]]
     return Machines(shards * int(match[1] or 1), shards, size, peak)
 

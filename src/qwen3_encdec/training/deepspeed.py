@@ -5,7 +5,6 @@ Checkpoints gather whole tensors into the same files that every other launch wri
 
 import os
 from contextlib import AbstractContextManager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +12,6 @@ import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.utils import DeepSpeedPlugin
 from deepspeed import utils
-from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qwen3_encdec.folders import InputError
@@ -82,47 +80,33 @@ class DeepSpeedState(distributed.TrainingState):
             whole[f"{name}.step"] = self._moments[0]["step"].clone()
         return whole
 
-    def read(self, folder: Path) -> None:
-        """Fill weights and optimizer with what rank 0 reads."""
-        shapes = {name: getattr(t, "ds_shape", t.shape) for name, t in self.saved.items()}
-        weights = {name: torch.empty(shape) for name, shape in shapes.items()}
-        state: distributed.Tensors = {}
-        for name in self.parameters:
-            state |= {f"{name}.{key}": torch.empty(shapes[name]) for key in _MOMENTS}
-            state[f"{name}.step"] = torch.empty(())
-        with distributed.shared_errors():
-            if is_first := dist.get_rank() == 0:
-                distributed.read_tensors(weights, folder)
-                distributed.read_tensors(state, folder / "state")
-        distributed.verify(distributed.checksums(weights | state) if is_first else {}, folder)
-        for name, tensor in self.saved.items():
-            self._fill(tensor, None, weights[name])
-            for key in (*_MOMENTS, "step") if name in self.parameters else ():
-                self._fill(tensor, key, state[f"{name}.{key}"])
-
-    def _fill(self, tensor: Any, key: str | None, whole: torch.Tensor) -> None:
-        """Fill a parameter or buffer, or a state of its optimizer, with what rank 0 has."""
-        value = whole.to(tensor.device)
-        dist.broadcast(value, src=0)
+    def receive(self, name: str, tensor: torch.Tensor, group: Any, sender: int) -> None:
+        """Put what the sender has read where DeepSpeed keeps it."""
+        value = tensor.to(self.accelerator.device)
+        dist.broadcast(value, group=group, group_src=sender)
+        owner, _, key = name.rpartition(".")
         if key == "step":
             for moments in self._moments:
                 moments["step"].copy_(value)
-        elif not isinstance(tensor, nn.Parameter):
-            tensor.copy_(value)
-        elif self._zero3:
+        elif key in _MOMENTS:
+            self._fill(self.parameters[owner], value, key)
+        elif name in self.parameters:  # else a buffer, which has received it
+            self._fill(self.parameters[name], value)
+
+    def _fill(self, parameter: Any, value: torch.Tensor, moment: str | None = None) -> None:
+        if self._zero3:
             # DeepSpeed's own setters fail if the last rank's piece is shorter.
-            piece = utils.safe_get_local_fp32_param(tensor)
-            copies = [piece, tensor.ds_tensor]  # type: ignore[attr-defined]
-            if key:
-                copies = [utils.safe_get_local_optimizer_state(tensor, key)]
-            mine = value.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
-            for copy in copies:
-                copy.data[: mine.numel()] = mine
-        elif key:
-            utils.safe_set_full_optimizer_state(tensor, value, key)
+            pieces = [utils.safe_get_local_fp32_param(parameter), parameter.ds_tensor]
+            if moment:
+                pieces = [utils.safe_get_local_optimizer_state(parameter, moment)]
+            for piece in pieces:
+                mine = value.flatten()[dist.get_rank() * piece.numel() :][: piece.numel()]
+                piece.data[: mine.numel()] = mine
+        elif moment:
+            utils.safe_set_full_optimizer_state(parameter, value, moment)
         else:
-            utils.safe_set_full_fp32_param(tensor, value)
-            tensor.data.copy_(value)
+            utils.safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
 
 
 def make_plugin(config: TrainingConfig, mixed_precision: str) -> DeepSpeedPlugin:

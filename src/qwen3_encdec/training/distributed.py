@@ -101,10 +101,13 @@ class TrainingState:
             with shared_errors():
                 read_tensors(own, place)
             verify(checksums(own), folder)
-            for number, tensor in enumerate(tensors.values()):
+            for number, (name, tensor) in enumerate(tensors.items()):
                 for group in _replicas(tensor):
-                    sender = number % dist.get_world_size(group)
-                    dist.broadcast(_local(tensor), group=group, group_src=sender)
+                    self.receive(name, tensor, group, number % dist.get_world_size(group))
+
+    def receive(self, name: str, tensor: torch.Tensor, group: Any, sender: int) -> None:
+        """Fill a tensor, or this rank's shard, with what the sender of its group has read."""
+        dist.broadcast(_local(tensor), group=group, group_src=sender)
 
 
 def assigned(tensors: Tensors) -> Tensors:

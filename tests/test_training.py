@@ -23,7 +23,6 @@ from qwen3_encdec.data.collate import collate_masked_rows, collate_rows, mask_to
 from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, load_config
-from qwen3_encdec.training.loop import run_training
 from qwen3_encdec.training.monitor import SpikeGuard, hearing_signals, lock
 from qwen3_encdec.training.optimization import (
     build_optimizer,
@@ -102,11 +101,10 @@ def plain_trace(
 
 
 @pytest.mark.parametrize("recompute", [False, True], ids=["", "gradient checkpointing"])
-def test_trace_is_that_of_a_plain_loop(init_folder, corpus, tmp_path, recompute):
+def test_trace_is_that_of_a_plain_loop(train, init_folder, corpus, tmp_path, recompute):
     options = {"gradient_accumulation_steps": 3, "gradient_checkpointing": recompute}
-    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", **options)
-    checkpoint = run_training(config)
-    assert checkpoint == tmp_path / "run/checkpoints/step-000004"
+    config = small_run(init_folder, corpus, **options)
+    assert train(**options) == tmp_path / "run/checkpoints/step-000004"
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
     assert len(trace) == 4
     torch.testing.assert_close(trace, list(plain_trace(config, 1)), rtol=1e-5, atol=1e-5)
@@ -121,67 +119,65 @@ def test_trace_is_that_of_a_plain_loop(init_folder, corpus, tmp_path, recompute)
     assert evaluated[-1][0] < evaluated[0][0]
 
 
-def test_a_mixture_has_a_held_out_loss_for_each_corpus(init_folder, corpus, tmp_path):
+def test_a_mixture_has_a_held_out_loss_for_each_corpus(train, corpus, tmp_path):
     words = " ".join(f"{n} plus {n} is {n + n}." for n in range(99))
     (tmp_path / "sums.txt").write_text("\n".join(words[n:] for n in range(300)))
     parts = [{"inputs": [str(corpus)], "name": "prose"}, {"inputs": [str(tmp_path / "sums.txt")]}]
     settings = {"data.inputs": [], "data.mixture": parts, "data.heldout_every": 4}
-    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "run", **settings))
+    train(**settings)
     keys = ["eval_loss_on/prose", "eval_loss_on/sums.txt", "eval_loss/S"]
     losses = np.array(read_metrics(tmp_path / "run", *keys))
     assert len(losses) == 3
     assert (losses[:, 0] != losses[:, 1]).all()
     settings |= {"data.heldout_inputs": [str(tmp_path / "sums.txt")]}  # of no corpus
     settings |= {"data.mixture": [parts[0], parts[0]], "max_steps": 1}
-    run_training(small_run(init_folder, corpus, output_dir=tmp_path / "apart", **settings))
+    train(output_dir=tmp_path / "apart", **settings)
     assert not read_metrics(tmp_path / "apart", "eval_loss_on/prose")
 
 
 @pytest.mark.parametrize("option", ["z_loss=0.01", "mntp_weight=0.5"])
-def test_optional_signals_train_as_in_a_plain_loop(init_folder, corpus, tmp_path, option):
+def test_optional_signals_train_as_in_a_plain_loop(train, init_folder, corpus, tmp_path, option):
     name, value = option.split("=")
-    options = {"output_dir": tmp_path / "run", "gradient_accumulation_steps": 2}
-    options |= {"eval_every": 0, name: value}
-    config = small_run(init_folder, corpus, **options)
-    run_training(config)
+    options = {"gradient_accumulation_steps": 2, "eval_every": 0, name: value}
+    train(**options)
     trace = read_metrics(tmp_path / "run", "loss", "grad_norm")
-    torch.testing.assert_close(trace, list(plain_trace(config, 1)), rtol=1e-5, atol=1e-5)
     # the control: without the signal it is another run
-    plain = list(plain_trace(small_run(init_folder, corpus, **{**options, name: 0.0}), 1))
+    with_it, without = (
+        list(plain_trace(small_run(init_folder, corpus, **options | {name: weight}), 1))
+        for weight in (value, 0.0)
+    )
+    torch.testing.assert_close(trace, with_it, rtol=1e-5, atol=1e-5)
     with pytest.raises(AssertionError):
-        torch.testing.assert_close(trace, plain, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(trace, without, rtol=1e-5, atol=1e-5)
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_step(init_folder, corpus, tmp_path):
+def test_a_loss_that_is_not_finite_stops_before_the_step(train, init_folder, tmp_path):
     broken = shutil.copytree(init_folder, tmp_path / "broken")
     weights = load_file(broken / "model.safetensors")
     weights["model.decoder.norm.weight"].fill_(float("inf"))
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
-    config = small_run(broken, corpus, output_dir=tmp_path / "run", eval_every=0, num_workers=1)
     with pytest.raises(InputError, match=r"step 1: loss nan .*stopped before the update") as held:
-        run_training(config)
+        train(broken, eval_every=0, num_workers=1)
     # The traceback keeps the run alive, but not its workers: a process that ends would wait for them.
     assert held.tb
     assert not multiprocessing.active_children()
     assert not (tmp_path / "run/checkpoints").exists()
 
 
-def test_bad_folders_are_refused_in_a_sentence(init_folder, corpus, tmp_path):
+def test_bad_folders_are_refused_in_a_sentence(train, tmp_path):
     with pytest.raises(InputError, match="qwen3-encdec initialize --model"):
-        run_training(small_run(tmp_path / "nowhere", corpus))
-    long = {"data.source_length": 512, "data.target_length": 512}
+        train(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"R2 needs up to \d+ sentinels"):
-        run_training(small_run(init_folder, corpus, **long))
+        train(**{"data.source_length": 512, "data.target_length": 512})
     foreign = tmp_path / "foreign"
     foreign.mkdir()
     (foreign / "thesis.txt").write_text("mine")
     with pytest.raises(InputError, match="was not written by qwen3-encdec"):
-        run_training(small_run(init_folder, corpus, output_dir=foreign))
+        train(output_dir=foreign)
 
 
-def test_what_people_see(init_folder, corpus, tmp_path, capfd):
-    run_dir = tmp_path / "run"
-    run_training(small_run(init_folder, corpus, output_dir=run_dir))
+def test_what_people_see(train, capfd):
+    last = train()
     printed, errors = capfd.readouterr()
     lines = printed.splitlines()
     assert errors == ""  # no foreign progress bars
@@ -189,24 +185,29 @@ def test_what_people_see(init_folder, corpus, tmp_path, capfd):
     assert len(steps) == 4
     for unit in ("nats/token", "tokens/s", "GiB", "data wait", "elapsed 0:00:", "remaining 0:00:"):
         assert all(unit in line for line in steps)
-    last = run_dir / "checkpoints/step-000004"
     assert lines[-2] == f"last checkpoint: {last}"
     assert lines[-1].startswith(f"next: qwen3-encdec extract --model {last}")
 
 
-def test_two_runs_in_one_folder(init_folder, corpus, tmp_path):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "qwen3_encdec.json").write_text('{"kind": "training run"}')
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """The folder of a run that has not begun."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "qwen3_encdec.json").write_text('{"kind": "training run"}')
+    return folder
+
+
+def test_two_runs_in_one_folder(train, run_dir):
     script = "import pathlib, sys, time; from qwen3_encdec.training.monitor import lock"
     script += "; held = lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
     command = [sys.executable, "-c", script, str(run_dir)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdout.readline() == "held\n"
         with pytest.raises(InputError, match=r"another run is training in .*run; stop it first"):
-            run_training(small_run(init_folder, corpus, output_dir=run_dir))
+            train()
         other.kill()
-    assert run_training(small_run(init_folder, corpus, output_dir=run_dir)).exists()
+    assert train().exists()
 
 
 def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch, capsys):
@@ -218,16 +219,13 @@ def test_a_file_system_without_locks_stops_nothing(tmp_path, monkeypatch, capsys
     assert "run cannot be locked (Function not implemented)" in capsys.readouterr().out
 
 
-def test_stop_is_looked_at_during_start_up(init_folder, corpus, tmp_path, capsys):
-    run_dir = tmp_path / "run"
-    run_dir.mkdir()
-    (run_dir / "qwen3_encdec.json").write_text('{"kind": "training run"}')
+def test_stop_is_looked_at_during_start_up(train, run_dir, capsys):
     (run_dir / "STOP").touch()
-    run_training(small_run(init_folder, corpus, output_dir=run_dir))
+    train()
     assert "stop requested: stopped after step 0 of 4" in capsys.readouterr().out
     assert not (run_dir / "STOP").exists()
     assert not (run_dir / "checkpoints").exists()
-    run_training(small_run(init_folder, corpus, output_dir=run_dir))
+    train()
     assert [step for _, step in read_metrics(run_dir, "eval_loss/S", "step")] == [0, 2, 4]
 
 
@@ -240,23 +238,20 @@ def test_the_second_ctrl_c_ends_at_once(capfd):
     assert "press Ctrl-C again to end at once" in capfd.readouterr().err
 
 
-def test_a_run_may_be_in_any_thread(init_folder, corpus, tmp_path):
-    config = small_run(init_folder, corpus, output_dir=tmp_path / "run", eval_every=0)
+def test_a_run_may_be_in_any_thread(train):
     with ThreadPoolExecutor(1) as pool:
-        assert pool.submit(run_training, config).result().name == "step-000004"
+        assert pool.submit(train, eval_every=0).result().name == "step-000004"
 
 
-def test_a_tracker_that_fails_stops_nothing(init_folder, corpus, tmp_path, monkeypatch, capsys):
+def test_a_tracker_that_fails_stops_nothing(train, tmp_path, monkeypatch, capsys):
     def broken(*arguments, **options):
         raise ConnectionError("the tracker's server is gone")
 
     for method in ("init_trackers", "log", "end_training"):
         monkeypatch.setattr(f"accelerate.Accelerator.{method}", broken)
-    run_dir = tmp_path / "run"
-    config = small_run(init_folder, corpus, output_dir=run_dir, trackers="[tensorboard]")
-    assert run_training(config).name == "step-000004"
+    assert train(trackers="[tensorboard]").name == "step-000004"
     assert "step 4 could not be logged: the tracker's server is gone" in capsys.readouterr().err
-    assert len(read_metrics(run_dir, "loss")) == 4
+    assert len(read_metrics(tmp_path / "run", "loss")) == 4
 
 
 def test_a_new_level_is_accepted_after_a_while_and_survives_a_restart():
@@ -273,15 +268,14 @@ def test_a_new_level_is_accepted_after_a_while_and_survives_a_restart():
     assert again.skips(60.0, 1.0)  # a spike is still one
 
 
-def test_data_that_fails_saves_what_was_finished(init_folder, corpus, tmp_path):
+def test_data_that_fails_saves_what_was_finished(train, corpus, tmp_path):
     broken = tmp_path / "broken.jsonl"
     lines = corpus.read_text().splitlines()
     lines[100] = '{"text": 3}'
     broken.write_text("\n".join(lines) + "\n")
     run_dir = tmp_path / "run"
-    changes = {"max_steps": 60, "eval_every": 0, "log_every": 50}
     with pytest.raises(InputError, match=r"broken\.jsonl"):
-        run_training(small_run(init_folder, broken, output_dir=run_dir, **changes))
+        train(inputs=broken, max_steps=60, eval_every=0, log_every=50)
     last = read_metrics(run_dir, "step")[-1][0]  # the last steps are logged too
     assert 0 < last < 60
     assert (run_dir / "checkpoints/latest").resolve().name == f"step-{last:06d}"

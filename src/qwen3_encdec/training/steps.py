@@ -105,7 +105,7 @@ class Run:
     def _loader(self, data: stream.UL2Data, tokenizer: Any, positions: list) -> stream.RowLoader:
         config, accelerator = self.config, self.accelerator
         self.loss_options = {"z_loss": config.z_loss}
-        options: dict[str, Any] = {}
+        state = None
         collate_rows: Any = collate.collate_rows
         if config.mntp_weight:
             self.loss_options["encoder_loss_weight"] = config.mntp_weight
@@ -116,7 +116,7 @@ class Run:
                 probability=config.mntp_probability,
             )
         if positions:
-            options["state"], note = data.adopt(stream.merge_states(positions))
+            state, note = data.adopt(stream.merge_states(positions))
             if note:
                 accelerator.print(note)
         number = config.gradient_accumulation_steps
@@ -127,8 +127,8 @@ class Run:
             rank=accelerator.process_index,
             ranks=accelerator.num_processes,
             num_workers=config.num_workers,
+            state=state,
             worker_init_fn=monitor.ignore_signals,
-            **options,
         )
 
     def _open_folder(self) -> None:
@@ -148,10 +148,6 @@ class Run:
                 self.accelerator.init_trackers("qwen3-encdec", {"config": settings}, options)
             except Exception as error:  # trackers raise any type and must not stop training
                 self.accelerator.print(f"warning: trackers could not be started: {error}")
-
-    def asked_to_stop(self) -> bool:
-        """Return whether to save and stop: after SIGTERM or Ctrl-C, or if a file STOP exists."""
-        return self.asked.is_set() or (self.run_dir / "STOP").exists()
 
     def fetch(self) -> float:
         """Fetch the micro-batches of the next step to the device. Returns the seconds it took."""
@@ -190,7 +186,8 @@ class Run:
 
         Sets the next step's counts, and this one's losses and norms. Returns False to end the run.
         """
-        flags = [self.saver.failed, self.asked_to_stop(), self.data_error is not None]
+        stop = self.asked.is_set() or (self.run_dir / "STOP").exists()
+        flags = [self.saver.failed, stop, self.data_error is not None]
         counts = sum((batch["counts"] for batch in self.upcoming), np.zeros(7))
         parts = [_copy(torch.tensor([*flags, *counts], dtype=torch.float64), self.device)]
         if totals is not None:

@@ -134,9 +134,6 @@ def test_each_file_launches_one_model(
     trace = read_metrics(run_dir, "loss", "grad_norm")
     assert len(trace) == 4
     torch.testing.assert_close(trace, list(plain_trace(alone, processes)), rtol=1e-5, atol=1e-5)
-    wrong = list(plain_trace(alone, processes, per_micro_batch=True))
-    with pytest.raises(AssertionError):
-        torch.testing.assert_close(trace, wrong, rtol=1e-5, atol=1e-5)
     # a sharded checkpoint holds the model's own code, not torch's
     code = {path.stem for path in (run_dir / "checkpoints/latest").glob("*.py")}
     assert all("qwen3" in name for name in code)

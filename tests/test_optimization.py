@@ -170,10 +170,6 @@ class Products(TorchDispatchMode):
         self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
         return func(*args, **(kwargs or {}))
 
-def backend(graph, inputs):
-    from torch._dynamo.backends.debugging import aot_eager
-    return aot_eager(graph, inputs)
-
 def backward_products(how, when):
     config = TrainingConfig(gradient_checkpointing=how, compile=bool(when))
     torch.manual_seed(0)

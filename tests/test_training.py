@@ -23,7 +23,7 @@ from qwen3_encdec.data.collate import collate_masked_rows, collate_rows, mask_to
 from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
 from qwen3_encdec.training.config import TrainingConfig, load_config
-from qwen3_encdec.training.monitor import SpikeGuard, hearing_signals, lock
+from qwen3_encdec.training.monitor import Meter, SpikeGuard, hearing_signals, lock
 from qwen3_encdec.training.optimization import (
     build_optimizer,
     learning_rate,
@@ -266,6 +266,15 @@ def test_a_new_level_is_accepted_after_a_while_and_survives_a_restart():
     assert again.recent == guard.recent
     assert not again.skips(6.0, 1.0)
     assert again.skips(60.0, 1.0)  # a spike is still one
+
+
+def test_peak_memory_is_in_bytes_on_a_mac(monkeypatch):
+    meter, found = Meter(["R1"], np.zeros(4), 0.0, {}), []
+    for system in ("linux", "darwin"):
+        monkeypatch.setattr(sys, "platform", system)
+        meter.add(np.ones(7), np.ones((2, 1)), 1.0, 0.0)
+        found.append(meter.read()["memory_gib"])
+    assert found[0] == pytest.approx(1024 * found[1], rel=0.01)
 
 
 def test_data_that_fails_saves_what_was_finished(train, corpus, tmp_path):

@@ -152,7 +152,8 @@ class Meter:
         metrics |= {"tokens_per_second": (targets + sources) / seconds, "tflops": flops / 1e12}
         if self.peak:
             metrics["mfu"] = flops / self.peak
-        memory: float = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        memory: float = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
         if torch.cuda.is_available():
             memory = torch.cuda.max_memory_allocated()
         self.losses, self.sums = self.losses * 0, self.sums * 0

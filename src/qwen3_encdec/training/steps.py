@@ -59,6 +59,7 @@ class Run:
             if accelerator.is_main_process and self.is_new:
                 made_by = {"kind": "training run", "versions": folders.package_versions()}
                 folders.write_json(self.run_dir / folders.PROVENANCE_FILE, made_by)
+        self.heldout = self._heldout(data)  # an error comes before the model is loaded
         set_seed(config.seed)
         self.state, resumed = start.resume(config, accelerator)
         self.start: int = resumed["step"]
@@ -71,7 +72,6 @@ class Run:
         peak = processes * (plan.machines(accelerator).peak or 0)
         per_sum = flops.flops_per_sum(model_config, sizes)
         self.meter = monitor.Meter(self.denoisers, per_sum, peak, resumed["totals"])
-        self.heldout = self._heldout(data)
         self.loader = self._loader(data, tokenizer, resumed["positions"])
         self.batches = iter(self.loader)
         self.upcoming: list[dict[str, Any]] = []  # micro-batches of the next step

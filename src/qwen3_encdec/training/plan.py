@@ -45,8 +45,7 @@ def machines(accelerator: Accelerator, devices: str | None = None) -> Machines:
     match = re.fullmatch(r"(?:([1-9]\d*)x)?([1-9]\d*)x(\w+)", devices)
     if not match or match[3] not in DEVICES:
         known = ", ".join(DEVICES)
-        form = "COUNTxNAME or REPLICASxSHARDSxNAME"
-        raise InputError(f"devices {devices!r} is not {form}; known: {known}")
+        raise InputError(f"devices {devices!r} is not as in 8xH100 or 8x1xH100; known: {known}")
     shards, (peak, size) = int(match[2]), DEVICES[match[3]]
     return Machines(shards * int(match[1] or 1), shards, size, peak)
 

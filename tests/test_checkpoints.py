@@ -6,6 +6,7 @@ import threading
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -186,9 +187,7 @@ def test_damage_falls_back_aloud(train, straight, run, capsys, part, how, named)
 
 
 def test_a_damaged_checkpoint_that_cannot_be_renamed_stops_it(train, run, monkeypatch):
-    def forbidden(*arguments):
-        raise PermissionError(13, "Permission denied")
-
+    forbidden = Mock(side_effect=PermissionError(13, "Permission denied"))
     (run / "checkpoints/step-000004" / SHARD).unlink()
     monkeypatch.setattr("qwen3_encdec.training.checkpoint.os.rename", forbidden)
     with pytest.raises(InputError, match="run/checkpoints cannot be written: Permission denied"):
@@ -297,9 +296,7 @@ def test_a_damaged_best_checkpoint_stops_nothing(train, run):
 
 
 def test_a_full_disk_at_start_up_leaves_the_run_as_it_was(train, run, tmp_path, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     before = (run / "metrics.jsonl").read_text()
     monkeypatch.setattr("qwen3_encdec.folders.os.replace", full)
     for run_dir in (run, tmp_path / "new"):
@@ -349,10 +346,8 @@ def test_no_writer_thread_outlives_its_checkpoint(train, monkeypatch):
 
 @pytest.mark.parametrize("part", ["dcp.save", "os.rename"])
 def test_a_failed_save_leaves_no_checkpoint(train, tmp_path, monkeypatch, part):
-    def full_disk(*arguments, **keywords):
-        raise OSError("No space left on device")
-
-    monkeypatch.setattr(f"qwen3_encdec.training.checkpoint.{part}", full_disk)
+    full = Mock(side_effect=OSError("No space left on device"))
+    monkeypatch.setattr(f"qwen3_encdec.training.checkpoint.{part}", full)
     sentence = "No space left.*training stopped, the last checkpoint is none"
     with pytest.raises(InputError, match=sentence):
         train(eval_every=0)

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -225,9 +226,7 @@ def test_the_batch_size_finder_goes_down_until_a_step_fits(
     assert (tried[0], tried[-1], found) == (256, 207, 207)
     assert list(tmp_path.iterdir()) == []
 
-    def failing(*arguments, **options):
-        raise RuntimeError("an error of another kind")
-
+    failing = Mock(side_effect=RuntimeError("an error of another kind"))
     monkeypatch.setattr(Qwen3ForSeq2SeqLM, "forward", failing)
     with pytest.raises(RuntimeError, match="another kind"):
         start.find_batch_size(config)

@@ -131,10 +131,17 @@ def rank_process(
     os._exit(0)
 
 
-class Life:
-    """A run's processes."""
+FAULTS = {"full", "hang", "late", "launch", "means", "nan", "slow", "spike"}
 
-    def __init__(self, overrides: list[str], world: int = 2, **faults: Any) -> None:
+
+class Life:
+    """The processes of a small run; ``options`` are settings or faults."""
+
+    def __init__(
+        self, model: Path, corpus: Path, run: Path, world: int = 2, **options: Any
+    ) -> None:
+        faults = {name: options.pop(name) for name in FAULTS & options.keys()}
+        overrides = settings(model, corpus, run, **options)
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["qwen3_encdec.training.loop"])
         with socket.socket() as free:
@@ -219,10 +226,10 @@ def kill_test(
     """
     steps, rng, inside = 4 * (kills + 1), random.Random(seed), 0
     changes = {"max_steps": steps, "spike_window": 8}
-    assert Life(settings(model, corpus, folder / "alone", **changes)).end(600) == [0, 0]
+    assert Life(model, corpus, folder / "alone", **changes).end(600) == [0, 0]
     run = folder / "killed"
     for number in range(1, kills + 1):
-        life = Life(settings(model, corpus, run, **changes), slow=0.15)
+        life = Life(model, corpus, run, **changes, slow=0.15)
         target = steps * number // (kills + 1)
         deadline = time.monotonic() + 120
         while last_step(run) < target and time.monotonic() < deadline and life.ranks[0].is_alive():
@@ -238,5 +245,5 @@ def kill_test(
         print(f"kill {number} of {kills}: at step {last_step(run)}{ended}", flush=True)
         if not alive:
             raise SystemExit(run.with_suffix(".rank0.log").read_text()[-3000:])
-    assert Life(settings(model, corpus, run, **changes)).end(600) == [0, 0]
+    assert Life(model, corpus, run, **changes).end(600) == [0, 0]
     return outcome(folder / "alone"), outcome(run), inside

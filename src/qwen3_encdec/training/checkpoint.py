@@ -119,9 +119,8 @@ class Checkpointer:
             (partial / _ONE_FILE).unlink(missing_ok=True)
             self.tokenizer.save_pretrained(partial)
             model = os.path.abspath(self.config.model)  # it may be read from another folder
-            made_by = {"kind": "encoder-decoder", "model": model, **self._made_by}
-            made_by["step"] = training["step"]
-            write_json(partial / folders.PROVENANCE_FILE, made_by)
+            made_by = {"kind": "encoder-decoder", "model": model, "step": training["step"]}
+            write_json(partial / folders.PROVENANCE_FILE, made_by | self._made_by)
             write_json(state / "training.json", training)
         sums = checksums(tensors["model"] | tensors["state"])
         rank = self.state.accelerator.process_index + 1

@@ -7,13 +7,15 @@ import hashlib
 import json
 import shutil
 import sys
+import threading
+from contextlib import nullcontext
 
 import pytest
 from experiments.adaptation import report as adaptation
 from experiments.objective import benchmarks, report, run
 
 from qwen3_encdec.evaluation import retrieval
-from qwen3_encdec.training.steps import Run
+from qwen3_encdec.training import loop
 from tests.test_demo import TEXTS
 
 PLAN = """
@@ -126,7 +128,9 @@ def test_a_training_that_was_asked_to_stop_is_not_done(walked, monkeypatch):
     plan = run.read_plan(root / "plan.yaml", 1.0, [], [])
     unit = run.Unit(plan, "toy", 0, root / "results", root / "runs")
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "asked_to_stop", lambda self: True)
+        asked = threading.Event()
+        asked.set()
+        patch.setattr(loop, "hearing_signals", lambda: nullcontext(asked))
         with pytest.raises(SystemExit):
             unit.train("ul2")
     assert not file.exists()

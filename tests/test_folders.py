@@ -1,5 +1,6 @@
 """Folders that are written, facts that are recorded, and model folders that are damaged."""
 
+import errno
 import json
 import os
 import shutil
@@ -7,6 +8,7 @@ import subprocess
 from functools import partial
 
 import pytest
+from safetensors import SafetensorError
 
 from qwen3_encdec import folders
 from qwen3_encdec.folders import (
@@ -49,6 +51,23 @@ def test_a_folder_that_cannot_be_moved_into_place_leaves_the_one_before(tmp_path
         write("second")
     assert (tmp_path / "out/file").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+)
+def test_a_full_disk_is_told_in_a_sentence(tmp_path, error):
+    message = r"output .*out cannot be written: .*No space left on device"
+    with pytest.raises(InputError, match=message), new_folder(tmp_path / "out", "encoder"):
+        raise error
+    assert not list(tmp_path.iterdir())
+    # Errors of inputs keep their own sentence.
+    with pytest.raises(PermissionError), new_folder(tmp_path / "out", "encoder"):
+        raise PermissionError(errno.EACCES, "Permission denied", "input")
 
 
 def test_files_nested_too_deeply_are_named(tmp_path):

@@ -4,6 +4,7 @@ A folder without `qwen3_encdec.json` was not written by this package and is neve
 imported where it is used, so `--help` and input checks need neither torch nor transformers.
 """
 
+import errno
 import glob
 import json
 import os
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 PROVENANCE_FILE = "qwen3_encdec.json"
 INITIALIZE_COMMAND = "qwen3-encdec initialize --model HUB_ID --output FOLDER"
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 PACKAGES = ("torch", "transformers", "accelerate", "datasets", "sentence-transformers")
 M = TypeVar("M", bound="PreTrainedModel")
 
@@ -186,7 +188,8 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
     """Build a folder beside `output` and rename it into place when the block ends.
 
     `kind` (`"tokenizer"`, `"encoder"`, ...) and `provenance` are recorded in its
-    `qwen3_encdec.json`. On an exception the unfinished folder is deleted and `output` is unchanged.
+    `qwen3_encdec.json`. On an exception the unfinished folder is deleted and `output` is unchanged;
+    a full disk is an InputError.
     """
     output = check_output(output, kind).resolve()  # of a link, the target is replaced
     with writing(output):
@@ -198,8 +201,11 @@ def new_folder(output: str | Path, kind: str, **provenance: Any) -> Iterator[Pat
         write_json(building / PROVENANCE_FILE, facts)
         _apply_umask(building)
         move_into_place(building, output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(building, ignore_errors=True)
+        full = isinstance(error, OSError) and error.errno in _DISK_FULL
+        if full or (isinstance(error, SafetensorError) and "serializing" in str(error)):
+            raise InputError(f"output {output} cannot be written: {first_line(error)}") from None
         raise
 
 

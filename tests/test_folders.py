@@ -57,7 +57,9 @@ def test_a_folder_that_cannot_be_moved_into_place_leaves_the_one_before(tmp_path
     "error",
     [
         OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        SafetensorError(
+            "Error while serializing: I/O error: No space left on device (os error 28)"
+        ),
     ],
 )
 def test_a_full_disk_is_told_in_a_sentence(tmp_path, error):

@@ -332,6 +332,16 @@ def test_parts_share_the_list_of_copies(corpus, tokenizer, tmp_path):
     tracemalloc.stop()
 
 
+def test_a_preparation_takes_the_cpus_that_it_may_use(corpus, tokenizer, tmp_path, monkeypatch):
+    given = {}
+    loader = lambda todo, **options: given.update(options) or iter(())  # noqa: E731
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5, 7})
+    monkeypatch.setattr("qwen3_encdec.data.prepare.DataLoader", loader)
+    with pytest.raises(InputError, match="parts are not written yet"):
+        prepare(config_of(corpus), tokenizer, tmp_path / "out")
+    assert given["num_workers"] == 3
+
+
 def test_a_full_disk_while_preparing(corpus, tokenizer, tmp_path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)

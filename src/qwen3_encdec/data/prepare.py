@@ -216,13 +216,15 @@ def prepare(
 ) -> Counter[str]:
     """Write the tokenized `config.inputs` to a folder, or resume a stopped run.
 
-    Uses one process per CPU unless `processes` is given. Other arguments, result and errors are
-    those of `Preparation`.
+    Uses one process per granted CPU unless `processes` is given. Other arguments, result and errors
+    are those of `Preparation`.
     """
     preparation = Preparation(config, tokenizer, output, deduplicate)
     preparation.begin()
     todo, total = preparation.missing(), len(preparation.parts)
-    processes = min(processes or os.cpu_count() or 1, len(todo))
+    # A cluster's scheduler may grant few of the machine's CPUs; macOS does not say.
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    processes = min(processes or granted or 1, len(todo))
     workers = processes if processes > 1 else 0
     # Unlike the processes of a pool, workers end with their parent.
     options: Any = {"collate_fn": preparation.write, "num_workers": workers, "in_order": False}

@@ -142,9 +142,12 @@ def write_text(path: Path, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def local_paths(item: str | Path) -> list[str]:
-    """Return the existing files and folders that an input names: a path, or matches of a glob."""
-    return [str(item)] if os.path.exists(item) else sorted(glob.glob(str(item), recursive=True))
+def local_paths(*inputs: str | Path) -> list[str]:
+    """Return the existing files and folders that inputs name: paths, or matches of globs."""
+    found: list[str] = []
+    for item in map(str, inputs):
+        found += [item] if os.path.exists(item) else sorted(glob.glob(item, recursive=True))
+    return found
 
 
 def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = ()) -> Path:
@@ -168,8 +171,8 @@ def check_output(output: str | Path, kind: str, inputs: Iterable[str | Path] = (
     if kind != found:
         article = "an" if found.startswith("e") else "a"
         raise InputError(f"output {output} holds {article} {found}; choose another folder")
-    for path in (Path(path) for item in inputs for path in local_paths(item)):
-        if path.resolve().is_relative_to(output.resolve()):
+    for path in local_paths(*inputs):
+        if Path(path).resolve().is_relative_to(output.resolve()):
             raise InputError(f"output {output} would replace {path}; choose another folder")
     return output
 

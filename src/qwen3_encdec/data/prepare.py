@@ -76,7 +76,7 @@ class Preparation:
         source = config.sources[0]
         output = check_output(output, "prepared corpus", source.inputs).resolve()  # a link stays
         self.output, self.min_tokens = output, config.min_tokens
-        for path in (path for item in source.inputs for path in local_paths(item)):
+        for path in local_paths(*source.inputs):
             if Path(path).resolve() in output.parents:
                 raise InputError(f"output {output} is inside input {path}; choose another folder")
         self.corpus, self.encode = open_corpus(source, config), Encoder(tokenizer)

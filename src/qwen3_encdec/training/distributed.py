@@ -103,7 +103,7 @@ class TrainingState:
             verify(checksums(own), folder)
             for number, (name, tensor) in enumerate(tensors.items()):
                 for group in _replicas(tensor):
-                    self.receive(name, tensor, group, number % dist.get_world_size(group))
+                    self.receive(name, tensor, group, _turn(number, group))
 
     def receive(self, name: str, tensor: torch.Tensor, group: Any, sender: int) -> None:
         """Fill a tensor, or this rank's shard, with what the sender of its group has read."""
@@ -118,9 +118,14 @@ def assigned(tensors: Tensors) -> Tensors:
     own: Tensors = {}
     for number, (name, tensor) in enumerate(tensors.items()):
         groups = _replicas(tensor)
-        if all(number % dist.get_world_size(g) == dist.get_rank(g) for g in groups):
+        if all(_turn(number, group) == dist.get_rank(group) for group in groups):
             own[name] = tensor
     return own
+
+
+def _turn(number: int, group: Any) -> int:
+    """Return the rank of a group that writes and reads tensor ``number`` for the others."""
+    return number % dist.get_world_size(group)
 
 
 def read_tensors(tensors: Tensors, folder: Path) -> None:

@@ -40,7 +40,7 @@ from starlette.routing import Route
 from transformers.utils.logging import disable_progress_bar
 
 from qwen3_encdec.embedding.encoder import TextEncoder
-from qwen3_encdec.embedding.serve import make_server, open_encoder
+from qwen3_encdec.embedding.serve import listen, make_server, open_encoder
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -84,7 +84,8 @@ def time_alone(encoder: TextEncoder, text: str) -> float:
 def serve_ours(folder: Path, port: int) -> None:
     """Serve as `qwen3-encdec serve` does."""
     logging.basicConfig(level=logging.INFO, filename=os.devnull)
-    make_server(open_encoder(folder, dtype=torch.float32, device="cpu"), port=port).run()
+    encoder = open_encoder(folder, dtype=torch.float32, device="cpu")
+    make_server(encoder, listen(port=port)).run()
 
 
 def serve_plain(folder: Path, port: int) -> None:

@@ -26,6 +26,7 @@ from qwen3_encdec.conversion.extract import extract_encoder
 from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.data.collate import collate_packed
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer, qwen3_backend
+from qwen3_encdec.training.config import TrainingConfig, load_config
 
 logging.disable_progress_bar()
 
@@ -288,11 +289,29 @@ def corpus(tmp_path_factory) -> Path:
     return path
 
 
+SMALL = {
+    "max_steps": 4, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2, "log_every": 1, "save_every": 2,
+    "keep_last": 0, "eval_every": 2, "eval_examples_per_denoiser": 2, "trackers": "[]",
+    "num_workers": 0, "data.heldout_every": 10, "data.source_length": 64, "data.target_length": 64,
+    "max_grad_norm": 0.5,
+    # At this lr, 200 times it would throw the gates to and fro, and rounding with them.
+    "source_gate_lr_multiplier": 10.0,
+}  # fmt: skip
+
+
+def small_settings(folder: Path, corpus: Path, **changes) -> list[str]:
+    settings = {"model": folder, "data.inputs": f"[{corpus}]", "output_dir": corpus.parent / "run"}
+    return [f"{key}={value}" for key, value in (settings | SMALL | changes).items()]
+
+
+def small_run(folder: Path, corpus: Path, **changes) -> TrainingConfig:
+    return load_config(None, small_settings(folder, corpus, **changes))
+
+
 @pytest.fixture
 def train(init_folder, corpus, tmp_path):
     """Train a small run in `tmp_path / "run"`; keywords change its settings."""
     from qwen3_encdec.training.loop import run_training
-    from tests.test_training import small_run
 
     def call(model: Path = init_folder, inputs: Path = corpus, **changes) -> Path:
         settings = {"output_dir": tmp_path / "run"} | changes

@@ -24,7 +24,7 @@ _REPO = r"(?P<repo>[\w.-]+/[\w.-]+)"
 _API = re.compile(
     rf"/api/(?P<kind>models|datasets)/{_REPO}(/(?P<call>revision|tree|paths-info|refs)(/(?P<rest>.*))?)?"
 )
-_UPLOAD = re.compile(rf"/api/models/{_REPO}/(?P<call>preupload|commit)/main")
+_UPLOAD = re.compile(rf"/api/models/{_REPO}/(?P<call>preupload/main|commit/main|auth-check/write)")
 _FILE = re.compile(rf"/((?P<kind>datasets)/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)")
 _DATE = "2026-01-01T00:00:00.000Z"
 
@@ -122,12 +122,15 @@ class _Handler(BaseHTTPRequestHandler):
             return self._send(503, b"try again")
         if path == "/api/validate-yaml":
             return self._json({"warnings": [], "errors": []})
+        upload = _UPLOAD.fullmatch(path)
+        if upload and self.hub.token not in self.headers.get("Authorization", ""):
+            return self._fail(401, "Unauthorized", "no token")
         if path == "/api/repos/create":
             wanted = json.loads(body)
             repo = f"{wanted['organization']}/{wanted['name']}"
             (self.hub.root / "models" / repo).mkdir(parents=True, exist_ok=True)
             return self._json({"url": f"{self.hub.url}/{repo}"})
-        if upload := _UPLOAD.fullmatch(path):
+        if upload:
             return self._upload(upload["repo"], upload["call"], body)
         call = _API.fullmatch(path) or _FILE.fullmatch(path)
         if call is None:
@@ -165,9 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
         return self._json(info | about | dates | {"siblings": siblings})
 
     def _upload(self, repo: str, call: str, body: bytes) -> None:
-        if self.hub.token not in self.headers.get("Authorization", ""):
-            return self._fail(401, "Unauthorized", "no token")
-        if call == "preupload":
+        if call == "auth-check/write":
+            return self._json({})
+        if call == "preupload/main":
             files = [{"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
                      for file in json.loads(body)["files"]]  # fmt: skip
             return self._json({"files": files})

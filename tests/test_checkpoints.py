@@ -22,7 +22,8 @@ from qwen3_encdec.training import checkpoint, distributed
 from qwen3_encdec.training.checkpoint import Checkpointer
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.loop import run_training
-from tests.test_training import read_metrics, small_run
+from tests.conftest import small_run
+from tests.test_training import read_metrics
 
 ONE = "00001-of-00001"
 SHARD = "state/shard-00001-model-00001-of-00001.safetensors"

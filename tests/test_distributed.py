@@ -16,7 +16,8 @@ from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import distributed
 from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.distributed import launched
-from tests.test_training import plain_trace, read_metrics, small_run, small_settings
+from tests.conftest import small_run, small_settings
+from tests.test_training import plain_trace, read_metrics
 
 ROOT = Path(__file__).parents[1]
 DEEPSPEED = importlib.util.find_spec("deepspeed") is not None

@@ -173,16 +173,16 @@ for split, item in ((split, item) for split in items for item in items[split]):
 
 
 def test_an_encoder_is_pushed_and_read_back(hub, init_folder, tmp_path):
-    def extract(repository: str, token: str) -> subprocess.CompletedProcess:
+    def extract(repository: str, token: str, output: str) -> subprocess.CompletedProcess:
         command = [
             *(sys.executable, "-c", "from qwen3_encdec.cli import main; main()", "extract"),
-            *("--model", init_folder, "--output", tmp_path / "encoder"),
+            *("--model", init_folder, "--output", tmp_path / output),
             *("--push-to-hub", repository),
         ]
         environment = hub.environment(tmp_path / "cache", HF_TOKEN=token)
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
-    done = extract("org/encoder", hub.token)
+    done = extract("org/encoder", hub.token, "encoder")
     assert f"uploaded {hub.url}/org/encoder" in done.stderr
     code = """
 from transformers import AutoModel
@@ -192,7 +192,7 @@ print(type(AutoModel.from_pretrained("org/encoder")).__name__)
     pushed = hub.root / "models/org/encoder"
     assert (pushed / "README.md").exists()
     assert not (pushed / "qwen3_encdec.json").exists()  # it names local paths
-    refused = extract("org/encoder", "wrong")
+    refused = extract("org/encoder", "wrong", "refused")
     assert refused.returncode == 2
-    assert "could not be uploaded to org/encoder: " in refused.stderr
-    assert (tmp_path / "encoder" / "config.json").exists()  # the folder is there to be uploaded
+    assert "repository org/encoder cannot be written: " in refused.stderr
+    assert not (tmp_path / "refused").exists()  # said before the work

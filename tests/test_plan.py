@@ -19,8 +19,7 @@ from qwen3_encdec.folders import InputError
 from qwen3_encdec.training import flops, plan, start
 from qwen3_encdec.training.config import TrainingConfig, load_config
 from qwen3_encdec.training.distributed import TrainingState
-from tests.conftest import tiny_config
-from tests.test_training import small_run
+from tests.conftest import small_run, tiny_config
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {

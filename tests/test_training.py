@@ -23,32 +23,16 @@ from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3ForSeq2SeqLM
 from qwen3_encdec.data.collate import collate_masked_rows, collate_rows, mask_token_id
 from qwen3_encdec.data.stream import RowLoader, UL2Data
 from qwen3_encdec.folders import InputError
-from qwen3_encdec.training.config import TrainingConfig, load_config
+from qwen3_encdec.training.config import TrainingConfig
 from qwen3_encdec.training.monitor import Meter, SpikeGuard, hearing_signals, lock
 from qwen3_encdec.training.optimization import (
     build_optimizer,
     learning_rate,
     set_learning_rate,
 )
+from tests.conftest import small_run
 
 ROOT = Path(__file__).parents[1]
-SMALL = {
-    "max_steps": 4, "warmup_steps": 1, "lr": 3e-3, "batch_size": 2, "log_every": 1, "save_every": 2,
-    "keep_last": 0, "eval_every": 2, "eval_examples_per_denoiser": 2, "trackers": "[]",
-    "num_workers": 0, "data.heldout_every": 10, "data.source_length": 64, "data.target_length": 64,
-    "max_grad_norm": 0.5,
-    # At this lr, 200 times it would throw the gates to and fro, and rounding with them.
-    "source_gate_lr_multiplier": 10.0,
-}  # fmt: skip
-
-
-def small_settings(folder: Path, corpus: Path, **changes) -> list[str]:
-    settings = {"model": folder, "data.inputs": f"[{corpus}]", "output_dir": corpus.parent / "run"}
-    return [f"{key}={value}" for key, value in (settings | SMALL | changes).items()]
-
-
-def small_run(folder: Path, corpus: Path, **changes) -> TrainingConfig:
-    return load_config(None, small_settings(folder, corpus, **changes))
 
 
 def read_metrics(run_dir: Path, *names: str) -> list[tuple]:

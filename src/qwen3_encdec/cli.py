@@ -8,7 +8,8 @@ exit code 2, no traceback.
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from io import TextIOWrapper
 from pathlib import Path
@@ -148,11 +149,11 @@ def extract(
     """Extract the encoder as a plain Qwen3Model that stock tools load bidirectionally."""
     from qwen3_encdec.conversion.extract import extract_encoder
 
-    report = extract_encoder(
-        model, output, pooling=pooling, average_last=average_last, max_seq_length=max_length
-    )
-    _print(report, output, as_json)
-    _push(output, push_to_hub)
+    with _pushed(output, push_to_hub):
+        report = extract_encoder(
+            model, output, pooling=pooling, average_last=average_last, max_seq_length=max_length
+        )
+        _print(report, output, as_json)
 
 
 @app.command(cls=Command)
@@ -319,16 +320,16 @@ def finetune(
     from qwen3_encdec.training.config import load_dataclass
 
     loaded = load_dataclass(finetuning.FinetuneConfig, config, settings or ())
-    result = finetuning.finetune(model, output, config=loaded, resume=resume)
-    if as_json:
-        print(json.dumps(result))
-    else:
+    with _pushed(output, push_to_hub):
+        result = finetuning.finetune(model, output, config=loaded, resume=resume)
+        if as_json:
+            print(json.dumps(result))
+            return
         print(f"loss {result['loss']:.4f} over {result['pairs']:,} examples")
         if scores := result.get("heldout"):
             listed = ", ".join(f"{name} {score:.4f}" for name, score in scores.items())
             print(f"nDCG@10 of held-out pairs: {listed} (kept)")
         print(f"wrote {output}")
-    _push(output, push_to_hub)
 
 
 @app.command(cls=Command)
@@ -411,12 +412,13 @@ def serve(
     """Serve OpenAI's /v1/embeddings; set QWEN3_ENCDEC_API_KEY to require that key of clients."""
     import logging
 
-    from qwen3_encdec.embedding.serve import Limits, make_server, open_encoder
+    from qwen3_encdec.embedding.serve import Limits, listen, make_server, open_encoder
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    listening = listen(host, port)  # a port in use is said before a large model is loaded
     encoder = open_encoder(model, dtype=_torch_dtype(dtype), max_tokens=max_length)
     limits = Limits(queue_tokens=queue_tokens, answer_seconds=timeout)
-    server = make_server(encoder, host, port, limits)
+    server = make_server(encoder, listening, limits)
     print(f"{server.url}/v1/embeddings", flush=True)
     server.run()
 
@@ -477,14 +479,22 @@ def _torch_dtype(name: str | None) -> Any:
     return getattr(torch, name) if name else None
 
 
-def _push(folder: Path, repository: str | None) -> None:
-    """Upload a folder to a private repository, if one is given, without its local paths."""
+@contextmanager
+def _pushed(folder: Path, repository: str | None) -> Iterator[None]:
+    """Create a private repository, if one is given, and upload the folder that the block writes.
+
+    The folder's local paths are left out.
+    """
     if repository is None:
+        yield
         return
     from huggingface_hub import HfApi
 
-    with input_errors(f"{folder} could not be uploaded to {repository}"):
+    with input_errors(f"repository {repository} cannot be written"):
         HfApi().create_repo(repository, private=True, exist_ok=True)
+        HfApi().auth_check(repository, write=True)
+    yield
+    with input_errors(f"{folder} could not be uploaded to {repository}"):
         commit = HfApi().upload_folder(
             repo_id=repository, folder_path=folder, ignore_patterns=PROVENANCE_FILE
         )

@@ -308,15 +308,12 @@ def open_encoder(model: str | Path, **options: Any) -> TextEncoder:
         return thread.submit(TextEncoder, model, **options).result()
 
 
-def make_server(
-    encoder: TextEncoder, host: str = "127.0.0.1", port: int = 8000, limits: Limits | None = None
-) -> Server:
-    """Bind a server that does not run yet; port 0 takes a free one.
+def listen(host: str = "127.0.0.1", port: int = 8000) -> socket.socket:
+    """Listen on an address, of which port 0 takes a free one; clients wait until a server runs.
 
     Raises:
         InputError: the address cannot be bound.
     """
-    bounds = limits or Limits()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listening = socket.create_server((host, port), family=family, backlog=2048)
@@ -324,6 +321,14 @@ def make_server(
         raise InputError(f"cannot listen on {host}:{port}: {error}") from None
     # asyncio sets it only on sockets made with proto=IPPROTO_TCP; accepted ones inherit it.
     listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return listening
+
+
+def make_server(
+    encoder: TextEncoder, listening: socket.socket, limits: Limits | None = None
+) -> Server:
+    """Return a server on a listening socket that does not run yet."""
+    bounds = limits or Limits()
 
     class TimedProtocol(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
         # Close a connection that is open but sends no complete request headers in time.

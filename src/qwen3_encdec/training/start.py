@@ -34,13 +34,13 @@ def check_settings(config: TrainingConfig, sentinels: int, processes: int) -> No
 
 
 def build_state(
-    config: TrainingConfig, accelerator: Accelerator, resuming: bool = False
+    config: TrainingConfig, accelerator: Accelerator, unset: bool = False
 ) -> TrainingState:
-    """Build the prepared model and its optimizer; to resume, weights may stay unset."""
+    """Build the prepared model and its optimizer; if ``unset``, its weights need no values."""
     logging.disable_progress_bar()
     model_config = load_config(config.model)
     attention = layers.choose_attention(config.attention, model_config, accelerator)
-    if resuming and accelerator.distributed_type != DistributedType.DEEPSPEED:
+    if unset and accelerator.distributed_type != DistributedType.DEEPSPEED:
         with initialization.no_init_weights():
             model = Qwen3ForSeq2SeqLM(model_config)
         with suppress(OSError):  # a folder may have none
@@ -91,7 +91,7 @@ def find_batch_size(config: TrainingConfig) -> None:
         def largest(rows: int) -> int:
             accelerator.free_memory()  # DDP cannot continue after a failed backward pass
             gc.collect()
-            state = build_state(config, accelerator)
+            state = build_state(config, accelerator, unset=True)
             state.model.train()  # as loaded, it would recompute nothing
             state.optimizer_state()  # every step but the first begins with it
             sides = [[np.zeros(length // 2)] * 2 * rows for length in lengths]

@@ -199,6 +199,15 @@ def test_a_cache_of_another_source_or_too_small_is_refused(model, source):
     foreign.update(*torch.randn(2, 3, 2, 4, 14), 0)
     with pytest.raises(ValueError, match="the cache holds a source of 0 tokens, not of 9"):
         model(**source, decoder_input_ids=ids, past_key_values=foreign)
+    with pytest.raises(ValueError, match="the cache holds a source of 0 tokens, not of 9"):
+        model.generate(**source, decoder_input_ids=ids, cache=foreign)
+    ordinary = DynamicCache()
+    begun = model.generate(**source, max_new_tokens=3, min_new_tokens=3, cache=ordinary)
+    with pytest.raises(ValueError, match="the cache holds a source of 9 tokens, not of 7"):
+        model.generate(**short, decoder_input_ids=begun, cache=ordinary)
+    logits = model(**source, decoder_input_ids=begun[:, -1:], cache=ordinary).logits
+    whole = model(**source, decoder_input_ids=begun).logits[:, -1:]
+    torch.testing.assert_close(logits, whole, atol=1e-5, rtol=1e-5)
     with pytest.raises(ValueError, match="holds 12 tokens, but source and target need 15"):
         model.generate(**source, max_new_tokens=6, cache=static_cache(model, 12))
     expected = model.generate(**source, max_new_tokens=6)
@@ -246,6 +255,7 @@ def test_fill_puts_the_spans_where_they_belong(tokenizer):
         options["prefix_allowed_tokens_fn"] = lambda _, ids: [said[min(len(ids), len(said)) - 1]]
         return model.fill(text, tokenizer, **options)
 
+    tokens = {"decoder_start_token_id": 300, "pad_token_id": 300}
     text = "The <extra_id_0> sat on <extra_id_1>.<extra_id_2>"
     # words before the first, out of order, a sentinel twice, one not asked for, one left out
     answer = "eh<extra_id_1>the mat<extra_id_0>cat<extra_id_1>no<extra_id_7>b<|im_end|>"
@@ -256,7 +266,12 @@ def test_fill_puts_the_spans_where_they_belong(tokenizer):
     assert fill(text, answer, return_dict_in_generate=True) == filled
     assert len(fill(text, answer, num_beams=2, num_return_sequences=2)) == 2
     # unfinished: the last span is what there is of it
-    assert fill("<extra_id_0>", "<extra_id_0>bc<|im_end|>", max_new_tokens=2) == "b"
+    for limit in (
+        {"max_new_tokens": 2},
+        {"max_length": 3},
+        {"generation_config": GenerationConfig(max_new_tokens=2, **tokens)},
+    ):
+        assert fill("<extra_id_0>", "<extra_id_0>bc<|im_end|>", **limit) == "b"
     cpu_offload(model, torch.device("cpu"))
     assert fill(text, answer) == filled
 

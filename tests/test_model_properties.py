@@ -323,6 +323,7 @@ def ids(*shape: int) -> torch.Tensor:
 # What changes in a batch of input_ids and labels that fit, or in a packed batch.
 UNFIT: dict[str, Batch] = {
     "a short source mask": {"attention_mask": torch.ones(2, 7)},
+    "a square source mask": {"attention_mask": torch.ones(2, 1, 9, 9)},
     "more sources than targets": {"input_ids": ids(3, 9)},
     "more targets than sources": {"labels": ids(3, 5)},
     "labels and decoder ids": {"decoder_input_ids": ids(2, 6)},

@@ -66,6 +66,23 @@ def test_classification_returns_a_tuple_if_asked_to(source):
     assert torch.equal(model(**source)[0], expected)
 
 
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        (torch.tensor([0, 3, 1]), "single_label_classification"),
+        (torch.tensor([[0.5], [3.0], [1.0]]), "regression"),
+        (torch.eye(4)[:3], "multi_label_classification"),
+    ],
+)
+def test_losses_of_micro_batches_add_up(source, labels, problem):
+    config = tiny_config(num_labels=1 if problem == "regression" else 4, problem_type=problem)
+    model = Qwen3EncoderForSequenceClassification(config).eval()
+    inputs = source | {"labels": labels}
+    parts = [{name: tensor[i : i + 1] for name, tensor in inputs.items()} for i in range(3)]
+    found = sum(model(**part, num_items_in_batch=labels.numel()).loss for part in parts)
+    torch.testing.assert_close(found, model(**inputs).loss)
+
+
 AUTO = torch.export.Dim.AUTO
 
 

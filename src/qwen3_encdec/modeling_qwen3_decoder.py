@@ -62,9 +62,11 @@ class SourcePrefix:
     @classmethod
     def around(cls, cache: Cache, source_length: int) -> Any:
         """Return a view of an ordinary cache, sharing its layers, for a source of this length."""
+        filled = bool(cache.get_query_offset() > 0)
+        cache.source_length = getattr(cache, "source_length", 0) if filled else source_length
         view = cls.__new__(cls)
         view.__dict__.update(cache.__dict__)
-        view.source_length = source_length if bool(cache.get_query_offset() > 0) else 0
+        view.source_length = cache.source_length if filled else 0
         return view
 
     def get_query_offset(self, layer_idx: int = 0) -> Any:

@@ -303,16 +303,13 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         )
         cache = model_kwargs.get("cache")
         own = getattr(cache, "self_attention_cache", cache)
-        if own is None:
-            return
         if isinstance(own, StaticCache) and (room := own.get_max_length()) < length:
             raise ValueError(
                 f"the static cache holds {room} tokens, but source and target need {length}"
             )
-        if not isinstance(own, SourceDynamicCache | SourceStaticCache):
+        if own is not None and not isinstance(own, SourceDynamicCache | SourceStaticCache):
             kind = SourceStaticCache if isinstance(own, StaticCache) else SourceDynamicCache
-            own = kind.around(own, source_length)
-        model_kwargs["cache"] = own
+            model_kwargs["cache"] = kind.around(own, source_length)
 
     @staticmethod
     def create_masks_for_generate(attention_mask: torch.Tensor | None, **kwargs: Any) -> Any:
@@ -330,7 +327,8 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
         Args:
             text: One text or a list of texts.
             tokenizer: A `Qwen3EncoderDecoderTokenizer`.
-            generate_options: As for `generate`; `max_new_tokens` is 256 by default.
+            generate_options: As for `generate`; unless they set a length or a generation config,
+                `max_new_tokens` is 256.
 
         Returns:
             The filled text, or a list of them.
@@ -346,7 +344,9 @@ class Qwen3ForSeq2SeqLM(Qwen3EncoderDecoderPreTrainedModel, GenerationMixin):
             return []
         device = "cpu" if self.device.type == "meta" else self.device  # offloaded: hooks move it
         batch = tokenizer.encode_with_sentinels(texts).to(device)
-        generated = self.generate(**batch, **{"max_new_tokens": 256, **generate_options})
+        if not generate_options.keys() & {"max_length", "generation_config"}:
+            generate_options.setdefault("max_new_tokens", 256)
+        generated = self.generate(**batch, **generate_options)
         sequences = getattr(generated, "sequences", generated)
         copies = len(sequences) // len(texts)
         rows = enumerate(sequences.tolist())

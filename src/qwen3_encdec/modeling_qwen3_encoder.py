@@ -213,7 +213,8 @@ class Qwen3Encoder(Qwen3Stack):
         batch, length = states.shape[:2]
         packed = mask = None
         if cu_seqlens is None and max_seqlen is None:
-            check_shape("attention_mask", attention_mask, (batch, length))
+            if getattr(attention_mask, "ndim", 2) != 4:
+                check_shape("attention_mask", attention_mask, (batch, length))
             check_shape("position_ids", position_ids, (batch, length), (1, length))
             mask = create_bidirectional_mask(self.config, states, attention_mask)
         else:
@@ -231,10 +232,8 @@ class Qwen3Encoder(Qwen3Stack):
 
 
 def check_shape(name: str, tensor: Any, *shapes: tuple[int, ...]) -> None:
-    """Raise ValueError if a tensor has none of the `shapes`; None and 4D masks are not checked."""
-    if not isinstance(tensor, torch.Tensor) or tensor.dim() == 4:
-        return
-    if tuple(tensor.shape) not in [tuple(shape) for shape in shapes]:
+    """Raise ValueError if a tensor has none of the `shapes`; None is not checked."""
+    if isinstance(tensor, torch.Tensor) and tensor.shape not in shapes:
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)}, but these inputs require {tuple(shapes[0])}"
         )
@@ -303,7 +302,6 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         num_items_in_batch: torch.Tensor | int | None = None,
         **kwargs: Unpack[TransformersKwargs],  # type: ignore[misc]
@@ -318,14 +316,14 @@ class Qwen3EncoderClassifier(Qwen3EncoderDecoderPreTrainedModel):
         Returns:
             `logits` [B, num_labels] or [B, S, num_labels] and, with labels, `loss`.
         """
-        output = self.model(
-            input_ids, attention_mask, inputs_embeds=inputs_embeds, return_dict=True, **kwargs
-        )
+        output = self.model(input_ids, attention_mask, return_dict=True, **kwargs)
         logits = self.score(self.pool(output.last_hidden_state, attention_mask, **kwargs))
         loss = None
         if labels is not None:
             pair = (labels, logits) if logits.dim() == 2 else (logits, labels)
             loss = self.loss_function(*pair, self.config, num_items_in_batch=num_items_in_batch)
+            if labels.is_floating_point() and num_items_in_batch is not None:
+                loss = loss * labels.numel() / num_items_in_batch  # it is a mean over this call
         return self.output_class(loss, logits, output.hidden_states, output.attentions)
 
 

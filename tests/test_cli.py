@@ -117,9 +117,14 @@ def test_the_package_runs_as_a_module_and_tells_its_version(capsys, monkeypatch)
     assert capsys.readouterr().out == f"qwen3-encdec {__version__}\n"
 
 
-def test_options_of_the_dry_run_do_not_start_a_training(refused):
-    for options in (("--devices", "8xH100"), ("--qwen3-model", "0.6B"), ("--json",)):
-        assert "are for --dry-run" in refused("train", *options)
+def test_options_of_another_mode_are_refused(refused, init_folder):
+    for option in ("--devices=8xH100", "--qwen3-model=0.6B", "--mfu=0.4", "--json"):
+        assert "are for --dry-run" in refused("train", option)
+    assert "exclude each other" in refused("train", "--dry-run", "--find-batch-size")
+    for option in ("--deduplicate=exact", "--processes=2"):
+        assert "a corpus that is written" in refused(
+            "prepare-data", "--tokenizer", init_folder, option
+        )
 
 
 def test_missing_checkpoints_name_the_command_that_makes_them(refused, init_folder, tmp_path):

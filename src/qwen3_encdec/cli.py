@@ -200,6 +200,8 @@ def prepare_data(
         print(", ".join(f"{number:,} {name}" for name, number in counts.items()))
         print(f"wrote {output}: train on it with data.inputs=[{output}]")
         return
+    if deduplicate != "no" or processes:
+        raise InputError("--deduplicate and --processes are for a corpus that is written")
     from qwen3_encdec.data.analysis import analyze
     from qwen3_encdec.reports.data import write_page
 
@@ -232,8 +234,8 @@ def train(
         str | None, Option(help="Dry run: 0.6B to 32B, or a folder or hub id of a Qwen3.")
     ] = None,
     mfu: Annotated[
-        float, Option(min=0.01, max=1, help="Dry run: share of the devices' peak; measured: 0.29.")
-    ] = 0.29,
+        float | None, Option(min=0.01, max=1, help="Dry run: share of the devices' peak [0.29].")
+    ] = None,
     as_json: Annotated[bool, Option("--json", help="Dry run: print JSON.")] = False,
     find_batch_size: Annotated[
         bool, Option("--find-batch-size", help="Print the largest batch_size that fits.")
@@ -245,13 +247,15 @@ def train(
     """Train an encoder-decoder on UL2, alone or under `accelerate launch`."""
     from qwen3_encdec.training.config import load_config
 
-    if not dry_run and (devices or qwen3_model or as_json):
-        raise InputError("--devices, --qwen3-model and --json are for --dry-run")
+    if not dry_run and (devices or qwen3_model or mfu or as_json):
+        raise InputError("--devices, --qwen3-model, --mfu and --json are for --dry-run")
+    if dry_run and find_batch_size:
+        raise InputError("--dry-run and --find-batch-size exclude each other")
     resolved = load_config(config, overrides or ())
     if dry_run:
         from qwen3_encdec.training import plan
 
-        plan.dry_run(resolved, devices, qwen3_model, mfu, as_json)
+        plan.dry_run(resolved, devices, qwen3_model, mfu or plan.MFU, as_json)
     elif find_batch_size:
         from qwen3_encdec.training import start
 

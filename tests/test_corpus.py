@@ -98,6 +98,9 @@ def test_links_and_hidden_folders(tmp_path):
     passed_over = opened(tmp_path / "data").passed_over
     assert len(passed_over) == 4
     assert f"newest.txt (the same file as {tmp_path}/data/a.txt)" in passed_over[-1]
+    again = [tmp_path / "data", f"{tmp_path}/data/.", f"{tmp_path}/elsewhere/../data/*.txt"]
+    assert read(*again) == ["plain", "behind a link"]
+    assert sum("the same file" in line for line in opened(*again).passed_over) == 1 + 3 + 2
     (tmp_path / "data/a.txt").unlink()
     with pytest.raises(InputError, match=r"newest.txt: .*No such file"):
         opened(tmp_path / "data")

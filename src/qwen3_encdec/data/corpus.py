@@ -220,11 +220,16 @@ def open_corpus(source: Source, config: DataConfig, split: Split = "train") -> C
     cache_bytes = config.cache_gib * 2**30
     passed_over: list[str] = []
     copies: dict[str, str] = {}
+    first: dict[str, str] = {}  # path of each local file, whatever links and inputs lead to it
     for item in source.inputs:
         if item == PACKAGE_DOCS:
             copies[item] = str(package_docs_file(split))
-        elif paths := _local_files(item, passed_over):
-            copies |= zip(paths, paths, strict=True)
+        elif targets := _local_files(item, passed_over):
+            for path, target in targets.items():
+                if path == first.setdefault(target, path):
+                    copies[path] = path
+                else:
+                    passed_over.append(f"{path} (the same file as {first[target]})")
         elif _HUB_ID.fullmatch(item):
             copies |= _hub_files(item, config.hub_split, cache_bytes)
         else:
@@ -365,15 +370,15 @@ def _unpack(path: str, copy: str) -> str:
     return str(target)
 
 
-def _local_files(item: str, passed_over: list[str]) -> list[str]:
-    """Return the files that a path or a glob matches, including those in matched folders."""
-    files = []
+def _local_files(item: str, passed_over: list[str]) -> dict[str, str]:
+    """Return the files that a path or a glob matches, also in folders, and their real paths."""
+    files: dict[str, str] = {}
     matches = local_paths(item)
     for match in matches:
         if os.path.isdir(match):
-            files += _walk(match, passed_over)
+            files |= _walk(match, passed_over)
         elif _kind(match)[0]:
-            files.append(match)
+            files[match] = os.path.realpath(match)
         else:
             raise InputError(f"input {match} is not {_KNOWN}")
     if matches and not files:
@@ -381,8 +386,10 @@ def _local_files(item: str, passed_over: list[str]) -> list[str]:
     return files
 
 
-def _walk(folder: str, passed_over: list[str]) -> list[str]:
-    """Return the files below a folder, following links, without hidden and unknown ones."""
+def _walk(folder: str, passed_over: list[str]) -> dict[str, str]:
+    """Return the files below a folder, following links, without hidden and unknown ones, sorted,
+    and their real paths.
+    """
     targets: dict[str, str] = {}
     errors: list[OSError] = []
     seen = {os.path.realpath(folder)}
@@ -404,11 +411,7 @@ def _walk(folder: str, passed_over: list[str]) -> list[str]:
                 targets[path] = os.path.realpath(path) if is_link else os.path.join(real, name)
     if errors:
         raise InputError(f"folder {errors[0].filename} cannot be read: {errors[0].strerror}")
-    first: dict[str, str] = {}
-    for path in sorted(targets):
-        if path != first.setdefault(targets[path], path):
-            passed_over.append(f"{path} (the same file as {first[targets[path]]})")
-    return list(first.values())
+    return dict(sorted(targets.items()))
 
 
 def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int) -> File:

@@ -87,12 +87,14 @@ def test_too_few_sentinels_stop_the_stream_before_it_reads():
 def test_analysis(tmp_path, tokenizer):
     words = [f"word{i}" for i in range(11)]
     texts = [" ".join(words[(i * j) % 11] for j in range(5 + i % 90)) for i in range(900)]
+    texts += ["x"] * 400  # after the last row of some streams
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     config = DataConfig(inputs=[str(tmp_path)], source_length=256, target_length=128)
     analysis = analyze(config, tokenizer, num_examples=10**6, show=1)
     drawn = list(rows(UL2Data(config, tokenizer), epochs=1))
     last = {row.stream: row.position for row in drawn}
     tokens = sum(position["tokens"] for position in last.values())
+    assert dict(analysis.totals)["documents"].startswith("1,300 = ")
     assert dict(analysis.totals)["tokens"].startswith(f"{tokens:,} in")
     assert dict(analysis.totals)["rows"].startswith(f"{len(drawn):,} with")
     assert sum(map(len, analysis.of_each)) == sum(len(row.examples) for row in drawn)

@@ -1,7 +1,9 @@
 """Measure, on the stream itself, what a data config will feed to a model."""
 
 import time
+from collections import Counter
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -79,10 +81,11 @@ def analyze(
     data = UL2Data(config, tokenizer)
     sizes: list[list[tuple]] = [[] for _ in config.denoisers]
     shown: list[list[str]] = [[] for _ in config.denoisers]
-    fills, last = [], {}
+    fills, last, is_whole = [], {}, True
     start = time.perf_counter()
     for row in rows(data, epochs=1):
-        last[row.stream, row.corpus] = row.position
+        if not row.position["row"]:  # its documents are counted
+            last[row.stream, row.corpus] = row.position
         made = []
         for example in row.examples:
             sentinels = np.isin(example.source, data.sentinel_ids).sum()
@@ -92,11 +95,15 @@ def analyze(
                 shown[example.denoiser].append(render(example, tokenizer, config.denoisers))
         fills.append(np.sum(made, axis=0)[:2])
         if sum(map(len, sizes)) >= num_examples:
+            is_whole = False
             break
     seconds = time.perf_counter() - start
     if not fills:
         raise InputError(f"there are no examples in {', '.join(config.inputs)}")
     counts = {name: sum(position[name] for position in last.values()) for name in COUNTS}
+    if is_whole:  # also the documents after the last row of a stream
+        documents = chain.from_iterable(corpus.documents() for corpus in data.opened)
+        counts |= Counter(data.outcome(document)[0] for document in documents)
     used, refused, heldout = counts["documents"], counts["refused"], counts["heldout"]
     filled = np.array(fills) / (config.source_length, config.target_length)
     source, target = filled.mean(axis=0).tolist()

@@ -2,7 +2,6 @@
 
 import difflib
 import os
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,9 +25,6 @@ Precision = Annotated[
 ]
 Tracker = Literal["tensorboard", "trackio", "wandb"]
 Flash = Literal["flash_attention_2", "flash_attention_3", "flash_attention_4"]
-# Keys of earlier versions, ignored so that their config.yaml still loads.
-_RETIRED = {"async_checkpoints", "ema_decay", "eps", "keep_best", "resume"}
-_RETIRED |= {"label_smoothing", "mode_tokens"}
 
 
 @dataclass(frozen=True)
@@ -111,16 +107,13 @@ def load_dataclass(cls: type[T], path: str | Path | None, overrides: Iterable[st
             target[name] = yaml.safe_load(text)
         except yaml.YAMLError:
             raise InputError(f"override {override!r}: the value is not valid YAML") from None
-    names = {name.rpartition(".")[2] for name in flatten(values)}
-    if retired := sorted(_RETIRED & names):
-        print(f"ignored keys of earlier versions: {', '.join(retired)}", file=sys.stderr)
     return read_dataclass(cls, values, "the command line")
 
 
 def read_dataclass(cls: type[T], values: Any, origin: str) -> T:
     """Build a dataclass from parsed YAML; an InputError names ``origin``, key and value."""
     try:
-        return TypeAdapter(cls).validate_python(_without_retired(values), extra="forbid")
+        return TypeAdapter(cls).validate_python(values, extra="forbid")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
     if isinstance(own := first.get("ctx", {}).get("error"), InputError):
@@ -132,12 +125,6 @@ def read_dataclass(cls: type[T], values: Any, origin: str) -> T:
     nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f"; did you mean {nearest[0]}?" if nearest else ""
     raise InputError(f"{origin}: unknown key {key}{hint}")
-
-
-def _without_retired(values: Any) -> Any:
-    if not isinstance(values, dict):
-        return values
-    return {key: _without_retired(value) for key, value in values.items() if key not in _RETIRED}
 
 
 def config_to_dict(config: Any) -> dict[str, Any]:

@@ -235,9 +235,12 @@ def test_settings_may_change_at_a_resume_and_are_said(train, init_folder, corpus
     with pytest.raises(InputError, match="the saved position belongs to another"):
         train(**{"data.seed": 7})
     assert "data.seed 0 -> 7" in capsys.readouterr().out
-    config = small_run(init_folder, corpus, output_dir=cut, lr=1e-4, batch_size=4)
+    changes = {"lr": 1e-4, "batch_size": 4, "eval_examples_per_denoiser": 3}
+    config = small_run(init_folder, corpus, output_dir=cut, **changes)
     run_training(config)
-    assert "batch_size 2 -> 4; lr 0.003 -> 0.0001" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "batch_size 2 -> 4; lr 0.003 -> 0.0001" in said
+    assert "eval_examples_per_denoiser 2 -> 3 (heldout.json decides)" in said
     examples = read_metrics(cut, "examples", "target_tokens")
     assert examples[2][0] - examples[1][0] > 1.3 * (examples[1][0] - examples[0][0])
     state = json.loads((cut / "checkpoints/latest/state/training.json").read_text())

@@ -238,7 +238,7 @@ def test_mixtures_keep_to_their_weights(tmp_path, tokenizer):
     assert 0.5 < 1 - np.mean([row.corpus for row in next(batches)]) < 0.95
     for _ in range(20):
         next(batches)
-    counts = loader.counts()
+    counts = stream.progress(loader.state_dict(), data.corpora)
     tokens = counts["tokens/web"] + counts["tokens/library"]
     assert counts["tokens/web"] / tokens == pytest.approx(0.75, abs=0.02)
     assert counts["documents/library"] > 0
@@ -250,11 +250,12 @@ def test_counts_and_report(folder, tokenizer):
     write_lines(folder / "g.jsonl", ["", "x", *texts(5, 9)])
     data = UL2Data(config_of(folder, heldout_every=10, min_tokens=4), tokenizer)
     last = {row.stream: row.position for row in rows(data, epochs=1)}
-    total = {name: sum(position[name] for position in last.values()) for name in stream.COUNTS}
-    outcomes = total["documents"], total["heldout"], total["refused"]
+    streams = {stream: [position] for stream, position in last.items()}
+    total = stream.progress({"streams": streams}, ["c"])
+    outcomes = total["documents/c"], total["heldout/c"], total["refused/c"]
     # Documents after the last row of a stream are not counted yet.
     assert sum(ALL.values()) - 20 < sum(outcomes) <= sum(ALL.values()) + 7
-    assert total["heldout"] > 15
+    assert total["heldout/c"] > 15
     first, passed = data.report()
     assert first.startswith("corpus: 7 files, ")
     assert "notes.pdf (unknown type)" in passed
@@ -288,8 +289,8 @@ def test_heldout_texts_are_spread_kept_and_never_trained_on(tmp_path, tokenizer)
     config = config_of(tmp_path, mixture=mixture, heldout_every=10, min_tokens=4)
     data = UL2Data(config, tokenizer)
     chosen = data.choose_heldout(40)
-    assert Counter(text.corpus for text in chosen) == {0: 30, 1: 10}
-    by_file = Counter(text.path.rpartition("/")[2] for text in chosen if text.corpus == 0)
+    assert Counter(text.corpus for text in chosen) == {"web": 30, "books": 10}
+    by_file = Counter(text.path.rpartition("/")[2] for text in chosen if text.corpus == "web")
     assert fits([by_file["0.jsonl"] + by_file["1.jsonl"], by_file["2.jsonl"]], [600, 600])
     assert len({text.key for text in chosen}) == 40
     # Kept with the run, as they are.
@@ -309,7 +310,12 @@ def test_heldout_texts_are_spread_kept_and_never_trained_on(tmp_path, tokenizer)
     leaky = UL2Data(config_of(tmp_path, mixture=mixture, min_tokens=4), tokenizer)
     trained = {t[:40] for t in documents(leaky, tokenizer, rows(leaky, epochs=1))}
     assert any(text[:40] in trained for text in held)
-    with pytest.raises(InputError, match="5000 held-out texts are needed, but there are only"):
+    leaky.exclude(chosen)  # of a run, whatever it holds out now
+    trained = {t[:40] for t in documents(leaky, tokenizer, rows(leaky, epochs=1))}
+    assert not any(text[:40] in trained for text in held)
+    with pytest.raises(
+        InputError, match="3750 held-out texts are needed of web, but there are only"
+    ):
         data.choose_heldout(5000)
 
 
@@ -362,12 +368,13 @@ def test_a_changed_corpus_is_refused_or_begun_at_a_new_epoch(folder, tokenizer):
     epochs = [at["epoch"] for positions in state["streams"].values() for at in positions]
     state, note = changed.adopt(state)
     assert note == f"the data has changed; continuing with it at epoch {max(epochs) + 1}"
-    loader = RowLoader(changed, batch_size=64, collate=list, state=state)
-    assert loader.epoch() == max(epochs) + 1
-    next(iter(loader))
-    assert loader.epoch() in (max(epochs), max(epochs) + 1)
-    (text,) = changed.choose_heldout(1)
-    assert len(changed.heldout_examples([text, text._replace(corpus=1)])) == 5
+    # All of that epoch, and nothing of the one before.
+    new = max(epochs) + 1
+    begun = enumerate(changed.start(new)["streams"].values())
+    made = [row for s, at in begun for row in stream.stream_rows(changed, s, at, epochs=new + 1)]
+    assert {row.position["epoch"] for row in made} == {new}
+    kept = [text for text in (*ALL, *texts(30, 7)) if corpora.text_key(text) % 9]
+    assert Counter(documents(changed, tokenizer, made)) == Counter(kept)
     with pytest.raises(InputError, match="not those of all ranks"):
         merge_states(states[:1])
 

@@ -3,6 +3,7 @@
 import errno
 import json
 import multiprocessing
+import os
 import re
 import shutil
 import signal
@@ -114,6 +115,14 @@ def test_a_mixture_has_a_held_out_loss_for_each_corpus(train, corpus, tmp_path):
     losses = np.array(read_metrics(tmp_path / "run", *keys))
     assert len(losses) == 3
     assert (losses[:, 0] != losses[:, 1]).all()
+    names = ["tokens/prose", "tokens/sums.txt", "source_tokens", "target_tokens"]
+    for *tokens, source, target in read_metrics(tmp_path / "run", *names):
+        assert sum(tokens) == source + target
+    # In another order the names stay with their texts; at lr 1e-9 nothing else changes.
+    turned = settings | {"data.mixture": parts[::-1], "data.accept_changes": True}
+    train(**turned, max_steps=6, lr=1e-9)
+    after = np.array(read_metrics(tmp_path / "run", *keys))
+    np.testing.assert_allclose(after[3:], after[[2]], rtol=1e-4)
     settings |= {"data.heldout_inputs": [str(tmp_path / "sums.txt")]}  # of no corpus
     settings |= {"data.mixture": [parts[0], parts[0]], "max_steps": 1}
     train(output_dir=tmp_path / "apart", **settings)
@@ -147,6 +156,15 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(train, init_folder, tmp
     assert held.tb
     assert not multiprocessing.active_children()
     assert not (tmp_path / "run/checkpoints").exists()
+
+
+def test_a_killed_data_worker_is_a_sentence(train, monkeypatch):
+    def killed(*_):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(UL2Data, "examples", killed)
+    with pytest.raises(InputError, match="DataLoader worker .*; lower num_workers if memory"):
+        train(eval_every=0, num_workers=1)
 
 
 def test_bad_folders_are_refused_in_a_sentence(train, tmp_path):

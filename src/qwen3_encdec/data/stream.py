@@ -54,7 +54,7 @@ FREE = ("inputs", "mixture", "heldout_inputs", "accept_changes", "cache_gib")
 class HeldoutText(NamedTuple):
     """A text that training never sees."""
 
-    corpus: int
+    corpus: str
     path: str
     key: int
     tokens: list[int]
@@ -134,10 +134,12 @@ class UL2Data:
 
     def start(self, epoch: int = 0) -> dict[str, Any]:
         """Return the state in which all streams are at the start of an epoch."""
-        total = self.config.streams
-        turns = [epoch * corpus.num_blocks // total for corpus in self.opened]
-        positions = [BEGINNING | {"turn": turn, "epoch": epoch} for turn in turns]
-        streams = {str(stream): positions for stream in range(total)}
+        total, streams = self.config.streams, {}
+        firsts = [epoch * corpus.num_blocks for corpus in self.opened]
+        for stream in range(total):
+            turns = [-(-(first - stream) // total) for first in firsts]
+            positions = [BEGINNING | {"turn": turn, "epoch": epoch} for turn in turns]
+            streams[str(stream)] = positions
         return {"data": self.fingerprint, "rows": 0, "streams": streams}
 
     def adopt(self, state: dict[str, Any]) -> tuple[dict[str, Any], str | None]:
@@ -167,16 +169,17 @@ class UL2Data:
 
     def is_heldout(self, document: Document) -> bool:
         """Return True if a document is held out. Copies of a text are treated alike."""
-        if self.config.heldout_inputs:
-            return document.key in self._excluded
+        if document.key in self._excluded:
+            return True
         # Package-docs holds out whole packages.
-        return document.path != PACKAGE_DOCS and document.key % self.config.heldout_every == 0
+        apart = self.config.heldout_inputs or document.path == PACKAGE_DOCS
+        return not apart and document.key % self.config.heldout_every == 0
 
     def exclude(self, texts: Iterable[HeldoutText]) -> None:
         """Exclude copies of these texts from training."""
         self._excluded = {text.key for text in texts}
 
-    def examples(self, tokens: np.ndarray, key: int, epoch: int, corpus: int) -> list[Example]:
+    def examples(self, tokens: np.ndarray, key: int, epoch: int) -> list[Example]:
         """Split a document into chunks, each as long as its denoiser can take, and corrupt them.
 
         No token is lost: if fewer than `min_tokens` would remain, the previous chunk is shortened.
@@ -190,15 +193,15 @@ class UL2Data:
             size = min(config.raw_lengths[number], len(tokens) - start)
             left = len(tokens) - start - size
             size -= least - left if 0 < left < least else 0
-            examples.append(self.example(tokens[start : start + size], number, rng, corpus))
+            examples.append(self.example(tokens[start : start + size], number, rng))
             start += size
         return examples
 
-    def example(self, tokens: np.ndarray, number: int, rng: Any, corpus: int) -> Example:
+    def example(self, tokens: np.ndarray, number: int, rng: Any) -> Example:
         """Corrupt a chunk with the preset's denoiser of that index."""
         denoiser, ids = self.config.denoisers[number], self.sentinel_ids
         source, target = corrupt(tokens, denoiser, rng, sentinel_ids=ids, eos_id=self.eos_id)
-        return Example(source, target, number, corpus)
+        return Example(source, target, number)
 
     def choose_heldout(self, number: int) -> list[HeldoutText]:
         """Choose evaluation texts from the corpora by weight, spread over their files.
@@ -211,13 +214,14 @@ class UL2Data:
         ends = np.floor(weights / weights[-1] * number + 0.5).astype(int)
         chosen: list[HeldoutText] = []
         for corpus, share in enumerate(np.diff(ends, prepend=0).tolist()):
-            chosen += self._heldout_of(corpus, share)
-        if len(chosen) < number:
-            raise InputError(
-                f"{number} held-out texts are needed, but there are only {len(chosen)}; lower "
-                f"data.heldout_every={self.config.heldout_every}, set data.heldout_inputs, or "
-                "evaluate on fewer"
-            )
+            own = self._heldout_of(corpus, share)
+            if len(own) < share:
+                raise InputError(
+                    f"{share} held-out texts are needed of {self.corpora[corpus]}, but there are "
+                    f"only {len(own)}; lower data.heldout_every={self.config.heldout_every}, set "
+                    "data.heldout_inputs, or evaluate on fewer"
+                )
+            chosen += own
         return chosen
 
     def _heldout_corpus(self, corpus: int) -> Corpus:
@@ -244,19 +248,17 @@ class UL2Data:
             for path, key, content in islice(fresh, min(most, number - len(chosen))):
                 tokens = self.encode(content)[: min(config.raw_lengths)]
                 if len(tokens) >= config.min_tokens:
-                    chosen[key] = HeldoutText(corpus, path, key, tokens.tolist())
+                    chosen[key] = HeldoutText(opened.name, path, key, tokens.tolist())
         return list(chosen.values())
 
     def heldout_examples(self, texts: Sequence[HeldoutText]) -> list[Example]:
         """Corrupt each text with each denoiser, deterministically."""
         examples = []
         for text in texts:
-            if text.corpus >= len(self.corpora):  # chosen before the mixture was changed
-                continue
             tokens = np.array(text.tokens, np.int32)
             for number in range(len(self.config.denoisers)):
                 rng = np.random.Generator(np.random.PCG64((number << 64) + text.key))
-                examples.append(self.example(tokens, number, rng, text.corpus))
+                examples.append(self.example(tokens, number, rng))
         return examples
 
     def check_usable(self, corpus: int) -> None:
@@ -310,7 +312,7 @@ def _rows_of(
             return
         block = int(_block_order(config.seed, epoch, corpus, opened.num_blocks)[place])
         documents = islice(opened.read(block), now["document"], None)
-        for examples, counts in _windows(data, documents, corpus, epoch):
+        for examples, counts in _windows(data, documents, epoch):
             rows = pack(examples, config.source_length, config.target_length)
             seed = [config.seed, corpus, stream, now["turn"], now["document"]]
             order = np.random.default_rng(seed).permutation(len(rows))
@@ -332,7 +334,7 @@ def _rows_of(
 
 
 def _windows(
-    data: UL2Data, documents: Iterator[Document], corpus: int, epoch: int
+    data: UL2Data, documents: Iterator[Document], epoch: int
 ) -> Iterator[tuple[list[Example], Counter[str]]]:
     """Yield examples to pack together, and counts of the documents read for them."""
     examples: list[Example] = []
@@ -343,7 +345,7 @@ def _windows(
         counts.update(("document", outcome))
         if tokens is None:
             continue
-        made = data.examples(tokens, document.key, epoch, corpus)
+        made = data.examples(tokens, document.key, epoch)
         source += sum(len(example.source) for example in made) / data.config.source_length
         target += sum(len(example.target) for example in made) / data.config.target_length
         examples += made
@@ -428,18 +430,6 @@ class RowLoader:
         streams = {str(stream): list(positions) for stream, positions in self._positions.items()}
         return {"data": self.data.fingerprint, "rows": self._rows_given, "streams": streams}
 
-    def counts(self) -> dict[str, int]:
-        """Count tokens (source and target) and documents by corpus, over this rank's streams."""
-        total: Counter[str] = Counter()
-        for positions in self._positions.values():
-            for name, position in zip(self.data.corpora, positions, strict=True):
-                total.update({f"{what}/{name}": position[what] for what in COUNTS})
-        return dict(total)
-
-    def epoch(self) -> int:
-        """Return the epoch of the slowest of this rank's streams."""
-        return min(at["epoch"] for positions in self._positions.values() for at in positions)
-
 
 def _as_is(row: Row) -> Row:
     return row
@@ -456,6 +446,16 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     if len(apart) > 1 or number != len(streams) or set(streams) != set(map(str, range(number))):
         raise InputError("the saved data positions are not those of all ranks at one step")
     return states[0] | {"streams": streams}
+
+
+def progress(state: dict[str, Any], corpora: Sequence[str]) -> dict[str, int]:
+    """Return a state's `COUNTS` by corpus, and `epoch`, the lowest of all streams and corpora."""
+    streams = state["streams"].values()
+    total = Counter(epoch=min(at["epoch"] for positions in streams for at in positions))
+    for positions in streams:
+        for name, position in zip(corpora, positions, strict=True):
+            total.update({f"{what}/{name}": position[what] for what in COUNTS})
+    return dict(total)
 
 
 def check_readers(config: DataConfig, ranks: int, num_workers: int) -> None:

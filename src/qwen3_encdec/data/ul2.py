@@ -63,8 +63,6 @@ class Example(NamedTuple):
     target: np.ndarray
     denoiser: int
     """Index into the preset."""
-    corpus: int = 0
-    """Index into the corpora of the mixture."""
 
 
 Preset = tuple[Denoiser, ...]

@@ -28,6 +28,7 @@ from qwen3_encdec.training.distributed import TrainingState, assigned, checksums
 
 _FILE_BYTES = 5e9
 _ONE_FILE = "model.safetensors"
+_OF_HELDOUT_TEXTS = ("eval_examples_per_denoiser", "data.heldout_inputs")
 
 
 class Checkpointer:
@@ -205,12 +206,16 @@ def _set_aside(damages: dict[Path, str]) -> None:
 
 
 def changes_since(state: dict[str, Any], config: TrainingConfig, ranks: int) -> list[str]:
-    """Describe each setting that differs from the checkpoint's."""
+    """Describe each setting that differs from the checkpoint's; one that it lacks does not."""
     before = flatten(state["config"]) | {"processes": state["world_size"]}
     now = flatten(config_to_dict(config)) | {"processes": ranks}
-    # A setting that the checkpoint lacks counts as unchanged.
-    changed = [name for name in now if now[name] != before.get(name, now[name])]
-    return [f"{n} {before[n]!r} -> {now[n]!r}" for n in changed if n != "output_dir"]
+    changes = []
+    for name, value in now.items():
+        if name != "output_dir" and value != before.get(name, value):
+            # The texts were chosen when the run began.
+            note = " (heldout.json decides)" if name in _OF_HELDOUT_TEXTS else ""
+            changes.append(f"{name} {before[name]!r} -> {value!r}{note}")
+    return changes
 
 
 def folder_name(step: int) -> str:

@@ -11,7 +11,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, first_line
 from qwen3_encdec.training.checkpoint import folder_name
 from qwen3_encdec.training.config import TrainingConfig, config_to_dict, read_dataclass
 from qwen3_encdec.training.distributed import launched, shared_errors
@@ -34,6 +34,13 @@ def run_training(config: TrainingConfig) -> Path:
         gc.freeze()
         try:
             return _train(run)
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise InputError(
+                f"{first_line(error).rstrip('.')}; lower num_workers if memory ran out, and run "
+                "the same command to resume from the last checkpoint"
+            ) from None
         finally:
             run.batches.close()  # ends the data workers, which ignore signals
             run.saver.close()

@@ -6,7 +6,6 @@ import shutil
 import sys
 import threading
 import time
-from collections import Counter
 from functools import partial
 from typing import Any
 
@@ -92,7 +91,7 @@ class Run:
     def _heldout(self, data: stream.UL2Data) -> list[Any]:
         """Choose the held-out texts once, save them with the run, and corrupt them."""
         config, path = self.config, self.run_dir / "heldout.json"
-        if not (config.eval_every or config.data.heldout_inputs):
+        if not (config.eval_every or config.data.heldout_inputs or path.exists()):
             return []
         with shared_errors(), folders.writing(self.run_dir):
             if self.accelerator.is_main_process and not path.exists():
@@ -100,6 +99,8 @@ class Run:
                 stream.write_heldout(path, texts)
         texts = stream.read_heldout(path)
         data.exclude(texts)
+        # Their names stay right when the mixture changes.
+        self.heldout_corpora = [text.corpus for text in texts for _ in config.data.denoisers]
         return data.heldout_examples(texts) if config.eval_every else []
 
     def _loader(self, data: stream.UL2Data, tokenizer: Any, positions: list) -> stream.RowLoader:
@@ -208,12 +209,11 @@ class Run:
     def log_step(self, step: int, rate: float) -> None:
         """Log the meter's metrics since the last call."""
         metrics = self.meter.read()
-        metrics |= {"lr": rate, "grad_norm": self.norm, "epoch": self.loader.epoch()}
+        metrics |= {"lr": rate, "grad_norm": self.norm}
         metrics |= {f"grad_norm/{stack}": norm for stack, norm in self.norms.items()}
-        corpora: Counter[str] = Counter()
-        for counts in gather_object([self.loader.counts()]):
-            corpora.update(counts)
-        self.log(step, metrics | corpora)
+        # Not the loader's own state, which includes the next step's rows.
+        state = stream.merge_states(gather_object([self.position]))
+        self.log(step, metrics | stream.progress(state, self.corpora))
 
     def evaluate(self, step: int) -> None:
         """Log the held-out loss of each denoiser and, for a mixture, of each corpus."""
@@ -222,8 +222,10 @@ class Run:
         by_denoiser = mean_losses(losses, heldout, [e.denoiser for e in heldout], self.denoisers)
         self.heldout_losses[step] = sum(by_denoiser.values()) / len(by_denoiser)
         metrics = {f"eval_loss/{name}": loss for name, loss in by_denoiser.items()}
-        if len(self.corpora) > 1 and not self.config.data.heldout_inputs:
-            by_corpus = mean_losses(losses, heldout, [e.corpus for e in heldout], self.corpora)
+        names = list(dict.fromkeys(self.heldout_corpora))
+        if len(names) > 1:
+            groups = [names.index(name) for name in self.heldout_corpora]
+            by_corpus = mean_losses(losses, heldout, groups, names)
             metrics |= {f"eval_loss_on/{name}": loss for name, loss in by_corpus.items()}
         self.log(step, metrics)
 

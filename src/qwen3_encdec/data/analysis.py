@@ -1,6 +1,5 @@
 """Measure, on the stream itself, what a data config will feed to a model."""
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from itertools import chain
@@ -82,7 +81,6 @@ def analyze(
     sizes: list[list[tuple]] = [[] for _ in config.denoisers]
     shown: list[list[str]] = [[] for _ in config.denoisers]
     fills, last, is_whole = [], {}, True
-    start = time.perf_counter()
     for row in rows(data, epochs=1):
         if not row.position["row"]:  # its documents are counted
             last[row.stream, row.corpus] = row.position
@@ -97,7 +95,6 @@ def analyze(
         if sum(map(len, sizes)) >= num_examples:
             is_whole = False
             break
-    seconds = time.perf_counter() - start
     if not fills:
         raise InputError(f"there are no examples in {', '.join(config.inputs)}")
     counts = {name: sum(position[name] for position in last.values()) for name in COUNTS}
@@ -108,9 +105,6 @@ def analyze(
     filled = np.array(fills) / (config.source_length, config.target_length)
     source, target = filled.mean(axis=0).tolist()
     fuller = filled.max(axis=1).mean()
-    speed = f"{np.sum(fills) / seconds:,.0f} tokens/s in one process"
-    reason = data.encode.fallback_reason
-    library = f"tokenizers ({reason})" if reason else "tiktoken"
     total = f"{used + refused + heldout:,} = {used:,} used + {refused:,} refused"
     budgets = f"{source:.1%} of the source and {target:.1%} of the target budget"
     totals = [
@@ -118,7 +112,6 @@ def analyze(
         ("tokens", f"{counts['tokens']:,} in sources and targets"),
         ("rows", f"{len(fills):,} with {sum(map(len, sizes)):,} examples"),
         ("filled", f"{budgets}; the fuller of the two {fuller:.1%}"),
-        ("speed", f"{speed}, encoding with {library}"),
     ]
     of_each = [np.array(own, int).reshape(-1, 3) for own in sizes]
     examples = [text for texts in shown for text in texts]

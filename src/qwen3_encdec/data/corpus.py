@@ -387,9 +387,7 @@ def _local_files(item: str, passed_over: list[str]) -> dict[str, str]:
 
 
 def _walk(folder: str, passed_over: list[str]) -> dict[str, str]:
-    """Return the files below a folder, following links, without hidden and unknown ones, sorted,
-    and their real paths.
-    """
+    """Return the known, visible files below a folder, following links, and their real paths."""
     targets: dict[str, str] = {}
     errors: list[OSError] = []
     seen = {os.path.realpath(folder)}

@@ -159,10 +159,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(train, init_folder, tmp
 
 
 def test_a_killed_data_worker_is_a_sentence(train, monkeypatch):
-    def killed(*_):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    monkeypatch.setattr(UL2Data, "examples", killed)
+    monkeypatch.setattr(UL2Data, "examples", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
     with pytest.raises(InputError, match="DataLoader worker .*; lower num_workers if memory"):
         train(eval_every=0, num_workers=1)
 

@@ -40,7 +40,7 @@ from qwen3_encdec.data.config import DataConfig
 from qwen3_encdec.data.corpus import PACKAGE_DOCS, Corpus, Document, open_corpus
 from qwen3_encdec.data.tokenization import Encoder
 from qwen3_encdec.data.ul2 import Example, check_capacity, corrupt
-from qwen3_encdec.folders import InputError, input_errors, read_json, write_json
+from qwen3_encdec.folders import InputError, input_errors, read_json
 
 WINDOW_ROWS = 16
 """Number of rows' worth of examples that a stream packs together."""
@@ -481,12 +481,7 @@ def heldout_examples(
     return data.heldout_examples(data.choose_heldout(num_per_denoiser))
 
 
-def write_heldout(path: Path, texts: Sequence[HeldoutText]) -> None:
-    """Write held-out texts to a JSON file."""
-    write_json(path, [text._asdict() for text in texts])
-
-
 def read_heldout(path: Path) -> list[HeldoutText]:
-    """Read what `write_heldout` wrote. Raises InputError for any other file."""
+    """Read a run's heldout.json. Raises InputError for any other file."""
     with input_errors(f"{path} does not hold held-out texts"):
         return [HeldoutText(**text) for text in read_json(path, list)]

@@ -96,7 +96,7 @@ class Run:
         with shared_errors(), folders.writing(self.run_dir):
             if self.accelerator.is_main_process and not path.exists():
                 texts = data.choose_heldout(config.eval_examples_per_denoiser)
-                stream.write_heldout(path, texts)
+                folders.write_json(path, [text._asdict() for text in texts])
         texts = stream.read_heldout(path)
         data.exclude(texts)
         # Their names stay right when the mixture changes.

@@ -168,11 +168,13 @@ def test_every_failure_has_the_same_shape(encoder, url, monkeypatch):
 def test_the_key_guards_v1_alone(encoder, monkeypatch):
     monkeypatch.setenv(serve.API_KEY, "schlüssel")
     with running(encoder) as address:
-        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Host": "x?"}):
+        given = "schlüssel".encode().decode("latin-1")  # curl sends UTF-8
+        wrong = [{"Authorization": key} for key in ("Bearer wrong", given)]
+        for headers in ({}, *wrong, {"Host": "x?"}):
             status, answer = post(address, {"input": "a"}, **headers)
             assert (status, answer["error"]["type"]) == (401, "authentication_error")
-        given = "Bearer schlüssel".encode().decode("latin-1")  # curl sends UTF-8
-        assert post(address, {"input": "a"}, Authorization=given)[0] == 200
+        for scheme in ("Bearer ", "bearer "):
+            assert post(address, {"input": "a"}, Authorization=scheme + given)[0] == 200
         assert get(address, "/health")
 
 

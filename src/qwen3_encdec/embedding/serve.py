@@ -202,7 +202,8 @@ class Service:
         began, path = time.perf_counter(), request.scope["path"]
         self.running += 1
         key = self.api_key if path.startswith("/v1") else None
-        given = request.headers.get("authorization", "").removeprefix("Bearer ")
+        scheme, _, given = request.headers.get("authorization", "").partition(" ")
+        given = given.strip() if scheme.lower() == "bearer" else ""
         try:
             if self.running > MOST_REQUESTS:
                 raise HTTPException(503, f"{MOST_REQUESTS:,} requests open", {"Retry-After": "2"})

@@ -241,6 +241,7 @@ def test_what_is_no_encoder_is_refused(prompted_encoder, parent_folder, tmp_path
         ("config_sentence_transformers.json", {"truncate_dim": "9"}, "has malformed settings"),
         ("sentence_bert_config.json", {"max_seq_length": "9"}, "has malformed settings"),
         ("sentence_bert_config.json", {"do_lower_case": True}, "sets do_lower_case"),
+        ("sentence_bert_config.json", {"query_length": 9}, "sets query_length"),
     ],
 )
 def test_settings_that_cannot_be_read_are_named(

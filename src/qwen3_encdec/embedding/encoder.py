@@ -43,6 +43,8 @@ from qwen3_encdec.folders import (
 from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 
 _CHUNK = 4096
+# Settings of sentence-transformers that change the tokens of a text.
+_UNREAD = "do_lower_case", "query_length", "document_length", "query_expansion", "processing_kwargs"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -96,8 +98,8 @@ def _layout(folder: Path) -> Layout:
         modes = ", ".join(POOLING)
         raise InputError(f"{folder}: pooling {mode!r} must be {modes} and include the prompt")
     transformer = read_optional(folder / "sentence_bert_config.json")
-    if transformer.get("do_lower_case"):
-        raise InputError(f"{folder} sets do_lower_case, which is not supported")
+    if unread := [name for name in _UNREAD if transformer.get(name)]:
+        raise InputError(f"{folder} sets {unread[0]}, which is not supported")
     tokenizer = read_optional(folder / "tokenizer_config.json")
     # Since 6.0 only the tokenizer has the limit.
     limit = transformer.get("max_seq_length") or tokenizer.get("model_max_length")

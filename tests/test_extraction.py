@@ -3,12 +3,13 @@ import shutil
 
 import pytest
 import torch
+from huggingface_hub import metadata_load
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, Qwen3Model
 
 from qwen3_encdec import Qwen3EncoderDecoderTokenizer, Qwen3EncoderModel, Qwen3ForSeq2SeqLM
-from qwen3_encdec.conversion.card import read_card, write_card
+from qwen3_encdec.conversion.card import write_card
 from qwen3_encdec.conversion.extract import checkpoints_to_average, extract_encoder
 from qwen3_encdec.conversion.initialize import initialize
 from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_json
@@ -138,7 +139,7 @@ def test_files_have_the_umasks_mode(init_folder, tmp_path):
 
 
 def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, encoder_folder, tmp_path):
-    card = read_card(encoder_folder)
+    card = metadata_load(encoder_folder / "README.md")
     assert (card["license"], card["language"]) == ("apache-2.0", ["en"])
     assert card["library_name"] == "sentence-transformers"
     assert card["pipeline_tag"] == "sentence-similarity"
@@ -154,7 +155,7 @@ def test_the_card_has_what_a_hub_reads_and_no_local_path(init_folder, encoder_fo
     made = {"kind": "encoder-decoder", "model": str(init)}
     write_json(run / "checkpoints/step-000003" / PROVENANCE_FILE, made)
     extract_encoder(run, tmp_path / "out")
-    assert read_card(tmp_path / "out")["base_model"] == "Qwen/Qwen3-0.6B"
+    assert metadata_load(tmp_path / "out/README.md")["base_model"] == "Qwen/Qwen3-0.6B"
 
 
 def test_a_card_names_relative_paths_by_their_last_part(tmp_path, monkeypatch):
@@ -175,7 +176,7 @@ def test_the_current_folder_has_a_name(parent_folder, tmp_path, monkeypatch):
     initialize(".", tmp_path / "init", num_sentinel_tokens=3, verify=False)
     monkeypatch.chdir(tmp_path / "init")
     assert extract_encoder(".", tmp_path / "out").averaged == ["init"]
-    assert read_card(tmp_path / "out")["base_model"] == parent_folder.name
+    assert metadata_load(tmp_path / "out/README.md")["base_model"] == parent_folder.name
 
 
 def test_bad_checkpoints_are_named(init_folder, parent_folder, tmp_path):

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from huggingface_hub import metadata_load, metadata_save
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Dense
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
 
-from qwen3_encdec.conversion.card import read_card
 from qwen3_encdec.embedding import finetune as finetuning
 from qwen3_encdec.embedding.encoder import TextEncoder
 from qwen3_encdec.embedding.finetune import FinetuneConfig, finetune, read_examples
@@ -121,7 +121,9 @@ def test_batches_are_full_of_distinct_texts_or_refused(encoder, tmp_path, capsys
     assert finetune(encoder, tmp_path / "out", PAIRS[:9], **QUICK)["loss"] > 0.1
     skewed = [(f"q {i}", f"d {max(0, i - 160)}") for i in range(200)]
     finetune(encoder, tmp_path / "out", skewed, **QUICK | {"steps": 12})
+    finetuning._split(FinetuneConfig(), finetuning._dataset(skewed[150:] + PAIRS))
     warnings = capsys.readouterr().err
+    assert "examples share a text with held-out ones, left out" in warnings
     assert "no pairs held out; 20 are needed" in warnings  # of the nine
     assert "no pairs held out; texts repeat in too many of them" in warnings
     assert "column positive has 40 distinct texts in 200 pairs" in warnings
@@ -182,8 +184,7 @@ def test_the_folder_has_new_weights_prompts_and_a_card(encoder, tmp_path):
     assert record["finetuned_from"] == str(encoder)
     used = FinetuneConfig(**options, document_prompt="", lr=1e-3)
     assert FinetuneConfig(**record["config"]) == used
-    card = read_card(tmp_path / "tuned")
-    assert all(card[key] == value for key, value in read_card(encoder).items())
+    assert metadata_load(tmp_path / "tuned/README.md") == metadata_load(encoder / "README.md")
     text = (tmp_path / "tuned/README.md").read_text()
     assert f"{heldout['before']:.4f}" in text
     assert "/tmp" not in text
@@ -203,17 +204,23 @@ def test_a_base_keeps_its_prompts_and_no_other_form_of_its_weights(
     base = shutil.copytree(encoder, tmp_path / "base")
     file = "config_sentence_transformers.json"
     prompts = {"query": "find: ", "document": "text: ", "web": "site: "}
-    changed = read_json(base / file) | {"prompts": prompts, "default_prompt_name": "web"}
-    write_json(base / file, changed)
+    changes = {"prompts": prompts, "default_prompt_name": "web", "truncate_dim": 8}
+    write_json(base / file, read_json(base / file) | changes)
+    metadata_save(base / "README.md", {"license": "mit", "metrics": ["ndcg_at_10"]})
     for name in ("pytorch_model.bin", "onnx/model.onnx"):
         (base / name).parent.mkdir(exist_ok=True)
         (base / name).touch()
     arguments = told(base, tmp_path / "x")["args"]
     assert arguments.prompts == {"anchor": "find: ", "positive": "text: "}
-    assert not told(base, tmp_path / "y", query_prompt="", document_prompt="")["args"].prompts
+    found = told(base, tmp_path / "y", query_prompt="", document_prompt="", matryoshka_dims=[0.5])
+    assert not found["args"].prompts
+    assert found["loss"].matryoshka_dims == (40, 20)  # of whole embeddings
     monkeypatch.undo()
     finetune(base, tmp_path / "tuned", PAIRS, **QUICK, document_prompt="doc: ")
-    assert read_json(tmp_path / "tuned" / file)["prompts"] == {**prompts, "document": "doc: "}
+    changes["prompts"]["document"] = "doc: "
+    assert read_json(tmp_path / "tuned" / file) == read_json(encoder / file) | changes
+    card = metadata_load(tmp_path / "tuned/README.md")
+    assert (card["license"], "metrics" in card) == ("mit", False)  # the scores were the base's
     SentenceTransformer(str(tmp_path / "tuned"), device="cpu")  # knows its default prompt
     assert not [*(tmp_path / "tuned").glob("*.bin"), *(tmp_path / "tuned").rglob("*.onnx")]
 
@@ -418,6 +425,7 @@ def test_examples_of_package_docs():
         ),
         ({"matryoshka_dims": [1.0]}, r"\[1.0\] must be shares"),
         ({"examples": []}, "there are no examples"),
+        ({"examples": [("a", "b"), ("c",)]}, "tuples of two or more texts, all of one length"),
         (
             {"examples": [("a", None)]},
             "anchor has 0 distinct texts, and a batch of 8 needs 8: add texts",

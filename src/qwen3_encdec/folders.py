@@ -235,10 +235,12 @@ def _apply_umask(folder: Path) -> None:
 
 
 def copy_without_weights(source: Path, folder: Path) -> None:
-    """Copy a model folder's files into a folder, but no weights, training state or provenance."""
-    names = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "onnx", "openvino", "state")
-    weights = shutil.ignore_patterns(*names, PROVENANCE_FILE)
-    shutil.copytree(source, folder, ignore=weights, dirs_exist_ok=True)
+    """Copy a model folder's files into a folder, but no weights, training state, metrics or
+    provenance.
+    """
+    weights = ("*.safetensors", "*.bin", "*.index.json", "*.gguf", "onnx", "openvino", "state")
+    ignored = shutil.ignore_patterns(*weights, "metrics.jsonl", PROVENANCE_FILE)
+    shutil.copytree(source, folder, ignore=ignored, dirs_exist_ok=True)
 
 
 def resolve_checkpoint(name: str | Path) -> Path:

@@ -57,10 +57,15 @@ def write_card(
     metadata_save(file, {**_METADATA, **metadata})
 
 
-def read_card(folder: Path) -> dict[str, Any]:
-    """Read the metadata of a folder's card; empty if there is no card."""
+def inherited(folder: Path) -> dict[str, Any]:
+    """Read what a card inherits from that of the folder its model was made of: license, language
+    and base model, but no scores. Without a card, the folder itself is the base.
+    """
     file = folder / "README.md"
-    return (metadata_load(file) or {}) if file.is_file() else {}
+    found = (metadata_load(file) or {}) if file.is_file() else {}
+    names = ("base_model", "license", "license_name", "license_link", "language")
+    kept = {name: found[name] for name in names if name in found}
+    return {"base_model": without_path(folder), **kept}
 
 
 def base_of(checkpoint: Path) -> str:

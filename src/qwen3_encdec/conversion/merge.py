@@ -14,6 +14,7 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from transformers import Qwen3Config
 
+from qwen3_encdec.conversion.card import inherited, write_card
 from qwen3_encdec.conversion.extract import pooling_mode
 from qwen3_encdec.folders import (
     PROVENANCE_FILE,
@@ -78,6 +79,8 @@ def soup(
         copy_without_weights(first, folder)
         tensors = {name: tensor.to(own[name].dtype) for name, tensor in merged.items()}
         save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+        made = {"models": list(models), "weights": shares}
+        write_card(folder, output_dir.resolve().name, inherited(first), {"Soup": made})
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

@@ -39,7 +39,7 @@ from sentence_transformers.sentence_transformer import losses
 from torch import Tensor, nn
 from transformers import PrinterCallback, TrainerCallback, set_seed
 
-from qwen3_encdec.conversion.card import read_card, without_path, write_card
+from qwen3_encdec.conversion.card import inherited, write_card
 from qwen3_encdec.data.config import Count, Natural, NotNegative, Number, Positive, Seed, Several
 from qwen3_encdec.data.package_docs import summary_pairs
 from qwen3_encdec.evaluation.retrieval import retrieval_of_pairs
@@ -187,10 +187,9 @@ def finetune(
         file = folder / "config_sentence_transformers.json"
         prompts = {"query": config.query_prompt, "document": config.document_prompt}
         write_json(file, {**read_json(file), "prompts": {**model.prompts, **prompts}})
-        head = {"base_model": without_path(encoder_dir), **read_card(encoder_dir)}
         held = {f"nDCG@10 at step {step}": f"{score:.4f}" for step, score in scores.items()}
         sections = {"Held-out pairs": held | {"kept": f"step {best}"}, "Finetuning": asdict(config)}
-        write_card(folder, output_dir.resolve().name, head, sections)
+        write_card(folder, output_dir.resolve().name, inherited(encoder_dir), sections)
     shutil.rmtree(work)
     loss = [line["loss"] for line in history if "loss" in line][-1]
     result: dict[str, Any] = {"loss": loss, "pairs": len(dataset)}
@@ -229,6 +228,8 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
     if len(train) < 0.8 * len(full) or len({*heldout["positive"]}) < 2:
         print("warning: no pairs held out; texts repeat in too many of them", file=sys.stderr)
         return full.shuffle(config.seed), None
+    if left_out := len(parts["train"]) - len(train):
+        print(f"{left_out:,} examples share a text with held-out ones, left out", file=sys.stderr)
     return train, heldout
 
 
@@ -446,8 +447,10 @@ def _names(columns: int) -> list[str]:
 def _dataset(examples: Sequence[tuple[str, ...]]) -> Dataset:
     if not examples:
         raise InputError("there are no examples to train on")
-    columns = [list(column) for column in zip(*examples, strict=True)]
-    return Dataset.from_dict(dict(zip(_names(len(columns)), columns, strict=True)))
+    with input_errors("examples must be tuples of two or more texts, all of one length"):
+        columns = [list(column) for column in zip(*examples, strict=True)]
+        texts = Features(dict.fromkeys(names := _names(len(columns)), Value("string")))
+        return Dataset.from_dict(dict(zip(names, columns, strict=True)), features=texts)
 
 
 def _load(folder: str | Path) -> SentenceTransformer:
@@ -457,6 +460,7 @@ def _load(folder: str | Path) -> SentenceTransformer:
         )
     with input_errors(f"{folder} cannot be loaded"):
         model = SentenceTransformer(str(folder), local_files_only=True)
+    model.truncate_dim = None  # train whole embeddings; the written folder keeps the base's
     # Otherwise the trainer embeds examples for every checkpoint's model card.
     model.model_card_data.generate_widget_examples = False
     model.model_card_data.widget = [{}]

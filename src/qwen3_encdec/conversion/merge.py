@@ -17,14 +17,12 @@ from transformers import Qwen3Config
 from qwen3_encdec.conversion.card import inherited, write_card
 from qwen3_encdec.conversion.extract import pooling_mode
 from qwen3_encdec.folders import (
-    PROVENANCE_FILE,
     InputError,
     check_finite,
     check_output,
     copy_without_weights,
     new_folder,
     read_json,
-    read_optional,
     read_tensors,
     resolve_checkpoint,
     tensor_shapes,
@@ -70,17 +68,12 @@ def soup(
         for name, tensor in _read(folder).items():
             rows = len(tensor)
             merged[name][:rows] += share * (tensor.float() - own[name][:rows].float())
-    record = read_optional(first / PROVENANCE_FILE)
-    facts: dict[str, Any] = {
-        key: record[key] for key in ("finetuned_from", "source") if key in record
-    }
-    facts |= {"soup_of": list(map(str, models)), "weights": shares}
+    facts = {"soup_of": list(map(str, models)), "weights": shares}
     with new_folder(output_dir, "encoder", **facts) as folder:
         copy_without_weights(first, folder)
         tensors = {name: tensor.to(own[name].dtype) for name, tensor in merged.items()}
         save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
-        made = {"models": list(models), "weights": shares}
-        write_card(folder, output_dir.resolve().name, inherited(first), {"Soup": made})
+        write_card(folder, output_dir.resolve().name, inherited(first), {"Soup": facts})
 
 
 def _read(folder: Path) -> dict[str, torch.Tensor]:

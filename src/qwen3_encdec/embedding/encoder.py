@@ -322,10 +322,8 @@ def load_encoder(folder: Path, dtype: torch.dtype = torch.float32) -> Qwen3Encod
     """
     stock = Qwen3Config.from_pretrained(folder)
     same = {"vocab_size": stock.vocab_size, "pad_token_id": stock.pad_token_id}
-    try:
+    with input_errors(str(folder / "config.json")):
         config = Qwen3EncoderDecoderConfig.from_qwen3_config(stock, num_sentinel_tokens=0, **same)
-    except ValueError as error:
-        raise InputError(f"{folder / 'config.json'}: {error}") from None
     names = {r"^embed_tokens\.": "shared.", r"^(layers|norm)\.": r"encoder.\1."}
     model = load_whole(Qwen3EncoderModel, folder, config, dtype, key_mapping=names).eval()
     check_finite(folder, model.named_parameters())
@@ -342,10 +340,8 @@ def _computes_bfloat16(device: torch.device) -> bool:
 def read_texts(source: str, text_column: str = "text") -> list[str]:
     """Read texts from a file, a folder, a hub dataset, or the lines of standard input (`-`)."""
     if source == "-":
-        try:
+        with input_errors("standard input is not UTF-8"):
             return [line.rstrip("\r\n") for line in sys.stdin]
-        except UnicodeDecodeError as error:
-            raise InputError(f"standard input is not UTF-8: {error}") from None
     corpus = open_corpus(Source([source], text_column=text_column), DataConfig())
     texts: list[Any] = [document.content for document in corpus.documents()]
     if not all(isinstance(text, str) for text in texts):

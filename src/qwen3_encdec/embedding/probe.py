@@ -4,7 +4,6 @@ The answers are compared with each way in which a server can read the encoder's 
 not, each pooling, with and without EOS.
 """
 
-import http.client
 import itertools
 import json
 import os
@@ -20,7 +19,7 @@ from transformers import AutoModel, AutoTokenizer
 from qwen3_encdec.conversion.extract import pool
 from qwen3_encdec.embedding.encoder import encoder_folder, read_layout
 from qwen3_encdec.embedding.export import Embed, cosine, sample_texts
-from qwen3_encdec.folders import InputError
+from qwen3_encdec.folders import InputError, input_errors
 
 
 @dataclass(frozen=True)
@@ -54,19 +53,16 @@ def check_endpoint(url: str, model: str | Path, name: str | None = None) -> Verd
 
     def embed(texts: list[str]) -> np.ndarray:
         rows: list[dict] = []
-        try:
+        with input_errors(f"{url} did not return embeddings for {len(texts)} texts"):
             for start in range(0, len(texts), 32):
                 body = {"model": name, "input": texts[start : start + 32]}
                 data = _request(url + "embeddings", body | {"encoding_format": "float"})["data"]
                 rows += sorted(data, key=lambda row: row["index"])
             found = np.array([row["embedding"] for row in rows], dtype=np.float32)
             norms = np.linalg.norm(found, axis=1)
-            if found.shape[:-1] == (len(texts),) and 0 < norms.min() <= norms.max() < np.inf:
-                return found
-        except (LookupError, TypeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-        raise InputError(f"{url} did not return embeddings for {len(texts)} texts")
+            if found.shape[:-1] != (len(texts),) or not 0 < norms.min() <= norms.max() < np.inf:
+                raise ValueError("some are missing, zero or not finite")
+        return found
 
     with encoder_folder(model) as folder:
         return compare(embed, folder)
@@ -76,13 +72,10 @@ def _request(url: str, body: dict | None = None) -> Any:
     key = os.environ.get("OPENAI_API_KEY", "none")
     headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
     data = None if body is None else json.dumps(body).encode()
-    try:
+    with input_errors(f"request to {url} failed"):
         request = urllib.request.Request(url, data, headers)
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.load(answer)
-    except (http.client.HTTPException, OSError, ValueError, OverflowError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"request to {url} failed: {reason}") from None
 
 
 @torch.inference_mode()

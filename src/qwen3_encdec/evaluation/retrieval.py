@@ -117,11 +117,8 @@ def pairs_retrieval(file: str | Path, most: int, seed: int, max_tokens: int = 51
 
 
 def _read_pair(line: str, place: str) -> tuple[str, str]:
-    row: Any
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(f"{place} is not valid JSON: {error}") from None
+    with input_errors(f"{place} is not valid JSON"):
+        row: Any = json.loads(line)
     if not isinstance(row, dict):
         row = {}
     if graded := {"score", "label", "relevance"} & row.keys():

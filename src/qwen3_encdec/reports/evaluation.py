@@ -9,17 +9,9 @@ from transformers.utils import logging
 
 from qwen3_encdec.conversion.extract import checkpoints_to_average
 from qwen3_encdec.data.config import DataConfig
-from qwen3_encdec.evaluation.baselines import CONTRASTIVE, ENCODER
 from qwen3_encdec.evaluation.retrieval import package_retrieval, pairs_retrieval
 from qwen3_encdec.evaluation.suite import evaluate_denoising, evaluate_retrieval, provenance
-from qwen3_encdec.folders import (
-    PROVENANCE_FILE,
-    InputError,
-    check_output,
-    new_folder,
-    read_json,
-    write_json,
-)
+from qwen3_encdec.folders import InputError, check_output, new_folder, write_json
 from qwen3_encdec.reports.comparison import Run, write_page
 from qwen3_encdec.reports.scores import score_text
 
@@ -67,7 +59,7 @@ def evaluate(
         tasks = [pairs_retrieval(file, num_queries, seed) for file in pairs]
         if not pairs and not mteb:
             tasks = [package_retrieval(num_queries, seed)]
-        encoders = {_label(model_dir): model_dir}
+        encoders = {model_dir.resolve().name: model_dir}
         metrics = evaluate_retrieval(encoders, tasks=tasks, parent=parent, mteb=mteb)
     else:
         folders = {"initialization": Path(initialization)} if initialization else {}
@@ -79,14 +71,6 @@ def evaluate(
         name = f"Evaluation of {model_dir.absolute().name}"
         write_page(folder, [Run(name, model_dir, "evaluation", metrics)], name)
     return metrics
-
-
-def _label(encoder: Path) -> str:
-    """Return the embedder's name in tables; a folder that is not ours keeps its own."""
-    record = encoder / PROVENANCE_FILE
-    if not record.exists():
-        return encoder.resolve().name
-    return CONTRASTIVE if "finetuned_from" in read_json(record) else ENCODER
 
 
 def compare_soup(models: Sequence[str | Path], merged: str | Path, seed: int = 0) -> str:

@@ -101,10 +101,10 @@ def _check_same(first: Path, other: Path) -> None:
             shapes["embed_tokens.weight"] = shapes["embed_tokens.weight"][1:]
         else:
             shapes["pooling"] = pooling_mode(read_json(folder / "1_Pooling/config.json"))
-        vocabulary = read_json(folder / "tokenizer.json")["model"]["vocab"]
-        heads, eps = stock.num_attention_heads, stock.rms_norm_eps
-        facts.append(shapes | {"num_attention_heads": heads, "rms_norm_eps": eps})
-        facts[-1] |= {"rope_parameters": stock.rope_parameters, "vocabulary": vocabulary}
+        for name in ("num_attention_heads", "rms_norm_eps", "rope_parameters"):
+            shapes[name] = getattr(stock, name)
+        shapes["vocabulary"] = read_json(folder / "tokenizer.json")["model"]["vocab"]
+        facts.append(shapes)
     for name in sorted(facts[0].keys() | facts[1].keys()):
         if facts[0].get(name) != facts[1].get(name):
             raise InputError(f"{other} differs from {first} in more than its weights: {name}")

@@ -229,7 +229,8 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
         print("warning: no pairs held out; texts repeat in too many of them", file=sys.stderr)
         return full.shuffle(config.seed), None
     if left_out := len(parts["train"]) - len(train):
-        print(f"{left_out:,} examples share a text with held-out ones, left out", file=sys.stderr)
+        shared = f"{left_out:,} examples share a text with held-out ones"
+        print(f"{shared}, left out", file=sys.stderr)
     return train, heldout
 
 
@@ -449,8 +450,10 @@ def _dataset(examples: Sequence[tuple[str, ...]]) -> Dataset:
         raise InputError("there are no examples to train on")
     with input_errors("examples must be tuples of two or more texts, all of one length"):
         columns = [list(column) for column in zip(*examples, strict=True)]
-        texts = Features(dict.fromkeys(names := _names(len(columns)), Value("string")))
-        return Dataset.from_dict(dict(zip(names, columns, strict=True)), features=texts)
+        names = _names(len(columns))
+        texts = Features(dict.fromkeys(names, Value("string")))
+        named = dict(zip(names, columns, strict=True))
+        return Dataset.from_dict(named, features=texts)
 
 
 def _load(folder: str | Path) -> SentenceTransformer:

@@ -60,7 +60,8 @@ def check_endpoint(url: str, model: str | Path, name: str | None = None) -> Verd
                 rows += sorted(data, key=lambda row: row["index"])
             found = np.array([row["embedding"] for row in rows], dtype=np.float32)
             norms = np.linalg.norm(found, axis=1)
-            if found.shape[:-1] != (len(texts),) or not 0 < norms.min() <= norms.max() < np.inf:
+            usable = 0 < norms.min() <= norms.max() < np.inf
+            if found.shape[:-1] != (len(texts),) or not usable:
                 raise ValueError("some are missing, zero or not finite")
         return found
 

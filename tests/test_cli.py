@@ -62,7 +62,7 @@ def test_tokenizer_then_prepare_data(command, tmp_path):
     prepare += ("--output", tmp_path / "page", "--num-examples", 100)
     code, out, _ = command(*prepare, "--show", 1)
     assert code == 0
-    for expected in ("R1", "X2", "S", "tokens/s", "<extra_id_0>", "things"):
+    for expected in ("R1", "X2", "S", "filled", "<extra_id_0>", "things"):
         assert expected in out
     figures = json.loads(command(*prepare, "--json")[1])
     assert [row["Denoiser"] for row in figures["denoisers"]] == ["R1", "R2", "X1", "X2", "S"]

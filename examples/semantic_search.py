@@ -37,6 +37,7 @@ def search(
     number: int = 5,
 ) -> list[tuple[float, Docstring]]:
     """Return the documents nearest to a query, nearest first, with their cosines."""
+    number = min(number, index.ntotal)  # faiss fills up with the index -1
     cosines, places = index.search(encoder.encode([query], prompt_name="query"), number)
     return [
         (float(cosine), documents[place])

@@ -140,6 +140,23 @@ def test_each_file_launches_one_model(
     assert all("qwen3" in name for name in code)
 
 
+def test_a_broken_line_in_the_first_report_ends_every_rank(init_folder, tmp_path):
+    script, broken = tmp_path / "train.py", tmp_path / "broken.jsonl"
+    broken.write_text('{"text": "a line that is whole"}\nnone\n')
+    script.write_text(
+        "import os, sys\nfrom qwen3_encdec.folders import InputError\n"
+        "from qwen3_encdec.training.config import load_config\n"
+        "from qwen3_encdec.training.loop import run_training\n"
+        "try:\n    run_training(load_config(None, sys.argv[1:]))\n"
+        "except InputError as error:\n"
+        "    sys.stdout.write(f'{os.environ[\"RANK\"]}: {error}\\n')\n"
+    )
+    settings = small_settings(init_folder, broken, output_dir=tmp_path / "run", eval_every=0)
+    lines = launch(script, *settings, config="ddp").splitlines()
+    for rank in range(2):
+        assert any(line.startswith(f"{rank}: {broken} line 2: not valid JSON") for line in lines)
+
+
 def test_the_given_command_without_a_launcher_s_file_for_one_process(init_folder, corpus, tmp_path):
     settings = small_settings(init_folder, corpus, output_dir=tmp_path / "run", max_steps=1)
     printed = launch(ROOT / "scripts/train.py", *settings, config="ddp", processes=1)

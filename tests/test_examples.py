@@ -37,13 +37,14 @@ def test_semantic_search(encoder_folder, run_script, monkeypatch, tmp_path):
     ]
     monkeypatch.setattr(package_docs, "package_docs", lambda split: documents)
 
-    def answers(query):
-        arguments = "--model", tmp_path / "encoder", "--number", 2, query
+    def answers(query, number=2):
+        arguments = "--model", tmp_path / "encoder", "--number", number, query
         code, out, _ = run_script(EXAMPLES / "semantic_search.py", *arguments)
         return code or [line.split()[1].rstrip(":") for line in out.splitlines()[1:]]
 
     assert all(answers(document.text)[0] == document.name for document in documents[:4])
     assert (tmp_path / "encoder" / "documentation.faiss").exists()
+    assert sorted(answers("anything", 20)) == [document.name for document in documents]
     documents.reverse()  # control: an index of other documents answers wrongly
     assert answers(documents[0].text)[0] != documents[0].name
     documents.pop()

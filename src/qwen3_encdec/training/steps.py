@@ -82,8 +82,9 @@ class Run:
         kinds = {"NO": "one process", "FSDP": "FSDP2", "DEEPSPEED": "DeepSpeed"}
         kind = kinds.get(accelerator.distributed_type.value, "DDP")
         compute = config.mixed_precision.replace("no", "fp32")
-        if accelerator.is_main_process:
-            print(*data.report(), sep="\n", flush=True)
+        with shared_errors():
+            if accelerator.is_main_process:
+                print(*data.report(), sep="\n", flush=True)
         accelerator.print(f"{processes} x {self.device.type}, {kind}, compute {compute}")
         accelerator.print(f"{sum(sizes):,} parameters, output {self.run_dir}")
         accelerator.print(f"step {self.start:,} of {config.max_steps:,} done")

@@ -219,7 +219,7 @@ def tables(plan: Record, found: dict[str, Record]) -> str:
         parts += size.tables() if size.begun else ["Not run."]
     parts.append("### Baselines")
     rows = [[name, *(one(found, "baselines", "before", s) for s in scores(plan, name).values())]
-            for name in ("TF-IDF", "WordLlama", "MiniLM-L6")]  # fmt: skip
+            for name in ("TF-IDF", "MiniLM-L6")]  # fmt: skip
     parts.append(table(["without our training", *columns], rows))
     parts.append("### Ablations, one seed")
     unit = "{size}-{seed}".format(**plan["ablate"])

@@ -34,6 +34,8 @@ PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "
 class PackedTrainer(Seq2SeqTrainer):
     """A Seq2SeqTrainer whose training batches are packed; `data_collator` pads the others."""
 
+    data_collator: Any
+
     def get_train_dataloader(self) -> Any:
         """Build the loader with the packed collator."""
         padded, self.data_collator = self.data_collator, DataCollatorForPackedSeq2Seq()

@@ -5,13 +5,15 @@
 To train on it, put the same list under `data.preset` in a training YAML.
 """
 
+from typing import Any
+
 import numpy as np
 
 from qwen3_encdec.data.config import resolve_preset
 from qwen3_encdec.data.ul2 import Example, corrupt, render, uncorrupt
 from qwen3_encdec.tokenization_qwen3_encdec import build_tokenizer
 
-PRESET = [
+PRESET: list[dict[str, Any]] = [
     {"name": "R-words", "mean_span": 1.5, "corruption": 0.2, "weight": 2},
     {"name": "X-halves", "mean_span": 6, "corruption": 0.5, "weight": 1},
     {"name": "S-late", "mean_span": None, "corruption": 0.3, "weight": 1},

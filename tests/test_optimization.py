@@ -123,13 +123,14 @@ def test_compiled_layers_take_any_packed_batch(model):
 def test_ddp_does_not_split_compiled_layers(model, monkeypatch):
     """Older torch refuses to: a layer's graph holds an autograd function or FlexAttention."""
     torch.compiler.reset()
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
     monkeypatch.setattr(DDPOptimizer, "compile_fn", None)
     torch.distributed.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        replicated = DistributedDataParallel(model)
-        compile_layers(model, TrainingConfig(compile=True), backend="eager")
-        assert replicated(**packed_batch()).loss.isfinite()
+        # Not monkeypatch, which deletes the setting in the end: nothing would compile any more.
+        with torch._dynamo.config.patch(optimize_ddp=True):
+            replicated = DistributedDataParallel(model)
+            compile_layers(model, TrainingConfig(compile=True), backend="eager")
+            assert replicated(**packed_batch()).loss.isfinite()
     finally:
         torch.distributed.destroy_process_group()
 

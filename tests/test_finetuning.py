@@ -419,11 +419,17 @@ def test_examples_of_package_docs():
         ({"lr": math.inf}, "lr\n.* finite"),
         ({"columns": ["text"]}, "columns\n.* at least 2 items"),
         ({"teacher": "x", "spread_weight": 1.0}, "cannot be used with a teacher"),
-        ({"matryoshka_dims": [64]}, "must be shares below 1 or integers from 2 to the width 40"),
+        (
+            {"matryoshka_dims": [64]},
+            r"\[64.0\] must be shares below 1 or integers from 2 to the width 40",
+        ),
         ({"matryoshka_dims": [1.0]}, r"\[1.0\] must be shares"),
         ({"examples": []}, "there are no examples"),
         ({"examples": [("a", "b"), ("c",)]}, "tuples of two or more texts, all of one length"),
-        ({"examples": [("a", None)]}, "anchor has 0 distinct texts, and a batch of 8 needs 8: "),
+        (
+            {"examples": [("a", None)]},
+            "anchor has 0 distinct texts, and a batch of 8 needs 8: add texts",
+        ),
         ({"teacher": "nowhere"}, "nowhere is not a sentence-transformers folder"),
     ],
 )

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -75,6 +76,12 @@ def test_sources_of_one_name_are_numbered():
     names = ["x-2", "x", "x", "x"]
     config = DataConfig(mixture=[{"inputs": ["a"], "name": name} for name in names])
     assert len({source.name for source in config.sources}) == 4
+
+
+def test_too_few_sentinels_stop_the_stream_before_it_reads():
+    few = build_tokenizer(num_ranks=512, num_sentinel_tokens=20)
+    with pytest.raises(InputError, match="needs up to"):
+        UL2Data(DataConfig(inputs=["not/looked/at"]), few)
 
 
 def test_analysis(tmp_path, tokenizer):
@@ -314,6 +321,17 @@ def test_a_prepared_folder_that_cannot_be_replaced_stays(corpus, tokenizer, tmp_
     monkeypatch.setattr(corpora, "BLOCK_BYTES", 3000)
     prepared(config, tokenizer, out)
     assert sorted(path.name for path in out.iterdir()) == ["data", "qwen3_encdec.json"]
+
+
+def test_parts_share_the_list_of_copies(corpus, tokenizer, tmp_path):
+    """Was: every process held all of it as a set."""
+    preparation = Preparation(config_of(corpus), tokenizer, tmp_path / "out")
+    preparation.begin()
+    np.save(tmp_path / "out.partial" / "copies.npy", 3 + np.arange(10**6))
+    tracemalloc.start()
+    preparation.write(0)
+    assert tracemalloc.get_traced_memory()[1] < 8e6
+    tracemalloc.stop()
 
 
 def test_a_preparation_takes_the_cpus_that_it_may_use(corpus, tokenizer, tmp_path, monkeypatch):

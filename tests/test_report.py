@@ -230,8 +230,12 @@ def test_a_browser_draws_it_without_complaint_and_within_its_width(report, tmp_p
     [
         ({}, "was not written by qwen3-encdec"),
         ({PROVENANCE_FILE: '{"kind": "encoder"}'}, "has neither metrics.json nor"),
+        ({PROVENANCE_FILE: "{}"}, "has neither metrics.json nor"),
         ({PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "1\n2\n"}, "is not a JSON object"),
-        ({PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "{}"}, "JSON object with a step"),
+        (
+            {PROVENANCE_FILE: '{"kind": "x"}', "metrics.jsonl": "{}"},
+            "not a JSON object with a step",
+        ),
     ],
 )
 def test_bad_runs_are_named_and_nothing_is_written(tmp_path, files, sentence):

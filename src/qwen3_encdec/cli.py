@@ -494,12 +494,13 @@ def _pushed(folder: Path, repository: str | None) -> Iterator[None]:
         return
     from huggingface_hub import HfApi
 
+    hub = HfApi()
     with input_errors(f"repository {repository} cannot be written"):
-        HfApi().create_repo(repository, private=True, exist_ok=True)
-        HfApi().auth_check(repository, write=True)
+        hub.create_repo(repository, private=True, exist_ok=True)
+        hub.auth_check(repository, write=True)
     yield
     with input_errors(f"{folder} could not be uploaded to {repository}"):
-        commit = HfApi().upload_folder(
+        commit = hub.upload_folder(
             repo_id=repository, folder_path=folder, ignore_patterns=PROVENANCE_FILE
         )
     print(f"uploaded {commit.commit_url}", file=sys.stderr)

@@ -64,11 +64,8 @@ def inherited(folder: Path) -> dict[str, Any]:
     file = folder / "README.md"
     found = (metadata_load(file) or {}) if file.is_file() else {}
     names = ("base_model", "license", "license_name", "license_link", "language")
-    kept = {"base_model": without_path(folder)}
-    for name in names:
-        if name in found:
-            kept[name] = found[name]
-    return kept
+    kept = {name: found[name] for name in names if name in found}
+    return {"base_model": without_path(folder), **kept}
 
 
 def base_of(checkpoint: Path) -> str:

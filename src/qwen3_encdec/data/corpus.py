@@ -372,27 +372,33 @@ def _unpack(path: str, copy: str) -> str:
 
 def _local_files(item: str, passed_over: list[str]) -> dict[str, str]:
     """Return the files that a path or a glob matches, also in folders, and their real paths."""
-    files: dict[str, str] = {}
+    files: list[str] = []
     matches = local_paths(item)
     for match in matches:
         if os.path.isdir(match):
-            files |= _walk(match, passed_over)
+            files += _walk(match, passed_over)
         elif _kind(match)[0]:
-            files[match] = os.path.realpath(match)
+            files.append(match)
         else:
             raise InputError(f"input {match} is not {_KNOWN}")
     if matches and not files:
         raise InputError(f"input {item!r} has no file of type {_KNOWN}")
-    return files
-
-
-def _walk(folder: str, passed_over: list[str]) -> dict[str, str]:
-    """Return the known, visible files below a folder, following links, and their real paths."""
+    # Resolving every path from the root would take seconds for 10^5 files.
+    folders = {folder: os.path.realpath(folder) for folder in set(map(os.path.dirname, files))}
     targets: dict[str, str] = {}
+    for path in files:
+        folder, name = os.path.split(path)
+        is_link = os.path.islink(path)
+        targets[path] = os.path.realpath(path) if is_link else os.path.join(folders[folder], name)
+    return targets
+
+
+def _walk(folder: str, passed_over: list[str]) -> list[str]:
+    """Return the known, visible files below a folder, following links."""
+    files: list[str] = []
     errors: list[OSError] = []
     seen = {os.path.realpath(folder)}
     for top, folders, names in os.walk(folder, onerror=errors.append, followlinks=True):
-        real = os.path.realpath(top)
         folders.sort()
         for name in list(folders):
             path = os.path.join(top, name)
@@ -405,11 +411,10 @@ def _walk(folder: str, passed_over: list[str]) -> dict[str, str]:
             if name.startswith((".", "_")) or not _kind(name)[0]:
                 passed_over.append(f"{path} ({'hidden' if name[0] in '._' else 'unknown type'})")
             else:
-                is_link = os.path.islink(path)
-                targets[path] = os.path.realpath(path) if is_link else os.path.join(real, name)
+                files.append(path)
     if errors:
         raise InputError(f"folder {errors[0].filename} cannot be read: {errors[0].strerror}")
-    return dict(sorted(targets.items()))
+    return sorted(files)
 
 
 def _open_parquet(path: str, copy: str, size: int, column: str, block_bytes: int) -> File:

@@ -45,8 +45,11 @@ from qwen3_encdec.modeling_qwen3_encoder import Qwen3EncoderModel
 _CHUNK = 4096
 # Settings of sentence-transformers that change the tokens of a text.
 _UNREAD = (
-    *("do_lower_case", "processing_kwargs"),
-    *("query_length", "document_length", "query_expansion"),
+    "do_lower_case",
+    "processing_kwargs",
+    "query_length",
+    "document_length",
+    "query_expansion",
 )
 _SURROGATE = re.compile("[\ud800-\udfff]")
 

@@ -229,8 +229,7 @@ def _split(config: FinetuneConfig, full: Dataset) -> tuple[Dataset, Dataset | No
         print("warning: no pairs held out; texts repeat in too many of them", file=sys.stderr)
         return full.shuffle(config.seed), None
     if left_out := len(parts["train"]) - len(train):
-        shared = f"{left_out:,} examples share a text with held-out ones"
-        print(f"{shared}, left out", file=sys.stderr)
+        print(f"{left_out:,} examples share a text with held-out ones, left out", file=sys.stderr)
     return train, heldout
 
 
